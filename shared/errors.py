@@ -1,0 +1,158 @@
+"""The exceptions of Lorelay.
+
+LorelayError
+├── InvalidRequest
+│   ├── UnsupportedParameter
+│   └── ContextLengthExceeded
+├── InvalidApiKey
+├── ModelNotFound
+├── RequestTooLarge
+├── QueueFull
+├── QueueTimeout
+│   └── NoWorker
+├── QueueUnavailable
+│   └── QueueOutOfMemory
+├── AdapterError
+├── GenerationFailed
+├── GenerationTimeout
+├── ServerDraining
+└── ConfigurationError
+    └── RegistryConflict
+
+A class's docstring is its default message and says when it is raised. `api.errors` maps each to HTTP.
+"""
+
+from shared.messages import ErrorInfo
+
+
+class LorelayError(Exception):
+    """An internal error."""
+
+    code = "internal_error"
+    param: str | None = None
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        self.message = message or str(type(self).__doc__).splitlines()[0]
+        if param is not None:
+            self.param = param
+        super().__init__(self.message)
+
+    def to_info(self) -> ErrorInfo:
+        """The error as it travels in a `StreamEvent`."""
+        return ErrorInfo(code=self.code, message=self.message, param=self.param)
+
+
+class InvalidRequest(LorelayError):
+    """The request is not valid."""
+
+    code = "invalid_request_error"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter of the request is not served here."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt and the tokens asked for exceed the model's context length."""
+
+    code = "context_length_exceeded"
+    param = "messages"
+
+
+class InvalidApiKey(LorelayError):
+    """Incorrect API key provided."""
+
+    code = "invalid_api_key"
+
+
+class ModelNotFound(LorelayError):
+    """The model does not exist."""
+
+    code = "model_not_found"
+    param = "model"
+
+
+class RequestTooLarge(LorelayError):
+    """The request body is too large."""
+
+    code = "request_too_large"
+
+
+class QueueFull(LorelayError):
+    """The queue is full; try again later."""
+
+    code = "queue_full"
+
+
+class QueueTimeout(LorelayError):
+    """The request waited longer than the queue time limit."""
+
+    code = "queue_timeout"
+
+
+class NoWorker(QueueTimeout):
+    """No worker serves this model at the moment."""
+
+    code = "no_worker"
+
+
+class QueueUnavailable(LorelayError):
+    """The queue is unavailable; try again later."""
+
+    code = "queue_unavailable"
+
+
+class QueueOutOfMemory(QueueUnavailable):
+    """The queue's server is out of memory; try again later."""
+
+    code = "queue_out_of_memory"
+
+
+class AdapterError(LorelayError):
+    """The adapter can't be served."""
+
+    code = "adapter_error"
+
+
+class GenerationFailed(LorelayError):
+    """The generation failed."""
+
+    code = "generation_failed"
+
+
+class GenerationTimeout(LorelayError):
+    """The generation took longer than the generation limit."""
+
+    code = "generation_timeout"
+
+
+class ServerDraining(LorelayError):
+    """The server is shutting down; try again."""
+
+    code = "server_draining"
+
+
+class ConfigurationError(LorelayError):
+    """The configuration is not valid."""
+
+    code = "configuration_error"
+
+
+class RegistryConflict(ConfigurationError):
+    """A model name is registered with another version."""
+
+    code = "registry_conflict"
+
+
+def _subclasses(cls: type[LorelayError]) -> list[type[LorelayError]]:
+    return [cls, *(leaf for child in cls.__subclasses__() for leaf in _subclasses(child))]
+
+
+ERRORS_BY_CODE = {cls.code: cls for cls in _subclasses(LorelayError)}
+
+
+def from_info(info: ErrorInfo) -> LorelayError:
+    """The exception that an `ErrorInfo` stands for; an unknown code becomes the root class."""
+    return ERRORS_BY_CODE.get(info.code, LorelayError)(info.message, param=info.param)

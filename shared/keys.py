@@ -1,0 +1,51 @@
+"""Every Redis key, named once: its type, who writes it, who reads it, how long it lives.
+
+RQ's own keys (job hashes, queues, registries, workers) are RQ's and are not listed here; the scripts in
+`shared/scripts/` take their names from RQ's prefix. `<id>` is a request id, `<base>` a base model's slug.
+The names stand a second time in `scripts/prelude.lua`, and a test holds both together.
+"""
+
+PREFIX = "lorelay"
+
+MODELS = f"{PREFIX}:models"
+"""hash, model name → ModelCard. Written by starting workers, read by every API. Outlives the workers."""
+
+
+def waiting(base: str) -> str:
+    """sorted set, queue → enqueue time (ms) of its head. Kept by enqueue, claim, abort, reap, hand_back."""
+    return f"{PREFIX}:waiting:{base}"
+
+
+def doorbell(base: str) -> str:
+    """list that idle workers block on. Pushed by enqueue, reap, hand_back; holds at most 64 rings."""
+    return f"{PREFIX}:doorbell:{base}"
+
+
+def leases(base: str) -> str:
+    """sorted set, request id → lease expiry (ms). Kept by claim, renew, append; read by reap."""
+    return f"{PREFIX}:leases:{base}"
+
+
+def workers(base: str) -> str:
+    """sorted set, worker name → lease expiry (ms). Kept by renew; read by the API and `lorelay status`."""
+    return f"{PREFIX}:workers:{base}"
+
+
+def owner(request_id: str) -> str:
+    """hash: execution, worker, base, queue, aborted. From claim to terminal event, hand-back or reap."""
+    return f"{PREFIX}:owner:{request_id}"
+
+
+def reader(request_id: str) -> str:
+    """string, the channel of the API that reads now. Written by enqueue, read by append. Stream TTL."""
+    return f"{PREFIX}:reader:{request_id}"
+
+
+def log(request_id: str) -> str:
+    """list of encoded StreamEvents, index = event_no. Written by append, read by the API. Stream TTL."""
+    return f"{PREFIX}:log:{request_id}"
+
+
+def events_channel(api_id: str) -> str:
+    """pub/sub channel of one API process. Published by append; lines of `<id> <encoded StreamEvent>`."""
+    return f"{PREFIX}:events:{api_id}"

@@ -1,0 +1,16 @@
+"""Logging: a sentence for people, and the same fields in every process."""
+
+import logging
+from typing import Any
+
+FORMAT = "%(asctime)s %(levelname)-7s %(name)s %(message)s"
+
+
+def configure(level: str = "INFO") -> None:
+    """Sets up the root logger of a process; called by entry points only."""
+    logging.basicConfig(level=level, format=FORMAT)
+
+
+def fields(action: str, **values: Any) -> dict[str, Any]:
+    """The `extra` of a log record: `action` and what it concerns, e.g. `request_id`, `adapter_name`."""
+    return {"action": action, **values}

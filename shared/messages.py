@@ -1,0 +1,141 @@
+"""Every message that crosses a process border, with its codec and nothing else.
+
+JSON, decoded by field name: unknown fields are ignored, so the API and the workers can be upgraded in
+either order. A worker leaves a request of a newer `SCHEMA_VERSION` in the queue.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+SCHEMA_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Base of all messages: immutable; fields at their default take no bytes."""
+
+    def encode(self) -> bytes:
+        """The message as UTF-8 JSON without line breaks."""
+        return msgspec.json.encode(self)
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. `ABORT` and `ERROR` stay inside; HTTP shows the first three."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(Message, frozen=True):
+    """How to pick tokens and when to end."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 admits the whole vocabulary."""
+    seed: int = 0
+    """63 bits; the random number of a token is a function of seed, choice index and position."""
+    max_tokens: int | None = None
+    """None: up to the end of the context."""
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """How many alternatives to report per token; None reports none."""
+
+
+class GenerationRequest(Message, frozen=True):
+    """One request on the queue: one job, `n` sequences."""
+
+    request_id: str
+    model: str
+    """As the client wrote it: the name of the base or of an adapter."""
+    base: str
+    messages: list[dict[str, Any]]
+    sampling: SamplingParams
+    adapter_name: str | None = None
+    adapter_version: str | None = None
+    n: int = 1
+    generation_limit_s: float | None = None
+    """Seconds from the claim after which the request is ended with an error."""
+    schema_version: int = SCHEMA_VERSION
+
+
+class Usage(Message, frozen=True, omit_defaults=False):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class TokenLogprob(Message, frozen=True, omit_defaults=False):
+    """One candidate for one position; `token_bytes` may be part of a character, `logprob` is finite."""
+
+    token_id: int
+    token_bytes: bytes
+    logprob: float
+
+
+class PositionLogprobs(Message, frozen=True):
+    """The chosen token of one position and its most likely alternatives."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class ErrorInfo(Message, frozen=True):
+    """An error on its way to the client; `code` is one of `shared.errors`."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class StreamEvent(Message, frozen=True):
+    """One item of a request's token log.
+
+    `event_no` counts from 0 over all choices of the request. An event with `usage` or `error` is the
+    terminal one: nothing follows it.
+    """
+
+    event_no: int
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    """What these tokens released; all texts so far are a prefix of decode(all ids so far)."""
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: ErrorInfo | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether this event ends its request."""
+        return self.usage is not None or self.error is not None
+
+
+class ModelCard(Message, frozen=True, omit_defaults=False):
+    """What the registry knows of a base model or an adapter."""
+
+    name: str
+    base: str
+    source: str
+    """Folder or Hugging Face id, as configured."""
+    version: str
+    """SHA-256 (hex) that changes when the weights do."""
+    created: int
+    """Unix seconds."""
+    max_model_len: int
+    adapter_name: str | None = None
+    """None for the base model itself."""
+
+
+decode_request = msgspec.json.Decoder(GenerationRequest).decode
+decode_event = msgspec.json.Decoder(StreamEvent).decode
+decode_card = msgspec.json.Decoder(ModelCard).decode

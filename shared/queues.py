@@ -1,0 +1,24 @@
+"""Queue names: one RQ queue per base model and one per adapter."""
+
+import hashlib
+import re
+
+_PLAIN = re.compile(r"[a-z0-9_-]+")
+_HASH_DIGITS = 6
+
+
+def slug(name: str) -> str:
+    """A name that is safe in Redis keys, RQ's comma lists and the dashboard's URLs.
+
+    A name of `[a-z0-9_-]` stays as it is; any other is lowered, its other characters become `-`, and six hex
+    digits of its SHA-256 keep it unique.
+    """
+    if _PLAIN.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:_HASH_DIGITS]
+    return f"{re.sub(r'[^a-z0-9_-]+', '-', name.lower()).strip('-')}-{digest}"
+
+
+def queue_name(base: str, adapter_name: str | None) -> str:
+    """The queue of a base model (`adapter_name` None) or of one of its adapters."""
+    return slug(base) if adapter_name is None else f"{slug(base)}-{slug(adapter_name)}"

@@ -1,0 +1,193 @@
+"""All settings: frozen objects read from `LORELAY_*` variables, checked when they are read.
+
+A malformed value raises `ConfigurationError`, which names the variable. `lorelay serve`'s flags set the
+same variables.
+"""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from shared.errors import ConfigurationError
+
+ENV_PREFIX = "LORELAY_"
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class AdapterSource(NamedTuple):
+    """An adapter as configured: the name clients use, and a local folder or a Hugging Face id."""
+
+    name: str
+    path: str
+
+
+def parse_adapters(value: Any) -> Any:
+    """`"a=path b=path"`, or one bare path that is named by its folder, to `AdapterSource`s.
+
+    Raises:
+        ValueError: an entry is malformed, a name is taken twice or is `default`.
+    """
+    entries = shlex.split(value) if isinstance(value, str) else value
+    if entries and isinstance(entries[0], AdapterSource):
+        return entries
+    if len(entries) == 1 and "=" not in entries[0]:
+        sources = [AdapterSource(Path(entries[0]).name, entries[0])]
+    else:
+        sources = [_parse_named_adapter(entry) for entry in entries]
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"adapter name {name!r} is given twice")
+        if name == "default":
+            raise ValueError("no adapter may be called 'default': that is RQ's name for no queue at all")
+    return tuple(sources)
+
+
+def _parse_named_adapter(entry: str) -> AdapterSource:
+    name, equals, path = entry.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"{entry!r} is not of the form name=path")
+    return AdapterSource(name, path)
+
+
+def default_state_dir() -> Path:
+    """`$XDG_STATE_HOME/lorelay`, or `~/.local/state/lorelay`."""
+    home = os.environ.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "lorelay"
+
+
+def _split_words(value: Any) -> Any:
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+Adapters = Annotated[tuple[AdapterSource, ...], NoDecode, BeforeValidator(parse_adapters)]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words)]
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+
+
+class Settings(BaseSettings):
+    """Base of all settings objects."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    @classmethod
+    def load(cls, **values: Any) -> Self:
+        """The settings from `values` and, for what they leave out, the environment.
+
+        Raises:
+            ConfigurationError: names the first variable that is missing or malformed, and why.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = f"{ENV_PREFIX}{first['loc'][0]}".upper() if first["loc"] else ""
+            raise ConfigurationError(f"{name}: {first['msg']}".removeprefix(": "), param=name) from error
+
+
+class RedisSettings(Settings):
+    """Where the queue is."""
+
+    redis_url: str
+    """`redis://`, `rediss://` (TLS) or `unix://`, with user and password if need be."""
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("is not a redis://, rediss:// or unix:// URL")
+        return url
+
+
+class ServeSettings(Settings):
+    """What `lorelay serve` adds: where it listens, what it starts, where its own server keeps its data."""
+
+    server_name: str = "0.0.0.0"
+    server_port: Annotated[int, Field(ge=1, le=65535)] = 23333
+    redis_url: str | None = None
+    """None: an embedded server."""
+    state_dir: Path = Field(default_factory=default_state_dir)
+    workers: Count = 1
+
+
+class ApiSettings(Settings):
+    """The HTTP side."""
+
+    api_keys: Words = ()
+    """Without any, requests need no key."""
+    max_queue_depth: Count = 1_000
+    max_total_queue_depth: Count = 10_000
+    queue_time_limit_s: Seconds = 60
+    generation_limit_s: Seconds = 600
+    first_event_wait_s: Seconds = 10
+    """How long a stream waits for its first token before its headers go out."""
+    max_silence_s: Seconds = 0.5
+    """Silence on a stream after which its log is read."""
+    max_inbox_events: Count = 256
+    """Events buffered for a slow client; beyond it they are read from the log."""
+    max_body_bytes: Count = 8 * 1024 * 1024
+    redis_timeout_s: Seconds = 2
+    api_drain_s: Seconds = 30
+    result_ttl_s: Count = 300
+    failure_ttl_s: Count = 24 * 3600
+
+
+class WorkerSettings(Settings):
+    """The model, its adapters, and the engine."""
+
+    model: str
+    """Folder or Hugging Face id of the base model."""
+    model_name: str = ""
+    """What clients call it; by default MODEL as given, for a folder its name."""
+    adapters: Adapters = ()
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "auto"
+    """`auto` takes the first GPU where there is one."""
+    dtype: Dtype = "auto"
+    session_len: Count | None = None
+    """Context length in tokens; by default the model's own."""
+    max_batch_size: Count = 32
+    max_prefill_tokens: Count = 512
+    """Prompt tokens that one step may process beside the running sequences."""
+    cache_max_entry_count: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of the free device memory that the KV cache may take."""
+    cache_max_bytes: Count | None = None
+    """Upper bound of the KV cache; by default 2 GiB on the CPU, none on a GPU."""
+    block_size: Count = 16
+    num_threads: Count | None = None
+    """CPU threads of the forward pass; by default torch's own choice."""
+    lease_s: Seconds = 4
+    heartbeat_s: Seconds = 1
+    reap_s: Seconds = 0.5
+    poll_s: Seconds = 0.2
+    """Longest silence between two appends while requests are held; each brings news of aborts."""
+    step_limit_s: Seconds = 60
+    drain_s: Seconds = 30
+    """How long running requests may finish after SIGTERM before they are handed back."""
+    stream_ttl_s: Seconds = 3_600
+    """Life of a token log that nobody appends to any more."""
+    result_ttl_s: Count = 300
+    failure_ttl_s: Count = 24 * 3600
+
+    @model_validator(mode="after")
+    def _names_are_apart(self) -> Self:
+        if self.base_name in (source.name for source in self.adapters):
+            raise ValueError(f"an adapter and the base model are both called {self.base_name!r}")
+        return self
+
+    @property
+    def base_name(self) -> str:
+        """The base model's public name."""
+        if self.model_name:
+            return self.model_name
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model

@@ -1,0 +1,101 @@
+"""The codec of messages, and the names that stand in two places."""
+
+import re
+from importlib import resources
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import errors, keys
+from shared.errors import ERRORS_BY_CODE, LorelayError, from_info
+from shared.messages import (
+    SCHEMA_VERSION,
+    ErrorInfo,
+    GenerationRequest,
+    ModelCard,
+    SamplingParams,
+    StreamEvent,
+    TokenLogprob,
+    Usage,
+    decode_card,
+    decode_event,
+    decode_request,
+)
+
+REQUEST = GenerationRequest(
+    "id", "m", "base", [{"role": "user", "content": "ä😀\n"}], SamplingParams(seed=2**63 - 1)
+)
+
+
+st.register_type_strategy(
+    TokenLogprob,
+    st.builds(TokenLogprob, logprob=st.floats(allow_nan=False, allow_infinity=False)),
+)
+
+
+@given(st.from_type(StreamEvent))
+def test_an_event_reads_back_as_it_was_written(event: StreamEvent) -> None:
+    assert decode_event(event.encode()) == event
+
+
+def test_a_request_and_a_card_read_back_as_they_were_written() -> None:
+    assert decode_request(REQUEST.encode()) == REQUEST
+    card = ModelCard("a", "base", "path", "v", 1, 512, "a")
+    assert decode_card(card.encode()) == card
+
+
+@pytest.mark.parametrize("message", [REQUEST, StreamEvent(event_no=0, text="a\nb\u2028c")])
+def test_an_encoded_message_has_no_line_break(message: StreamEvent | GenerationRequest) -> None:
+    assert b"\n" not in message.encode()
+
+
+def test_fields_of_a_newer_version_are_ignored() -> None:
+    newer = msgspec.json.decode(REQUEST.encode()) | {"flux": 1, "schema_version": SCHEMA_VERSION + 1}
+    assert decode_request(msgspec.json.encode(newer)).schema_version == SCHEMA_VERSION + 1
+
+
+@pytest.mark.parametrize(
+    ("event", "is_terminal"),
+    [
+        (StreamEvent(event_no=0, text="x"), False),
+        (StreamEvent(event_no=0, usage=Usage(1, 1)), True),
+        (StreamEvent(event_no=0, error=ErrorInfo("c", "m")), True),
+    ],
+)
+def test_usage_or_an_error_makes_an_event_terminal(event: StreamEvent, is_terminal: bool) -> None:
+    assert event.is_terminal is is_terminal
+
+
+def test_every_error_survives_its_way_through_an_event() -> None:
+    for code, cls in ERRORS_BY_CODE.items():
+        error = from_info(cls("why", param="p").to_info())
+        assert (type(error), error.code, error.message, error.param) == (cls, code, "why", "p")
+
+
+def test_every_error_has_a_code_of_its_own_and_stands_in_the_drawn_tree() -> None:
+    drawn = set(re.findall(r"\w+", errors.__doc__ or ""))
+    classes = {
+        cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, LorelayError)
+    }
+    assert len(classes) == len(ERRORS_BY_CODE)
+    assert {cls.__name__ for cls in classes} <= drawn
+
+
+def test_an_unknown_code_becomes_an_internal_error_with_its_message() -> None:
+    error = from_info(ErrorInfo("of_the_future", "why"))
+    assert (type(error), error.message) == (LorelayError, "why")
+
+
+def test_an_error_without_a_message_says_what_its_class_says() -> None:
+    assert str(errors.QueueFull()) == "The queue is full; try again later."
+
+
+@pytest.mark.parametrize("key", ["waiting", "doorbell", "leases", "workers", "owner", "reader", "log"])
+def test_the_scripts_name_keys_as_the_code_does(key: str) -> None:
+    folder = resources.files("shared") / "scripts"
+    scripts = "".join(entry.read_text() for entry in folder.iterdir() if entry.name.endswith(".lua")).replace(
+        "OURS .. '", f"'{keys.PREFIX}"
+    )
+    assert f"'{getattr(keys, key)('')}'" in scripts

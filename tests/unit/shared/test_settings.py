@@ -1,0 +1,91 @@
+"""Settings: what is read, and how a malformed value is named."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from shared.errors import ConfigurationError
+from shared.settings import AdapterSource, ApiSettings, RedisSettings, WorkerSettings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORELAY_REDIS_URL", raising=False)
+    monkeypatch.setenv("LORELAY_MODEL", "org/base")
+
+
+def test_adapters_are_read_as_names_with_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORELAY_ADAPTERS", "a=/some/where  b=org/name")
+    settings = WorkerSettings.load()
+    assert settings.adapters == (AdapterSource("a", "/some/where"), AdapterSource("b", "org/name"))
+
+
+def test_one_bare_path_is_named_by_its_folder() -> None:
+    assert WorkerSettings.load(adapters="adapters/pirate").adapters == (
+        AdapterSource("pirate", "adapters/pirate"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapters", "reason"),
+    [
+        ("a=x a=y", "'a' is given twice"),
+        ("a=x y", "'y' is not of the form name=path"),
+        ("a=", "'a=' is not of the form name=path"),
+        ("default=x", "no adapter may be called 'default'"),
+        ("org/base=x", "both called 'org/base'"),
+    ],
+)
+def test_malformed_adapters_are_refused_with_the_reason(adapters: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        WorkerSettings.load(adapters=adapters)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LORELAY_MAX_BATCH_SIZE", "many"),
+        ("LORELAY_MAX_BATCH_SIZE", "0"),
+        ("LORELAY_DTYPE", "int8"),
+        ("LORELAY_LEASE_S", "-1"),
+        ("LORELAY_CACHE_MAX_ENTRY_COUNT", "1.5"),
+        ("LORELAY_TRUST_REMOTE_CODE", "maybe"),
+        ("LORELAY_ADAPTERS", "a=x y"),
+    ],
+)
+def test_a_malformed_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=name) as caught:
+        WorkerSettings.load()
+    assert caught.value.param == name
+
+
+def test_a_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORELAY_MODEL")
+    with pytest.raises(ConfigurationError, match="LORELAY_MODEL"):
+        WorkerSettings.load()
+    with pytest.raises(ConfigurationError, match="LORELAY_REDIS_URL"):
+        RedisSettings.load()
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "http://x", ""])
+def test_a_url_that_is_not_redis_is_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="LORELAY_REDIS_URL"):
+        RedisSettings.load(redis_url=url)
+
+
+def test_api_keys_may_be_separated_by_commas_or_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORELAY_API_KEYS", "one, two three")
+    assert ApiSettings.load().api_keys == ("one", "two", "three")
+
+
+def test_settings_can_not_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        ApiSettings.load().max_queue_depth = 1  # type: ignore[misc]
+
+
+def test_the_base_is_called_as_given_and_a_folder_by_its_name(tmp_path: Path) -> None:
+    assert WorkerSettings.load().base_name == "org/base"
+    assert WorkerSettings.load(model=f"{tmp_path}/").base_name == tmp_path.name
+    assert WorkerSettings.load(model=str(tmp_path), model_name="mine").base_name == "mine"
