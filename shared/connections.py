@@ -1,0 +1,73 @@
+"""Connections to Redis, the same way everywhere."""
+
+import redis
+import redis.asyncio
+import redis.asyncio.retry
+from redis.backoff import ExponentialBackoff
+
+from shared.errors import ConfigurationError
+from shared.settings import RedisSettings
+
+MIN_VERSION = (6, 2)
+
+
+def connect(settings: RedisSettings, *, socket_timeout_s: float | None = None) -> redis.Redis:
+    """A blocking client; nothing is sent before its first command."""
+    return redis.Redis.from_url(settings.redis_url, socket_timeout=socket_timeout_s)
+
+
+def connect_async(
+    settings: RedisSettings,
+    *,
+    socket_timeout_s: float | None = None,
+    max_num_retries: int = 1,
+    max_num_connections: int = 32,
+) -> redis.asyncio.Redis:
+    """An asyncio client that gives up early: an HTTP client waits behind it.
+
+    It opens at most `max_num_connections`; a command beyond them waits for `socket_timeout_s`.
+    """
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        settings.redis_url,
+        max_connections=max_num_connections,
+        timeout=socket_timeout_s,
+        socket_timeout=socket_timeout_s,
+        socket_connect_timeout=socket_timeout_s,
+        retry=redis.asyncio.retry.Retry(ExponentialBackoff(cap=0.1, base=0.02), max_num_retries),
+        health_check_interval=0,
+    )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+def check_server(connection: redis.Redis) -> None:
+    """Refuses a server that lacks commands the scripts use.
+
+    Raises:
+        ConfigurationError: the server is older than 6.2.
+        redis.ConnectionError: there is none.
+    """
+    version = str(connection.info("server")["redis_version"])
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_VERSION:
+        raise ConfigurationError(f"Redis {version} is too old: Lorelay needs Redis 6.2 or later, or Valkey")
+
+
+def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.Redis:
+    """A client of its own to the server of another one."""
+    pool = connection.connection_pool
+    options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s}
+    return redis.Redis(
+        connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options)
+    )
+
+
+def same_server(url: str, connection: redis.Redis) -> bool:
+    """Whether a URL leads to the server and database that a client uses."""
+
+    def address(options: dict[str, object]) -> tuple[object, ...]:
+        return (
+            options.get("path") or (options.get("host", "localhost"), options.get("port", 6379)),
+            options.get("db") or 0,
+        )
+
+    named = redis.connection.parse_url(url)  # type: ignore[no-untyped-call]
+    return address(dict(named)) == address(connection.connection_pool.connection_kwargs)

@@ -1,0 +1,36 @@
+"""A generation request as RQ's job hash."""
+
+from functools import cache
+
+from redis import Redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from shared.messages import GenerationRequest
+
+FUNCTION = "worker.jobs.generate"
+"""What `job.data` names. The prompt stands in a field of our own, so no dashboard or log shows it."""
+
+
+@cache
+def _unconnected() -> Redis:
+    return Redis()
+
+
+def job_fields(
+    request: GenerationRequest, queue: str, result_ttl_s: int, failure_ttl_s: int
+) -> dict[str, bytes | str | int | float]:
+    """The job hash of a request: RQ's own fields, and ours (`request`, `schema_version`)."""
+    job = Job.create(
+        FUNCTION,
+        id=request.request_id,
+        origin=queue,
+        connection=_unconnected(),
+        serializer=JSONSerializer,
+        description=f"chat completion by {request.model}",
+        timeout=int(request.generation_limit_s) if request.generation_limit_s else None,
+        result_ttl=result_ttl_s,
+        failure_ttl=failure_ttl_s,
+    )
+    fields = {name: value for name, value in job.to_dict().items() if value is not None}
+    return fields | {"request": request.encode(), "schema_version": request.schema_version}

@@ -1,0 +1,100 @@
+"""Which models exist: written by starting workers, read by every API.
+
+Cards outlive the workers that wrote them: a request for a model whose workers are away waits in its queue.
+"""
+
+import time
+from collections.abc import Iterable
+
+import redis
+import redis.asyncio
+
+from shared import keys
+from shared.errors import ModelNotFound, RegistryConflict
+from shared.messages import ModelCard, decode_card
+from shared.queues import queue_name, slug
+
+
+def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
+    """Adds cards; one that stands there already with the same base and version stays as it is.
+
+    Raises:
+        RegistryConflict: a name is known with another base or version, or two names share a queue.
+    """
+    for card in cards:
+        known = [decode_card(value) for value in connection.hvals(keys.MODELS)]
+        _refuse_shared_queue(card, known)
+        if connection.hsetnx(keys.MODELS, card.name, card.encode()):
+            continue
+        stored = connection.hget(keys.MODELS, card.name)
+        if stored is not None:
+            _refuse_other_version(card, decode_card(stored))
+
+
+def drop(connection: redis.Redis, names: Iterable[str]) -> None:
+    """Removes cards by name; a name that is not there is no error."""
+    for name in names:
+        connection.hdel(keys.MODELS, name)
+
+
+def list_cards(connection: redis.Redis) -> list[ModelCard]:
+    """All cards, oldest first, a base before its adapters."""
+    return _sorted(connection.hvals(keys.MODELS))
+
+
+async def fetch_cards(connection: redis.asyncio.Redis) -> list[ModelCard]:
+    """All cards, oldest first, a base before its adapters."""
+    return _sorted(await connection.hvals(keys.MODELS))
+
+
+async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
+    """The card of one model.
+
+    Raises:
+        ModelNotFound: no model has this name.
+    """
+    value = await connection.hget(keys.MODELS, name)
+    if value is None:
+        raise ModelNotFound(f"The model '{name}' does not exist.")
+    return decode_card(value)
+
+
+async def has_live_worker(connection: redis.asyncio.Redis, base: str) -> bool:
+    """Whether a worker of this base renewed its lease lately (by the server's clock)."""
+    seconds, _ = await connection.time()
+    return await connection.zcount(keys.workers(slug(base)), seconds * 1000, "+inf") > 0
+
+
+def created_now() -> int:
+    """The `created` of a new card: Unix seconds."""
+    return int(time.time())
+
+
+def _sorted(values: Iterable[bytes | str]) -> list[ModelCard]:
+    cards = (decode_card(value) for value in values)
+    return sorted(cards, key=lambda card: (card.base, card.adapter_name is not None, card.created, card.name))
+
+
+def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
+    if (stored.base, stored.version) != (card.base, card.version):
+        raise RegistryConflict(
+            f"model {card.name!r} is registered as {_describe(stored)}, this worker has {_describe(card)}; "
+            f"give one of them another name, or remove the registered one"
+        )
+
+
+def _refuse_shared_queue(card: ModelCard, known: Iterable[ModelCard]) -> None:
+    for other in known:
+        if other.name != card.name and _queue(other) == _queue(card):
+            raise RegistryConflict(
+                f"models {card.name!r} and {other.name!r} would share the queue {_queue(card)!r}; "
+                f"give one of them another name"
+            )
+
+
+def _queue(card: ModelCard) -> str:
+    return queue_name(card.base, card.adapter_name)
+
+
+def _describe(card: ModelCard) -> str:
+    return f"version {card.version[:12]} of base {card.base!r} from {card.source}"

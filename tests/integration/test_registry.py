@@ -1,0 +1,81 @@
+"""The registry on a real server."""
+
+import pytest
+import redis
+import redis.asyncio
+
+from shared import registry
+from shared.connections import check_server, connect_like, same_server
+from shared.errors import ConfigurationError, ModelNotFound, RegistryConflict
+from shared.messages import ModelCard
+from tests.redis_server import RedisServer
+from tests.streams import worker_streams
+
+BASE = ModelCard("tiny", "tiny", "/models/tiny", "v1", 100, 512)
+
+
+def adapter(name: str, base: str = "tiny", version: str = "v1") -> ModelCard:
+    return ModelCard(name, base, f"/adapters/{name}", version, 200, 512, name)
+
+
+def test_cards_are_listed_base_first_and_registering_twice_changes_nothing(connection: redis.Redis) -> None:
+    registry.register(connection, [adapter("b"), adapter("a"), BASE])
+    registry.register(connection, [BASE, adapter("a")])
+    assert [card.name for card in registry.list_cards(connection)] == ["tiny", "a", "b"]
+
+
+def test_a_name_known_with_another_version_is_refused_and_both_are_shown(connection: redis.Redis) -> None:
+    registry.register(connection, [BASE, adapter("a", version="old")])
+    with pytest.raises(RegistryConflict, match=r"'a' is registered as version old.*has version new"):
+        registry.register(connection, [adapter("a", version="new")])
+
+
+def test_two_models_that_would_share_a_queue_are_refused(connection: redis.Redis) -> None:
+    registry.register(connection, [BASE, adapter("a")])
+    with pytest.raises(RegistryConflict, match="share the queue 'tiny-a'"):
+        registry.register(connection, [ModelCard("tiny-a", "tiny-a", "/m", "v", 1, 512)])
+
+
+def test_a_dropped_card_is_gone(connection: redis.Redis) -> None:
+    registry.register(connection, [BASE, adapter("a")])
+    registry.drop(connection, ["a", "never-there"])
+    assert [card.name for card in registry.list_cards(connection)] == ["tiny"]
+
+
+async def test_the_api_reads_what_workers_wrote(redis_server: RedisServer, connection: redis.Redis) -> None:
+    registry.register(connection, [BASE, adapter("a")])
+    async with redis.asyncio.Redis.from_url(redis_server.url) as client:
+        assert await registry.fetch_cards(client) == [BASE, adapter("a")]
+        assert await registry.fetch_card(client, "a") == adapter("a")
+        with pytest.raises(ModelNotFound, match=r"The model 'x' does not exist."):
+            await registry.fetch_card(client, "x")
+
+
+async def test_a_worker_is_alive_while_it_renews(redis_server: RedisServer, connection: redis.Redis) -> None:
+    async with redis.asyncio.Redis.from_url(redis_server.url) as client:
+        assert not await registry.has_live_worker(client, "tiny")
+        worker_streams(connection).renew([])
+        assert await registry.has_live_worker(client, "tiny")
+        assert not await registry.has_live_worker(client, "other")
+        worker_streams(connection, lease_s=-1).renew([])
+        assert not await registry.has_live_worker(client, "tiny")
+
+
+def test_a_server_without_the_commands_of_6_2_is_refused(
+    connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_server(connection)
+    monkeypatch.setattr(connection, "info", lambda _: {"redis_version": "6.0.16"})
+    with pytest.raises(ConfigurationError, match=r"Redis 6\.0\.16 is too old"):
+        check_server(connection)
+
+
+def test_connections_know_whether_they_lead_to_the_same_server(redis_server: RedisServer) -> None:
+    with redis.Redis.from_url(redis_server.url) as client, redis.Redis.from_url("redis://h/1") as tcp:
+        assert same_server(redis_server.url, client)
+        assert not same_server("redis://localhost:6379", client)
+        assert same_server("redis://h:6379/1", tcp)
+        assert not same_server("redis://h:6379/2", tcp)
+        with connect_like(client, socket_timeout_s=1) as other:
+            assert other.ping()
+            assert other.connection_pool.connection_kwargs["socket_timeout"] == 1

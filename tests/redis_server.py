@@ -1,0 +1,129 @@
+"""A real Redis or Valkey server for tests."""
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import redis
+
+START_LIMIT_S = 10.0
+STOP_LIMIT_S = 10.0
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RedisServer:
+    """One server process in `folder`, on a unix socket there, or on 127.0.0.1 when `port` is given.
+
+    The URL stays the same over restarts, and so do the data when `append_only` is on. `options` are further
+    command line arguments, e.g. `("--maxmemory", "10mb")`. As a context manager it is started and killed.
+    """
+
+    def __init__(
+        self,
+        binary: str | Path,
+        folder: Path,
+        *,
+        port: int | None = None,
+        append_only: bool = False,
+        options: Sequence[str] = (),
+    ) -> None:
+        self._binary = str(binary)
+        self._folder = folder
+        self._port = port
+        self._append_only = append_only
+        self._options = tuple(options)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """What `redis.Redis.from_url` takes."""
+        if self._port is not None:
+            return f"redis://127.0.0.1:{self._port}"
+        return f"unix://{self._folder / 'redis.sock'}"
+
+    @property
+    def log(self) -> str:
+        """What the server wrote to its log."""
+        return (self._folder / "redis.log").read_text()
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running server."""
+        assert self._process is not None, "the server is not running"
+        return self._process.pid
+
+    def start(self) -> Self:
+        """Starts the server and returns when it answers."""
+        assert self._process is None, "the server is running already"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            [self._binary, *self._arguments()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        self._wait_until_it_answers()
+        return self
+
+    def stop(self) -> None:
+        """Ends the server with SIGTERM; it writes its data first. Without a server: nothing."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends the server with SIGKILL. Without a server: nothing."""
+        self._end(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay up, nothing answers."""
+        self._send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT after `freeze`."""
+        self._send(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _arguments(self) -> list[str]:
+        if self._port is not None:
+            place = ["--port", str(self._port), "--bind", "127.0.0.1"]
+        else:
+            place = ["--port", "0", "--unixsocket", str(self._folder / "redis.sock")]
+        persistence = ["--appendonly", "yes" if self._append_only else "no", "--save", ""]
+        files = ["--dir", str(self._folder), "--logfile", str(self._folder / "redis.log")]
+        return [*place, *persistence, *files, "--maxmemory-policy", "noeviction", *self._options]
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        with redis.Redis.from_url(self.url) as connection:
+            while True:
+                try:
+                    connection.ping()
+                    return
+                except redis.ConnectionError:
+                    assert self._process is not None
+                    assert self._process.poll() is None, f"the server ended at its start: {self.log}"
+                    assert time.monotonic() < deadline, f"the server does not answer: {self.log}"
+                    time.sleep(0.01)
+
+    def _send(self, signal_no: int) -> None:
+        assert self._process is not None, "the server is not running"
+        self._process.send_signal(signal_no)
+
+    def _end(self, signal_no: int) -> None:
+        if self._process is None:
+            return
+        self._process.send_signal(signal_no)
+        self._process.send_signal(signal.SIGCONT)
+        self._process.wait(STOP_LIMIT_S)
+        self._process = None

@@ -1,0 +1,93 @@
+"""Both ends of the queue for tests: requests, an API's end that blocks, a worker's end."""
+
+import asyncio
+from typing import Any
+from uuid import uuid4
+
+import redis
+import redis.asyncio
+
+from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
+from shared.streams import ApiStreams, Append, Claim, WorkerStreams
+
+BASE = "tiny"
+CHANNEL = "lorelay:events:test"
+SECRET = "the prompt that nobody may see"
+
+
+def make_request(adapter_name: str | None = None, **values: Any) -> GenerationRequest:
+    """A valid request with a fresh id."""
+    defaults: dict[str, Any] = {
+        "request_id": f"chatcmpl-{uuid4().hex}",
+        "model": adapter_name or BASE,
+        "base": BASE,
+        "adapter_name": adapter_name,
+        "messages": [{"role": "user", "content": SECRET}],
+        "sampling": SamplingParams(temperature=0.0, max_tokens=8),
+    }
+    return GenerationRequest(**(defaults | values))
+
+
+class BlockingApi:
+    """`ApiStreams` without asyncio around it."""
+
+    def __init__(self, url: str, channel: str = CHANNEL) -> None:
+        self._url = url
+        self._channel = channel
+
+    def enqueue(self, request: GenerationRequest, **limits: Any) -> str:
+        """Enqueues with generous limits unless given others; returns the request id."""
+        defaults = {
+            "max_queue_depth": 100,
+            "max_total_queue_depth": 1000,
+            "stream_ttl_s": 60,
+            "result_ttl_s": 60,
+            "failure_ttl_s": 120,
+        }
+
+        async def call() -> None:
+            async with redis.asyncio.Redis.from_url(self._url) as connection:
+                await ApiStreams(connection, self._channel).enqueue(request, **(defaults | limits))
+
+        asyncio.run(call())
+        return request.request_id
+
+    def abort(self, request_id: str, **options: Any) -> str:
+        """`ApiStreams.abort`."""
+
+        async def call() -> str:
+            async with redis.asyncio.Redis.from_url(self._url) as connection:
+                return await ApiStreams(connection, self._channel).abort(request_id, **options)
+
+        return asyncio.run(call())
+
+
+def worker_streams(connection: redis.Redis, name: str = "w1", **options: Any) -> WorkerStreams:
+    """A worker's end with short leases."""
+    defaults = {
+        "base": BASE,
+        "lease_s": 4,
+        "stream_ttl_s": 60,
+        "result_ttl_s": 60,
+        "failure_ttl_s": 120,
+    }
+    return WorkerStreams(connection, worker_name=name, **(defaults | options))
+
+
+def claim(streams: WorkerStreams, num_requests: int = 1, **options: Any) -> list[Claim]:
+    """Claims up to `num_requests` under fresh execution ids."""
+    ids = [uuid4().hex for _ in range(num_requests)]
+    return streams.claim(ids, options.get("running", {}), options.get("queues", []))
+
+
+def token(claimed: Claim, event_no: int, text: str = "x") -> Append:
+    """An ordinary event of one token."""
+    return Append(claimed.held, StreamEvent(event_no=event_no, token_ids=(event_no,), text=text))
+
+
+def last(claimed: Claim, event_no: int, **values: Any) -> Append:
+    """A terminal event."""
+    event = StreamEvent(
+        event_no=event_no, **({"finish_reason": "stop", "usage": Usage(3, event_no)} | values)
+    )
+    return Append(claimed.held, event, {"model": claimed.request.model, "completion_tokens": event_no})
