@@ -1,0 +1,84 @@
+"""Doubles of the device and the tokenizer, for tests of the control path without a model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shared.errors import InvalidRequest
+from worker.sequence import Batch, Sequence
+
+EOS = 0
+
+
+class FakeModelRunner:
+    """Draws each token from a function of the sequence alone, and checks what it is given.
+
+    It keeps the tokens of every block, as a cache would: a token whose block was given away or never written
+    shows as a failed assertion.
+    """
+
+    def __init__(
+        self,
+        next_token: Callable[[Sequence], int | None] | None = None,
+        *,
+        block_size: int = 4,
+        max_model_len: int = 64,
+        adapter_versions: Mapping[str, str] | None = None,
+    ) -> None:
+        self.max_model_len = max_model_len
+        self.adapter_versions = adapter_versions or {"a": "1", "b": "1", "c": "1"}
+        self.batches: list[list[tuple[str, int]]] = []
+        self._next_token = next_token or letters
+        self._block_size = block_size
+        self._cache: dict[tuple[int, int], tuple[str, int]] = {}
+
+    def run(self, batch: Batch) -> list[int | None]:
+        self.batches.append([(item.seq.request_id, item.num_tokens) for item in batch])
+        for item in batch:
+            self._write(item.seq, item.num_tokens)
+        for item in batch:
+            self._check(item.seq, item.seq.num_computed_tokens + item.num_tokens)
+        return [self._next_token(item.seq) for item in batch if item.samples]
+
+    def _write(self, seq: Sequence, num_tokens: int) -> None:
+        for position in range(seq.num_computed_tokens, seq.num_computed_tokens + num_tokens):
+            self._cache[self._slot(seq, position)] = (seq.request_id, seq.token_ids[position])
+
+    def _check(self, seq: Sequence, num_tokens: int) -> None:
+        for position in range(num_tokens):
+            assert self._cache[self._slot(seq, position)] == (seq.request_id, seq.token_ids[position])
+
+    def _slot(self, seq: Sequence, position: int) -> tuple[int, int]:
+        return seq.block_table[position // self._block_size], position % self._block_size
+
+
+def letters(seq: Sequence) -> int:
+    """A letter that depends on the adapter and on all tokens so far."""
+    adapter = ord(seq.adapter_name[0]) if seq.adapter_name else 7
+    return ord("a") + (sum(i * t for i, t in enumerate(seq.token_ids, 1)) + adapter) % 26
+
+
+def spell(text: str) -> Callable[[Sequence], int]:
+    """Answers every request with `text` and then the end-of-sequence token."""
+    return lambda seq: (text[seq.num_output_tokens :] + chr(EOS)).encode("latin-1")[0]
+
+
+class FakeDetokenizer:
+    """One token, one character."""
+
+    def add(self, token_id: int) -> str:
+        return "" if token_id == EOS else chr(token_id)
+
+
+class FakeTokenizer:
+    """One character, one token; 0 ends a sequence."""
+
+    eos_token_ids = frozenset({EOS})
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        text = "".join(message["content"] for message in messages)
+        if text == "unsayable":
+            raise InvalidRequest("the chat template refuses it", param="messages")
+        return [ord(character) for character in text]
+
+    def detokenizer(self) -> FakeDetokenizer:
+        return FakeDetokenizer()

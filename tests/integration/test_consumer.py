@@ -1,0 +1,324 @@
+"""The worker's control path on a real server: I/O thread, engine loop and heartbeat, with a fake model."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from uuid import uuid4
+
+import pytest
+import redis
+
+from shared import keys
+from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
+from shared.streams import Append
+from tests.fakes import FakeModelRunner, FakeTokenizer, letters
+from tests.redis_server import RedisServer
+from tests.streams import BASE, BlockingApi, claim, last, make_request, token, worker_streams
+from tests.waiting import wait_until
+from worker.block_manager import BlockManager
+from worker.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
+from worker.engine import Engine
+from worker.engine_loop import EngineLoop
+from worker.heartbeat import Heartbeat
+from worker.scheduler import Scheduler
+from worker.sequence import Batch, Sequence
+
+
+class SlowRunner(FakeModelRunner):
+    """Waits for a permit before each step, so that a test decides how far a generation gets."""
+
+    def __init__(self, next_token: Callable[[Sequence], int | None] | None = None) -> None:
+        super().__init__(next_token, max_model_len=512)
+        self.permits = threading.Semaphore(0)
+
+    def run(self, batch: Batch) -> list[int | None]:
+        self.permits.acquire()
+        return super().run(batch)
+
+
+class ThreadedWorker:
+    """What LoraWorker runs, in threads of this process."""
+
+    def __init__(
+        self, url: str, runner: FakeModelRunner, *, max_num_requests: int = 8, drain_s: float = 30
+    ) -> None:
+        self.name = f"w-{uuid4().hex}"
+        self.held = HeldRequests()
+        scheduler = Scheduler(BlockManager(512, 4), max_batch_size=8, max_prefill_tokens=64)
+        self.connection = redis.Redis.from_url(url, socket_timeout=5)
+        self.consumer = Consumer(
+            worker_streams(self.connection, self.name),
+            self.held,
+            queues=[],
+            max_num_requests=max_num_requests,
+            poll_s=0.02,
+        )
+        engine = Engine(runner, FakeTokenizer(), scheduler)
+        self.loop = EngineLoop(engine, self.consumer, self.held, drain_s=drain_s)
+        self._threads = [
+            threading.Thread(target=run, daemon=True) for run in (self.consumer.run, self.loop.run)
+        ]
+
+    def start(self) -> "ThreadedWorker":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def join_loop(self) -> None:
+        self._threads[1].join(10)
+        assert not self._threads[1].is_alive()
+
+    def close(self) -> None:
+        self.loop.drain()
+        self.loop.drain()
+        self.consumer.stop()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self.connection.close()
+
+
+@pytest.fixture
+def api(redis_server: RedisServer, connection: redis.Redis) -> BlockingApi:
+    return BlockingApi(redis_server.url)
+
+
+@pytest.fixture
+def start_worker(redis_server: RedisServer) -> Iterator[Callable[..., ThreadedWorker]]:
+    workers: list[tuple[ThreadedWorker, FakeModelRunner]] = []
+
+    def start(runner: FakeModelRunner | None = None, **options: object) -> ThreadedWorker:
+        runner = runner or FakeModelRunner(max_model_len=512)
+        worker = ThreadedWorker(redis_server.url, runner, **options).start()
+        workers.append((worker, runner))
+        return worker
+
+    yield start
+    for worker, runner in workers:
+        if isinstance(runner, SlowRunner):
+            runner.permits.release(10_000)
+        worker.close()
+
+
+def log_of(connection: redis.Redis, request_id: str) -> list[StreamEvent]:
+    return [decode_event(entry) for entry in connection.lrange(keys.log(request_id), 0, -1)]
+
+
+def finished_log(connection: redis.Redis, request_id: str) -> list[StreamEvent]:
+    def ended() -> list[StreamEvent]:
+        events = log_of(connection, request_id)
+        return events if events and events[-1].is_terminal else []
+
+    return wait_until(ended, what=f"the end of {request_id}")
+
+
+def request_of(num_tokens: int, adapter_name: str | None = None) -> object:
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens)
+    messages = [{"role": "user", "content": "hello"}]
+    return make_request(adapter_name, sampling=sampling, messages=messages)
+
+
+def expected_text(num_tokens: int, adapter_name: str | None = None) -> str:
+    prompt = [ord(character) for character in "hello"]
+    seq = Sequence("r", 0, adapter_name, SamplingParams(), prompt, len(prompt), num_tokens)
+    for _ in range(num_tokens):
+        seq.token_ids.append(letters(seq))
+    return "".join(map(chr, seq.output_token_ids))
+
+
+def text_of(events: list[StreamEvent]) -> str:
+    assert [event.event_no for event in events] == list(range(len(events)))
+    return "".join(event.text for event in events)
+
+
+def test_every_request_is_answered_once_by_one_of_two_workers(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    adapters = [None, "a", "b"]
+    ids = {api.enqueue(request_of(20, adapters[i % 3])): adapters[i % 3] for i in range(24)}
+    workers = [start_worker(), start_worker()]
+    for request_id, adapter_name in ids.items():
+        assert text_of(finished_log(connection, request_id)) == expected_text(20, adapter_name)
+    wait_until(lambda: not any(worker.held for worker in workers))
+    assert sum(worker.consumer.num_claimed for worker in workers) == 24
+    assert connection.zcard(keys.leases(BASE)) == 0
+
+
+def test_a_worker_claims_no_more_than_its_engine_has_room_for(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    ids = [api.enqueue(request_of(3)) for _ in range(5)]
+    runner = SlowRunner()
+    worker = start_worker(runner, max_num_requests=2)
+    wait_until(lambda: len(worker.held) == 2)
+    runner.permits.release(1)
+    wait_until(lambda: connection.llen(keys.log(ids[1])) == 1)
+    assert connection.llen(f"rq:queue:{BASE}") == 3
+    runner.permits.release(1000)
+    for request_id in ids:
+        finished_log(connection, request_id)
+
+
+def test_a_request_aborted_while_it_runs_leaves_the_batch(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    runner = SlowRunner()
+    start_worker(runner)
+    gone, kept = (api.enqueue(request_of(200)) for _ in range(2))
+
+    def both_run() -> bool:
+        runner.permits.release(1)
+        return bool(log_of(connection, gone) and log_of(connection, kept))
+
+    def is_aborted() -> bool:
+        runner.permits.release(1)
+        return log_of(connection, gone)[-1].finish_reason is FinishReason.ABORT
+
+    wait_until(both_run)
+    api.abort(gone)
+    wait_until(is_aborted)
+    runner.permits.release(10_000)
+    assert text_of(finished_log(connection, kept)) == expected_text(200)
+    assert len(log_of(connection, gone)) < 200
+
+
+def test_a_draining_worker_finishes_what_runs_and_claims_nothing_new(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    runner = SlowRunner()
+    worker = start_worker(runner)
+    running = api.enqueue(request_of(10))
+    wait_until(lambda: len(worker.held) == 1)
+    worker.loop.drain()
+    late = api.enqueue(request_of(3))
+    runner.permits.release(1000)
+    worker.join_loop()
+    assert text_of(finished_log(connection, running)) == expected_text(10)
+    assert log_of(connection, late) == []
+    assert worker.consumer.hand_back() == 0
+
+
+def test_what_a_hurried_drain_leaves_goes_on_at_another_worker_without_a_gap(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    runner = SlowRunner()
+    worker = start_worker(runner)
+    request_id = api.enqueue(request_of(30, "a"))
+    runner.permits.release(10)
+    wait_until(lambda: len(log_of(connection, request_id)) >= 5)
+    worker.loop.drain()
+    worker.loop.drain()
+    runner.permits.release(1)
+    worker.join_loop()
+    worker.close()
+    assert worker.consumer.hand_back() == 1
+    start_worker()
+    assert text_of(finished_log(connection, request_id)) == expected_text(30, "a")
+
+
+def test_events_wait_while_the_connection_is_down_and_arrive_once(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    worker = start_worker(SlowRunner())
+    runner = worker.loop._engine._model_runner
+    request_id = api.enqueue(request_of(50))
+    for _ in range(5):
+        runner.permits.release(10)
+        wait_until(lambda: log_of(connection, request_id))
+        connection.client_kill_filter(_type="normal", skipme=True)
+    runner.permits.release(1000)
+    assert text_of(finished_log(connection, request_id)) == expected_text(50)
+
+
+def test_a_request_that_moved_on_is_dropped_and_its_events_are_not_written(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    runner = SlowRunner()
+    worker = start_worker(runner)
+    request_id = api.enqueue(request_of(100))
+    runner.permits.release(2)
+    wait_until(lambda: len(log_of(connection, request_id)) == 2)
+    worker.consumer.drain()
+    worker_streams(connection, worker.name).hand_back(worker.held.snapshot())
+    thief = worker_streams(connection, "thief")
+    (stolen,) = claim(thief)
+    runner.permits.release(2)
+    wait_until(lambda: not worker.held)
+    assert len(log_of(connection, request_id)) == 2
+    thief.append([stolen.held], [last(stolen, 2)])
+
+
+def test_the_engine_pauses_while_too_many_steps_are_unsent(redis_server: RedisServer) -> None:
+    worker = ThreadedWorker(redis_server.url, FakeModelRunner())
+    consumer = worker.consumer
+    for _ in range(MAX_NUM_UNSENT_STEPS):
+        consumer.outbox.put_nowait([])
+    putting = threading.Thread(target=worker.loop._put, args=([],), daemon=True)
+    putting.start()
+    putting.join(0.2)
+    assert putting.is_alive()
+    consumer.outbox.get_nowait()
+    putting.join(10)
+    assert not putting.is_alive()
+    worker.connection.close()
+
+
+def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    orphan = api.enqueue(make_request())
+    (dead,) = claim(worker_streams(connection, "dead", lease_s=0.001))
+    mine = api.enqueue(make_request())
+    (claimed,) = claim(worker_streams(connection, "alive"))
+    held = HeldRequests()
+    held.add(claimed)
+    now_s, beats = [0.0], []
+    heartbeat = Heartbeat(
+        worker_streams(connection, "alive"),
+        held,
+        lease_s=4,
+        heartbeat_s=1,
+        reap_s=0.5,
+        on_beat=lambda: beats.append(now_s[0]),
+        clock=lambda: now_s[0],
+    )
+    queue_key = f"rq:queue:{BASE}"
+    wait_until(lambda: connection.zscore(keys.leases(BASE), orphan) < time.time() * 1000)
+    for now_s[0] in (0.0, 0.5, 1.0, 3.9):
+        heartbeat.turn()
+    assert beats == [0.0, 1.0, 3.9]
+    assert connection.llen(queue_key) == 0
+    now_s[0] = 4.0
+    heartbeat.turn()
+    assert connection.lrange(queue_key, 0, -1) == [orphan.encode()]
+    assert connection.zscore(keys.leases(BASE), mine) is not None
+    assert connection.zscore(keys.workers(BASE), "alive") > time.time() * 1000
+    assert worker_streams(connection, "dead").append([dead.held], [token(dead, 0)]).lost == [orphan]
+
+
+def test_a_request_refused_by_the_engine_ends_with_its_error(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    request_id = api.enqueue(make_request("not-loaded"))
+    worker = start_worker()
+    (event,) = finished_log(connection, request_id)
+    assert event.error.code == "adapter_error"
+    wait_until(lambda: not worker.held)
+
+
+def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    api.enqueue(make_request())
+    held = HeldRequests()
+    streams = worker_streams(connection)
+    consumer = Consumer(streams, held, queues=[], max_num_requests=1, poll_s=0.01)
+    consumer._claim()
+    (claimed,) = consumer.commands.get_nowait().add
+    end: list[Append] = [last(claimed, 0)]
+    streams.append([claimed.held], end)
+    consumer.outbox.put(end)
+    consumer._collect(1)
+    consumer._send()
+    assert consumer.commands.empty()
+    assert not held

@@ -1,0 +1,227 @@
+"""Requests in, events out: how a request ends, and what its events say."""
+
+import pytest
+
+from shared.errors import from_info
+from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
+from shared.streams import Append, Held
+from tests.fakes import FakeModelRunner, FakeTokenizer, spell
+from tests.streams import make_request
+from worker.block_manager import BlockManager
+from worker.engine import Engine
+from worker.scheduler import Scheduler
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Bench:
+    """An engine on fakes, with a clock to turn."""
+
+    def __init__(self, runner: FakeModelRunner | None = None) -> None:
+        self.clock = Clock()
+        self.runner = runner or FakeModelRunner()
+        self.blocks = BlockManager(32, 4)
+        scheduler = Scheduler(self.blocks, max_batch_size=8, max_prefill_tokens=16)
+        self.engine = Engine(self.runner, FakeTokenizer(), scheduler, self.clock)
+
+    def add(self, name: str = "r", events: tuple[StreamEvent, ...] = (), **values: object) -> list[Append]:
+        sampling = values.pop("sampling", SamplingParams(temperature=0, max_tokens=4))
+        text = values.pop("text", "hello")
+        request = make_request(
+            request_id=name, messages=[{"role": "user", "content": text}], sampling=sampling, **values
+        )
+        return self.engine.add_request(Held(name, f"execution-{name}"), request, events)
+
+    def finish(self) -> dict[str, list[StreamEvent]]:
+        """Steps until nothing is left; the events of each request."""
+        events: dict[str, list[StreamEvent]] = {}
+        while self.engine.has_work:
+            for append in self.engine.step():
+                events.setdefault(append.held.request_id, []).append(append.event)
+        return events
+
+
+def text_of(events: list[StreamEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+def sampling(**values: object) -> SamplingParams:
+    return SamplingParams(temperature=0, **({"max_tokens": 20} | values))
+
+
+def test_a_request_ends_with_stop_at_the_end_of_sequence_token() -> None:
+    bench = Bench(FakeModelRunner(spell("ahoy")))
+    assert bench.add(sampling=sampling()) == []
+    events = bench.finish()["r"]
+    assert text_of(events) == "ahoy"
+    assert [event.event_no for event in events] == [0, 1, 2, 3, 4]
+    assert events[-1].finish_reason is FinishReason.STOP
+    assert events[-1].usage == Usage(prompt_tokens=5, completion_tokens=5)
+    assert not any(event.is_terminal for event in events[:-1])
+
+
+def test_a_request_ends_with_length_at_its_token_limit() -> None:
+    bench = Bench(FakeModelRunner(spell("ahoy there")))
+    bench.add(sampling=sampling(max_tokens=4))
+    events = bench.finish()["r"]
+    assert (text_of(events), events[-1].finish_reason) == ("ahoy", FinishReason.LENGTH)
+
+
+def test_without_a_token_limit_a_request_ends_at_the_end_of_the_context() -> None:
+    bench = Bench(FakeModelRunner(lambda seq: ord("x"), max_model_len=16))
+    bench.add(sampling=sampling(max_tokens=None))
+    events = bench.finish()["r"]
+    assert (text_of(events), events[-1].finish_reason) == ("x" * 11, FinishReason.LENGTH)
+
+
+def test_ignore_eos_goes_on_past_the_end_of_sequence_token() -> None:
+    bench = Bench(FakeModelRunner(spell("ahoy")))
+    bench.add(sampling=sampling(max_tokens=6, ignore_eos=True))
+    events = bench.finish()["r"]
+    assert events[-1].finish_reason is FinishReason.LENGTH
+    assert events[-1].usage.completion_tokens == 6
+
+
+def test_a_stop_string_over_several_tokens_ends_the_text_before_it() -> None:
+    bench = Bench(FakeModelRunner(spell("one STOP two")))
+    bench.add(sampling=sampling(stop=("STOP",)))
+    events = bench.finish()["r"]
+    assert (text_of(events), events[-1].finish_reason) == ("one ", FinishReason.STOP)
+
+
+def test_text_held_back_for_a_stop_string_is_released_at_the_end() -> None:
+    bench = Bench(FakeModelRunner(spell("one STO")))
+    bench.add(sampling=sampling(stop=("STOP",)))
+    assert text_of(bench.finish()["r"]) == "one STO"
+
+
+def test_min_tokens_keeps_the_end_of_sequence_token_from_ending() -> None:
+    bench = Bench(FakeModelRunner(lambda seq: 0 if seq.num_output_tokens in (1, 4) else ord("x")))
+    bench.add(sampling=sampling(min_tokens=3))
+    assert bench.finish()["r"][-1].usage.completion_tokens == 5
+
+
+def test_requests_of_different_adapters_share_a_batch_and_keep_their_own_text() -> None:
+    alone = {}
+    for adapter_name in (None, "a", "b"):
+        bench = Bench()
+        bench.add("r", adapter_name=adapter_name)
+        alone[adapter_name] = text_of(bench.finish()["r"])
+    bench = Bench()
+    for adapter_name in alone:
+        bench.add(f"r-{adapter_name}", adapter_name=adapter_name)
+    together = bench.finish()
+    assert {name: text_of(together[f"r-{name}"]) for name in alone} == alone
+    assert len(set(alone.values())) == 3
+    assert len(bench.runner.batches[1]) == 3
+
+
+def test_a_resumed_request_goes_on_where_its_log_ends() -> None:
+    whole_bench = Bench()
+    whole_bench.add(sampling=sampling(max_tokens=8, stop=("zzz",)))
+    whole = whole_bench.finish()["r"]
+    for num_written in range(1, len(whole)):
+        bench = Bench()
+        bench.add(events=tuple(whole[:num_written]), sampling=sampling(max_tokens=8, stop=("zzz",)))
+        assert bench.finish()["r"] == whole[num_written:]
+
+
+def test_a_prompt_over_the_context_is_refused_with_both_numbers() -> None:
+    bench = Bench(FakeModelRunner(max_model_len=8))
+    (append,) = bench.add(sampling=sampling(max_tokens=4))
+    assert append.event.error.code == "context_length_exceeded"
+    assert "8 tokens" in append.event.error.message
+    assert "5 tokens" in append.event.error.message
+    assert not bench.engine.has_work
+
+
+def test_a_prompt_that_fills_the_context_leaves_no_room_to_answer() -> None:
+    bench = Bench(FakeModelRunner(max_model_len=5))
+    (append,) = bench.add(sampling=sampling(max_tokens=None))
+    assert append.event.error.code == "context_length_exceeded"
+
+
+def test_what_the_chat_template_refuses_ends_as_an_invalid_request() -> None:
+    (append,) = Bench().add(text="unsayable")
+    assert (append.event.error.code, append.event.error.param) == ("invalid_request_error", "messages")
+
+
+def test_an_adapter_that_is_not_loaded_ends_as_an_adapter_error() -> None:
+    (append,) = Bench().add(adapter_name="nobody")
+    assert "nobody" in str(from_info(append.event.error))
+    assert append.event.error.code == "adapter_error"
+
+
+def test_an_aborted_request_ends_at_once_and_frees_its_blocks() -> None:
+    bench = Bench()
+    bench.add("gone")
+    bench.add("kept")
+    bench.engine.step()
+    (append,) = bench.engine.abort_request("gone")
+    assert append.event.finish_reason is FinishReason.ABORT
+    assert append.event.is_terminal
+    assert set(bench.finish()) == {"kept"}
+    assert bench.blocks.num_free_blocks == 32
+    assert bench.engine.abort_request("gone") == []
+
+
+def test_a_dropped_request_ends_without_an_event() -> None:
+    bench = Bench()
+    bench.add()
+    bench.engine.step()
+    bench.engine.drop_request("r")
+    assert bench.finish() == {}
+    assert bench.blocks.num_free_blocks == 32
+
+
+def test_a_request_claimed_again_replaces_the_sequence_of_its_former_claim() -> None:
+    bench = Bench()
+    bench.add()
+    bench.engine.step()
+    bench.add()
+    assert [event.event_no for event in bench.finish()["r"]] == [0, 1, 2, 3]
+    assert bench.blocks.num_free_blocks == 32
+
+
+def test_a_request_over_its_generation_limit_ends_with_an_error() -> None:
+    bench = Bench()
+    bench.add("slow", generation_limit_s=10)
+    bench.add("free")
+    bench.engine.step()
+    bench.clock.now_s = 9.9
+    assert bench.engine.expire_requests() == []
+    bench.clock.now_s = 10.1
+    (append,) = bench.engine.expire_requests()
+    assert (append.held.request_id, append.event.error.code) == ("slow", "generation_timeout")
+    assert append.event.event_no == 1
+    assert set(bench.finish()) == {"free"}
+
+
+def test_logits_that_give_no_token_fail_their_own_request_only() -> None:
+    bench = Bench(FakeModelRunner(lambda seq: None if seq.request_id == "bad" else ord("x")))
+    bench.add("bad")
+    bench.add("good")
+    events = bench.finish()
+    assert events["bad"][-1].error.code == "generation_failed"
+    assert text_of(events["good"]) == "xxxx"
+
+
+@pytest.mark.parametrize("ended_by", ["stop", "error"])
+def test_the_meta_of_a_finished_request_tells_numbers_and_no_text(ended_by: str) -> None:
+    bench = Bench(FakeModelRunner(spell("hi") if ended_by == "stop" else lambda seq: None))
+    bench.add(model="a", adapter_name="a", text="secret", sampling=sampling())
+    while True:
+        (append,) = bench.engine.step()
+        if append.event.is_terminal:
+            break
+    assert append.meta["adapter"] == "a"
+    assert append.meta["prompt_tokens"] == 6
+    assert append.meta["finish_reason"] == ended_by
+    assert "secret" not in str(append.meta)

@@ -1,0 +1,143 @@
+"""Continuous batching, chunked prefill and preemption, on a runner that checks every block."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.messages import SamplingParams
+from tests.fakes import FakeModelRunner, letters
+from worker.block_manager import BlockManager
+from worker.scheduler import Scheduler
+from worker.sequence import Sequence, SequenceStatus
+
+BLOCK_SIZE = 4
+
+
+def make_sequence(request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 4) -> Sequence:
+    return Sequence(
+        request_id=request_id,
+        index=0,
+        adapter_name=None,
+        sampling=SamplingParams(),
+        token_ids=[(ord(request_id[-1]) * i) % 97 + 1 for i in range(1, num_prompt_tokens + 1)],
+        num_prompt_tokens=num_prompt_tokens,
+        max_tokens=max_tokens,
+    )
+
+
+class Bench:
+    """A scheduler over a few blocks, stepped by hand."""
+
+    def __init__(self, num_blocks: int = 16, max_batch_size: int = 4, max_prefill_tokens: int = 8) -> None:
+        self.blocks = BlockManager(num_blocks, BLOCK_SIZE)
+        self.scheduler = Scheduler(
+            self.blocks, max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
+        )
+        self.runner = FakeModelRunner(block_size=BLOCK_SIZE)
+
+    def step(self) -> list[tuple[str, int]]:
+        """Runs one step, finishes what reached its end, and returns what was scheduled."""
+        batch = self.scheduler.schedule()
+        for seq, _ in self.scheduler.postprocess(batch, self.runner.run(batch)):
+            if seq.num_output_tokens == seq.max_tokens:
+                self.scheduler.finish(seq)
+        return self.runner.batches[-1]
+
+    def run_all(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.has_work:
+                return
+            assert self.step(), "a step with work ran nothing"
+        pytest.fail("the scheduler never came to an end")
+
+
+def test_a_sequence_joins_the_running_batch_at_any_step() -> None:
+    bench = Bench()
+    bench.scheduler.add(make_sequence("r1"))
+    assert bench.step() == [("r1", 3)]
+    bench.scheduler.add(make_sequence("r2", 5))
+    assert bench.step() == [("r1", 1), ("r2", 5)]
+    assert bench.step() == [("r1", 1), ("r2", 1)]
+
+
+def test_a_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
+    bench = Bench()
+    bench.scheduler.add(make_sequence("r1"))
+    bench.step()
+    bench.scheduler.add(make_sequence("r2", 20))
+    assert [bench.step() for _ in range(3)] == [
+        [("r1", 1), ("r2", 8)],
+        [("r1", 1), ("r2", 8)],
+        [("r1", 1), ("r2", 4)],
+    ]
+
+
+def test_the_batch_never_exceeds_its_size() -> None:
+    bench = Bench(max_batch_size=2)
+    for name in ("r1", "r2", "r3"):
+        bench.scheduler.add(make_sequence(name, 2))
+    assert bench.step() == [("r1", 2), ("r2", 2)]
+    assert bench.step() == [("r1", 1), ("r2", 1)]
+
+
+def test_the_newest_gives_way_when_blocks_run_out_and_is_computed_again() -> None:
+    bench = Bench(num_blocks=3)
+    old, new = make_sequence("r1", 4, 4), make_sequence("r2", 4, 4)
+    bench.scheduler.add(old)
+    bench.scheduler.add(new)
+    assert bench.step() == [("r1", 4), ("r2", 4)]
+    assert bench.step() == [("r1", 1)]
+    assert new.status is SequenceStatus.WAITING
+    assert new.block_table == []
+    bench.run_all()
+    assert ("r2", 5) in [item for batch in bench.runner.batches for item in batch]
+    assert new.num_output_tokens == 4
+
+
+def test_prompts_that_hold_all_blocks_between_them_do_not_stand_still() -> None:
+    bench = Bench(num_blocks=4, max_prefill_tokens=12)
+    first, second = make_sequence("r1", 12, 1), make_sequence("r2", 12, 1)
+    bench.scheduler.add(first)
+    bench.scheduler.add(second)
+    bench.blocks.allocate(second, 4)
+    bench.scheduler._waiting.remove(second)
+    second.status = SequenceStatus.RUNNING
+    bench.scheduler._running.append(second)
+    bench.run_all()
+    assert (first.num_output_tokens, second.num_output_tokens) == (1, 1)
+
+
+def test_a_finished_sequence_frees_its_blocks_wherever_it_is() -> None:
+    bench = Bench()
+    running, waiting = make_sequence("r1"), make_sequence("r2")
+    bench.scheduler.add(running)
+    bench.step()
+    bench.scheduler.add(waiting)
+    bench.scheduler.finish(running)
+    bench.scheduler.finish(waiting)
+    assert not bench.scheduler.has_work
+    assert bench.blocks.num_free_blocks == 16
+
+
+sequences = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 8)), min_size=1, max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(sequences, st.integers(8, 24), st.integers(1, 6), st.integers(1, 16), st.data())
+def test_any_schedule_gives_every_sequence_the_tokens_it_gets_alone(
+    shapes: list[tuple[int, int]], num_blocks: int, max_batch_size: int, budget: int, data: st.DataObject
+) -> None:
+    bench = Bench(num_blocks, max_batch_size, budget)
+    seqs = [make_sequence(f"r{i}", *shape) for i, shape in enumerate(shapes)]
+    for seq in seqs:
+        bench.scheduler.add(seq)
+        for _ in range(data.draw(st.integers(0, 3))):
+            if bench.scheduler.has_work:
+                bench.step()
+    bench.run_all()
+    assert bench.blocks.num_free_blocks == num_blocks
+    for i, (seq, shape) in enumerate(zip(seqs, shapes, strict=True)):
+        alone = make_sequence(f"r{i}", *shape)
+        for _ in range(alone.max_tokens):
+            alone.token_ids.append(letters(alone))
+        assert seq.token_ids == alone.token_ids

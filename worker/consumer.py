@@ -1,0 +1,164 @@
+"""The worker's I/O thread: claims requests while the engine has room, and appends what the engine emits.
+
+The engine and this thread meet at two plain queues; the engine never does network I/O.
+"""
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+from uuid import uuid4
+
+import redis
+
+from shared.logs import fields
+from shared.queues import queue_name
+from shared.streams import Append, Claim, Held, News, WorkerStreams
+
+logger = logging.getLogger(__name__)
+
+MAX_NUM_UNSENT_STEPS = 32
+IDLE_WAIT_S = 1.0
+RETRY_WAIT_S = 0.5
+
+
+class Commands(NamedTuple):
+    """What the engine is asked to do before its next step."""
+
+    add: Sequence[Claim] = ()
+    abort: Sequence[str] = ()
+    drop: Sequence[str] = ()
+
+
+class HeldRequests:
+    """The requests this worker owns. Shared by the I/O and the heartbeat thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[Held, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._queues)
+
+    def add(self, claim: Claim) -> None:
+        """Takes a claimed request in, in place of a former claim of the same one."""
+        self.remove([claim.held.request_id])
+        with self._lock:
+            self._queues[claim.held] = queue_name(claim.request.base, claim.request.adapter_name)
+
+    def remove(self, request_ids: Iterable[str]) -> None:
+        """Forgets requests; one that is not held is no error."""
+        gone = set(request_ids)
+        with self._lock:
+            self._queues = {held: name for held, name in self._queues.items() if held.request_id not in gone}
+
+    def snapshot(self) -> list[Held]:
+        """All held requests, oldest first."""
+        with self._lock:
+            return list(self._queues)
+
+    def num_per_queue(self) -> Counter[str]:
+        """How many requests of each queue are held."""
+        with self._lock:
+            return Counter(self._queues.values())
+
+
+class Consumer:
+    """Moves requests from Redis to the engine and events from the engine to Redis."""
+
+    def __init__(
+        self,
+        streams: WorkerStreams,
+        held: HeldRequests,
+        *,
+        queues: Sequence[str],
+        max_num_requests: int,
+        poll_s: float,
+    ) -> None:
+        self._streams = streams
+        self._held = held
+        self._queues = queues
+        self._max_num_requests = max_num_requests
+        self._poll_s = poll_s
+        self._unsent: list[Append] = []
+        self._draining = threading.Event()
+        self._stopped = threading.Event()
+        self.commands: queue.SimpleQueue[Commands] = queue.SimpleQueue()
+        self.outbox: queue.Queue[list[Append]] = queue.Queue(MAX_NUM_UNSENT_STEPS)
+        self.num_claimed = 0
+        self.is_idle = False
+        """Whether the last turn found nothing to do."""
+
+    def drain(self) -> None:
+        """No new claims from now on."""
+        self._draining.set()
+
+    def stop(self) -> None:
+        """Ends `run` after its present turn."""
+        self._draining.set()
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Takes turns until `stop`; a lost connection is retried, what is unsent waits."""
+        while not self._stopped.is_set():
+            try:
+                self.turn()
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                logger.warning("Redis is away, retrying: %s", error, extra=fields("redis_away"))
+                self._stopped.wait(RETRY_WAIT_S)
+
+    def turn(self) -> None:
+        """One round: append what came, learn what was aborted or lost, claim what fits."""
+        self._collect(self._poll_s if self._held else 0)
+        if self._held or self._unsent:
+            self._send()
+        self._claim()
+        self.is_idle = not self._held
+        if self.is_idle and not self._stopped.is_set():
+            self._streams.wait_for_doorbell(IDLE_WAIT_S)
+
+    def hand_back(self) -> int:
+        """Returns all held requests to their queues; call it when `run` has ended."""
+        return self._streams.hand_back(self._held.snapshot())
+
+    def _collect(self, timeout_s: float) -> None:
+        """Takes the steps that are done, waiting `timeout_s` for the first."""
+        try:
+            self._unsent += self.outbox.get(timeout=timeout_s) if timeout_s else self.outbox.get_nowait()
+            while True:
+                self._unsent += self.outbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _send(self) -> None:
+        held = self._held.snapshot()
+        current = set(held)
+        appends = [append for append in self._unsent if append.held in current]
+        news = self._streams.append(held, appends)
+        self._unsent.clear()
+        ended = {append.held.request_id for append in appends if append.event.is_terminal}
+        self._held.remove(ended)
+        self._pass_on(news, ended)
+
+    def _pass_on(self, news: News, ended: set[str]) -> None:
+        """Tells the engine what to abort and to drop; a repeated append may call what it ended lost."""
+        lost = [request_id for request_id in news.lost if request_id not in ended]
+        for request_id in lost:
+            logger.warning("request %s moved to another worker", request_id, extra=fields("lost"))
+        self._held.remove(lost)
+        if news.aborted or lost:
+            self.commands.put(Commands(abort=news.aborted, drop=lost))
+
+    def _claim(self) -> None:
+        room = self._max_num_requests - len(self._held)
+        if room <= 0 or self._draining.is_set():
+            return
+        execution_ids = [uuid4().hex for _ in range(room)]
+        claims = self._streams.claim(execution_ids, self._held.num_per_queue(), self._queues)
+        for claim in claims:
+            self._held.add(claim)
+        if claims:
+            self.num_claimed += len(claims)
+            self.commands.put(Commands(add=claims))

@@ -1,0 +1,148 @@
+"""The engine: requests in, events out, one step at a time. `Engine.step` is the architecture."""
+
+import time
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
+from typing import Any, Protocol
+
+from shared.errors import (
+    AdapterError,
+    ContextLengthExceeded,
+    GenerationTimeout,
+    LorelayError,
+)
+from shared.messages import GenerationRequest, StreamEvent
+from shared.streams import Append, Held
+from worker.detokenizer import Detokenizer
+from worker.output import Clock, RequestOutput
+from worker.scheduler import Scheduler
+from worker.sequence import Batch, Sequence, SequenceStatus
+
+
+class ModelRunner(Protocol):
+    """What the engine needs of the device; see `worker.model_runner`."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def adapter_versions(self) -> Mapping[str, str]: ...
+
+    def run(self, batch: Batch) -> Items[int | None]: ...
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of the tokenizer; see `worker.tokenizer`."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]: ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+
+class Engine:
+    """Runs many requests of different adapters in one batch. Single-threaded; does no network I/O."""
+
+    def __init__(
+        self,
+        model_runner: ModelRunner,
+        tokenizer: Tokenizer,
+        scheduler: Scheduler,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._model_runner = model_runner
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._clock = clock
+        self._outputs: dict[str, RequestOutput] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would run anything."""
+        return self._scheduler.has_work
+
+    def step(self) -> list[Append]:
+        """Runs one batch and returns the events it brought, at most one per request."""
+        batch = self._scheduler.schedule()
+        token_ids = self._model_runner.run(batch)
+        sampled = self._scheduler.postprocess(batch, token_ids)
+        return [self._emit(seq, token_id) for seq, token_id in sampled]
+
+    def add_request(
+        self, held: Held, request: GenerationRequest, events: Iterable[StreamEvent] = ()
+    ) -> list[Append]:
+        """Takes a request in; `events` is what its log holds already.
+
+        A request that can't run ends here: the list then holds its terminal error event, else it is empty.
+        """
+        self.drop_request(held.request_id)
+        try:
+            output = self._prepare(held, request)
+        except LorelayError as error:
+            return [_refusal(held, error, len(list(events)))]
+        output.resume(events)
+        self._outputs[held.request_id] = output
+        self._scheduler.add(output.seq)
+        return []
+
+    def abort_request(self, request_id: str) -> list[Append]:
+        """Ends a request that its client gave up; nothing if it has ended already."""
+        output = self._remove(request_id)
+        return [output.abort()] if output else []
+
+    def drop_request(self, request_id: str) -> None:
+        """Forgets a request that another worker owns now: no event."""
+        self._remove(request_id)
+
+    def expire_requests(self) -> list[Append]:
+        """Ends the requests that are over their generation limit."""
+        expired = [output for output in self._outputs.values() if output.is_over_limit]
+        for output in expired:
+            self._remove(output.held.request_id)
+        return [output.fail(GenerationTimeout()) for output in expired]
+
+    def _prepare(self, held: Held, request: GenerationRequest) -> RequestOutput:
+        adapter_name = request.adapter_name
+        if adapter_name is not None and adapter_name not in self._model_runner.adapter_versions:
+            raise AdapterError(f"adapter {adapter_name!r} is not loaded on this worker")
+        prompt = self._tokenizer.encode_chat(request.messages)
+        seq = Sequence(
+            request_id=request.request_id,
+            index=0,
+            adapter_name=adapter_name,
+            sampling=request.sampling,
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            max_tokens=self._num_tokens_to_generate(len(prompt), request.sampling.max_tokens),
+        )
+        eos_token_ids = self._tokenizer.eos_token_ids
+        return RequestOutput(held, request, seq, self._tokenizer.detokenizer(), eos_token_ids, self._clock)
+
+    def _num_tokens_to_generate(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        context = self._model_runner.max_model_len
+        if num_prompt_tokens + (max_tokens or 1) > context:
+            completion = f" and {max_tokens} for the completion" if max_tokens else ""
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {context} tokens, but {num_prompt_tokens} tokens "
+                f"were given in the messages{completion}."
+            )
+        return max_tokens or context - num_prompt_tokens
+
+    def _emit(self, seq: Sequence, token_id: int | None) -> Append:
+        output = self._outputs[seq.request_id]
+        append = output.add(token_id)
+        if append.event.is_terminal:
+            self._remove(seq.request_id)
+        return append
+
+    def _remove(self, request_id: str) -> RequestOutput | None:
+        output = self._outputs.pop(request_id, None)
+        if output and output.seq.status is not SequenceStatus.FINISHED:
+            self._scheduler.finish(output.seq)
+        return output
+
+
+def _refusal(held: Held, error: LorelayError, event_no: int) -> Append:
+    return Append(held, StreamEvent(event_no=event_no, error=error.to_info()), {"error": error.code})

@@ -1,0 +1,89 @@
+"""Drives the engine in the main thread, between the queues of the consumer."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from shared.streams import Append
+from worker.consumer import Commands, Consumer, HeldRequests
+from worker.engine import Engine
+
+WAKE_UP_S = 0.1
+
+
+class EngineLoop:
+    """Applies commands, steps the engine, passes its events on; ends when told to, or when drained."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        consumer: Consumer,
+        held: HeldRequests,
+        *,
+        drain_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._consumer = consumer
+        self._held = held
+        self._drain_s = drain_s
+        self._clock = clock
+        self._drain_until: float | None = None
+        self._hurried = threading.Event()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the end was asked for."""
+        return self._drain_until is not None
+
+    def drain(self) -> None:
+        """Asks for the end: no new claims, running requests finish until `drain_s`. Asked twice: ends now."""
+        if self.is_draining:
+            self._hurried.set()
+            return
+        self._drain_until = self._clock() + self._drain_s
+        self._consumer.drain()
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Returns when drained, when the drain time is over, or when `should_stop`."""
+        while not (self._is_drained() or should_stop()):
+            appends = self._apply_commands()
+            appends += self._engine.expire_requests()
+            if self._engine.has_work:
+                appends += self._engine.step()
+            if appends:
+                self._put(appends)
+
+    def _is_drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        return self._hurried.is_set() or not self._held or self._clock() > self._drain_until
+
+    def _apply_commands(self) -> list[Append]:
+        """Carries out what stands in the command queue; with nothing to run it waits for a first one."""
+        appends: list[Append] = []
+        commands = self._next_commands(None if self._engine.has_work else WAKE_UP_S)
+        while commands is not None:
+            for request_id in commands.drop:
+                self._engine.drop_request(request_id)
+            for request_id in commands.abort:
+                appends += self._engine.abort_request(request_id)
+            for claim in commands.add:
+                appends += self._engine.add_request(claim.held, claim.request, claim.events)
+            commands = self._next_commands(None)
+        return appends
+
+    def _next_commands(self, wait_s: float | None) -> Commands | None:
+        try:
+            return self._consumer.commands.get(block=wait_s is not None, timeout=wait_s)
+        except queue.Empty:
+            return None
+
+    def _put(self, appends: list[Append]) -> None:
+        """Hands a step's events on; the engine pauses while too many steps are unsent."""
+        while not (self._hurried.is_set() or self._is_drained()):
+            with contextlib.suppress(queue.Full):
+                self._consumer.outbox.put(appends, timeout=WAKE_UP_S)
+                return

@@ -1,0 +1,246 @@
+"""`rq worker -w worker.LoraWorker`: RQ's worker that holds many requests at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rq.logutils import setup_loghandlers
+from rq.queue import Queue
+from rq.serializers import JSONSerializer
+from rq.worker import BaseWorker
+from rq.worker.base import DequeueStrategy, WorkerStatus
+
+from shared import registry
+from shared.connections import check_server, connect_like, same_server
+from shared.errors import ConfigurationError, LorelayError
+from shared.logs import fields
+from shared.messages import ModelCard
+from shared.queues import queue_name
+from shared.settings import ENV_PREFIX, WorkerSettings
+from shared.streams import WorkerStreams
+from worker.block_manager import BlockManager
+from worker.consumer import Consumer, HeldRequests
+from worker.engine import Engine
+from worker.engine_loop import EngineLoop
+from worker.heartbeat import Heartbeat
+from worker.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from worker.model_runner import ModelRunner
+
+ALL_QUEUES = "default"
+"""What `rq worker` passes without a queue argument."""
+SOCKET_TIMEOUT_S = 5.0
+
+
+class LoraWorker(BaseWorker):
+    """Serves the queues of one base model and its adapters, configured by `LORELAY_*` variables.
+
+    Queue arguments are model names; none means the base and all adapters. Heavy imports happen in `work`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"serializer": JSONSerializer}))
+        self._loop: EngineLoop | None = None
+        self._failure: BaseException | None = None
+
+    def work(
+        self,
+        burst: bool = False,
+        logging_level: str | None = None,
+        date_format: str = "%H:%M:%S",
+        log_format: str = "%(asctime)s %(message)s",
+        max_jobs: int | None = None,
+        max_idle_time: int | None = None,
+        with_scheduler: bool = False,
+        dequeue_strategy: DequeueStrategy = DequeueStrategy.DEFAULT,
+    ) -> bool:
+        """Loads the model, then serves until SIGTERM (or, with `burst`, until the queues are empty).
+
+        Raises:
+            SystemExit: with a non-zero code after a configuration error or anything else abnormal.
+        """
+        _refuse_options(
+            max_jobs=max_jobs,
+            max_idle_time=max_idle_time,
+            with_scheduler=with_scheduler,
+        )
+        for package in ("rq.worker", "worker"):
+            setup_loghandlers(logging_level or "INFO", date_format, log_format, package)
+        try:
+            settings = self._prepare()
+        except LorelayError as error:
+            self.log.error("%s", error.message)
+            raise SystemExit(2) from error
+        self._install_signal_handlers()
+        self.bootstrap(logging_level or "INFO", date_format, log_format)
+        try:
+            return self._work(settings, burst)
+        except LorelayError as error:
+            self.log.error("%s", error.message)
+            raise SystemExit(2) from error
+        finally:
+            self.teardown()  # type: ignore[no-untyped-call]
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """SIGTERM and SIGINT: drain; the second one hands back at once. While loading: end."""
+        if self._loop is None:
+            raise SystemExit(0)
+        if not self._loop.is_draining:
+            self.log.info("Worker %s: draining", self.name, extra=fields("drain"))
+        self._loop.drain()
+
+    def _prepare(self) -> WorkerSettings:
+        """Settings, and the queues this worker registers for."""
+        check_server(self.connection)
+        url = os.environ.get(f"{ENV_PREFIX}REDIS_URL")
+        if url and not same_server(url, self.connection):
+            raise ConfigurationError(
+                f"{ENV_PREFIX}REDIS_URL and rq worker's -u name different servers: start with -u and that URL"
+            )
+        settings = WorkerSettings.load()
+        self.queues = [
+            Queue(name, connection=self.connection, serializer=JSONSerializer)
+            for name in _served_queues(settings, self.queue_names())
+        ]
+        self._ordered_queues = self.queues[:]
+        return settings
+
+    def _work(self, settings: WorkerSettings, burst: bool) -> bool:
+        serves_all = len(self.queues) == 1 + len(settings.adapters)
+        engine, model_runner = _build_engine(settings)
+        registry.register(self.connection, _cards(settings, model_runner))
+        held = HeldRequests()
+        consumer = Consumer(
+            self._streams(settings),
+            held,
+            queues=[] if serves_all else self.queue_names(),
+            max_num_requests=settings.max_batch_size,
+            poll_s=settings.poll_s,
+        )
+        heartbeat = Heartbeat(
+            self._streams(settings),
+            held,
+            lease_s=settings.lease_s,
+            heartbeat_s=settings.heartbeat_s,
+            reap_s=settings.reap_s,
+            on_beat=self._beat,
+        )
+        heartbeat.turn()
+        self._loop = EngineLoop(engine, consumer, held, drain_s=settings.drain_s)
+        self.set_state(WorkerStatus.IDLE)
+        self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
+        self._run(self._loop, consumer, heartbeat, burst)
+        return consumer.num_claimed > 0
+
+    def _run(self, loop: EngineLoop, consumer: Consumer, heartbeat: Heartbeat, burst: bool) -> None:
+        """Serves, then stops in order: engine, I/O, what is left back to the queues, heartbeat."""
+        threads = [
+            threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
+            for name, run in (("io", consumer.run), ("heartbeat", heartbeat.run))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            loop.run(lambda: self._failure is not None or (burst and consumer.is_idle))
+        finally:
+            consumer.stop()
+            threads[0].join()
+            num_handed_back = consumer.hand_back()
+            heartbeat.stop()
+            threads[1].join()
+        if num_handed_back:
+            self.log.warning("Worker %s: handed %d requests back", self.name, num_handed_back)
+        if self._failure is not None:
+            raise SystemExit(1) from self._failure
+
+    def _beat(self) -> None:
+        """RQ's own heartbeat, for `rq info` and the dashboard."""
+        with (
+            connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection,
+            connection.pipeline() as pipeline,
+        ):
+            self.heartbeat(pipeline=pipeline)
+            pipeline.execute()
+
+    def _guard(self, run: Callable[[], None]) -> None:
+        """A thread that fails ends the worker: without it the other threads would serve nobody."""
+        try:
+            run()
+        except BaseException as error:
+            self.log.exception("Worker %s: a thread failed", self.name)
+            self._failure = error
+
+    def _streams(self, settings: WorkerSettings) -> WorkerStreams:
+        """A stream end with a connection of its own: a thread that blocks on it blocks nobody else."""
+        return WorkerStreams(
+            connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S),
+            base=settings.base_name,
+            worker_name=self.name,
+            lease_s=settings.lease_s,
+            stream_ttl_s=settings.stream_ttl_s,
+            result_ttl_s=settings.result_ttl_s,
+            failure_ttl_s=settings.failure_ttl_s,
+        )
+
+    def _install_signal_handlers(self) -> None:
+        signal.signal(signal.SIGINT, self.request_stop)
+        signal.signal(signal.SIGTERM, self.request_stop)
+
+
+def _refuse_options(**options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise SystemExit(f"LoraWorker does not take --{name.replace('_', '-')}")
+
+
+def _served_queues(settings: WorkerSettings, arguments: Sequence[str]) -> list[str]:
+    """The queue names behind the arguments of `rq worker`, which are model names."""
+    base = settings.base_name
+    queues = {base: queue_name(base, None)}
+    queues |= {source.name: queue_name(base, source.name) for source in settings.adapters}
+    if list(arguments) == [ALL_QUEUES]:
+        return list(queues.values())
+    for argument in arguments:
+        if argument not in queues:
+            raise ConfigurationError(
+                f"rq worker was given {argument!r}, which is no model of this worker: {', '.join(queues)}"
+            )
+    return [queues[argument] for argument in arguments]
+
+
+def _build_engine(settings: WorkerSettings) -> "tuple[Engine, ModelRunner]":
+    from worker.model_runner import ModelRunner
+
+    model_runner = ModelRunner.load(settings)
+    scheduler = Scheduler(
+        BlockManager(model_runner.num_blocks, model_runner.block_size),
+        max_batch_size=settings.max_batch_size,
+        max_prefill_tokens=settings.max_prefill_tokens,
+    )
+    return Engine(model_runner, model_runner.tokenizer, scheduler), model_runner
+
+
+def _cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[ModelCard]:
+    """What this worker tells the registry: the base, then its adapters."""
+    common = {
+        "base": settings.base_name,
+        "created": registry.created_now(),
+        "max_model_len": model_runner.max_model_len,
+    }
+    cards = [
+        ModelCard(
+            name=settings.base_name, source=settings.model, version=model_runner.model_version, **common
+        )
+    ]
+    for source in settings.adapters:
+        version = model_runner.adapter_versions[source.name]
+        cards.append(
+            ModelCard(
+                name=source.name, adapter_name=source.name, source=source.path, version=version, **common
+            )
+        )
+    return cards
