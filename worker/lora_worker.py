@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rq.logutils import setup_loghandlers
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
@@ -226,21 +227,16 @@ def _build_engine(settings: WorkerSettings) -> "tuple[Engine, ModelRunner]":
 
 def _cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[ModelCard]:
     """What this worker tells the registry: the base, then its adapters."""
-    common = {
-        "base": settings.base_name,
-        "created": registry.created_now(),
-        "max_model_len": model_runner.max_model_len,
-    }
-    cards = [
-        ModelCard(
-            name=settings.base_name, source=settings.model, version=model_runner.model_version, **common
-        )
+    base = ModelCard(
+        name=settings.base_name,
+        base=settings.base_name,
+        source=settings.model,
+        version=model_runner.model_version,
+        created=registry.created_now(),
+        max_model_len=model_runner.max_model_len,
+    )
+    versions = model_runner.adapter_versions
+    return [base] + [
+        msgspec.structs.replace(base, name=name, adapter_name=name, source=path, version=versions[name])
+        for name, path in settings.adapters
     ]
-    for source in settings.adapters:
-        version = model_runner.adapter_versions[source.name]
-        cards.append(
-            ModelCard(
-                name=source.name, adapter_name=source.name, source=source.path, version=version, **common
-            )
-        )
-    return cards

@@ -1,0 +1,234 @@
+"""Attention over a paged KV cache, called by transformers' models through `AttentionInterface`.
+
+The tokens of all sequences of a step stand side by side in one row of T tokens. Each call writes their keys
+and values into the cache and attends, per sequence, to what the cache holds of it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "lorelay"
+"""The attention's name; one that transformers' mask interface doesn't know gets no mask."""
+
+_STATE = "lorelay_attention"
+_HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_router_logits"})
+
+
+class PagedKVCache:
+    """Keys and values of each layer: tensors (num_blocks, block_size, num_kv_heads, head_dim).
+
+    A layer's shape is known from its first write: head sizes differ between layers in some models, and
+    between keys and values in others.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_bytes_per_block(self) -> int:
+        """Bytes of one block over the layers written so far."""
+        return sum(entry[0].nbytes for layer in self._layers.values() for entry in layer)
+
+    def resize(self, num_blocks: int) -> None:
+        """Allocates anew, empty, for the layers written so far."""
+        self.num_blocks = num_blocks
+        shapes = {
+            number: [(entry.shape[1:], entry.dtype, entry.device) for entry in layer]
+            for number, layer in self._layers.items()
+        }
+        self._layers.clear()
+        for number, (key, value) in shapes.items():
+            self._layers[number] = (self._allocate(*key), self._allocate(*value))
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (T, num_kv_heads, head_dim) at `slots` (T,); returns the layer's tensors.
+
+        Slot = block x block_size + offset. Entries that are not finite are stored as numbers: a later owner
+        of the block masks them, and 0 x NaN would be NaN. The row's own logits show the NaN all the same.
+        """
+        if layer not in self._layers:
+            entries = [((self.block_size, *new.shape[1:]), new.dtype, new.device) for new in (key, value)]
+            self._layers[layer] = (self._allocate(*entries[0]), self._allocate(*entries[1]))
+        for stored, new in zip(self._layers[layer], (key, value), strict=True):
+            stored.flatten(0, 1).index_copy_(0, slots, new.nan_to_num())
+        return self._layers[layer]
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros((self.num_blocks, *shape), dtype=dtype, device=device)
+
+
+@dataclass(eq=False)
+class QueryGroup:
+    """Sequences of a step with the same number of query tokens: all decodes, or one chunk of a prefill."""
+
+    rows: Tensor
+    """(n x q,): their places among the step's T tokens, sequence after sequence."""
+    positions: Tensor
+    """(n, q): the place of each query token in its sequence."""
+    block_tables: Tensor
+    """(n, num_blocks): blocks that hold a sequence's tokens; shorter tables end in any valid block."""
+    _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def mask(self, num_keys: int, num_groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(n, 1, num_groups x q, num_keys): 0 where a query sees a key, else -inf. Same for all layers alike.
+
+        A query at position p sees keys at 0..p, with a window w at p-w+1..p.
+        """
+        cache_key = (num_keys, num_groups, window, dtype)
+        if cache_key not in self._masks:
+            query = self.positions[:, None, :, None]  # (n, 1, q, 1)
+            key = torch.arange(num_keys, device=query.device)
+            visible = key <= query
+            if window is not None:
+                visible &= key > query - window
+            mask = torch.zeros(visible.shape, dtype=dtype, device=query.device)
+            mask.masked_fill_(~visible, -torch.inf)
+            self._masks[cache_key] = mask.repeat(1, 1, num_groups, 1)
+        return self._masks[cache_key]
+
+
+@dataclass(frozen=True, eq=False)
+class StepLayout:
+    """Where the tokens of one step stand: in the cache (`slots`, (T,)), and in which sequences (`groups`)."""
+
+    slots: Tensor
+    groups: tuple[QueryGroup, ...]
+
+
+@dataclass(eq=False)
+class AttentionState:
+    """What the attention function needs beside its arguments: shared by all layers of one model."""
+
+    kv_cache: PagedKVCache
+    layout: StepLayout | None = None
+    """Set before each forward pass."""
+    calls: Counter[int] = field(default_factory=Counter)
+    """Calls per layer, and ..."""
+    windows: dict[int, int | None] = field(default_factory=dict)
+    """... the sliding window it named last; read by the self-check."""
+
+
+@cache
+def register() -> None:
+    """Makes the attention known to transformers as `NAME`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, paged_attention)
+
+
+def attach(model: nn.Module, state: AttentionState) -> None:
+    """Gives `state` to every attention module of `model`."""
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, _STATE, state)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of query (1, num_heads, T, head_dim) to the cache, with the new key and value in it.
+
+    `key` and `value` are (1, num_kv_heads, T, head_dim); the output is (1, T, num_heads, head_dim).
+
+    Raises:
+        NotImplementedError: the model asks for something that would change the result and is not known here.
+    """
+    scaling = options.pop("scaling", None)
+    window = options.pop("sliding_window", None)
+    softcap = options.pop("softcap", None)
+    sinks = options.pop("s_aux", None)
+    _refuse_unknown(module, attention_mask, options)
+    state: AttentionState = getattr(module, _STATE)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    state.calls[layer] += 1
+    state.windows[layer] = window
+    assert state.layout is not None, "a forward pass without a layout"
+    keys, values = state.kv_cache.write(
+        layer, state.layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1)
+    )
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # (T, num_heads, head_dim)
+    for group in state.layout.groups:
+        output[group.rows] = _attend_group(query[0], keys, values, group, (scaling, window, softcap, sinks))
+    return output[None], None
+
+
+def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if attention_mask is not None:
+        raise NotImplementedError(f"{name} brings its own attention mask")
+    if options.pop("is_causal", None) is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(f"{name} is not causal")
+    if options.pop("dropout", 0.0):
+        raise NotImplementedError(f"{name} uses dropout")
+    for option, given in options.items():
+        if given is not None and given is not False and option not in _HARMLESS:
+            raise NotImplementedError(f"{name} passes {option!r} to its attention")
+
+
+def _attend_group(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    group: QueryGroup,
+    options: tuple[float | None, int | None, float | None, Tensor | None],
+) -> Tensor:
+    """The output (n x q, num_heads, head_dim) of one group; `query` is (num_heads, T, head_dim)."""
+    scaling, window, softcap, sinks = options
+    num_sequences, num_queries = group.positions.shape
+    num_heads, num_kv_heads = query.shape[0], keys.shape[2]
+    num_groups = num_heads // num_kv_heads
+    # Query heads that share a KV head stand as further queries of that head: no copy of keys and values.
+    query = query[:, group.rows].view(num_kv_heads, num_groups, num_sequences, num_queries, -1)
+    query = query.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (n, num_kv_heads, num_groups x q, head_dim)
+    key = keys[group.block_tables].flatten(1, 2).transpose(1, 2)  # (n, num_kv_heads, num_keys, head_dim)
+    value = values[group.block_tables].flatten(1, 2).transpose(1, 2)
+    mask = group.mask(key.shape[2], num_groups, window, query.dtype)
+    if softcap is None and sinks is None:
+        output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    else:
+        if sinks is not None:
+            sinks = (
+                sinks.view(num_kv_heads, num_groups, 1)
+                .expand(-1, -1, num_queries)
+                .reshape(1, num_kv_heads, -1, 1)
+            )
+        output = _attend_slowly(query, key, value, mask, scaling, softcap, sinks)
+    output = output.reshape(num_sequences, num_kv_heads, num_groups, num_queries, -1)
+    return output.permute(0, 3, 1, 2, 4).reshape(num_sequences * num_queries, num_heads, -1)
+
+
+def _attend_slowly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with what PyTorch's kernel lacks: scores capped to ±`softcap`, and sinks.
+
+    A sink is one more score per head, (1, num_kv_heads, num_groups x q, 1), that takes weight and gives none.
+    """
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(len(scores), -1, -1, -1)], dim=-1)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=dtype)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value

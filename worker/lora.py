@@ -1,0 +1,181 @@
+"""LoRA in a mixed batch: each row of a layer's input gets the adapter of its own sequence.
+
+y = W x + scale · B (A x). The A and B of all adapters of a layer stand stacked; a forward computes those that
+its batch uses together, and each row keeps only its own adapter's part.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import AdapterError
+from worker.adapter_files import LoadedAdapter
+
+BASE = -1
+"""The slot of rows without an adapter."""
+
+
+@dataclass(eq=False)
+class StepRows:
+    """Which adapter each row of a layer's input belongs to, for one forward pass."""
+
+    slots: Sequence[int]
+    """Per row, `BASE` or an adapter's slot."""
+
+    def __post_init__(self) -> None:
+        self.used = tuple(sorted(set(self.slots) - {BASE}))
+        self.is_uniform = len(set(self.slots)) == 1
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+
+    def foreign(self, rank_slots: tuple[int, ...], device: torch.device) -> Tensor:
+        """(num_rows, sum of ranks): whether a rank belongs to another adapter than the row.
+
+        The same tensor for all layers whose adapters have the same ranks.
+        """
+        if rank_slots not in self._masks:
+            rows = torch.tensor(self.slots, device=device)
+            ranks = torch.tensor(rank_slots, device=device)
+            self._masks[rank_slots] = rows[:, None] != ranks
+        return self._masks[rank_slots]
+
+
+class LoraLayer:
+    """The adapters of one Linear, added to its output by a forward hook."""
+
+    rows: StepRows | None = None
+    """Set before each forward pass; None where no row has an adapter."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        device = linear.weight.device
+        self._rank_slots: tuple[int, ...] = ()
+        """The slot that owns each rank, i.e. each row of A and B."""
+        self._a = torch.empty(0, linear.in_features, dtype=dtype, device=device)  # (sum of ranks, in)
+        self._b = torch.empty(
+            0, linear.out_features, dtype=dtype, device=device
+        )  # (sum of ranks, out), scaled
+        self._selected: tuple[tuple[int, ...], Tensor, Tensor, tuple[int, ...]] | None = None
+        linear.register_forward_hook(self._add_to_output)
+
+    def add(self, slot: int, a: Tensor, b: Tensor) -> None:
+        """Stacks an adapter: `a` (rank, in) and `b` (rank, out), the scale folded into `b`."""
+        self._a = torch.cat([self._a, a.to(self._a)])
+        self._b = torch.cat([self._b, b.to(self._b)])
+        self._rank_slots += (slot,) * len(a)
+        self._selected = None
+
+    def remove(self, slot: int) -> None:
+        """Takes an adapter out; one that isn't here is no error."""
+        self._a, self._b, self._rank_slots = self._select(tuple(set(self._rank_slots) - {slot}))
+        self._selected = None
+
+    def _select(self, used: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        kept = [n for n, slot in enumerate(self._rank_slots) if slot in used]
+        if not kept or kept[-1] - kept[0] + 1 == len(kept):  # neighbours: views, no copy
+            part = slice(kept[0], kept[-1] + 1) if kept else slice(0)
+            return self._a[part], self._b[part], self._rank_slots[part]
+        index = torch.tensor(kept, device=self._a.device)
+        return self._a[index], self._b[index], tuple(self._rank_slots[n] for n in kept)
+
+    def _add_to_output(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        rows = self.rows
+        if rows is None or not self._rank_slots:
+            return None
+        if self._selected is None or self._selected[0] != rows.used:
+            self._selected = (rows.used, *self._select(rows.used))
+        _, a, b, rank_slots = self._selected
+        if not rank_slots:
+            return None
+        low = inputs[0] @ a.T  # (..., num_rows, sum of ranks)
+        if not rows.is_uniform:
+            # Not a product with zeros: what overflows in one adapter must not become NaN in another's row.
+            low = low.masked_fill(rows.foreign(rank_slots, low.device), 0)
+        return output + low @ b
+
+
+class LoraStack:
+    """All resident adapters of a model.
+
+    `token_layers` and `kept_layers` are the Linears by name that see all tokens of a step, and those behind
+    `logits_to_keep` that see its sampled rows only.
+    """
+
+    def __init__(
+        self,
+        token_layers: Mapping[str, nn.Linear],
+        kept_layers: Mapping[str, nn.Linear],
+        dtype: torch.dtype,
+    ) -> None:
+        self._linears = {**token_layers, **kept_layers}
+        self._kept_names = frozenset(kept_layers)
+        self._dtype = dtype
+        self._layers: dict[str, LoraLayer] = {}
+        self._slots: dict[str, int] = {}
+
+    def add(self, name: str, adapter: LoadedAdapter) -> None:
+        """Makes an adapter resident; it can be used from the next step on.
+
+        Raises:
+            AdapterError: it changes a layer whose input is not the rows of the batch (an expert's), or its
+                weights overflow the model's dtype. Nothing was changed then.
+        """
+        scaled: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer, weights in adapter.layers.items():
+            if layer not in self._linears:
+                raise AdapterError(
+                    f"adapter {name!r} at {adapter.path}: changes {layer}, whose input is not the batch's "
+                    "tokens in their order (a layer of an expert?); that is not served"
+                )
+            # Scaled in the adapter's own or the model's precision, whichever is finer.
+            finest = torch.promote_types(weights.b.dtype, self._dtype)
+            a, b = weights.a.to(self._dtype), (weights.b.to(finest) * weights.scaling).T.to(self._dtype)
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise AdapterError(f"adapter {name!r} at {adapter.path}: {layer} overflows {self._dtype}")
+            scaled[layer] = (a, b)
+        self.remove(name)
+        slot = min(set(range(len(self._slots) + 1)) - set(self._slots.values()))
+        self._slots[name] = slot
+        for layer, (a, b) in scaled.items():
+            if layer not in self._layers:
+                self._layers[layer] = LoraLayer(self._linears[layer], self._dtype)
+            self._layers[layer].add(slot, a, b)
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter; one that isn't resident is no error."""
+        slot = self._slots.pop(name, None)
+        if slot is not None:
+            for lora_layer in self._layers.values():
+                lora_layer.remove(slot)
+
+    def slot(self, name: str | None) -> int:
+        """The slot of a resident adapter; of None, `BASE`.
+
+        Raises:
+            AdapterError: the adapter is not resident.
+        """
+        if name is None:
+            return BASE
+        if name not in self._slots:
+            raise AdapterError(f"adapter {name!r} is not loaded")
+        return self._slots[name]
+
+    def set_rows(self, slots: Sequence[int], kept: Sequence[int]) -> None:
+        """Says which slot each token of the next forward has, and which tokens' logits are kept."""
+        rows, kept_rows = _rows(slots), _rows([slots[n] for n in kept])
+        for name, lora_layer in self._layers.items():
+            lora_layer.rows = kept_rows if name in self._kept_names else rows
+
+
+def _rows(slots: Sequence[int]) -> StepRows | None:
+    rows = StepRows(slots)
+    return rows if rows.used else None
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linear modules of a model by name."""
+    found: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    return found

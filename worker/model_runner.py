@@ -1,0 +1,194 @@
+"""The only code that touches the device: one forward pass over a batch, and the tokens sampled from it."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from shared.errors import AdapterError, ConfigurationError
+from shared.logs import fields
+from shared.settings import WorkerSettings
+from worker import loading, self_check
+from worker.adapter_files import load_adapter
+from worker.attention import AttentionState, PagedKVCache, QueryGroup, StepLayout, attach
+from worker.lora import LoraStack
+from worker.sampler import SamplingRow, sample
+from worker.sequence import Batch, ScheduledSequence
+from worker.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CPU_CACHE_BYTES = 2 << 30
+
+
+class ModelRunner:
+    """A loaded model with its KV cache and adapters. Not thread-safe."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, settings: WorkerSettings) -> None:
+        """Checks the model and allocates its cache; use `load`.
+
+        Raises:
+            ConfigurationError: the model can't be served, or its cache doesn't fit.
+        """
+        self.tokenizer = tokenizer
+        self.block_size = settings.block_size
+        self.adapter_versions: dict[str, str] = {}
+        self.model_version = ""
+        self._model = model
+        self._source = settings.model
+        self._lora = LoraStack({}, {}, model.dtype)
+        num_check_blocks = self_check.num_blocks_needed(self.block_size)
+        self._state = AttentionState(PagedKVCache(num_check_blocks, self.block_size))
+        attach(model, self._state)
+        shapes = self_check.check(model, self._state, self._forward, self.block_size, settings.model)
+        self._lora = LoraStack(*shapes.select(model), model.dtype)
+        self.max_model_len = loading.max_model_len(model.config, settings.session_len)
+        self._state.kv_cache.resize(self._affordable_blocks(settings))
+
+    @classmethod
+    def load(cls, settings: WorkerSettings) -> Self:
+        """Loads the model and the adapters that `settings` name.
+
+        Raises:
+            ConfigurationError: names the setting and the reason.
+        """
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        device = loading.find_device(settings.device)
+        folder = loading.find_model(settings)
+        tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
+        runner = cls(loading.load_model(folder, settings, device), tokenizer, settings)
+        runner.model_version = loading.model_version(folder)
+        for source in settings.adapters:
+            try:
+                runner.add_adapter(source.name, source.path)
+            except AdapterError as error:
+                raise ConfigurationError(f"LORELAY_ADAPTERS: {error.message}") from error
+        return runner
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache."""
+        return self._state.kv_cache.num_blocks
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+        return self.tokenizer.eos_token_ids
+
+    def add_adapter(self, name: str, path: str) -> None:
+        """Reads an adapter and makes it usable from the next step on; one of that name is replaced.
+
+        Raises:
+            AdapterError: it can't be served; the message has name, path and reason.
+        """
+        adapter = load_adapter(name, path, self._model, self._source)
+        self._lora.add(name, adapter)
+        self.adapter_versions[name] = adapter.version
+        logger.info("adapter %r loaded from %s", name, path, extra=fields("load_adapter", adapter_name=name))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forgets an adapter; no sequence of a later step may name it."""
+        self._lora.remove(name)
+        self.adapter_versions.pop(name, None)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[int | None]:
+        """One forward pass; the next token of each sequence that `samples`, in batch order.
+
+        None stands for a token whose logits are not finite. The cache then holds all scheduled tokens; their
+        blocks must be in the block tables, and `num_computed_tokens` is the caller's to advance.
+
+        Raises:
+            AdapterError: a sequence names an adapter that isn't loaded.
+        """
+        if not batch:
+            return []
+        logits = self._forward(batch)
+        return sample(logits, [self._sampling_row(item) for item in batch if item.samples])
+
+    def _sampling_row(self, item: ScheduledSequence) -> SamplingRow:
+        seq = item.seq
+        banned = self.eos_token_ids if seq.may_not_end else ()
+        return SamplingRow(seq.sampling, seq.index, seq.num_output_tokens, banned)
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch) -> Tensor:
+        """Logits (num_sampling, vocab) of the last token of each sequence that samples."""
+        device = self._model.device
+        token_ids: list[int] = []
+        positions: list[int] = []
+        adapter_slots: list[int] = []
+        kept: list[int] = []
+        for seq, num_tokens in ((item.seq, item.num_tokens) for item in batch):
+            start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+            token_ids += seq.token_ids[start:end]
+            positions += range(start, end)
+            adapter_slots += [self._lora.slot(seq.adapter_name)] * num_tokens
+            if end == len(seq.token_ids):
+                kept.append(len(token_ids) - 1)
+        self._lora.set_rows(adapter_slots, kept)
+        self._state.layout = lay_out(batch, self.block_size, device)
+        output = self._model(
+            input_ids=torch.tensor([token_ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
+        )
+        return output.logits[0]  # type: ignore[no-any-return]
+
+    def _affordable_blocks(self, settings: WorkerSettings) -> int:
+        """How many blocks the cache gets: what memory admits, at most what a full batch can use."""
+        device = self._model.device
+        num_bytes = int(loading.num_free_bytes(device) * settings.cache_max_entry_count)
+        limit = settings.cache_max_bytes or (DEFAULT_CPU_CACHE_BYTES if device.type == "cpu" else num_bytes)
+        num_bytes = min(num_bytes, limit)
+        per_sequence = -(-self.max_model_len // self.block_size)
+        num_blocks = num_bytes // self._state.kv_cache.num_bytes_per_block
+        if num_blocks < per_sequence:
+            needed = per_sequence * self._state.kv_cache.num_bytes_per_block
+            raise ConfigurationError(
+                f"LORELAY_SESSION_LEN: the KV cache of one sequence of {self.max_model_len} tokens needs "
+                f"{needed / 2**20:.1f} MiB and may take {num_bytes / 2**20:.1f}; set a shorter one"
+            )
+        return min(num_blocks, settings.max_batch_size * per_sequence)
+
+
+def lay_out(batch: Batch, block_size: int, device: torch.device) -> StepLayout:
+    """Where the tokens of a batch stand in the cache, and which of them attend together."""
+    slots: list[int] = []
+    decodes: list[tuple[int, ScheduledSequence]] = []
+    chunks: list[tuple[int, ScheduledSequence]] = []
+    for item in batch:
+        seq, first_row = item.seq, len(slots)
+        (decodes if item.num_tokens == 1 else chunks).append((first_row, item))
+        for position in range(seq.num_computed_tokens, seq.num_computed_tokens + item.num_tokens):
+            slots.append(seq.block_table[position // block_size] * block_size + position % block_size)
+    groups = [[chunk] for chunk in chunks] + ([decodes] if decodes else [])
+    return StepLayout(
+        torch.tensor(slots, device=device),
+        tuple(_group(group, block_size, device) for group in groups),
+    )
+
+
+def _group(
+    members: Iterable[tuple[int, ScheduledSequence]], block_size: int, device: torch.device
+) -> QueryGroup:
+    """The query group of (first row, item) pairs with equal `num_tokens`."""
+    rows: list[int] = []
+    positions: list[range] = []
+    tables: list[list[int]] = []
+    for first_row, item in members:
+        start, end = item.seq.num_computed_tokens, item.seq.num_computed_tokens + item.num_tokens
+        rows += range(first_row, first_row + item.num_tokens)
+        positions.append(range(start, end))
+        tables.append(item.seq.block_table[: -(-end // block_size)])
+    longest = max(map(len, tables))
+    padded = [table + table[:1] * (longest - len(table)) for table in tables]
+    return QueryGroup(
+        torch.tensor(rows, device=device),
+        torch.tensor([list(entry) for entry in positions], device=device),
+        torch.tensor(padded, device=device),
+    )

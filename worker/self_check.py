@@ -1,0 +1,186 @@
+"""Whether a model computes the same packed, over the paged cache, as it does plainly. Run once at load.
+
+Not a list of model families: some never call the attention function, some keep state elsewhere, some take
+parameters from the whole pack. All that shows as other logits or other calls, and the model is refused.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import ConfigurationError
+from shared.messages import SamplingParams
+from worker.attention import NAME, AttentionState
+from worker.lora import linears
+from worker.sequence import Batch, ScheduledSequence, Sequence
+
+TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+"""Largest admitted error of a row of logits, as a share of the row's spread; a wrong one is around 1."""
+
+LENGTHS = (17, 7, 12)
+"""Tokens of the three check sequences."""
+STEPS: tuple[tuple[int, int, int], ...] = (
+    (6, 0, 0),  # a first chunk of a prefill
+    (9, 5, 0),  # the rest of it beside another prefill
+    (1, 1, 10),  # decodes beside a prefill
+    (1, 1, 1),  # decodes alone
+    (0, 0, 1),
+)
+"""How many tokens of each sequence the steps run."""
+
+
+def num_blocks_needed(block_size: int) -> int:
+    """Blocks that the check takes."""
+    return sum(-(-length // block_size) for length in LENGTHS)
+
+
+@dataclass
+class InputShapes:
+    """Which Linears saw, at every call, one row per token of the step, or one per kept row of it."""
+
+    see_tokens: dict[str, bool] = field(default_factory=dict)
+    see_kept: dict[str, bool] = field(default_factory=dict)
+
+    def select(self, model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
+        """The model's Linears that see all tokens, and those that see the kept rows."""
+        modules = linears(model)
+        tokens = {name: module for name, module in modules.items() if self.see_tokens.get(name)}
+        kept = {
+            name: module for name, module in modules.items() if name not in tokens and self.see_kept.get(name)
+        }
+        return tokens, kept
+
+
+def check(
+    model: Any, state: AttentionState, forward: Callable[[Batch], Tensor], block_size: int, name: str
+) -> InputShapes:
+    """Runs three short sequences packed with `forward` and plainly with `model`, and compares.
+
+    `state.kv_cache` needs `num_blocks_needed` blocks.
+
+    Raises:
+        ConfigurationError: they differ, or one of them fails; names the model and the reason.
+    """
+    try:
+        shapes, errors = _run(model, state, forward, block_size)
+    # Whatever an unknown model raises on packed input means that it can't be served.
+    except Exception as error:
+        raise ConfigurationError(
+            f"LORELAY_MODEL: {name} can't be served: its forward pass over packed sequences fails: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    problem = _call_problem(model, state) or _logits_problem(errors, model.dtype)
+    if problem:
+        raise ConfigurationError(f"LORELAY_MODEL: {name} can't be served: {problem}")
+    return shapes
+
+
+def _run(
+    model: Any, state: AttentionState, forward: Callable[[Batch], Tensor], block_size: int
+) -> tuple[InputShapes, list[float]]:
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.get_text_config().vocab_size
+    ids = [torch.randint(vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+    plain = [_plain_logits(model, sequence) for sequence in ids]
+    sequences = _sequences(block_size)
+    shapes, errors = InputShapes(), []
+    state.calls.clear()
+    for counts in STEPS:
+        batch = _schedule(sequences, ids, counts)
+        with _watched(model, sum(counts), len(batch), shapes):
+            logits = forward(batch)
+        rows = [plain[sequences.index(item.seq)][len(item.seq.token_ids) - 1] for item in batch]
+        for packed_row, plain_row in zip(logits, rows[: len(logits)], strict=True):
+            errors.append(_error(packed_row, plain_row))
+        for item in batch:
+            item.seq.num_computed_tokens += item.num_tokens
+    return shapes, errors
+
+
+def _sequences(block_size: int) -> list[Sequence]:
+    """Empty sequences whose blocks are dealt from the cache's last block down, in turns."""
+    free = list(range(num_blocks_needed(block_size)))
+    sequences = [Sequence("self-check", n, None, SamplingParams(), [], 0, 1) for n in range(len(LENGTHS))]
+    while free:
+        for seq, length in zip(sequences, LENGTHS, strict=True):
+            if len(seq.block_table) * block_size < length:
+                seq.block_table.append(free.pop())
+    return sequences
+
+
+def _schedule(
+    sequences: list[Sequence], ids: list[list[int]], counts: tuple[int, ...]
+) -> list[ScheduledSequence]:
+    """A batch in which every sequence ends with its scheduled tokens, so that each gives a row of logits."""
+    batch = []
+    for seq, sequence_ids, count in zip(sequences, ids, counts, strict=True):
+        if count:
+            seq.token_ids = sequence_ids[: seq.num_computed_tokens + count]
+            batch.append(ScheduledSequence(seq, count))
+    return batch
+
+
+@torch.inference_mode()
+def _plain_logits(model: Any, token_ids: list[int]) -> Tensor:
+    """(num_tokens, vocab), with transformers' own attention."""
+    model.set_attn_implementation("eager")
+    try:
+        input_ids = torch.tensor([token_ids], device=model.device)
+        return model(input_ids=input_ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
+    finally:
+        model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def _watched(model: nn.Module, num_tokens: int, num_kept: int, shapes: InputShapes) -> Iterator[None]:
+    """Notes the number of rows that each Linear sees meanwhile."""
+    handles = []
+    for name, module in linears(model).items():
+
+        def note(linear: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            num_rows = inputs[0].shape[:-1].numel()
+            is_packed = inputs[0].dim() == 2 or inputs[0].shape[-2] == num_rows
+            for seen, expected in ((shapes.see_tokens, num_tokens), (shapes.see_kept, num_kept)):
+                seen[name] = seen.get(name, True) and is_packed and num_rows == expected
+
+        handles.append(module.register_forward_pre_hook(note))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _error(packed: Tensor, plain: Tensor) -> float:
+    """The difference of two rows of logits, as a share of the spread of the second."""
+    packed, plain = packed.double(), plain.double()
+    return float((packed - plain).norm() / (plain - plain.mean()).norm())
+
+
+def _call_problem(model: Any, state: AttentionState) -> str | None:
+    config = model.config.get_text_config()
+    expected = {layer: len(STEPS) for layer in range(config.num_hidden_layers)}
+    wrong = {
+        layer: state.calls[layer] for layer in expected | state.calls if state.calls[layer] != len(STEPS)
+    }
+    if not state.calls:
+        return "none of its layers calls the attention function"
+    if wrong:
+        return (
+            f"its layers {sorted(wrong)} don't call the attention function once per pass (linear attention?)"
+        )
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind == "sliding_attention" and state.windows[layer] is None:
+            return f"its layer {layer} keeps its sliding window from the attention function"
+    return None
+
+
+def _logits_problem(errors: list[float], dtype: torch.dtype) -> str | None:
+    worst = max(errors)
+    if worst <= TOLERANCES.get(dtype, 1e-3):
+        return None
+    return f"its logits over packed sequences differ from the plain ones (by {worst:.2g} of their spread)"
