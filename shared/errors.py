@@ -14,6 +14,7 @@ LorelayError
 │   └── QueueOutOfMemory
 ├── AdapterError
 ├── GenerationFailed
+│   └── GenerationStopped
 ├── GenerationTimeout
 ├── ServerDraining
 └── ConfigurationError
@@ -85,6 +86,12 @@ class QueueFull(LorelayError):
 
     code = "queue_full"
 
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.retry_after_s = retry_after_s
+
 
 class QueueTimeout(LorelayError):
     """The request waited longer than the queue time limit."""
@@ -120,6 +127,12 @@ class GenerationFailed(LorelayError):
     """The generation failed."""
 
     code = "generation_failed"
+
+
+class GenerationStopped(GenerationFailed):
+    """The generation was stopped by an operator."""
+
+    code = "generation_stopped"
 
 
 class GenerationTimeout(LorelayError):

@@ -20,7 +20,7 @@ def _unconnected() -> Redis:
 def job_fields(
     request: GenerationRequest, queue: str, result_ttl_s: int, failure_ttl_s: int
 ) -> dict[str, bytes | str | int | float]:
-    """The job hash of a request: RQ's own fields, and ours (`request`, `schema_version`)."""
+    """The job hash of a request: RQ's own fields, and ours (`request`, `schema_version`, `detached`)."""
     job = Job.create(
         FUNCTION,
         id=request.request_id,
@@ -33,4 +33,8 @@ def job_fields(
         failure_ttl=failure_ttl_s,
     )
     fields = {name: value for name, value in job.to_dict().items() if value is not None}
-    return fields | {"request": request.encode(), "schema_version": request.schema_version}
+    return fields | {
+        "request": request.encode(),
+        "schema_version": request.schema_version,
+        "detached": int(request.detached),
+    }

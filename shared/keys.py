@@ -46,6 +46,20 @@ def log(request_id: str) -> str:
     return f"{PREFIX}:log:{request_id}"
 
 
+def reaped(worker_name: str) -> str:
+    """string, requests reaped from a worker in the last minute. Kept by reap, which counts company by it."""
+    return f"{PREFIX}:reaped:{worker_name}"
+
+
+def drained(base: str, ten_seconds: int) -> str:
+    """string, requests that ended in one slice of 10 s. Kept by append; enqueue tells the rate. 60 s."""
+    return f"{PREFIX}:drained:{base}:{ten_seconds}"
+
+
 def events_channel(api_id: str) -> str:
-    """pub/sub channel of one API process. Published by append; lines of `<id> <encoded StreamEvent>`."""
+    """pub/sub channel of one API process, and its lease: a string key of the same name.
+
+    The channel is published by append: lines of `<id> <encoded StreamEvent>`. The API renews the key;
+    renew reads it: requests whose reader has none are aborted, unless detached.
+    """
     return f"{PREFIX}:events:{api_id}"

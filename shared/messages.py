@@ -63,6 +63,8 @@ class GenerationRequest(Message, frozen=True):
     n: int = 1
     generation_limit_s: float | None = None
     """Seconds from the claim after which the request is ended with an error."""
+    detached: bool = False
+    """Whether it runs on when its client has gone."""
     schema_version: int = SCHEMA_VERSION
 
 

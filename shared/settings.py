@@ -136,6 +136,8 @@ class ApiSettings(Settings):
     """Events buffered for a slow client; beyond it they are read from the log."""
     max_body_bytes: Count = 8 * 1024 * 1024
     redis_timeout_s: Seconds = 2
+    api_lease_s: Seconds = 6
+    """Time after which requests of an API that stopped renewing are aborted, unless detached."""
     api_drain_s: Seconds = 30
     result_ttl_s: Count = 300
     failure_ttl_s: Count = 24 * 3600
@@ -171,9 +173,20 @@ class WorkerSettings(Settings):
     reap_s: Seconds = 0.5
     poll_s: Seconds = 0.2
     """Longest silence between two appends while requests are held; each brings news of aborts."""
+    sweep_s: Seconds = 5
+    """Interval at which queues changed from outside are noticed."""
+    api_lease_s: Seconds = 6
+    """Time after which an API that stopped renewing is taken for dead; the same for all processes."""
     step_limit_s: Seconds = 60
+    """A step that takes longer is a hang: the process ends."""
+    max_crashes_alone: Count = 3
+    """Crashes of its worker, without company, after which a request has failed."""
     drain_s: Seconds = 30
     """How long running requests may finish after SIGTERM before they are handed back."""
+    step_delay_s: Annotated[float, Field(ge=0)] = 0
+    """A pause after each step, for tests."""
+    faults: str = ""
+    """Faults on purpose, for tests: `worker/faults.py`."""
     stream_ttl_s: Seconds = 3_600
     """Life of a token log that nobody appends to any more."""
     result_ttl_s: Count = 300

@@ -6,6 +6,7 @@ repeats a call whose reply it lost.
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -16,12 +17,14 @@ import msgspec
 import redis
 import redis.asyncio
 from rq.defaults import RQ_KEY_PREFIX
+from rq.job import Job
 
 from shared import keys
-from shared.errors import QueueFull
+from shared.errors import GenerationFailed, GenerationStopped, LorelayError, QueueFull, from_info
 from shared.jobs import job_fields
 from shared.messages import (
     SCHEMA_VERSION,
+    FinishReason,
     GenerationRequest,
     StreamEvent,
     decode_event,
@@ -54,6 +57,8 @@ class Claim(NamedTuple):
     held: Held
     request: GenerationRequest
     events: tuple[StreamEvent, ...]
+    alone: bool = False
+    """It was near crashes: it must run without company."""
 
 
 class Append(NamedTuple):
@@ -70,6 +75,19 @@ class News(NamedTuple):
 
     aborted: list[str]
     lost: list[str]
+
+
+class Reaped(NamedTuple):
+    """Requests whose worker was lost: back on their queues, or dead-lettered."""
+
+    requeued: list[str]
+    dead: list[str]
+
+
+MAX_RETRY_AFTER_S = 60
+NUM_PLACES_TO_AWAIT = 5
+MAX_NUM_REAPED = 1000
+"""Requests that one call of `reap` takes from their workers."""
 
 
 class ApiStreams:
@@ -112,12 +130,31 @@ class ApiStreams:
             ]
         )
         if reply[0] == b"full":
-            raise QueueFull(f"{reply[1]} requests are waiting already; try again later.")
+            raise QueueFull(
+                f"{reply[1]} requests are waiting already; try again later.",
+                retry_after_s=_retry_after_s(num_drained_per_minute=reply[2]),
+            )
 
     async def abort(self, request_id: str, *, only_queued: bool = False, ttl_s: int = 60) -> str:
         """Gives a request up: `queued` (removed, never runs), `running` (its worker is told) or `gone`."""
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
+
+    async def renew_lease(self, lease_s: float) -> None:
+        """Tells the workers that this API reads on for `lease_s`."""
+        await self._connection.set(self._channel, 1, px=int(lease_s * 1000))
+
+    async def find_vanished(self, request_ids: Sequence[str]) -> list[str]:
+        """Those requests whose job is gone, or was canceled in its queue."""
+        pipeline = self._connection.pipeline(transaction=False)
+        for request_id in request_ids:
+            pipeline.hget(Job.key_for(request_id), "status")
+        statuses = await pipeline.execute()
+        return [
+            request_id
+            for request_id, status in zip(request_ids, statuses, strict=True)
+            if status in (None, b"canceled")
+        ]
 
     async def read_logs(
         self, positions: Sequence[tuple[str, int]], *, max_num_events: int
@@ -155,6 +192,7 @@ class WorkerStreams:
         self._renew = connection.register_script(script_source("renew"))
         self._hand_back = connection.register_script(script_source("hand_back"))
         self._reap = connection.register_script(script_source("reap"))
+        self._sweep = connection.register_script(script_source("sweep"))
 
     def claim(
         self, execution_ids: Sequence[str], running: Mapping[str, int], queues: Sequence[str]
@@ -181,8 +219,9 @@ class WorkerStreams:
                 Held(request_id.decode(), execution_id.decode()),
                 decode_request(request),
                 tuple(decode_event(entry) for entry in log),
+                bool(alone),
             )
-            for request_id, execution_id, request, log in reply
+            for request_id, execution_id, request, log, alone in reply
         ]
 
     def append(self, held: Iterable[Held], appends: Iterable[Append]) -> News:
@@ -201,18 +240,48 @@ class WorkerStreams:
         )
         return _news(reply)
 
-    def renew(self, held: Iterable[Held]) -> News:
-        """Extends this worker's own entry and the leases of all it holds."""
-        reply = self._renew(args=[self._base, self._worker_name, self._lease_ms, _pack_held(held)])
+    def renew(self, held: Iterable[Held], *, judge_readers: bool = False) -> News:
+        """Extends this worker's own entry and the leases of all it holds.
+
+        `judge_readers`: a request whose API let its lease run out counts as aborted, unless it is detached.
+        """
+        reply = self._renew(
+            args=[
+                self._base,
+                self._worker_name,
+                self._lease_ms,
+                _pack_held(held),
+                int(judge_readers),
+            ]
+        )
         return _news(reply)
 
     def hand_back(self, held: Sequence[Held]) -> int:
         """Returns requests (`held`: oldest first) to the front of their queues; how many were still owned."""
         return int(self._hand_back(args=[_pack_held(reversed(held))]))
 
-    def reap(self, max_num_requests: int = 100) -> list[str]:
-        """Puts requests with an expired lease back on their queues and returns their ids."""
-        return [item.decode() for item in self._reap(args=[self._base, max_num_requests])]
+    def reap(self, max_crashes_alone: int = 3) -> Reaped:
+        """Puts requests with an expired lease back on their queues.
+
+        One that had no company when it lost its worker, so many times, ends as failed instead.
+        """
+        reason = GenerationFailed(f"The request crashed its worker {max_crashes_alone} times.")
+        event = StreamEvent(event_no=-1, finish_reason=FinishReason.ERROR, error=reason.to_info())
+        requeued, dead = self._reap(
+            args=[
+                self._base,
+                MAX_NUM_REAPED,
+                max_crashes_alone,
+                self._failure_ttl_s,
+                event.encode().decode().replace("%", "%%").replace('"event_no":-1', '"event_no":%d'),
+                _exception_text(reason),
+            ]
+        )
+        return Reaped([item.decode() for item in requeued], [item.decode() for item in dead])
+
+    def sweep(self, queues: Iterable[str]) -> int:
+        """Notices what was put on these queues, or taken from them, by others; how many of them wait."""
+        return int(self._sweep(args=[self._base, *queues]))
 
     def wait_for_doorbell(self, timeout_s: float) -> bool:
         """Blocks until a request is enqueued for the base, at most `timeout_s`; whether one was."""
@@ -222,11 +291,24 @@ class WorkerStreams:
         """What `append.lua` ends the job with; result and exception encoded as in `rq.results.Result`."""
         event, meta = append.event, json.dumps(dict(append.meta or {}))
         if event.error is not None:
-            reason = f"{event.error.code}: {event.error.message}"
-            text = base64.b64encode(zlib.compress(reason.encode())).decode()
-            return "failed", meta, "", text, self._failure_ttl_s
+            error = from_info(event.error)
+            status = "stopped" if isinstance(error, GenerationStopped) else "failed"
+            return status, meta, "", _exception_text(error), self._failure_ttl_s
         status = "canceled" if event.finish_reason == "abort" else "finished"
         return status, meta, base64.b64encode(meta.encode()).decode(), "", self._result_ttl_s
+
+
+def _retry_after_s(num_drained_per_minute: int) -> int:
+    """When a client of a full queue should come back: when a few places will be free, within a minute."""
+    if num_drained_per_minute == 0:
+        return MAX_RETRY_AFTER_S
+    seconds_per_place = 60 / num_drained_per_minute
+    return max(1, min(MAX_RETRY_AFTER_S, math.ceil(NUM_PLACES_TO_AWAIT * seconds_per_place)))
+
+
+def _exception_text(error: LorelayError) -> str:
+    """An error as RQ's results store exceptions."""
+    return base64.b64encode(zlib.compress(f"{error.code}: {error.message}".encode())).decode()
 
 
 def _pack_held(held: Iterable[Held]) -> bytes:

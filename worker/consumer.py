@@ -16,6 +16,7 @@ import redis
 from shared.logs import fields
 from shared.queues import queue_name
 from shared.streams import Append, Claim, Held, News, WorkerStreams
+from worker.faults import Faults
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Commands(NamedTuple):
 
     add: Sequence[Claim] = ()
     abort: Sequence[str] = ()
+    stop: Sequence[str] = ()
     drop: Sequence[str] = ()
 
 
@@ -38,15 +40,22 @@ class HeldRequests:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._queues: dict[Held, str] = {}
+        self._lone: set[Held] = set()
 
     def __len__(self) -> int:
         return len(self._queues)
+
+    @property
+    def has_lone_request(self) -> bool:
+        """Whether one is held that must run without company."""
+        return bool(self._lone & self._queues.keys())
 
     def add(self, claim: Claim) -> None:
         """Takes a claimed request in, in place of a former claim of the same one."""
         self.remove([claim.held.request_id])
         with self._lock:
             self._queues[claim.held] = queue_name(claim.request.base, claim.request.adapter_name)
+            self._lone = {claim.held} if claim.alone else set()
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forgets requests; one that is not held is no error."""
@@ -76,15 +85,18 @@ class Consumer:
         queues: Sequence[str],
         max_num_requests: int,
         poll_s: float,
+        faults: Faults | None = None,
     ) -> None:
         self._streams = streams
         self._held = held
         self._queues = queues
         self._max_num_requests = max_num_requests
         self._poll_s = poll_s
+        self._faults = faults or Faults()
         self._unsent: list[Append] = []
         self._draining = threading.Event()
         self._stopped = threading.Event()
+        self._to_shed: queue.SimpleQueue[Held] = queue.SimpleQueue()
         self.commands: queue.SimpleQueue[Commands] = queue.SimpleQueue()
         self.outbox: queue.Queue[list[Append]] = queue.Queue(MAX_NUM_UNSENT_STEPS)
         self.num_claimed = 0
@@ -114,10 +126,25 @@ class Consumer:
         self._collect(self._poll_s if self._held else 0)
         if self._held or self._unsent:
             self._send()
+        self._shed()
         self._claim()
         self.is_idle = not self._held
         if self.is_idle and not self._stopped.is_set():
             self._streams.wait_for_doorbell(IDLE_WAIT_S)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Passes on that these requests were given up."""
+        if request_ids:
+            self.commands.put(Commands(abort=request_ids))
+
+    def stop_request(self, request_id: str) -> None:
+        """An operator's stop of one request; of one that is not held: nothing."""
+        self.commands.put(Commands(stop=[request_id]))
+
+    def shed(self, held: Held) -> None:
+        """Returns one request to its queue, and holds fewer from now on: memory has no room for more."""
+        self._max_num_requests = max(1, len(self._held) - 1)
+        self._to_shed.put(held)
 
     def hand_back(self) -> int:
         """Returns all held requests to their queues; call it when `run` has ended."""
@@ -136,7 +163,9 @@ class Consumer:
         held = self._held.snapshot()
         current = set(held)
         appends = [append for append in self._unsent if append.held in current]
+        self._faults.appending(appends)
         news = self._streams.append(held, appends)
+        self._faults.appended(appends)
         self._unsent.clear()
         ended = {append.held.request_id for append in appends if append.event.is_terminal}
         self._held.remove(ended)
@@ -148,17 +177,26 @@ class Consumer:
         for request_id in lost:
             logger.warning("request %s moved to another worker", request_id, extra=fields("lost"))
         self._held.remove(lost)
-        if news.aborted or lost:
-            self.commands.put(Commands(abort=news.aborted, drop=lost))
+        self.abort(news.aborted)
+        if lost:
+            self.commands.put(Commands(drop=lost))
+
+    def _shed(self) -> None:
+        while not self._to_shed.empty():
+            held = self._to_shed.get()
+            self._streams.hand_back([held])
+            self._held.remove([held.request_id])
+            logger.warning("request %s handed back: out of memory", held.request_id, extra=fields("shed"))
 
     def _claim(self) -> None:
         room = self._max_num_requests - len(self._held)
-        if room <= 0 or self._draining.is_set():
+        if room <= 0 or self._draining.is_set() or self._held.has_lone_request:
             return
         execution_ids = [uuid4().hex for _ in range(room)]
         claims = self._streams.claim(execution_ids, self._held.num_per_queue(), self._queues)
         for claim in claims:
             self._held.add(claim)
         if claims:
+            self._faults.claimed(claims)
             self.num_claimed += len(claims)
             self.commands.put(Commands(add=claims))

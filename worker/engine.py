@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from shared.errors import (
     AdapterError,
     ContextLengthExceeded,
+    GenerationFailed,
+    GenerationStopped,
     GenerationTimeout,
     LorelayError,
 )
@@ -92,9 +94,26 @@ class Engine:
         output = self._remove(request_id)
         return [output.abort()] if output else []
 
+    def stop_request(self, request_id: str) -> list[Append]:
+        """Ends a request that an operator stopped, with an error; nothing if it is not here."""
+        output = self._remove(request_id)
+        return [output.fail(GenerationStopped())] if output else []
+
     def drop_request(self, request_id: str) -> None:
         """Forgets a request that another worker owns now: no event."""
         self._remove(request_id)
+
+    def shed_newest(self) -> tuple[Held | None, list[Append]]:
+        """Makes room after a step that did not fit into memory: the newest request, to be handed back.
+
+        One that did not fit even alone ends with an error instead.
+        """
+        *others, newest = self._outputs
+        output = self._outputs[newest]
+        self._remove(newest)
+        if others:
+            return output.held, []
+        return None, [output.fail(GenerationFailed("The request does not fit into the device's memory."))]
 
     def expire_requests(self) -> list[Append]:
         """Ends the requests that are over their generation limit."""

@@ -1,14 +1,19 @@
 """Drives the engine in the main thread, between the queues of the consumer."""
 
 import contextlib
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
 
+from shared.logs import fields
 from shared.streams import Append
 from worker.consumer import Commands, Consumer, HeldRequests
 from worker.engine import Engine
+from worker.sequence import OutOfDeviceMemory
+
+logger = logging.getLogger(__name__)
 
 WAKE_UP_S = 0.1
 
@@ -23,15 +28,23 @@ class EngineLoop:
         held: HeldRequests,
         *,
         drain_s: float,
+        step_delay_s: float = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._consumer = consumer
         self._held = held
         self._drain_s = drain_s
+        self._step_delay_s = step_delay_s
         self._clock = clock
         self._drain_until: float | None = None
         self._hurried = threading.Event()
+        self._step_started_s: float | None = None
+
+    def step_age_s(self) -> float:
+        """How long the present step has been running; 0 between steps. For other threads."""
+        started_s = self._step_started_s
+        return 0.0 if started_s is None else self._clock() - started_s
 
     @property
     def is_draining(self) -> bool:
@@ -52,9 +65,24 @@ class EngineLoop:
             appends = self._apply_commands()
             appends += self._engine.expire_requests()
             if self._engine.has_work:
-                appends += self._engine.step()
+                appends += self._step()
             if appends:
                 self._put(appends)
+            if self._step_delay_s:
+                self._hurried.wait(self._step_delay_s)
+
+    def _step(self) -> list[Append]:
+        self._step_started_s = self._clock()
+        try:
+            return self._engine.step()
+        except OutOfDeviceMemory as error:
+            logger.warning("a step is out of memory: %s", error, extra=fields("out_of_memory"))
+            held, appends = self._engine.shed_newest()
+            if held is not None:
+                self._consumer.shed(held)
+            return appends
+        finally:
+            self._step_started_s = None
 
     def _is_drained(self) -> bool:
         if self._drain_until is None:
@@ -70,6 +98,8 @@ class EngineLoop:
                 self._engine.drop_request(request_id)
             for request_id in commands.abort:
                 appends += self._engine.abort_request(request_id)
+            for request_id in commands.stop:
+                appends += self._engine.stop_request(request_id)
             for claim in commands.add:
                 appends += self._engine.add_request(claim.held, claim.request, claim.events)
             commands = self._next_commands(None)

@@ -3,45 +3,49 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import redis
 
 from shared.logs import fields
+from shared.settings import WorkerSettings
 from shared.streams import WorkerStreams
-from worker.consumer import HeldRequests
+from worker.consumer import Consumer, HeldRequests
 
 logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Renews every `heartbeat_s`, reaps every `reap_s`.
+    """What a live worker does at intervals, whatever its engine is busy with.
 
-    It reaps only once its connection has been up for a whole lease: after a restart of Redis every lease
-    looks expired until its owner has had the time to renew it.
+    It judges others (reaps leases, takes requests without a reader for orphans) only once its own connection
+    has been up for a whole lease: after a restart of Redis every lease looks expired until its owner has had
+    the time to renew it.
     """
 
     def __init__(
         self,
         streams: WorkerStreams,
         held: HeldRequests,
+        consumer: Consumer,
+        settings: WorkerSettings,
         *,
-        lease_s: float,
-        heartbeat_s: float,
-        reap_s: float,
+        queues: Sequence[str],
         on_beat: Callable[[], None],
+        watch_engine: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._streams = streams
         self._held = held
-        self._lease_s = lease_s
-        self._heartbeat_s = heartbeat_s
-        self._reap_s = reap_s
+        self._consumer = consumer
+        self._settings = settings
+        self._queues = queues
         self._on_beat = on_beat
+        self._watch_engine = watch_engine
         self._clock = clock
         self._stopped = threading.Event()
         self._connected_since: float | None = None
-        self._renewed_at: float | None = None
+        self._renewed_at = self._swept_at = float("-inf")
 
     def stop(self) -> None:
         """Ends `run` after its present turn."""
@@ -49,7 +53,8 @@ class Heartbeat:
 
     def run(self) -> None:
         """Takes turns until `stop`; a lost connection is retried at the next one."""
-        while not self._stopped.wait(min(self._heartbeat_s, self._reap_s)):
+        while not self._stopped.wait(min(self._settings.heartbeat_s, self._settings.reap_s)):
+            self._watch_engine()
             try:
                 self.turn()
             except (redis.ConnectionError, redis.TimeoutError) as error:
@@ -57,17 +62,28 @@ class Heartbeat:
                 logger.warning("heartbeat failed: %s", error, extra=fields("heartbeat_failed"))
 
     def turn(self) -> None:
-        """Renews if it is time to, and reaps if it may."""
+        """Renews, reaps and sweeps where it is time to."""
         now = self._clock()
-        if self._renewed_at is None or now - self._renewed_at >= self._heartbeat_s:
-            self._streams.renew(self._held.snapshot())
-            self._on_beat()
+        connected_s = now - self._connected_since if self._connected_since is not None else 0.0
+        if now - self._renewed_at >= self._settings.heartbeat_s:
+            self._renew(judge_readers=connected_s >= self._settings.api_lease_s)
             self._renewed_at = now
         if self._connected_since is None:
             self._connected_since = now
-        elif now - self._connected_since >= self._lease_s:
+        if connected_s >= self._settings.lease_s:
             self._reap()
+        if now - self._swept_at >= self._settings.sweep_s:
+            self._streams.sweep(self._queues)
+            self._swept_at = now
+
+    def _renew(self, *, judge_readers: bool) -> None:
+        news = self._streams.renew(self._held.snapshot(), judge_readers=judge_readers)
+        self._consumer.abort(news.aborted)
+        self._on_beat()
 
     def _reap(self) -> None:
-        for request_id in self._streams.reap():
+        reaped = self._streams.reap(self._settings.max_crashes_alone)
+        for request_id in reaped.requeued:
             logger.warning("request %s lost its worker: requeued", request_id, extra=fields("reap"))
+        for request_id in reaped.dead:
+            logger.error("request %s crashes workers: failed", request_id, extra=fields("dead_letter"))

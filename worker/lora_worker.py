@@ -8,6 +8,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from rq.command import parse_payload
 from rq.logutils import setup_loghandlers
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
@@ -26,6 +27,7 @@ from worker.block_manager import BlockManager
 from worker.consumer import Consumer, HeldRequests
 from worker.engine import Engine
 from worker.engine_loop import EngineLoop
+from worker.faults import Faults, FaultyRunner
 from worker.heartbeat import Heartbeat
 from worker.scheduler import Scheduler
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 ALL_QUEUES = "default"
 """What `rq worker` passes without a queue argument."""
 SOCKET_TIMEOUT_S = 5.0
+HUNG_EXIT_CODE = 70
 
 
 class LoraWorker(BaseWorker):
@@ -46,6 +49,7 @@ class LoraWorker(BaseWorker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"serializer": JSONSerializer}))
         self._loop: EngineLoop | None = None
+        self._consumer: Consumer | None = None
         self._failure: BaseException | None = None
 
     def work(
@@ -112,8 +116,10 @@ class LoraWorker(BaseWorker):
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
         serves_all = len(self.queues) == 1 + len(settings.adapters)
-        engine, model_runner = _build_engine(settings)
-        registry.register(self.connection, _cards(settings, model_runner))
+        faults = Faults(settings.faults)
+        engine, model_runner = _build_engine(settings, faults)
+        cards = _cards(settings, model_runner)
+        registry.register(self.connection, cards)
         held = HeldRequests()
         consumer = Consumer(
             self._streams(settings),
@@ -121,20 +127,25 @@ class LoraWorker(BaseWorker):
             queues=[] if serves_all else self.queue_names(),
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
+            faults=faults,
+        )
+        self._consumer = consumer
+        self._loop = loop = EngineLoop(
+            engine, consumer, held, drain_s=settings.drain_s, step_delay_s=settings.step_delay_s
         )
         heartbeat = Heartbeat(
             self._streams(settings),
             held,
-            lease_s=settings.lease_s,
-            heartbeat_s=settings.heartbeat_s,
-            reap_s=settings.reap_s,
-            on_beat=self._beat,
+            consumer,
+            settings,
+            queues=_served_queues(settings, [ALL_QUEUES]),
+            on_beat=lambda: self._beat(cards),
+            watch_engine=lambda: self._end_if_hung(loop.step_age_s(), settings.step_limit_s),
         )
         heartbeat.turn()
-        self._loop = EngineLoop(engine, consumer, held, drain_s=settings.drain_s)
         self.set_state(WorkerStatus.IDLE)
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
-        self._run(self._loop, consumer, heartbeat, burst)
+        self._run(loop, consumer, heartbeat, burst)
         return consumer.num_claimed > 0
 
     def _run(self, loop: EngineLoop, consumer: Consumer, heartbeat: Heartbeat, burst: bool) -> None:
@@ -158,14 +169,31 @@ class LoraWorker(BaseWorker):
         if self._failure is not None:
             raise SystemExit(1) from self._failure
 
-    def _beat(self) -> None:
-        """RQ's own heartbeat, for `rq info` and the dashboard."""
-        with (
-            connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection,
-            connection.pipeline() as pipeline,
-        ):
-            self.heartbeat(pipeline=pipeline)
-            pipeline.execute()
+    def handle_payload(self, message: Any) -> None:
+        """RQ's commands; `stop-job` and `stop-execution` end one of many running requests."""
+        payload = parse_payload(message)
+        if payload["command"] in ("stop-job", "stop-execution"):
+            if self._consumer is not None:
+                self._consumer.stop_request(payload["job_id"])
+            return
+        super().handle_payload(message)  # type: ignore[no-untyped-call]
+
+    def _beat(self, cards: Sequence[ModelCard]) -> None:
+        """RQ's own heartbeat, for `rq info` and the dashboard. A Redis that came back empty is told anew."""
+        with connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection:
+            if not connection.exists(self.key):
+                self.log.warning("Worker %s: Redis forgot this worker, registering again", self.name)
+                self.register_birth()  # type: ignore[no-untyped-call]
+                registry.register(connection, cards)
+            with connection.pipeline() as pipeline:
+                self.heartbeat(pipeline=pipeline)
+                pipeline.execute()
+
+    def _end_if_hung(self, step_age_s: float, step_limit_s: float) -> None:
+        """Ends the process, without clean-up: its engine hangs, and others take its requests over."""
+        if step_age_s > step_limit_s:
+            self.log.critical("Worker %s: a step takes over %g s, ending", self.name, step_limit_s)
+            os._exit(HUNG_EXIT_CODE)
 
     def _guard(self, run: Callable[[], None]) -> None:
         """A thread that fails ends the worker: without it the other threads would serve nobody."""
@@ -213,7 +241,7 @@ def _served_queues(settings: WorkerSettings, arguments: Sequence[str]) -> list[s
     return [queues[argument] for argument in arguments]
 
 
-def _build_engine(settings: WorkerSettings) -> "tuple[Engine, ModelRunner]":
+def _build_engine(settings: WorkerSettings, faults: Faults) -> "tuple[Engine, ModelRunner]":
     from worker.model_runner import ModelRunner
 
     model_runner = ModelRunner.load(settings)
@@ -222,7 +250,8 @@ def _build_engine(settings: WorkerSettings) -> "tuple[Engine, ModelRunner]":
         max_batch_size=settings.max_batch_size,
         max_prefill_tokens=settings.max_prefill_tokens,
     )
-    return Engine(model_runner, model_runner.tokenizer, scheduler), model_runner
+    engine = Engine(FaultyRunner(model_runner, faults), model_runner.tokenizer, scheduler)
+    return engine, model_runner
 
 
 def _cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[ModelCard]:

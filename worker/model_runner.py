@@ -15,7 +15,7 @@ from worker.adapter_files import load_adapter
 from worker.attention import AttentionState, PagedKVCache, QueryGroup, StepLayout, attach
 from worker.lora import LoraStack
 from worker.sampler import SamplingRow, sample
-from worker.sequence import Batch, ScheduledSequence
+from worker.sequence import Batch, OutOfDeviceMemory, ScheduledSequence
 from worker.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,14 @@ class ModelRunner:
 
         Raises:
             AdapterError: a sequence names an adapter that isn't loaded.
+            OutOfDeviceMemory: the step did not fit.
         """
         if not batch:
             return []
-        logits = self._forward(batch)
+        try:
+            logits = self._forward(batch)
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(str(error)) from error
         return sample(logits, [self._sampling_row(item) for item in batch if item.samples])
 
     def _sampling_row(self, item: ScheduledSequence) -> SamplingRow:

@@ -7,6 +7,10 @@ from enum import Enum
 from shared.messages import FinishReason, SamplingParams
 
 
+class OutOfDeviceMemory(Exception):
+    """A step did not fit into the device's memory; nothing of it was recorded."""
+
+
 class SequenceStatus(Enum):
     """WAITING for blocks, RUNNING in the batch, FINISHED."""
 

@@ -6,44 +6,10 @@
 -- Returns {aborted ids, lost ids}.
 local worker, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])
-local RESULT_TYPE = { finished = 1, failed = 2 }
-
-local function write_result(id, owner, started, status, return_value, exc_text, ttl)
-  local fields = { 'type', RESULT_TYPE[status], 'worker_name', owner.worker, 'execution_id', owner.execution,
-    'execution_started_at', started, 'execution_ended_at', now_us / 1000000 }
-  for name, value in pairs({ return_value = return_value, exc_string = exc_text }) do
-    if value ~= '' then
-      table.insert(fields, name)
-      table.insert(fields, value)
-    end
-  end
-  redis.call('XADD', RQ .. ':results:' .. id, 'MAXLEN', 10, '*', unpack(fields))
-  redis.call('EXPIRE', RQ .. ':results:' .. id, ttl)
-end
-
-local function count_job(worker, status, working_s)
-  if redis.call('EXISTS', worker_key(worker)) == 1 then
-    local counter = status == 'failed' and 'failed_job_count' or 'successful_job_count'
-    redis.call('HINCRBY', worker_key(worker), counter, 1)
-    redis.call('HINCRBYFLOAT', worker_key(worker), 'total_working_time', working_s)
-  end
-end
-
-local function finish(id, owner, outcome)
-  local status, meta, return_value, exc_text, ttl = unpack(outcome)
-  local created = redis.call('HGET', RQ .. ':execution:' .. id .. ':' .. owner.execution, 'created_at')
-  local started = tonumber(created or now_us / 1000000)
-  redis.call('HSET', job_key(id), 'status', status, 'ended_at', iso(now_us), 'meta', meta)
-  redis.call('ZADD', RQ .. ':' .. status .. ':' .. owner.queue, math.floor(now_ms / 1000) + ttl, id)
-  if RESULT_TYPE[status] then
-    write_result(id, owner, started, status, return_value, exc_text, ttl)
-  end
-  drop_execution(id, owner)
-  count_job(owner.worker, status, now_us / 1000000 - started)
-  for _, key in ipairs({ job_key(id), log_key(id), reader_key(id) }) do
-    redis.call('EXPIRE', key, ttl)
-  end
-end
+-- A request that ran on for so many events since its claim is cleared of the crashes it was near.
+local NUM_EVENTS_TO_CLEAR = 16
+local REMOVED = '{"event_no":%d,"finish_reason":"error","error":{"code":"generation_failed",'
+  .. '"message":"The request was removed by an operator."}}'
 
 local owners, aborted, lost = {}, {}, {}
 for i = 1, #held, 2 do
@@ -58,28 +24,35 @@ for i = 1, #held, 2 do
 end
 
 local lines = {}
+local function write(id, event_no, event)
+  local reader = write_event(id, event_no, event)
+  if reader then
+    lines[reader] = lines[reader] or {}
+    table.insert(lines[reader], id .. ' ' .. event)
+  end
+end
+
 for _, entry in ipairs(appends) do
   local id, _, event_no, event, outcome = unpack(entry, 1, 5)
   local owner = owners[id]
   if owner and redis.call('EXISTS', job_key(id)) == 0 then
-    -- Removed from outside (`rq empty`, a dashboard): nobody waits for it under its id any more.
+    -- Removed from outside: `rq empty`, a dashboard.
+    write(id, event_no, REMOVED:format(event_no))
+    redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
     drop_execution(id, owner)
     owners[id] = nil
     lost[#lost + 1] = id
   elseif owner then
-    if event_no == redis.call('LLEN', log_key(id)) then
-      redis.call('RPUSH', log_key(id), event)
-      local reader = redis.call('GET', reader_key(id))
-      if reader then
-        lines[reader] = lines[reader] or {}
-        table.insert(lines[reader], id .. ' ' .. event)
-      end
-    end
+    write(id, event_no, event)
     if outcome then
       finish(id, owner, outcome)
       owners[id] = nil
     else
       redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
+      if owner.watched_from and event_no >= owner.watched_from + NUM_EVENTS_TO_CLEAR then
+        redis.call('HDEL', job_key(id), 'crashes_alone', 'suspect')
+        redis.call('HDEL', owner_key(id), 'watched_from')
+      end
     end
   end
 end

@@ -2,11 +2,14 @@
 -- head waits longest.
 -- ARGV: base, worker, k, lease (ms), stream ttl (ms), schema version, running per queue (JSON object), queues to
 --       serve (JSON array; empty = all of the base), then k fresh execution ids.
--- Returns {id, execution, request, log} per claimed request, log being the events written so far.
+-- Returns {id, execution, request, log, alone} per claimed request: log is what was written so far, alone says that
+-- the request was near crashes and must run without company.
 local base, worker, k = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease_ms, stream_ttl_ms, schema_version = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local running, served = cjson.decode(ARGV[7]), cjson.decode(ARGV[8])
 local MAX_HEADS = 32
+local num_running = 0
+for _, count in pairs(running) do num_running = num_running + count end
 
 if redis.call('EXISTS', RQ .. ':suspended') == 1 then
   return {}
@@ -36,7 +39,27 @@ local function fairest(queues)
   return best
 end
 
-local function start(id, queue, execution)
+-- Near one crash alone or two in company: it runs without company until it is cleared (append.lua).
+local function must_run_alone(job)
+  return tonumber(job[3] or 0) >= 1 or tonumber(job[4] or 0) >= 2
+end
+
+-- A job that had ended and was requeued by an operator begins anew, and without a client.
+local function start_anew(id)
+  redis.call('DEL', log_key(id), reader_key(id))
+  redis.call('HDEL', job_key(id), 'has_ended', 'crashes_alone', 'suspect')
+  redis.call('HSET', job_key(id), 'detached', 1)
+  redis.call('PERSIST', job_key(id))
+end
+
+-- A job that is none of ours, put on our queue by somebody else.
+local function reject(id, queue)
+  redis.call('LPOP', queue_key(queue))
+  redis.call('HSET', job_key(id), 'status', 'failed', 'ended_at', iso(now_us))
+  redis.call('ZADD', RQ .. ':failed:' .. queue, '+inf', id)
+end
+
+local function start(id, queue, execution, is_watched)
   local composite = id .. ':' .. execution
   redis.call('LPOP', queue_key(queue))
   redis.call('HSET', job_key(id), 'status', 'started', 'worker_name', worker,
@@ -51,26 +74,44 @@ local function start(id, queue, execution)
   -- Score +inf: RQ's own cleaners leave the entry alone; leases are reaped by reap.lua.
   redis.call('ZADD', RQ .. ':wip:' .. queue, '+inf', composite)
   redis.call('HSET', owner_key(id), 'execution', execution, 'worker', worker, 'base', base, 'queue', queue)
+  if is_watched then
+    redis.call('HSET', owner_key(id), 'watched_from', redis.call('LLEN', log_key(id)))
+  end
   redis.call('ZADD', leases_key(base), now_ms + lease_ms, id)
 end
 
 local claimed = {}
 local queues = waiting_queues()
+local function skip(queue)
+  for i, other in ipairs(queues) do
+    if other == queue then return table.remove(queues, i) end
+  end
+end
+
 while #claimed < k and #queues > 0 do
   local queue = fairest(queues)
   update_waiting(base, queue)
   local id = redis.call('LINDEX', queue_key(queue), 0)
-  local job = id and redis.call('HMGET', job_key(id), 'request', 'schema_version')
-  if not id or tonumber(job[2] or 0) > schema_version then
-    for i, other in ipairs(queues) do
-      if other == queue then table.remove(queues, i) break end
-    end
+  local job = id and redis.call('HMGET', job_key(id), 'request', 'schema_version', 'crashes_alone', 'suspect',
+    'has_ended')
+  if id and not job[1] then
+    reject(id, queue)
+  elseif not id or tonumber(job[2] or 0) > schema_version then
+    skip(queue)
   else
+    if job[5] then
+      start_anew(id)
+      job[3], job[4] = false, false
+    end
+    local alone = must_run_alone(job)
+    -- A worker runs empty before it takes a suspect: otherwise one would wait for ever on a busy worker.
+    if alone and num_running + #claimed > 0 then break end
     local execution = ARGV[8 + #claimed + 1]
-    start(id, queue, execution)
+    start(id, queue, execution, job[3] or job[4])
     running[queue] = (running[queue] or 0) + 1
     update_waiting(base, queue)
-    claimed[#claimed + 1] = { id, execution, job[1] or '', redis.call('LRANGE', log_key(id), 0, -1) }
+    claimed[#claimed + 1] = { id, execution, job[1], redis.call('LRANGE', log_key(id), 0, -1), alone and 1 or 0 }
+    if alone then break end
   end
 end
 if #claimed > 0 and redis.call('EXISTS', worker_key(worker)) == 1 then

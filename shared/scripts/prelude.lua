@@ -71,8 +71,9 @@ local function drop_execution(id, owner)
 end
 
 local function get_owner(id)
-  local owner = redis.call('HMGET', owner_key(id), 'execution', 'worker', 'base', 'queue', 'aborted')
-  return { execution = owner[1], worker = owner[2], base = owner[3], queue = owner[4], aborted = owner[5] }
+  local owner = redis.call('HMGET', owner_key(id), 'execution', 'worker', 'base', 'queue', 'aborted', 'watched_from')
+  return { execution = owner[1], worker = owner[2], base = owner[3], queue = owner[4], aborted = owner[5],
+    watched_from = tonumber(owner[6]) }
 end
 
 -- A running request back to the front of its queue, its log kept: whoever claims it goes on from there.
@@ -83,4 +84,54 @@ local function requeue(id, owner)
   redis.call('LPUSH', queue_key(owner.queue), id)
   update_waiting(owner.base, owner.queue)
   ring(owner.base)
+end
+
+-- An event into its log, once; returns the channel of the API to tell, or false.
+local function write_event(id, event_no, event)
+  if event_no ~= redis.call('LLEN', log_key(id)) then return false end
+  redis.call('RPUSH', log_key(id), event)
+  return redis.call('GET', reader_key(id))
+end
+
+local function write_result(id, owner, started, status, return_value, exc_text, ttl)
+  local RESULT_TYPE = { finished = 1, failed = 2, stopped = 3 }
+  if not RESULT_TYPE[status] then return end
+  local fields = { 'type', RESULT_TYPE[status], 'worker_name', owner.worker, 'execution_id', owner.execution,
+    'execution_started_at', started, 'execution_ended_at', now_us / 1000000 }
+  for name, value in pairs({ return_value = return_value, exc_string = exc_text }) do
+    if value ~= '' then
+      table.insert(fields, name)
+      table.insert(fields, value)
+    end
+  end
+  redis.call('XADD', RQ .. ':results:' .. id, 'MAXLEN', 10, '*', unpack(fields))
+  redis.call('EXPIRE', RQ .. ':results:' .. id, ttl)
+end
+
+local function count_job(owner, status, working_s)
+  if redis.call('EXISTS', worker_key(owner.worker)) == 1 then
+    local counter = status == 'finished' and 'successful_job_count' or 'failed_job_count'
+    redis.call('HINCRBY', worker_key(owner.worker), counter, 1)
+    redis.call('HINCRBYFLOAT', worker_key(owner.worker), 'total_working_time', working_s)
+  end
+  local drained = OURS .. ':drained:' .. owner.base .. ':' .. math.floor(now_ms / 10000)
+  redis.call('INCR', drained)
+  redis.call('EXPIRE', drained, 60)
+end
+
+-- The job of a request is over. outcome = {status, meta, return value, exception text, ttl (s)}, as append has it.
+local function finish(id, owner, outcome)
+  local status, meta, return_value, exc_text, ttl = unpack(outcome)
+  local REGISTRY = { stopped = 'failed' }
+  local created = redis.call('HGET', RQ .. ':execution:' .. id .. ':' .. owner.execution, 'created_at')
+  local started = tonumber(created or now_us / 1000000)
+  redis.call('HSET', job_key(id), 'status', status, 'ended_at', iso(now_us), 'meta', meta, 'has_ended', 1)
+  redis.call('ZADD', RQ .. ':' .. (REGISTRY[status] or status) .. ':' .. owner.queue,
+    math.floor(now_ms / 1000) + ttl, id)
+  write_result(id, owner, started, status, return_value, exc_text, ttl)
+  drop_execution(id, owner)
+  count_job(owner, status, now_us / 1000000 - started)
+  for _, key in ipairs({ job_key(id), log_key(id), reader_key(id) }) do
+    redis.call('EXPIRE', key, ttl)
+  end
 end

@@ -1,14 +1,50 @@
--- Requests whose owner stopped renewing go back to the front of their queues. Needs no lock: the first reaper
--- takes a lease away, the second finds none.
--- ARGV: base, most requests in one call. Returns their ids.
-local base = ARGV[1]
+-- Requests whose owner stopped renewing go back to the front of their queues; one that crashed its worker alone too
+-- often is dead-lettered. Needs no lock: the first reaper takes a lease away, the second finds none.
+-- ARGV: base, most requests in one call, crashes alone that end a request, ttl (s) of a failed job, event (a format
+--       with one %d, its number), exception text as RQ's results have it.
+-- Returns {ids requeued, ids dead-lettered}.
+local base, max_crashes_alone, failure_ttl, event = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+
+-- How many requests a worker held when it was last alive: those it still has, and those reaped from it lately.
+local function company(worker)
+  return redis.call('SCARD', worker_key(worker) .. ':executions')
+    + tonumber(redis.call('GET', OURS .. ':reaped:' .. worker) or 0)
+end
+
+local function count_crash(id, worker, num_held)
+  redis.call('INCR', OURS .. ':reaped:' .. worker)
+  redis.call('EXPIRE', OURS .. ':reaped:' .. worker, 60)
+  return redis.call('HINCRBY', job_key(id), num_held == 1 and 'crashes_alone' or 'suspect', 1)
+end
+
+local function dead_letter(id, owner)
+  local event_no = redis.call('LLEN', log_key(id))
+  local reader = write_event(id, event_no, event:format(event_no))
+  finish(id, owner, { 'failed', '{}', '', ARGV[6], failure_ttl })
+  if reader then redis.call('PUBLISH', reader, id .. ' ' .. event:format(event_no)) end
+end
+
+local requeued, dead, held = {}, {}, {}
 local expired = redis.call('ZRANGEBYSCORE', leases_key(base), '-inf', now_ms, 'LIMIT', 0, tonumber(ARGV[2]))
 for _, id in ipairs(expired) do
+  local worker = get_owner(id).worker
+  if worker then held[worker] = held[worker] or company(worker) end
+end
+for _, id in ipairs(expired) do
   local owner = get_owner(id)
-  if owner.execution then
-    requeue(id, owner)
-  else
+  if not owner.execution then
     redis.call('ZREM', leases_key(base), id)
+  elseif redis.call('EXISTS', job_key(id)) == 0 then
+    drop_execution(id, owner)
+  else
+    local count = count_crash(id, owner.worker, held[owner.worker])
+    if held[owner.worker] == 1 and count >= max_crashes_alone then
+      dead_letter(id, owner)
+      dead[#dead + 1] = id
+    else
+      requeue(id, owner)
+      requeued[#requeued + 1] = id
+    end
   end
 end
-return expired
+return { requeued, dead }

@@ -1,9 +1,17 @@
 -- One heartbeat of a worker: its own entry and the leases of all it holds.
--- ARGV: base, worker, lease (ms), held = {id, execution, ...} (msgpack). Returns {aborted ids, lost ids}.
+-- ARGV: base, worker, lease (ms), held = {id, execution, ...} (msgpack), '1' to abort requests that nobody reads:
+--       their API let its lease run out, and they are not detached.
+-- Returns {aborted ids, lost ids}.
 local base, worker, lease_ms, held = ARGV[1], ARGV[2], tonumber(ARGV[3]), cmsgpack.unpack(ARGV[4])
 
 redis.call('ZADD', OURS .. ':workers:' .. base, now_ms + lease_ms, worker)
 redis.call('ZREMRANGEBYSCORE', OURS .. ':workers:' .. base, '-inf', now_ms - 600000)
+
+local function is_orphan(id)
+  if ARGV[5] ~= '1' or redis.call('HGET', job_key(id), 'detached') == '1' then return false end
+  local reader = redis.call('GET', reader_key(id))
+  return not reader or redis.call('EXISTS', reader) == 0
+end
 
 local aborted, lost = {}, {}
 for i = 1, #held, 2 do
@@ -12,7 +20,7 @@ for i = 1, #held, 2 do
     lost[#lost + 1] = id
   else
     redis.call('ZADD', leases_key(base), now_ms + lease_ms, id)
-    if owner.aborted then aborted[#aborted + 1] = id end
+    if owner.aborted or is_orphan(id) then aborted[#aborted + 1] = id end
   end
 end
 return { aborted, lost }

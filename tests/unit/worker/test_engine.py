@@ -225,3 +225,34 @@ def test_the_meta_of_a_finished_request_tells_numbers_and_no_text(ended_by: str)
     assert append.meta["prompt_tokens"] == 6
     assert append.meta["finish_reason"] == ended_by
     assert "secret" not in str(append.meta)
+
+
+def test_a_stopped_request_ends_with_an_error_and_its_neighbours_go_on() -> None:
+    bench = Bench()
+    bench.add("stopped")
+    bench.add("kept")
+    bench.engine.step()
+    (append,) = bench.engine.stop_request("stopped")
+    assert append.event.error.code == "generation_stopped"
+    assert set(bench.finish()) == {"kept"}
+    assert bench.engine.stop_request("stopped") == []
+
+
+def test_the_newest_request_makes_room_after_a_step_that_did_not_fit() -> None:
+    bench = Bench()
+    bench.add("old")
+    bench.add("new")
+    bench.engine.step()
+    held, appends = bench.engine.shed_newest()
+    assert (held.request_id, appends) == ("new", [])
+    assert set(bench.finish()) == {"old"}
+    assert bench.blocks.num_free_blocks == 32
+
+
+def test_a_request_that_does_not_fit_alone_ends_with_an_error() -> None:
+    bench = Bench()
+    bench.add()
+    held, (append,) = bench.engine.shed_newest()
+    assert held is None
+    assert append.event.error.code == "generation_failed"
+    assert not bench.engine.has_work
