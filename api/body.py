@@ -1,0 +1,30 @@
+"""Reading a request body within its limit."""
+
+from contextlib import aclosing
+
+from starlette.requests import Request
+
+from shared.errors import RequestTooLarge
+
+
+async def read_body(request: Request, max_num_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        RequestTooLarge: it is longer than `max_num_bytes`; what comes after is not read.
+        ClientDisconnect: the client left before its end.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_num_bytes:
+        raise _too_large(max_num_bytes)
+    body = bytearray()
+    async with aclosing(request.stream()) as parts:
+        async for part in parts:
+            body += part
+            if len(body) > max_num_bytes:
+                raise _too_large(max_num_bytes)
+    return bytes(body)
+
+
+def _too_large(max_num_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"The request body is larger than {max_num_bytes} bytes.")

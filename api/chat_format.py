@@ -1,0 +1,173 @@
+"""Events as OpenAI's JSON: chunks of a stream, or one body."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from shared.messages import StreamEvent, Usage
+
+DONE = b"data: [DONE]\n\n"
+
+PublicFinishReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """How the prompt's tokens came about."""
+
+    cached_tokens: int
+
+
+class UsageBody(msgspec.Struct, frozen=True):
+    """Token counts of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What a chunk adds to its message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChunkChoice(msgspec.Struct, frozen=True):
+    """The part of a chunk that belongs to one choice."""
+
+    index: int
+    delta: Delta
+    logprobs: None = None
+    finish_reason: PublicFinishReason | None = None
+
+
+class ChatCompletionChunk(msgspec.Struct, frozen=True):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: UsageBody | UnsetType | None = UNSET
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    """The answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """One answer out of `n`."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: None
+    finish_reason: PublicFinishReason
+
+
+class ChatCompletion(msgspec.Struct, frozen=True):
+    """The whole answer to a request that does not stream."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: UsageBody
+
+
+class Heading(msgspec.Struct, frozen=True):
+    """What is the same in all chunks of an answer."""
+
+    id: str
+    created: int
+    model: str
+
+
+FINISH_REASONS: dict[str, PublicFinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+}
+
+_encode = msgspec.json.encode
+
+
+def to_usage_body(usage: Usage) -> UsageBody:
+    """OpenAI's form of the token counts."""
+    total = usage.prompt_tokens + usage.completion_tokens
+    details = PromptTokensDetails(usage.cached_tokens)
+    return UsageBody(usage.prompt_tokens, usage.completion_tokens, total, details)
+
+
+class ChunkWriter:
+    """Renders the events of one request as server-sent events."""
+
+    def __init__(self, heading: Heading, *, include_usage: bool) -> None:
+        self._heading = heading
+        self._include_usage = include_usage
+        self._begun: set[int] = set()
+
+    def render(self, event: StreamEvent) -> bytes:
+        """The chunks of one event, none when it releases no text: role first, usage and `[DONE]` last."""
+        parts = []
+        if event.index not in self._begun:
+            self._begun.add(event.index)
+            parts.append(self._chunk(event.index, Delta(role="assistant", content="")))
+        if event.text:
+            parts.append(self._chunk(event.index, Delta(content=event.text)))
+        if event.finish_reason is not None:
+            parts.append(self._chunk(event.index, Delta(), FINISH_REASONS[event.finish_reason]))
+        if event.usage is not None:
+            if self._include_usage:
+                parts.append(self._render([], to_usage_body(event.usage)))
+            parts.append(DONE)
+        return b"".join(parts)
+
+    def _chunk(self, index: int, delta: Delta, finish_reason: PublicFinishReason | None = None) -> bytes:
+        choice = ChunkChoice(index, delta, None, finish_reason)
+        return self._render([choice], None if self._include_usage else UNSET)
+
+    def _render(self, choices: list[ChunkChoice], usage: UsageBody | UnsetType | None) -> bytes:
+        heading = self._heading
+        chunk = ChatCompletionChunk(
+            heading.id, "chat.completion.chunk", heading.created, heading.model, choices, usage
+        )
+        return b"data: %b\n\n" % _encode(chunk)
+
+
+class BodyWriter:
+    """Collects the events of one request into one body."""
+
+    def __init__(self, heading: Heading, num_choices: int) -> None:
+        self._heading = heading
+        self._texts: list[list[str]] = [[] for _ in range(num_choices)]
+        self._finish_reasons: list[PublicFinishReason] = ["stop"] * num_choices
+
+    def add(self, events: Iterable[StreamEvent]) -> None:
+        """Takes the next events."""
+        for event in events:
+            self._texts[event.index].append(event.text)
+            if event.finish_reason is not None:
+                self._finish_reasons[event.index] = FINISH_REASONS[event.finish_reason]
+
+    def render(self, usage: Usage) -> bytes:
+        """The body of what was added."""
+        heading = self._heading
+        choices = [
+            Choice(index, AssistantMessage("assistant", "".join(texts)), None, finish_reason)
+            for index, (texts, finish_reason) in enumerate(
+                zip(self._texts, self._finish_reasons, strict=True)
+            )
+        ]
+        body = ChatCompletion(
+            heading.id, "chat.completion", heading.created, heading.model, choices, to_usage_body(usage)
+        )
+        return _encode(body)

@@ -1,0 +1,147 @@
+"""The documentation page and its schema: open to everybody, complete without the internet."""
+
+import copy
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import BaseRoute
+from starlette.staticfiles import StaticFiles
+
+from api.chat_format import ChatCompletion, ChatCompletionChunk
+from api.errors import ErrorEnvelope
+from api.relay import Relay
+from api.routes import CHAT_COMPLETIONS, Model, ModelList, Status
+from api.schemas import ChatCompletionRequest
+from shared.errors import QueueUnavailable
+from shared.messages import ModelCard
+
+TITLE = "Lorelay"
+VERSION = "0.1.0"
+DESCRIPTION = "OpenAI's API for one base model and many LoRA adapters: name an adapter as `model` to use it."
+ASSETS = "/docs-assets"
+SCHEMA = "/openapi.json"
+REFERENCE = "#/components/schemas/{}"
+KEYED_PREFIX = "/v1"
+
+
+def install(app: FastAPI, relay: Relay) -> None:
+    """Adds the page at `/` and `/docs`, its assets, and the schema."""
+    app.mount(ASSETS, StaticFiles(directory=str(resources.files("fastapi_offline") / "static")))
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
+    async def page(request: Request) -> HTMLResponse:
+        root = request.scope.get("root_path", "").rstrip("/")
+        return get_swagger_ui_html(
+            openapi_url=f"{root}{SCHEMA}",
+            title=TITLE,
+            swagger_js_url=f"{root}{ASSETS}/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}{ASSETS}/swagger-ui.css",
+            swagger_favicon_url=f"{root}{ASSETS}/favicon.png",
+            # Without this, Swagger UI may ask a validator on the internet about the schema.
+            swagger_ui_parameters={"validatorUrl": None},
+        )
+
+    @app.get(SCHEMA, include_in_schema=False)
+    async def schema() -> JSONResponse:
+        try:
+            cards: list[ModelCard] | None = await relay.fetch_cards()
+        except QueueUnavailable:
+            cards = None
+        return JSONResponse(_with_models(static_schema(), cards))
+
+    @cache
+    def static_schema() -> dict[str, Any]:
+        return build_schema(app.routes)
+
+
+def build_schema(routes: list[BaseRoute]) -> dict[str, Any]:
+    """The OpenAPI schema of these routes, without the models that are served."""
+    schema = get_openapi(title=TITLE, version=VERSION, description=DESCRIPTION, routes=routes)
+    components = schema.setdefault("components", {})
+    components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+    components["schemas"] = _component_schemas()
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            operation["responses"] = _responses(path)
+            if path.startswith(KEYED_PREFIX):
+                operation["security"] = [{"ApiKey": []}]
+    schema["paths"][CHAT_COMPLETIONS]["post"]["requestBody"] = {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _reference(ChatCompletionRequest), "example": _example("MODEL")}
+        },
+    }
+    return schema
+
+
+def _component_schemas() -> dict[str, Any]:
+    body = ChatCompletionRequest.model_json_schema(ref_template=REFERENCE.format("{model}"))
+    parts = body.pop("$defs")
+    _, answers = msgspec.json.schema_components(
+        [ChatCompletion, ChatCompletionChunk, ErrorEnvelope, Model, ModelList, Status],
+        ref_template=REFERENCE.format("{name}"),
+    )
+    return {ChatCompletionRequest.__name__: body, **parts, **answers}
+
+
+def _responses(path: str) -> dict[str, Any]:
+    answer = {
+        CHAT_COMPLETIONS: {
+            "application/json": {"schema": _reference(ChatCompletion)},
+            "text/event-stream": {"schema": _reference(ChatCompletionChunk)},
+        },
+        "/v1/models": {"application/json": {"schema": _reference(ModelList)}},
+        "/v1/models/{model_id}": {"application/json": {"schema": _reference(Model)}},
+    }.get(path, {"application/json": {"schema": _reference(Status)}})
+    error = {"application/json": {"schema": _reference(ErrorEnvelope)}}
+    return {
+        "200": {"description": "Success", "content": answer},
+        "default": {"description": "An error, in OpenAI's form", "content": error},
+    }
+
+
+def _reference(cls: type) -> dict[str, str]:
+    return {"$ref": REFERENCE.format(cls.__name__)}
+
+
+def _example(model: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": "What is the capital of France?"},
+        ],
+        "max_tokens": 64,
+        "temperature": 0.8,
+        "stream": False,
+    }
+
+
+def _with_models(schema: dict[str, Any], cards: list[ModelCard] | None) -> dict[str, Any]:
+    """The schema with the served models in its text, and one of them in its example."""
+    schema = copy.deepcopy(schema)
+    schema["info"]["description"] += f"\n\n{_describe(cards)}"
+    if cards:
+        content = schema["paths"][CHAT_COMPLETIONS]["post"]["requestBody"]["content"]["application/json"]
+        content["example"] = _example(cards[0].name)
+    return schema
+
+
+def _describe(cards: list[ModelCard] | None) -> str:
+    if cards is None:
+        return "The list of models can't be read at the moment."
+    if not cards:
+        return "No model is served yet: start a worker."
+    lines = [f"* `{card.name}`{_parentage(card)}" for card in cards]
+    return "\n".join(["Models served now:", "", *lines])
+
+
+def _parentage(card: ModelCard) -> str:
+    return "" if card.adapter_name is None else f": adapter of `{card.base}`"

@@ -1,0 +1,158 @@
+"""The one place where exceptions become HTTP: status, headers and OpenAI's error envelope."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import msgspec
+import redis
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from shared import errors
+from shared.errors import LorelayError
+from shared.logs import fields
+
+logger = logging.getLogger(__name__)
+
+INVALID_REQUEST_TYPE = "invalid_request_error"
+SERVER_TYPE = "server_error"
+
+
+class Mapped(NamedTuple):
+    """How one class of exception looks in HTTP."""
+
+    status: int
+    type: str
+    retry_after_s: int | None = None
+    permanent: bool = False
+    """A repetition would fail as well: the official clients are told not to retry."""
+    headers: Mapping[str, str] = {}
+
+
+def _refused(status: int, **headers: str) -> Mapped:
+    return Mapped(status, INVALID_REQUEST_TYPE, permanent=True, headers=headers)
+
+
+MAPPING: dict[type[LorelayError], Mapped] = {
+    errors.LorelayError: Mapped(500, SERVER_TYPE),
+    errors.InvalidRequest: _refused(400),
+    errors.UnsupportedParameter: _refused(400),
+    errors.ContextLengthExceeded: _refused(400),
+    errors.InvalidApiKey: _refused(401, **{"WWW-Authenticate": "Bearer"}),
+    errors.ModelNotFound: _refused(404),
+    errors.RequestTooLarge: _refused(413),
+    errors.QueueFull: Mapped(429, "rate_limit_error", retry_after_s=1),
+    errors.QueueTimeout: Mapped(503, SERVER_TYPE, retry_after_s=5),
+    errors.NoWorker: Mapped(503, SERVER_TYPE, retry_after_s=5),
+    errors.QueueUnavailable: Mapped(503, SERVER_TYPE, retry_after_s=1),
+    errors.QueueOutOfMemory: Mapped(503, SERVER_TYPE, retry_after_s=5),
+    errors.AdapterError: Mapped(500, SERVER_TYPE, permanent=True),
+    errors.GenerationFailed: Mapped(500, SERVER_TYPE, permanent=True),
+    errors.GenerationStopped: Mapped(500, SERVER_TYPE, permanent=True),
+    errors.GenerationTimeout: Mapped(504, SERVER_TYPE, permanent=True),
+    errors.ServerDraining: Mapped(503, SERVER_TYPE, retry_after_s=1),
+    errors.ConfigurationError: Mapped(500, SERVER_TYPE, permanent=True),
+    errors.RegistryConflict: _refused(409),
+}
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """What is wrong; all four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(msgspec.Struct, frozen=True):
+    """OpenAI's error object."""
+
+    error: ErrorBody
+
+
+def mapped(error: LorelayError) -> Mapped:
+    """The mapping of an exception: its own class's, or its nearest ancestor's."""
+    return next(MAPPING[cls] for cls in type(error).__mro__ if cls in MAPPING)
+
+
+def render_error(error: LorelayError) -> bytes:
+    """The envelope of an exception, as JSON."""
+    body = ErrorBody(error.message, mapped(error).type, error.param, error.code)
+    return msgspec.json.encode(ErrorEnvelope(body))
+
+
+def error_response(error: LorelayError) -> Response:
+    """The whole HTTP answer to an exception."""
+    target = mapped(error)
+    headers = dict(target.headers)
+    if target.permanent:
+        headers["x-should-retry"] = "false"
+    measured_s = error.retry_after_s if isinstance(error, errors.QueueFull) else None
+    if (retry_after_s := measured_s or target.retry_after_s) is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    return Response(render_error(error), target.status, headers, "application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Hands the application's exceptions to this module."""
+    app.add_exception_handler(LorelayError, _handle_ours)
+    app.add_exception_handler(HTTPException, _handle_http)
+    app.add_exception_handler(ClientDisconnect, _handle_disconnect)
+    app.add_exception_handler(Exception, _handle_unexpected)
+
+
+async def _handle_ours(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, LorelayError)
+    if mapped(exc).status >= 500:
+        reason = f": {exc.__cause__!r}" if exc.__cause__ else ""
+        logger.warning("%s: %s%s", exc.code, exc.message, reason, extra=fields("error", code=exc.code))
+    return error_response(exc)
+
+
+async def _handle_http(request: Request, exc: Exception) -> Response:
+    """What the router itself refuses: an unknown path, a method that a path does not have."""
+    assert isinstance(exc, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, INVALID_REQUEST_TYPE)
+    message = f"{exc.detail}: {request.method} {request.url.path}"
+    envelope = ErrorEnvelope(ErrorBody(message, INVALID_REQUEST_TYPE, None, code))
+    headers = {**(exc.headers or {}), "x-should-retry": "false"}
+    return Response(msgspec.json.encode(envelope), exc.status_code, headers, "application/json")
+
+
+async def _handle_disconnect(request: Request, exc: Exception) -> Response:
+    """The client left while it was still sending: nobody reads this answer."""
+    return Response(status_code=400)
+
+
+async def _handle_unexpected(request: Request, exc: Exception) -> Response:
+    log_unexpected(exc)
+    return error_response(LorelayError())
+
+
+def log_unexpected(exc: BaseException) -> None:
+    """An exception that nobody foresaw, with its traceback."""
+    logger.error("internal error: %r", exc, exc_info=exc, extra=fields("internal_error"))
+
+
+@asynccontextmanager
+async def queue_errors(until: float) -> AsyncIterator[None]:
+    """Turns every failure of Redis inside, and the event loop's time passing `until`, into our exceptions.
+
+    Raises:
+        QueueOutOfMemory: the server refused to write for want of memory.
+        QueueUnavailable: anything else.
+    """
+    try:
+        async with asyncio.timeout_at(until):
+            yield
+    except (redis.RedisError, OSError) as error:
+        # Inside a script, Redis 6.2 wraps the reply: "ERR Error running script ... -OOM command not allowed".
+        if isinstance(error, redis.OutOfMemoryError) or "OOM " in str(error):
+            raise errors.QueueOutOfMemory from error
+        raise errors.QueueUnavailable from error

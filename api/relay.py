@@ -1,0 +1,328 @@
+"""The API process's end of the queue: requests go out, and one subscriber brings their events back."""
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Iterable, Iterator
+
+import msgspec
+import redis
+from redis.asyncio.client import PubSub
+
+from api.errors import log_unexpected, queue_errors
+from api.inbox import Inbox
+from api.upkeep import fail_vanished_forever, renew_lease_forever
+from shared import keys, registry
+from shared.connections import connect_async
+from shared.errors import GenerationFailed, QueueUnavailable, ServerDraining
+from shared.logs import fields
+from shared.messages import GenerationRequest, ModelCard, decode_event
+from shared.settings import ApiSettings, RedisSettings
+from shared.streams import ApiStreams
+
+logger = logging.getLogger(__name__)
+
+PING_S = 5.0
+"""Silence of the subscriber's connection after which it is tried, and then given up."""
+MAX_BACKOFF_S = 1.0
+NUM_CONNECTIONS = 32
+STREAM_MARGIN_S = 60
+"""How much longer than its limits a request's log lives."""
+CLOSE_WAIT_S = 2.0
+CANCEL_AGAIN_S = 0.1
+UNREADABLE = "The worker's answer can't be read: it runs a newer version than this API."
+
+
+class Relay:
+    """Requests to the queue, their events back to inboxes.
+
+    Events come over pub/sub, one channel and one connection for the process. That is only the wake-up: one
+    periodic task reads the log for every inbox that missed something or has been silent for a while.
+    """
+
+    def __init__(
+        self, redis_settings: RedisSettings, settings: ApiSettings, *, ping_s: float = PING_S
+    ) -> None:
+        self._settings = settings
+        self._ping_s = ping_s
+        self._connection = connect_async(
+            redis_settings, socket_timeout_s=settings.redis_timeout_s, max_num_connections=NUM_CONNECTIONS
+        )
+        self._subscriber = connect_async(redis_settings, max_num_retries=0)
+        self._channel = keys.events_channel(uuid.uuid4().hex)
+        self._streams = ApiStreams(self._connection, self._channel)
+        self._inboxes: dict[bytes, Inbox] = {}
+        self._log_wanted = asyncio.Event()
+        self._to_abort: dict[str, float] = {}
+        self._abort_wanted = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._outages: set[str] = set()
+
+    @property
+    def stream_ttl_s(self) -> float:
+        """How long after its enqueue a request's log lives, and its exchange at most."""
+        return self._settings.queue_time_limit_s + self._settings.generation_limit_s + STREAM_MARGIN_S
+
+    @property
+    def inboxes(self) -> list[Inbox]:
+        """Those of the exchanges that are open now."""
+        return list(self._inboxes.values())
+
+    def patience(self) -> float:
+        """The event loop's time until which Redis may answer a client that begins to wait now."""
+        return asyncio.get_running_loop().time() + self._settings.redis_timeout_s
+
+    def start(self) -> None:
+        """Starts the subscriber and the reader of logs; Redis need not be there yet."""
+        self._tasks = [
+            asyncio.create_task(self._subscribe_forever(), name="subscriber"),
+            asyncio.create_task(self._read_logs_forever(), name="log reader"),
+            asyncio.create_task(self._abort_forever(), name="aborter"),
+            asyncio.create_task(renew_lease_forever(self._streams, self._settings), name="lease"),
+            asyncio.create_task(
+                fail_vanished_forever(self._streams, self._settings, self._inboxes.values), name="vanished"
+            ),
+        ]
+
+    async def close(self) -> None:
+        """Ends what is open with an error, lets aborts through, closes the connections."""
+        for inbox in self._inboxes.values():
+            inbox.fail(ServerDraining())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_WAIT_S):
+                while self._inboxes or self._to_abort:
+                    await asyncio.sleep(0.01)
+        await _cancel(self._tasks)
+        await self._subscriber.aclose()
+        await self._connection.aclose()
+
+    async def ping(self) -> None:
+        """Asks whether Redis is there.
+
+        Raises:
+            QueueUnavailable: it is not.
+        """
+        async with queue_errors(self.patience()):
+            await self._connection.ping()
+
+    async def fetch_card(self, model: str, until: float) -> ModelCard:
+        """The card of a model.
+
+        Raises:
+            ModelNotFound: there is none of this name.
+            QueueUnavailable: Redis did not answer `until` then.
+        """
+        async with queue_errors(until):
+            return await registry.fetch_card(self._connection, model)
+
+    async def fetch_cards(self) -> list[ModelCard]:
+        """All cards.
+
+        Raises:
+            QueueUnavailable: Redis did not answer.
+        """
+        async with queue_errors(self.patience()):
+            return await registry.fetch_cards(self._connection)
+
+    async def has_live_worker(self, base: str) -> bool:
+        """Whether a worker of this base is up.
+
+        Raises:
+            QueueUnavailable: Redis did not answer.
+        """
+        async with queue_errors(self.patience()):
+            return await registry.has_live_worker(self._connection, base)
+
+    @contextlib.contextmanager
+    def open_inbox(self, request_id: str) -> Iterator[Inbox]:
+        """An inbox that events of `request_id` go to while the context lasts."""
+        inbox = Inbox(
+            request_id, self._settings.max_inbox_events, self._settings.max_silence_s, self._log_wanted.set
+        )
+        self._inboxes[request_id.encode()] = inbox
+        try:
+            yield inbox
+        finally:
+            inbox.close()
+            del self._inboxes[request_id.encode()]
+
+    async def enqueue(self, request: GenerationRequest, until: float) -> None:
+        """Puts a request on its queue.
+
+        Raises:
+            QueueFull: there is no room for it.
+            QueueUnavailable: Redis did not answer `until` then; the request may stand there all the same.
+        """
+        async with queue_errors(until):
+            await self._streams.enqueue(
+                request,
+                max_queue_depth=self._settings.max_queue_depth,
+                max_total_queue_depth=self._settings.max_total_queue_depth,
+                stream_ttl_s=self.stream_ttl_s,
+                result_ttl_s=self._settings.result_ttl_s,
+                failure_ttl_s=self._settings.failure_ttl_s,
+            )
+
+    async def abort_queued(self, request_id: str) -> str:
+        """Removes a request that no worker has claimed: `queued` (removed), else `running` or `gone`.
+
+        Raises:
+            QueueUnavailable: Redis did not answer.
+        """
+        async with queue_errors(self.patience()):
+            return await self._streams.abort(request_id, only_queued=True)
+
+    def abort_soon(self, request_id: str) -> None:
+        """Gives a request up, whatever it does now; works on after the caller is cancelled."""
+        self._to_abort[request_id] = asyncio.get_running_loop().time() + self.stream_ttl_s
+        self._abort_wanted.set()
+
+    async def _abort_forever(self) -> None:
+        """Tries each abort until Redis answers, or until its request has ended by itself."""
+        loop, pauses = asyncio.get_running_loop(), _backoff()
+        while True:
+            await self._abort_wanted.wait()
+            self._abort_wanted.clear()
+            for request_id, until in list(self._to_abort.items()):
+                try:
+                    async with queue_errors(self.patience()):
+                        await self._streams.abort(request_id)
+                except QueueUnavailable:
+                    if loop.time() < until:
+                        self._abort_wanted.set()
+                        await asyncio.sleep(next(pauses))
+                        break
+                except Exception as error:
+                    log_unexpected(error)
+                pauses = _backoff()
+                del self._to_abort[request_id]
+
+    async def _subscribe_forever(self) -> None:
+        pauses = _backoff()
+        while True:
+            try:
+                async with self._subscriber.pubsub() as pubsub:
+                    await self._subscribe(pubsub)
+                    pauses = _backoff()
+                    await self._receive(pubsub)
+            except (redis.RedisError, OSError) as error:
+                self._note_outage("subscriber", error)
+            except Exception as error:
+                log_unexpected(error)
+            await asyncio.sleep(next(pauses))
+
+    async def _subscribe(self, pubsub: PubSub) -> None:
+        async with asyncio.timeout(self._settings.redis_timeout_s):
+            await pubsub.subscribe(self._channel)
+
+    async def _receive(self, pubsub: PubSub) -> None:
+        """Delivers messages until the connection fails.
+
+        Raises:
+            TimeoutError: the server answers no more, on a connection that looks alive.
+        """
+        pinged = False
+        while True:
+            message = await pubsub.get_message(timeout=self._ping_s)
+            if message is None:
+                if pinged:
+                    raise TimeoutError(f"no answer to a ping within {self._ping_s:g} s")
+                pinged = True
+                await pubsub.ping()
+                continue
+            pinged = False
+            if message["type"] == "message":
+                self._deliver(message["data"])
+            elif message["type"] == "subscribe":
+                self._on_subscribed()
+
+    def _deliver(self, data: bytes) -> None:
+        """Hands each line of a message, `<request id> <event>`, to its inbox."""
+        inboxes = self._inboxes
+        for line in data.split(b"\n"):
+            request_id, _, encoded = line.partition(b" ")
+            inbox = inboxes.get(request_id)
+            if inbox is None:
+                continue
+            try:
+                inbox.put(decode_event(encoded))
+            except msgspec.DecodeError:
+                inbox.fail(GenerationFailed(UNREADABLE))
+
+    def _on_subscribed(self) -> None:
+        """What was published while nobody listened stands in the logs only."""
+        self._note_recovery("subscriber")
+        for inbox in self._inboxes.values():
+            inbox.fall_behind()
+
+    async def _read_logs_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            alarm = loop.call_later(self._settings.max_silence_s / 2, self._log_wanted.set)
+            await self._log_wanted.wait()
+            alarm.cancel()
+            self._log_wanted.clear()
+            now = loop.time()
+            if inboxes := [inbox for inbox in self._inboxes.values() if inbox.wants_log(now)]:
+                await self._read_logs(inboxes)
+
+    async def _read_logs(self, inboxes: list[Inbox]) -> None:
+        """Reads on for these inboxes, in one round trip; a failure is made up for at the next turn."""
+        for inbox in inboxes:
+            inbox.log_is_being_read()
+        page = self._settings.max_inbox_events
+        try:
+            async with queue_errors(self.patience()):
+                logs = await self._streams.read_logs(
+                    [(inbox.request_id, inbox.next_event_no) for inbox in inboxes], max_num_events=page
+                )
+        except QueueUnavailable as error:
+            self._note_outage("log reader", error.__cause__ or error)
+            await asyncio.sleep(self._settings.max_silence_s / 2)
+            for inbox in inboxes:
+                inbox.fall_behind()
+        except msgspec.DecodeError:
+            await self._fail_unreadable(inboxes)
+        except Exception as error:
+            log_unexpected(error)
+        else:
+            self._note_recovery("log reader")
+            for inbox, events in zip(inboxes, logs, strict=True):
+                inbox.put_log(events, is_all=len(events) < page)
+
+    async def _fail_unreadable(self, inboxes: list[Inbox]) -> None:
+        """One log can't be decoded: finds it, so that it harms no other request."""
+        if len(inboxes) == 1:
+            inboxes[0].fail(GenerationFailed(UNREADABLE))
+            return
+        for inbox in inboxes:
+            await self._read_logs([inbox])
+
+    def _note_outage(self, part: str, error: BaseException) -> None:
+        """Logs the first failure only, whichever part of the relay meets it."""
+        if not self._outages:
+            logger.warning("lost Redis, reconnecting: %r", error, extra=fields("redis_lost"))
+        self._outages.add(part)
+
+    def _note_recovery(self, part: str) -> None:
+        if self._outages == {part}:
+            logger.info("Redis is back", extra=fields("redis_back"))
+        self._outages.discard(part)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Ends tasks for good: redis-py sends under `asyncio.wait_for`, which can swallow a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
+
+
+def _backoff() -> Iterator[float]:
+    """Pauses between attempts, without end."""
+    pause_s = 0.05
+    while True:
+        yield pause_s
+        pause_s = min(pause_s * 2, MAX_BACKOFF_S)

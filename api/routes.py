@@ -1,0 +1,127 @@
+"""The routes: OpenAI's under `/v1`, the probes beside them."""
+
+import time
+import uuid
+from typing import Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from api.auth import ApiKeyCheck
+from api.body import read_body
+from api.relay import Relay
+from api.responses import ChatCall, ChatCompletionResponse
+from api.schemas import ChatCompletionRequest
+from api.strict import parse
+from shared.errors import ModelNotFound
+from shared.messages import GenerationRequest, ModelCard
+from shared.settings import ApiSettings
+
+CHAT_COMPLETIONS = "/v1/chat/completions"
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A model that can be named in a request."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    """Where its weights come from."""
+    parent: str | None
+    """The base model of an adapter."""
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """All models, each base in front of its adapters."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What a probe wants to know."""
+
+    status: Literal["ok"]
+
+
+def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
+    """The routes on this relay; those under `/v1` ask for an API key where there are any."""
+    router = APIRouter()
+    keyed = APIRouter(dependencies=[Depends(ApiKeyCheck(settings.api_keys))])
+
+    @keyed.post(CHAT_COMPLETIONS, summary="Continue a conversation", tags=["chat"])
+    async def create_chat_completion(request: Request) -> Response:
+        """Answers with one JSON object, or with `stream: true` in pieces."""
+        body = parse(ChatCompletionRequest, await read_body(request, settings.max_body_bytes))
+        admit_until = relay.patience()
+        card = await relay.fetch_card(body.model, admit_until)
+        call = ChatCall(
+            request=_to_generation_request(body, card, settings),
+            created=int(time.time()),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+            admit_until=admit_until,
+        )
+        return ChatCompletionResponse(relay, settings, call)
+
+    @keyed.get("/v1/models", summary="List the models", tags=["models"])
+    async def list_models() -> Response:
+        """The base models and their adapters."""
+        cards = await relay.fetch_cards()
+        return _json(ModelList("list", [_to_model(card) for card in cards]))
+
+    @keyed.get("/v1/models/{model_id:path}", summary="Describe one model", tags=["models"])
+    async def retrieve_model(model_id: str) -> Response:
+        """One model; its name may contain slashes."""
+        if not model_id:
+            raise ModelNotFound
+        return _json(_to_model(await relay.fetch_card(model_id, relay.patience())))
+
+    @router.get("/health", summary="Is the process up?", tags=["probes"])
+    async def health() -> Response:
+        """Answers as long as the process does."""
+        return _json(Status("ok"))
+
+    @router.get("/ready", summary="Can it take requests?", tags=["probes"])
+    async def ready() -> Response:
+        """503 while Redis can't be reached."""
+        await relay.ping()
+        return _json(Status("ok"))
+
+    router.include_router(keyed)
+    return router
+
+
+def _to_generation_request(
+    body: ChatCompletionRequest, card: ModelCard, settings: ApiSettings
+) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=f"chatcmpl-{uuid.uuid4().hex}",
+        model=card.name,
+        base=card.base,
+        messages=[message.to_template() for message in body.messages],
+        sampling=body.to_sampling(),
+        adapter_name=card.adapter_name,
+        adapter_version=card.version if card.adapter_name is not None else None,
+        generation_limit_s=settings.generation_limit_s,
+    )
+
+
+def _to_model(card: ModelCard) -> Model:
+    return Model(
+        id=card.name,
+        object="model",
+        created=card.created,
+        owned_by="lorelay",
+        root=card.source,
+        parent=card.base if card.adapter_name is not None else None,
+        max_model_len=card.max_model_len,
+    )
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

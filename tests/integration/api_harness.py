@@ -1,0 +1,198 @@
+"""A real API on a real queue, and a worker that does what the test says."""
+
+import asyncio
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import redis
+import uvicorn
+
+from api.main import create_app
+from api.relay import Relay
+from shared import registry
+from shared.messages import ErrorInfo, FinishReason, ModelCard, StreamEvent, Usage
+from shared.settings import ApiSettings, RedisSettings
+from shared.streams import Append, Claim, WorkerStreams
+from tests.waiting import wait_until
+
+DEADLINE_S = 10.0
+POLL_S = 0.01
+
+BASE = ModelCard(
+    name="base", base="base", source="/models/base", version="a" * 64, created=1, max_model_len=99
+)
+ADAPTER = ModelCard(
+    name="org/pirate",
+    base="base",
+    source="/adapters/pirate",
+    version="b" * 64,
+    created=2,
+    max_model_len=99,
+    adapter_name="org/pirate",
+)
+HELLO = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
+CHAT = "/v1/chat/completions"
+
+
+async def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """`wait_until` that lets the event loop go on."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {DEADLINE_S} s for {what}"
+        await asyncio.sleep(POLL_S)
+    return value
+
+
+def decode_stream(body: str) -> list[str]:
+    """The `data:` of each event; everything else in the body must be a comment."""
+    blocks = [block for block in body.split("\n\n") if block]
+    assert all(block.startswith(("data: ", ":")) for block in blocks)
+    return [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
+
+
+def error_in(response: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, which must be nothing but OpenAI's envelope."""
+    assert response.headers["content-type"] == "application/json"
+    (error,) = response.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["code"], str)
+    assert error["message"]
+    return dict(error)
+
+
+class ApiServer:
+    """The application under uvicorn, in a thread of this process."""
+
+    def __init__(self, redis_url: str, **settings: Any) -> None:
+        values = {"max_silence_s": 0.1, "queue_time_limit_s": 30, "generation_limit_s": 30, **settings}
+        self.app = create_app(ApiSettings(**values), RedisSettings(redis_url=redis_url))
+        config = uvicorn.Config(
+            self.app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, name="api")
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        """The port it got."""
+        return int(self._server.servers[0].sockets[0].getsockname()[1])
+
+    @property
+    def relay(self) -> Relay:
+        """The relay; it belongs to the server's thread."""
+        relay = self.app.state.relay
+        assert isinstance(relay, Relay)
+        return relay
+
+    def start(self) -> None:
+        """Returns when it accepts connections."""
+        self._thread.start()
+        wait_until(lambda: self._server.started, what="uvicorn")
+
+    def stop(self) -> None:
+        """As SIGTERM does."""
+        self._server.should_exit = True
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive(), "uvicorn does not end"
+
+
+@contextlib.contextmanager
+def running_api(redis_url: str, **settings: Any) -> Iterator[ApiServer]:
+    """An API for the time of the context."""
+    server = ApiServer(redis_url, **settings)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.asynccontextmanager
+async def asking(api: ApiServer, **fields: Any) -> AsyncIterator["asyncio.Task[httpx.Response]"]:
+    """A chat completion under way."""
+    async with httpx.AsyncClient(base_url=api.url) as client:
+        yield asyncio.create_task(client.post(CHAT, json={**HELLO, **fields}, timeout=30))
+
+
+class ScriptedWorker:
+    """The worker's end of the queue, driven by hand. Registers a base model and an adapter."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self.connection = connection
+        self.streams = WorkerStreams(
+            connection,
+            base=BASE.base,
+            worker_name="scripted",
+            lease_s=60,
+            stream_ttl_s=60,
+            result_ttl_s=60,
+            failure_ttl_s=60,
+        )
+        self._event_nos: dict[str, int] = {}
+        registry.register(connection, [BASE, ADAPTER])
+
+    def report(self) -> None:
+        """Tells the registry that this worker lives."""
+        self.streams.renew([])
+
+    def try_claim(self) -> Claim | None:
+        """The next request, if any waits."""
+        claims = self.streams.claim([uuid.uuid4().hex], {}, [])
+        return claims[0] if claims else None
+
+    def claim(self) -> Claim:
+        """The next request, soon."""
+        claimed = wait_until(self.try_claim, what="a request")
+        assert isinstance(claimed, Claim)
+        return claimed
+
+    def emit(self, claim: Claim, *texts: str, **fields: Any) -> None:
+        """One event for each text, each in a message of its own."""
+        for text in texts:
+            event_no = self._event_nos.get(claim.held.request_id, 0)
+            self._event_nos[claim.held.request_id] = event_no + 1
+            event = StreamEvent(event_no, token_ids=(event_no,), text=text, **fields)
+            self.streams.append([claim.held], [Append(claim.held, event)])
+
+    def finish(self, claim: Claim, text: str = "", reason: FinishReason = FinishReason.STOP) -> None:
+        """The terminal event."""
+        self.emit(claim, text, finish_reason=reason, usage=Usage(prompt_tokens=5, completion_tokens=7))
+
+    def fail(self, claim: Claim, code: str, message: str, param: str | None = None) -> None:
+        """The terminal event of a request that can't be served."""
+        self.emit(claim, "", error=ErrorInfo(code=code, message=message, param=param))
+
+    def is_aborted(self, claim: Claim) -> bool:
+        """Whether the API gave this running request up."""
+        return claim.held.request_id in self.streams.append([claim.held], []).aborted
+
+    @contextlib.contextmanager
+    def answering(self, *texts: str) -> Iterator[None]:
+        """Answers every request with these texts, in a thread, for the time of the context."""
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                if (claim := self.try_claim()) is None:
+                    stop.wait(POLL_S)
+                    continue
+                self.emit(claim, *texts)
+                self.finish(claim)
+
+        thread = threading.Thread(target=work, name="scripted worker")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()

