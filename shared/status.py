@@ -1,0 +1,197 @@
+"""What runs and what waits, read from Redis without changing anything: `lorelay status`.
+
+`rq info` is a cleaner: it removes what it takes for dead. These readers are not.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import redis
+from rq.defaults import RQ_KEY_PREFIX
+
+from shared import keys, registry
+from shared.messages import ModelCard
+from shared.queues import queue_name, slug
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """A worker that RQ or the registry knows."""
+
+    name: str
+    base: str | None
+    """None: it has not begun to serve yet, or its base is not registered."""
+    host: str
+    pid: int | None
+    state: str
+    """RQ's word: starting, idle, busy, suspended; empty when RQ has none."""
+    num_running: int
+    alive: bool
+    """Whether it renewed its lease lately. A worker that still loads its model has none."""
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    """A base model or an adapter."""
+
+    name: str
+    base: str
+    source: str
+    version: str
+    num_workers: int
+    """Live workers of the base."""
+
+
+class QueueStatus(msgspec.Struct, frozen=True):
+    """An RQ queue; `model` is None when no registered model owns it."""
+
+    name: str
+    model: str | None
+    depth: int
+    num_running: int
+    oldest_wait_s: float | None
+
+
+class Status(msgspec.Struct, frozen=True):
+    """All that `lorelay status` shows."""
+
+    workers: list[WorkerStatus]
+    bases: list[ModelStatus]
+    adapters: list[ModelStatus]
+    queues: list[QueueStatus]
+
+
+def read_status(connection: redis.Redis) -> Status:
+    """The state of one Redis database; only reads."""
+    cards = registry.list_cards(connection)
+    leases = {base: _leases(connection, base) for base in sorted({card.base for card in cards})}
+    num_workers = {base: sum(alive.values()) for base, alive in leases.items()}
+    models = [
+        ModelStatus(card.name, card.base, card.source, card.version, num_workers[card.base]) for card in cards
+    ]
+    is_base = {card.name: card.adapter_name is None for card in cards}
+    return Status(
+        workers=_workers(connection, leases),
+        bases=[model for model in models if is_base[model.name]],
+        adapters=[model for model in models if not is_base[model.name]],
+        queues=_queues(connection, cards),
+    )
+
+
+def live_workers(connection: redis.Redis, base: str) -> set[tuple[str, int]]:
+    """(host, pid) of the workers that serve a base now."""
+    alive = (name for name, is_alive in _leases(connection, base).items() if is_alive)
+    workers = (_worker(connection, name, base, True) for name in alive)
+    return {(worker.host, worker.pid) for worker in workers if worker.pid is not None}
+
+
+def to_text(status: Status) -> str:
+    """The status as tables for a terminal."""
+    sections = [
+        _table(
+            "WORKER,HOST,PID,BASE,STATE,RUNNING,ALIVE",
+            (
+                (
+                    worker.name,
+                    worker.host,
+                    worker.pid or "-",
+                    worker.base or "-",
+                    worker.state or "-",
+                    worker.num_running,
+                    "yes" if worker.alive else "no",
+                )
+                for worker in status.workers
+            ),
+        ),
+        _table(
+            "BASE,WORKERS,SOURCE", ((model.name, model.num_workers, model.source) for model in status.bases)
+        ),
+        _table("ADAPTER,BASE,SOURCE", ((model.name, model.base, model.source) for model in status.adapters)),
+        _table(
+            "QUEUE,MODEL,WAITING,RUNNING,OLDEST WAIT",
+            (
+                (
+                    queue.name,
+                    queue.model or "-",
+                    queue.depth,
+                    queue.num_running,
+                    _seconds(queue.oldest_wait_s),
+                )
+                for queue in status.queues
+            ),
+        ),
+    ]
+    return "\n\n".join(sections)
+
+
+def _leases(connection: redis.Redis, base: str) -> dict[str, bool]:
+    """Worker names of a base, and whether each has a lease now, by the server's clock."""
+    now_ms = _now_ms(connection)
+    entries: list[tuple[bytes, float]] = connection.zrange(  # type: ignore[assignment]
+        keys.workers(slug(base)), 0, -1, withscores=True
+    )
+    return {name.decode(): expiry_ms > now_ms for name, expiry_ms in entries}
+
+
+def _workers(connection: redis.Redis, leases: dict[str, dict[str, bool]]) -> list[WorkerStatus]:
+    found = [
+        _worker(connection, name, base, is_alive)
+        for base, alive in leases.items()
+        for name, is_alive in sorted(alive.items())
+    ]
+    known = {worker.name for worker in found}
+    registered = _members(connection, "worker")
+    found += [_worker(connection, name, None, False) for name in sorted(registered - known)]
+    return [worker for worker in found if worker.alive or worker.host]
+
+
+def _worker(connection: redis.Redis, name: str, base: str | None, is_alive: bool) -> WorkerStatus:
+    key = f"{RQ_KEY_PREFIX}:worker:{name}"
+    host, pid, state = (_text(value) for value in connection.hmget(key, "hostname", "pid", "state"))
+    num_running = connection.scard(f"{key}:executions")
+    return WorkerStatus(name, base, host, int(pid) if pid else None, state, num_running, is_alive)
+
+
+def _queues(connection: redis.Redis, cards: Sequence[ModelCard]) -> list[QueueStatus]:
+    owners = {queue_name(card.base, card.adapter_name): card.name for card in cards}
+    others = sorted(_members(connection, "queue") - set(owners))
+    return [_queue(connection, name, owners.get(name)) for name in [*owners, *others]]
+
+
+def _queue(connection: redis.Redis, name: str, model: str | None) -> QueueStatus:
+    key = f"{RQ_KEY_PREFIX}:queue:{name}"
+    head = connection.lindex(key, 0)
+    enqueued_ms = connection.hget(f"{RQ_KEY_PREFIX}:job:{_text(head)}", "enqueued_ms") if head else None
+    oldest_wait_s = None if enqueued_ms is None else (_now_ms(connection) - float(enqueued_ms)) / 1000
+    num_running = connection.zcard(f"{RQ_KEY_PREFIX}:wip:{name}")
+    return QueueStatus(name, model, connection.llen(key), num_running, oldest_wait_s)
+
+
+def _members(connection: redis.Redis, kind: str) -> set[str]:
+    """The names that RQ has in its set of workers or queues."""
+    prefix = f"{RQ_KEY_PREFIX}:{kind}:"
+    return {_text(key).removeprefix(prefix) for key in connection.smembers(f"{RQ_KEY_PREFIX}:{kind}s")}
+
+
+def _text(value: bytes | str | None) -> str:
+    return value.decode() if isinstance(value, bytes) else value or ""
+
+
+def _now_ms(connection: redis.Redis) -> float:
+    seconds, microseconds = connection.time()
+    return float(seconds * 1000 + microseconds / 1000)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def _table(head: str, rows: Iterable[Iterable[object]]) -> str:
+    titles = head.split(",")
+    lines = [titles, *([str(cell) for cell in row] for row in rows)]
+    if len(lines) == 1:
+        lines.append(["none", *([""] * (len(titles) - 1))])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    return "\n".join(_padded(line, widths) for line in lines)
+
+
+def _padded(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
