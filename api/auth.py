@@ -1,5 +1,6 @@
 """API keys."""
 
+import hashlib
 import hmac
 from collections.abc import Sequence
 
@@ -14,6 +15,10 @@ class ApiKeyCheck:
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = tuple(key.encode() for key in keys)
 
+    def client_of(self, request: Request) -> str:
+        """Who sent a checked request: a digest of its key, empty where no keys are asked for."""
+        return hashlib.sha256(_bearer(request).encode()).hexdigest() if self._keys else ""
+
     async def __call__(self, request: Request) -> None:
         """Checks one request.
 
@@ -22,9 +27,7 @@ class ApiKeyCheck:
         """
         if not self._keys:
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        given = given.strip()
-        if scheme.lower() != "bearer" or not given:
+        if not (given := _bearer(request)):
             raise InvalidApiKey("You didn't provide an API key: send 'Authorization: Bearer YOUR_KEY'.")
         if not self._is_known(given):
             raise InvalidApiKey
@@ -33,3 +36,9 @@ class ApiKeyCheck:
         # Constant time: every key is compared, and compare_digest does not stop at the first difference.
         candidate = given.encode("latin-1")
         return sum(hmac.compare_digest(candidate, key) for key in self._keys) > 0
+
+
+def _bearer(request: Request) -> str:
+    """The key in a request's headers; empty without one."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else ""

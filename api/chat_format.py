@@ -110,10 +110,14 @@ def to_usage_body(usage: Usage) -> UsageBody:
 class ChunkWriter:
     """Renders the events of one request as server-sent events."""
 
-    def __init__(self, heading: Heading, *, include_usage: bool) -> None:
+    def __init__(
+        self, heading: Heading, *, include_usage: bool, with_ids: bool = False, begun: Iterable[int] = ()
+    ) -> None:
+        """`with_ids`: events carry `id: <request id>:<event_no>`; `begun`: choices known to the client."""
         self._heading = heading
         self._include_usage = include_usage
-        self._begun: set[int] = set()
+        self._with_ids = with_ids
+        self._begun = set(begun)
 
     def render(self, event: StreamEvent) -> bytes:
         """The chunks of one event, none when it releases no text: role first, usage and `[DONE]` last."""
@@ -129,6 +133,9 @@ class ChunkWriter:
             if self._include_usage:
                 parts.append(self._render([], to_usage_body(event.usage)))
             parts.append(DONE)
+        if parts and self._with_ids:
+            # On the last part: a client that saw the id has seen the whole event.
+            parts[-1] = b"id: %b:%d\n%b" % (self._heading.id.encode(), event.event_no, parts[-1])
         return b"".join(parts)
 
     def _chunk(self, index: int, delta: Delta, finish_reason: PublicFinishReason | None = None) -> bytes:

@@ -45,6 +45,7 @@ MAPPING: dict[type[LorelayError], Mapped] = {
     errors.ContextLengthExceeded: _refused(400),
     errors.InvalidApiKey: _refused(401, **{"WWW-Authenticate": "Bearer"}),
     errors.ModelNotFound: _refused(404),
+    errors.RequestNotFound: _refused(404),
     errors.RequestTooLarge: _refused(413),
     errors.QueueFull: Mapped(429, "rate_limit_error", retry_after_s=1),
     errors.QueueTimeout: Mapped(503, SERVER_TYPE, retry_after_s=5),

@@ -39,6 +39,11 @@ class Inbox:
         """Events in memory that the consumer has not taken."""
         return len(self._events)
 
+    def start_at(self, event_no: int) -> None:
+        """Begins with this event instead of the first, read from the log."""
+        self.next_event_no = event_no
+        self.fall_behind()
+
     def put(self, event: StreamEvent) -> None:
         """Takes the next event; drops one it has, and any that it can't take in order."""
         if event.event_no < self.next_event_no:

@@ -23,9 +23,10 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
     Raises:
         ConfigurationError: a variable is missing or malformed.
     """
-    if settings is None and redis_settings is None:
-        logs.configure()
+    is_process = settings is None and redis_settings is None
     settings = settings or ApiSettings.load()
+    if is_process:
+        logs.configure(settings.log_level)
     relay = Relay(redis_settings or RedisSettings.load(), settings)
 
     @asynccontextmanager

@@ -147,8 +147,37 @@ class Relay:
             inbox.close()
             del self._inboxes[request_id.encode()]
 
-    async def enqueue(self, request: GenerationRequest, until: float) -> None:
-        """Puts a request on its queue.
+    async def find_request(self, request_id: str, client: str) -> GenerationRequest:
+        """A request that this client sent.
+
+        Raises:
+            RequestNotFound: there is none.
+            QueueUnavailable: Redis did not answer.
+        """
+        async with queue_errors(self.patience()):
+            return await self._streams.find_request(request_id, client)
+
+    async def attach(self, inbox: Inbox, first_event_no: int) -> None:
+        """Fills the inbox of a request that was enqueued before, from this event on.
+
+        Raises:
+            QueueUnavailable: Redis did not answer.
+        """
+        async with queue_errors(self.patience()):
+            await self._streams.attach(inbox.request_id, self.stream_ttl_s)
+        inbox.start_at(first_event_no)
+
+    async def abort(self, request_id: str) -> str:
+        """Gives a request up now: `queued` (it never runs), `running` (it ends soon) or `gone`.
+
+        Raises:
+            QueueUnavailable: Redis did not answer.
+        """
+        async with queue_errors(self.patience()):
+            return await self._streams.abort(request_id)
+
+    async def enqueue(self, request: GenerationRequest, client: str, until: float) -> None:
+        """Puts a request of a client on its queue.
 
         Raises:
             QueueFull: there is no room for it.
@@ -162,6 +191,7 @@ class Relay:
                 stream_ttl_s=self.stream_ttl_s,
                 result_ttl_s=self._settings.result_ttl_s,
                 failure_ttl_s=self._settings.failure_ttl_s,
+                client=client,
             )
 
     async def abort_queued(self, request_id: str) -> str:

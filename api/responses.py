@@ -40,11 +40,14 @@ class ChatCall:
     """A checked request, and the form its answer takes."""
 
     request: GenerationRequest
-    created: int
     stream: bool
     include_usage: bool
+    client: str
+    """Who sent it: a digest of the API key."""
     admit_until: float
     """The event loop's time by which Redis must have taken it."""
+    resume_from: int | None = None
+    """The first event to send of a request that was enqueued before; None enqueues it."""
 
 
 class ChatCompletionResponse(Response):
@@ -59,7 +62,8 @@ class ChatCompletionResponse(Response):
         self._relay = relay
         self._settings = settings
         self._call = call
-        self._heading = Heading(call.request.request_id, call.created, call.request.model)
+        request = call.request
+        self._heading = Heading(request.request_id, request.created, request.model)
         self._begun_at = time.monotonic()
         self._first_event_s: float | None = None
         self._is_started = False
@@ -88,18 +92,17 @@ class ChatCompletionResponse(Response):
                 await self._end_with(LorelayError(), send)
             finally:
                 watcher.cancel()
-                if self._may_run:
+                if self._may_run and not self._call.request.detached:
                     self._relay.abort_soon(request_id)
                 self._log_end()
 
     async def _run(self, inbox: Inbox, send: Send) -> None:
         call = self._call
         self._may_run = True
-        try:
-            await self._relay.enqueue(call.request, call.admit_until)
-        except QueueFull:
-            self._may_run = False
-            raise
+        if call.resume_from is None:
+            await self._enqueue()
+        else:
+            await self._relay.attach(inbox, call.resume_from)
         source = EventSource(self._relay, inbox, call.request, self._settings.queue_time_limit_s)
         try:
             async with asyncio.timeout(self._relay.stream_ttl_s):
@@ -109,9 +112,22 @@ class ChatCompletionResponse(Response):
         finally:
             self._may_run = not source.has_ended
 
+    async def _enqueue(self) -> None:
+        call = self._call
+        try:
+            await self._relay.enqueue(call.request, call.client, call.admit_until)
+        except QueueFull:
+            self._may_run = False
+            raise
+
     async def _stream(self, source: EventSource, send: Send) -> None:
         loop = asyncio.get_running_loop()
-        writer = ChunkWriter(self._heading, include_usage=self._call.include_usage)
+        writer = ChunkWriter(
+            self._heading,
+            include_usage=self._call.include_usage,
+            with_ids=self._call.request.detached,
+            begun=range(self._call.request.n) if self._call.resume_from else (),
+        )
         silence_s = self._settings.first_event_wait_s
         while not source.has_ended:
             events = await source.next(loop.time() + silence_s)

@@ -14,11 +14,13 @@ from api.relay import Relay
 from api.responses import ChatCall, ChatCompletionResponse
 from api.schemas import ChatCompletionRequest
 from api.strict import parse
-from shared.errors import ModelNotFound
+from shared.errors import InvalidRequest, ModelNotFound, RequestNotFound
 from shared.messages import GenerationRequest, ModelCard
 from shared.settings import ApiSettings
 
 CHAT_COMPLETIONS = "/v1/chat/completions"
+DETACH = "X-Lorelay-Detach"
+LAST_EVENT_ID = "Last-Event-ID"
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -48,10 +50,19 @@ class Status(msgspec.Struct, frozen=True):
     status: Literal["ok"]
 
 
+class Deleted(msgspec.Struct, frozen=True):
+    """A request that was aborted."""
+
+    id: str
+    object: Literal["chat.completion.deleted"]
+    deleted: bool
+
+
 def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
     """The routes on this relay; those under `/v1` ask for an API key where there are any."""
     router = APIRouter()
-    keyed = APIRouter(dependencies=[Depends(ApiKeyCheck(settings.api_keys))])
+    keys = ApiKeyCheck(settings.api_keys)
+    keyed = APIRouter(dependencies=[Depends(keys)])
 
     @keyed.post(CHAT_COMPLETIONS, summary="Continue a conversation", tags=["chat"])
     async def create_chat_completion(request: Request) -> Response:
@@ -60,13 +71,38 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
         admit_until = relay.patience()
         card = await relay.fetch_card(body.model, admit_until)
         call = ChatCall(
-            request=_to_generation_request(body, card, settings),
-            created=int(time.time()),
+            request=_to_generation_request(body, card, settings, detached=_wants_detach(request)),
             stream=bool(body.stream),
             include_usage=body.include_usage,
+            client=keys.client_of(request),
             admit_until=admit_until,
         )
         return ChatCompletionResponse(relay, settings, call)
+
+    @keyed.get(CHAT_COMPLETIONS + "/{request_id}/stream", summary="Resume a stream", tags=["chat"])
+    async def resume_chat_completion(
+        request_id: str, request: Request, include_usage: bool = False
+    ) -> Response:
+        """The events after `Last-Event-ID`, or all, of a request sent with `X-Lorelay-Detach: true`."""
+        first_event_no = _first_event_no(request, request_id)
+        client = keys.client_of(request)
+        call = ChatCall(
+            request=await relay.find_request(request_id, client),
+            stream=True,
+            include_usage=include_usage,
+            client=client,
+            admit_until=relay.patience(),
+            resume_from=first_event_no,
+        )
+        return ChatCompletionResponse(relay, settings, call)
+
+    @keyed.delete(CHAT_COMPLETIONS + "/{request_id}", summary="Abort a request", tags=["chat"])
+    async def abort_chat_completion(request_id: str, request: Request) -> Response:
+        """Queued, it never runs; running, it ends within a step. Its own client gets an error."""
+        await relay.find_request(request_id, keys.client_of(request))
+        if await relay.abort(request_id) == "gone":
+            raise RequestNotFound("The request has ended already.")
+        return _json(Deleted(request_id, "chat.completion.deleted", True))
 
     @keyed.get("/v1/models", summary="List the models", tags=["models"])
     async def list_models() -> Response:
@@ -97,7 +133,7 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
 
 
 def _to_generation_request(
-    body: ChatCompletionRequest, card: ModelCard, settings: ApiSettings
+    body: ChatCompletionRequest, card: ModelCard, settings: ApiSettings, *, detached: bool
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -107,8 +143,30 @@ def _to_generation_request(
         sampling=body.to_sampling(),
         adapter_name=card.adapter_name,
         adapter_version=card.version if card.adapter_name is not None else None,
+        created=int(time.time()),
         generation_limit_s=settings.generation_limit_s,
+        detached=detached,
     )
+
+
+def _wants_detach(request: Request) -> bool:
+    value = request.headers.get(DETACH, "false").lower()
+    if value not in ("true", "false"):
+        raise InvalidRequest(f"The header {DETACH} is 'true' or 'false', not {value!r}.", param=DETACH)
+    return value == "true"
+
+
+def _first_event_no(request: Request, request_id: str) -> int:
+    """The event after the one that `Last-Event-ID` names; without the header, the first."""
+    last = request.headers.get(LAST_EVENT_ID)
+    if last is None:
+        return 0
+    of_request, _, event_no = last.rpartition(":")
+    if of_request != request_id or not event_no.isdecimal():
+        raise InvalidRequest(
+            f"The header {LAST_EVENT_ID} is '{request_id}:' and a number, not {last!r}.", param=LAST_EVENT_ID
+        )
+    return int(event_no) + 1
 
 
 def _to_model(card: ModelCard) -> Model:

@@ -51,8 +51,8 @@ def forget_settings() -> None:
 
 def serve_and_ask(model: str, port: int, *, once: bool) -> int:
     """The exit code: the answers' with `once`, else the server's."""
-    # No access log between the answers.
-    quiet = {"UVICORN_ACCESS_LOG": "false"}
+    # No log lines between the answers.
+    quiet = {"UVICORN_ACCESS_LOG": "false", "LORELAY_LOG_LEVEL": "WARNING"}
     server = start_process(ChildSpec("lorelay serve", serve_command(model, port), env=quiet, cwd=ROOT))
     asked_to_stop: list[int] = []
 

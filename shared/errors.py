@@ -6,6 +6,7 @@ LorelayError
 │   └── ContextLengthExceeded
 ├── InvalidApiKey
 ├── ModelNotFound
+├── RequestNotFound
 ├── RequestTooLarge
 ├── QueueFull
 ├── QueueTimeout
@@ -73,6 +74,12 @@ class ModelNotFound(LorelayError):
 
     code = "model_not_found"
     param = "model"
+
+
+class RequestNotFound(LorelayError):
+    """There is no such request, or it belongs to another API key."""
+
+    code = "request_not_found"
 
 
 class RequestTooLarge(LorelayError):

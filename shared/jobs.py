@@ -18,9 +18,9 @@ def _unconnected() -> Redis:
 
 
 def job_fields(
-    request: GenerationRequest, queue: str, result_ttl_s: int, failure_ttl_s: int
+    request: GenerationRequest, queue: str, client: str, result_ttl_s: int, failure_ttl_s: int
 ) -> dict[str, bytes | str | int | float]:
-    """The job hash of a request: RQ's own fields, and ours (`request`, `schema_version`, `detached`)."""
+    """The job hash of a request: RQ's own fields, and four of ours."""
     job = Job.create(
         FUNCTION,
         id=request.request_id,
@@ -35,6 +35,7 @@ def job_fields(
     fields = {name: value for name, value in job.to_dict().items() if value is not None}
     return fields | {
         "request": request.encode(),
+        "client": client,
         "schema_version": request.schema_version,
         "detached": int(request.detached),
     }

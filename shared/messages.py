@@ -60,6 +60,8 @@ class GenerationRequest(Message, frozen=True):
     sampling: SamplingParams
     adapter_name: str | None = None
     adapter_version: str | None = None
+    created: int = 0
+    """Unix seconds, by the API's clock; shown to the client."""
     n: int = 1
     generation_limit_s: float | None = None
     """Seconds from the claim after which the request is ended with an error."""

@@ -122,6 +122,7 @@ class ServeSettings(Settings):
 class ApiSettings(Settings):
     """The HTTP side."""
 
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     api_keys: Words = ()
     """Without any, requests need no key."""
     max_queue_depth: Count = 1_000

@@ -20,7 +20,14 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.job import Job
 
 from shared import keys
-from shared.errors import GenerationFailed, GenerationStopped, LorelayError, QueueFull, from_info
+from shared.errors import (
+    GenerationFailed,
+    GenerationStopped,
+    LorelayError,
+    QueueFull,
+    RequestNotFound,
+    from_info,
+)
 from shared.jobs import job_fields
 from shared.messages import (
     SCHEMA_VERSION,
@@ -108,14 +115,17 @@ class ApiStreams:
         stream_ttl_s: float,
         result_ttl_s: int,
         failure_ttl_s: int,
+        client: str = "",
     ) -> None:
         """Admits a request and puts it on its queue, in one step.
+
+        `client` is who may resume or abort it later: a digest of the API key.
 
         Raises:
             QueueFull: the queue, or all queues of the base together, are at their limit.
         """
         queue = queue_name(request.base, request.adapter_name)
-        fields = job_fields(request, queue, result_ttl_s, failure_ttl_s)
+        fields = job_fields(request, queue, client, result_ttl_s, failure_ttl_s)
         flat = [item for field in fields.items() for item in field]
         reply = await self._enqueue(
             args=[
@@ -139,6 +149,22 @@ class ApiStreams:
         """Gives a request up: `queued` (removed, never runs), `running` (its worker is told) or `gone`."""
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
+
+    async def find_request(self, request_id: str, client: str) -> GenerationRequest:
+        """A request that this client sent, while its job is kept.
+
+        Raises:
+            RequestNotFound: there is none of this id, or another client sent it.
+        """
+        key = Job.key_for(request_id)
+        encoded, sender = await self._connection.hmget(key, ["request", "client"])
+        if encoded is None or sender != client.encode():
+            raise RequestNotFound
+        return decode_request(encoded)
+
+    async def attach(self, request_id: str, stream_ttl_s: float) -> None:
+        """From now on this API is told of a request's events, and no other."""
+        await self._connection.set(keys.reader(request_id), self._channel, px=int(stream_ttl_s * 1000))
 
     async def renew_lease(self, lease_s: float) -> None:
         """Tells the workers that this API reads on for `lease_s`."""

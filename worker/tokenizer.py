@@ -7,6 +7,8 @@ from typing import Any, Self
 from shared.errors import ConfigurationError, InvalidRequest
 from worker.detokenizer import Detokenizer
 
+DEVELOPER = "developer"
+
 
 class Tokenizer:
     """Messages to token ids and back. Safe to share between threads that only read."""
@@ -52,6 +54,12 @@ class Tokenizer:
         """
         from jinja2 import TemplateError
 
+        if DEVELOPER not in str(self._backend.chat_template):
+            # The newer name of the system role, which most templates don't know.
+            messages = [
+                message | {"role": "system"} if message.get("role") == DEVELOPER else message
+                for message in messages
+            ]
         try:
             encoded = self._backend.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True

@@ -45,7 +45,7 @@ class FakeRelay:
         yield self.inbox
         self.inbox.close()
 
-    async def enqueue(self, request: GenerationRequest, until: float) -> None:
+    async def enqueue(self, request: GenerationRequest, client: str, until: float) -> None:
         if self.enqueue_error is not None:
             raise self.enqueue_error
 
@@ -109,7 +109,7 @@ def exchange(
 ) -> "asyncio.Task[None]":
     """An exchange under way."""
     request = GenerationRequest("id", "m", "base", [], SamplingParams())
-    call = ChatCall(request, created=1, stream=stream, include_usage=False, admit_until=0)
+    call = ChatCall(request, stream=stream, include_usage=False, client="", admit_until=0)
     response = ChatCompletionResponse(relay, ApiSettings(**settings), call)  # type: ignore[arg-type]
     return asyncio.create_task(response({"type": "http"}, client.receive, client.send))
 

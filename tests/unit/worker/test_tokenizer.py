@@ -27,6 +27,16 @@ def test_a_chat_becomes_the_templates_tokens_up_to_the_answer(tokenizer: Tokeniz
     assert all(isinstance(token_id, int) for token_id in ids)
 
 
+def test_the_developer_role_is_the_system_role_where_the_template_knows_no_other(
+    tokenizer: Tokenizer,
+) -> None:
+    by_name = [
+        tokenizer.encode_chat([{"role": role, "content": "be brief"}, {"role": "user", "content": "hi"}])
+        for role in ("developer", "system")
+    ]
+    assert by_name[0] == by_name[1]
+
+
 def test_a_template_with_bos_gets_no_second_one(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -1,0 +1,217 @@
+"""Requests that outlive their connection: detach, resume at another API, abort on purpose."""
+
+import contextlib
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import redis
+
+from shared.messages import FinishReason
+from shared.streams import Claim
+from tests.integration.api_harness import (
+    CHAT,
+    HELLO,
+    ApiServer,
+    ScriptedWorker,
+    error_in,
+    running_api,
+)
+from tests.redis_server import RedisServer
+from tests.waiting import wait_until
+
+KEYS = ("alice", "bob")
+
+
+@pytest.fixture
+def worker(connection: redis.Redis) -> ScriptedWorker:
+    return ScriptedWorker(connection)
+
+
+@pytest.fixture
+def apis(redis_server: RedisServer, worker: ScriptedWorker) -> Iterator[list[ApiServer]]:
+    """Two APIs over one server, with keys."""
+    with (
+        running_api(redis_server.url, api_keys=KEYS, first_event_wait_s=0.05) as first,
+        running_api(redis_server.url, api_keys=KEYS, first_event_wait_s=0.05) as second,
+    ):
+        yield [first, second]
+
+
+def client_of(api: ApiServer, key: str = "alice") -> httpx.Client:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=api.url, headers=headers, timeout=30, trust_env=False)
+
+
+@contextlib.contextmanager
+def stream(client: httpx.Client, detach: bool = True) -> Iterator[Iterator[str]]:
+    """The lines of a stream under way."""
+    headers = {"X-Lorelay-Detach": "true"} if detach else {}
+    with client.stream("POST", CHAT, json={**HELLO, "stream": True}, headers=headers) as response:
+        yield response.iter_lines()
+
+
+def read_until(lines: Iterator[str], text: str) -> str:
+    """Reads up to the event whose data has `text`; its id."""
+    event_id = ""
+    for line in lines:
+        if line.startswith("id: "):
+            event_id = line.removeprefix("id: ")
+        if text in line:
+            return event_id
+    raise AssertionError(f"the stream ended without {text!r}")
+
+
+def begin(api: ApiServer, worker: ScriptedWorker) -> tuple[Claim, str]:
+    """A detached request whose client left after its second token; its last event id."""
+    with client_of(api) as client, stream(client) as lines:
+        claim = worker.claim()
+        worker.emit(claim, "one ", "two ")
+        return claim, read_until(lines, "two ")
+
+
+def resume(api: ApiServer, claim: Claim, last: str | None, key: str = "alice") -> httpx.Response:
+    headers = {} if last is None else {"Last-Event-ID": last}
+    with client_of(api, key) as client:
+        return client.get(f"{CHAT}/{claim.held.request_id}/stream", headers=headers)
+
+
+def test_a_detached_request_runs_on_and_is_resumed_at_another_api_after_the_last_event_seen(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    claim, last = begin(apis[0], worker)
+    assert last == f"{claim.held.request_id}:1"
+    wait_until(lambda: not apis[0].relay.inboxes, what="the end of the first exchange")
+    assert not worker.is_aborted(claim)
+    worker.emit(claim, "three ")
+    worker.finish(claim, "four")
+    answer = resume(apis[1], claim, last)
+    assert answer.status_code == 200
+    assert '"one ' not in answer.text
+    assert '"two ' not in answer.text
+    assert '"role"' not in answer.text
+    assert answer.text.index("three ") < answer.text.index("four") < answer.text.index("[DONE]")
+    assert answer.text.count(f"id: {claim.held.request_id}:") == 2
+
+
+def test_a_resumed_stream_goes_on_with_what_comes_later(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    claim, last = begin(apis[0], worker)
+    headers = {"Last-Event-ID": last}
+    path = f"{CHAT}/{claim.held.request_id}/stream"
+    with client_of(apis[1]) as client, client.stream("GET", path, headers=headers) as response:
+        wait_until(lambda: apis[1].relay.inboxes, what="the resumed exchange")
+        worker.emit(claim, "three ")
+        lines = response.iter_lines()
+        assert read_until(lines, "three ") == f"{claim.held.request_id}:2"
+        worker.finish(claim)
+        read_until(lines, "[DONE]")
+
+
+def test_without_a_last_event_a_resumed_stream_begins_at_the_beginning(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    claim, _ = begin(apis[0], worker)
+    worker.finish(claim, "three")
+    answer = resume(apis[0], claim, None)
+    assert answer.text.index('"role"') < answer.text.index("one ") < answer.text.index("three")
+
+
+def test_another_key_can_neither_resume_nor_abort_a_request(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    claim, last = begin(apis[0], worker)
+    refused = resume(apis[0], claim, last, key="bob")
+    assert (refused.status_code, error_in(refused)["code"]) == (404, "request_not_found")
+    with client_of(apis[0], "bob") as client:
+        assert client.delete(f"{CHAT}/{claim.held.request_id}").status_code == 404
+    assert not worker.is_aborted(claim)
+    worker.finish(claim)
+
+
+def test_a_request_that_did_not_ask_for_it_is_aborted_when_its_client_leaves(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    with client_of(apis[0]) as client, stream(client, detach=False) as lines:
+        claim = worker.claim()
+        worker.emit(claim, "one ")
+        assert read_until(lines, "one ") == ""
+    wait_until(lambda: worker.is_aborted(claim), what="the abort")
+
+
+@pytest.mark.parametrize("last", ["x", "other:1", "{id}:", "{id}:-1"])
+def test_a_malformed_last_event_id_is_refused_by_name(
+    apis: list[ApiServer], worker: ScriptedWorker, last: str
+) -> None:
+    claim, _ = begin(apis[0], worker)
+    refused = resume(apis[0], claim, last.format(id=claim.held.request_id))
+    assert (refused.status_code, error_in(refused)["param"]) == (400, "Last-Event-ID")
+    worker.finish(claim)
+
+
+def test_a_malformed_detach_header_is_refused_by_name(apis: list[ApiServer]) -> None:
+    with client_of(apis[0]) as client:
+        refused = client.post(CHAT, json=HELLO, headers={"X-Lorelay-Detach": "perhaps"})
+    assert (refused.status_code, error_in(refused)["param"]) == (400, "X-Lorelay-Detach")
+
+
+def test_a_running_request_is_aborted_on_purpose_and_its_client_told(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    with client_of(apis[0]) as client, stream(client) as lines:
+        claim = worker.claim()
+        worker.emit(claim, "one ")
+        read_until(lines, "one ")
+        with client_of(apis[1]) as other:
+            deleted = other.delete(f"{CHAT}/{claim.held.request_id}")
+        assert deleted.json() == {
+            "id": claim.held.request_id,
+            "object": "chat.completion.deleted",
+            "deleted": True,
+        }
+        assert worker.is_aborted(claim)
+        worker.finish(claim, reason=FinishReason.ABORT)
+        read_until(lines, '"error"')
+
+
+def test_a_queued_request_aborted_on_purpose_never_runs_and_its_client_is_told(
+    redis_server: RedisServer, worker: ScriptedWorker
+) -> None:
+    with (
+        running_api(redis_server.url, redis_timeout_s=0.5, first_event_wait_s=0.05) as api,
+        client_of(api) as client,
+        client_of(api) as other,
+        stream(client) as lines,
+    ):
+        (key,) = wait_until(lambda: worker.connection.keys("rq:job:*"), what="the job")
+        request_id = key.decode().removeprefix("rq:job:")
+        assert other.delete(f"{CHAT}/{request_id}").status_code == 200
+        assert worker.try_claim() is None
+        assert other.delete(f"{CHAT}/{request_id}").status_code == 404
+        read_until(lines, "generation_failed")
+
+
+def test_a_request_that_vanished_from_redis_ends_with_an_error(
+    redis_server: RedisServer, worker: ScriptedWorker
+) -> None:
+    with (
+        running_api(redis_server.url, redis_timeout_s=0.5, first_event_wait_s=0.05) as api,
+        client_of(api) as client,
+        stream(client, detach=False) as lines,
+    ):
+        claim = worker.claim()
+        worker.emit(claim, "one ")
+        read_until(lines, "one ")
+        worker.connection.flushall()
+        read_until(lines, "generation_failed")
+
+
+def test_an_api_renews_its_lease_and_lets_it_run_out_when_it_ends(
+    redis_server: RedisServer, worker: ScriptedWorker
+) -> None:
+    with running_api(redis_server.url, api_lease_s=0.6):
+        (key,) = wait_until(lambda: worker.connection.keys("lorelay:events:*"), what="the lease")
+        worker.connection.delete(key)
+        wait_until(lambda: worker.connection.exists(key), what="the renewed lease")
+    wait_until(lambda: not worker.connection.exists(key), what="the end of the lease")
