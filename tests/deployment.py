@@ -95,7 +95,8 @@ class Deployment:
     def start_api(self, **settings: str) -> Process:
         """A uvicorn on a free port, ready when this returns."""
         port = free_port()
-        command = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app", "--port", str(port)]
+        command = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app"]
+        command += ["--port", str(port), "--timeout-graceful-shutdown", "30"]
         api = self.start(command, redis_url=self.redis_url, **settings)
         self.api_url = f"http://127.0.0.1:{port}"
         api.wait_for("Uvicorn running")
