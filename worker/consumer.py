@@ -160,13 +160,11 @@ class Consumer:
             return
 
     def _send(self) -> None:
-        held = self._held.snapshot()
-        current = set(held)
-        appends = [append for append in self._unsent if append.held in current]
+        appends = self._unsent
         self._faults.appending(appends)
-        news = self._streams.append(held, appends)
+        news = self._streams.append(self._held.snapshot(), appends)
         self._faults.appended(appends)
-        self._unsent.clear()
+        self._unsent = []
         ended = {append.held.request_id for append in appends if append.event.is_terminal}
         self._held.remove(ended)
         self._pass_on(news, ended)

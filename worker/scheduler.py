@@ -41,7 +41,8 @@ class Scheduler:
         batch = self._schedule_decode()
         budget = self._max_prefill_tokens
         for seq in [seq for seq in self._running if seq.num_uncomputed_tokens > 1]:
-            budget -= self._schedule_prefill(seq, budget, batch)
+            # No room for it: what it waits for must not go to a newer one, or both could wait for ever.
+            budget -= self._schedule_prefill(seq, budget, batch) or budget
         while self._waiting and budget > 0 and len(self._running) < self._max_batch_size:
             seq = self._waiting[0]
             num_tokens = self._schedule_prefill(seq, budget, batch)
@@ -51,10 +52,6 @@ class Scheduler:
             self._waiting.popleft()
             seq.status = SequenceStatus.RUNNING
             self._running.append(seq)
-        if not batch and self._running:
-            # Prompts in prefill hold all blocks between them and none can go on.
-            self._preempt(self._running[-1])
-            return self.schedule()
         return batch
 
     def postprocess(self, batch: Batch, token_ids: Items[int | None]) -> list[tuple[Sequence, int | None]]:

@@ -33,8 +33,12 @@ local function write(id, event_no, event)
 end
 
 for _, entry in ipairs(appends) do
-  local id, _, event_no, event, outcome = unpack(entry, 1, 5)
+  local id, execution, event_no, event, outcome = unpack(entry, 1, 5)
   local owner = owners[id]
+  if owner and owner.execution ~= execution then
+    -- From a claim of this worker that it lost and replaced by a newer one.
+    owner = nil
+  end
   if owner and redis.call('EXISTS', job_key(id)) == 0 then
     -- Removed from outside: `rq empty`, a dashboard.
     write(id, event_no, REMOVED:format(event_no))

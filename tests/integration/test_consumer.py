@@ -360,5 +360,6 @@ def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     consumer.outbox.put(end)
     consumer._collect(1)
     consumer._send()
+    assert consumer._unsent == []
     assert consumer.commands.empty()
     assert not held

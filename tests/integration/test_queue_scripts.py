@@ -225,6 +225,19 @@ def test_the_append_of_a_former_owner_is_refused(connection: redis.Redis, api: B
     assert fetch(connection, request_id).worker_name == "next"
 
 
+def test_the_append_of_a_former_claim_by_the_same_worker_is_refused(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (old,) = claim(streams)
+    streams.hand_back([old.held])
+    (new,) = claim(streams)
+    streams.append([new.held], [token(old, 0, "wrong"), token(new, 0, "right")])
+    (event,) = connection.lrange(keys.log(request_id), 0, -1)
+    assert decode_event(event).text == "right"
+
+
 def test_a_finished_request_is_a_finished_job_with_usage_and_no_text(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
@@ -275,8 +288,11 @@ def test_rqs_own_cleaners_leave_running_requests_alone(connection: redis.Redis, 
 
 
 def test_an_aborted_request_that_waits_never_starts(connection: redis.Redis, api: BlockingApi) -> None:
+    other = api.enqueue(make_request())
     request_id = api.enqueue(make_request())
     assert api.abort(request_id) == "queued"
+    assert queue(connection).job_ids == [other]
+    api.abort(other)
     assert claim(worker_streams(connection)) == []
     assert fetch(connection, request_id).get_status() == JobStatus.CANCELED
     assert waiting(connection) == []

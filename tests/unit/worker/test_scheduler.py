@@ -94,17 +94,26 @@ def test_the_newest_gives_way_when_blocks_run_out_and_is_computed_again() -> Non
     assert new.num_output_tokens == 4
 
 
-def test_prompts_that_hold_all_blocks_between_them_do_not_stand_still() -> None:
-    bench = Bench(num_blocks=4, max_prefill_tokens=12)
-    first, second = make_sequence("r1", 12, 1), make_sequence("r2", 12, 1)
-    bench.scheduler.add(first)
-    bench.scheduler.add(second)
-    bench.blocks.allocate(second, 4)
-    bench.scheduler._waiting.remove(second)
-    second.status = SequenceStatus.RUNNING
-    bench.scheduler._running.append(second)
+def test_a_prompt_that_waits_for_blocks_is_not_overtaken_by_a_newer_one() -> None:
+    bench = Bench(num_blocks=5, max_prefill_tokens=8)
+    bench.scheduler.add(make_sequence("r1", 6, 8))
+    bench.step()
+    bench.scheduler.add(make_sequence("r2", 14, 1))
+    assert bench.step() == [("r1", 1), ("r2", 8)]
+    bench.scheduler.add(make_sequence("r3", 2, 1))
+    assert bench.step() == [("r1", 1)]
     bench.run_all()
-    assert (first.num_output_tokens, second.num_output_tokens) == (1, 1)
+
+
+def test_who_gave_way_comes_before_who_came_later() -> None:
+    bench = Bench(num_blocks=3)
+    for name in ("r1", "r2"):
+        bench.scheduler.add(make_sequence(name, 4, 4))
+    bench.step()
+    bench.scheduler.add(make_sequence("r3", 4, 4))
+    bench.run_all()
+    admitted = [name for batch in bench.runner.batches for name, num_tokens in batch if num_tokens > 1]
+    assert admitted[:3] == ["r1", "r2", "r2"]
 
 
 def test_a_finished_sequence_frees_its_blocks_wherever_it_is() -> None:
