@@ -10,6 +10,7 @@ import msgspec
 import redis
 from redis.asyncio.client import PubSub
 
+from api.aborter import Aborter, backoff
 from api.errors import log_unexpected, queue_errors
 from api.inbox import Inbox
 from api.upkeep import fail_vanished_forever, renew_lease_forever
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 PING_S = 5.0
 """Silence of the subscriber's connection after which it is tried, and then given up."""
-MAX_BACKOFF_S = 1.0
 NUM_CONNECTIONS = 32
 STREAM_MARGIN_S = 60
 """How much longer than its limits a request's log lives."""
@@ -54,8 +54,7 @@ class Relay:
         self._streams = ApiStreams(self._connection, self._channel)
         self._inboxes: dict[bytes, Inbox] = {}
         self._log_wanted = asyncio.Event()
-        self._to_abort: dict[str, float] = {}
-        self._abort_wanted = asyncio.Event()
+        self._aborter = Aborter(self._streams, settings)
         self._tasks: list[asyncio.Task[None]] = []
         self._outages: set[str] = set()
 
@@ -78,7 +77,7 @@ class Relay:
         self._tasks = [
             asyncio.create_task(self._subscribe_forever(), name="subscriber"),
             asyncio.create_task(self._read_logs_forever(), name="log reader"),
-            asyncio.create_task(self._abort_forever(), name="aborter"),
+            asyncio.create_task(self._aborter.run(), name="aborter"),
             asyncio.create_task(renew_lease_forever(self._streams, self._settings), name="lease"),
             asyncio.create_task(
                 fail_vanished_forever(self._streams, self._settings, self._inboxes.values), name="vanished"
@@ -91,7 +90,7 @@ class Relay:
             inbox.fail(ServerDraining())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_WAIT_S):
-                while self._inboxes or self._to_abort:
+                while self._inboxes or self._aborter.is_busy:
                     await asyncio.sleep(0.01)
         await _cancel(self._tasks)
         await self._subscriber.aclose()
@@ -205,36 +204,15 @@ class Relay:
 
     def abort_soon(self, request_id: str) -> None:
         """Gives a request up, whatever it does now; works on after the caller is cancelled."""
-        self._to_abort[request_id] = asyncio.get_running_loop().time() + self.stream_ttl_s
-        self._abort_wanted.set()
-
-    async def _abort_forever(self) -> None:
-        """Tries each abort until Redis answers, or until its request has ended by itself."""
-        loop, pauses = asyncio.get_running_loop(), _backoff()
-        while True:
-            await self._abort_wanted.wait()
-            self._abort_wanted.clear()
-            for request_id, until in list(self._to_abort.items()):
-                try:
-                    async with queue_errors(self.patience()):
-                        await self._streams.abort(request_id)
-                except QueueUnavailable:
-                    if loop.time() < until:
-                        self._abort_wanted.set()
-                        await asyncio.sleep(next(pauses))
-                        break
-                except Exception as error:
-                    log_unexpected(error)
-                pauses = _backoff()
-                del self._to_abort[request_id]
+        self._aborter.abort(request_id, asyncio.get_running_loop().time() + self.stream_ttl_s)
 
     async def _subscribe_forever(self) -> None:
-        pauses = _backoff()
+        pauses = backoff()
         while True:
             try:
                 async with self._subscriber.pubsub() as pubsub:
                     await self._subscribe(pubsub)
-                    pauses = _backoff()
+                    pauses = backoff()
                     await self._receive(pubsub)
             except (redis.RedisError, OSError) as error:
                 self._note_outage("subscriber", error)
@@ -348,11 +326,3 @@ async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
-
-
-def _backoff() -> Iterator[float]:
-    """Pauses between attempts, without end."""
-    pause_s = 0.05
-    while True:
-        yield pause_s
-        pause_s = min(pause_s * 2, MAX_BACKOFF_S)
