@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Tag, model_validator
 
-from api.strict import StrictModel, invalid, neutral, unsupported
+from api.strict import BOUNDED, StrictModel, invalid, neutral, unsupported
 
 OTHER_PART_TYPES = ("image_url", "input_audio", "file", "refusal", "video_url")
 
@@ -51,7 +51,8 @@ def _content_kind(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_content_kind)
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], BOUNDED, Tag("parts")],
+    Discriminator(_content_kind),
 ]
 
 
@@ -64,7 +65,7 @@ class ChatMessage(StrictModel):
     """A string, or an array of text parts. Null only in an assistant message that calls tools."""
     name: str | None = None
     """Which participant speaks; in a `function` message, which function answers."""
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], BOUNDED] | None = None
     """Calls the assistant made."""
     tool_call_id: str | None = None
     """In a `tool` message: the call it answers."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 import redis
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -104,6 +105,7 @@ def install(app: FastAPI) -> None:
     """Hands the application's exceptions to this module."""
     app.add_exception_handler(LorelayError, _handle_ours)
     app.add_exception_handler(HTTPException, _handle_http)
+    app.add_exception_handler(RequestValidationError, _handle_parameter)
     app.add_exception_handler(ClientDisconnect, _handle_disconnect)
     app.add_exception_handler(Exception, _handle_unexpected)
 
@@ -124,6 +126,14 @@ async def _handle_http(request: Request, exc: Exception) -> Response:
     envelope = ErrorEnvelope(ErrorBody(message, INVALID_REQUEST_TYPE, None, code))
     headers = {**(exc.headers or {}), "x-should-retry": "false"}
     return Response(msgspec.json.encode(envelope), exc.status_code, headers, "application/json")
+
+
+async def _handle_parameter(request: Request, exc: Exception) -> Response:
+    """A parameter of the URL, checked by FastAPI."""
+    assert isinstance(exc, RequestValidationError)
+    first = exc.errors()[0]
+    name = str(first["loc"][-1])
+    return error_response(errors.InvalidRequest(f"Invalid value for '{name}': {first['msg']}.", param=name))
 
 
 async def _handle_disconnect(request: Request, exc: Exception) -> Response:

@@ -20,7 +20,7 @@ from shared.errors import GenerationFailed, QueueUnavailable, ServerDraining
 from shared.logs import fields
 from shared.messages import GenerationRequest, ModelCard, decode_event
 from shared.settings import ApiSettings, RedisSettings
-from shared.streams import ApiStreams
+from shared.streams import ApiStreams, FoundRequest
 
 logger = logging.getLogger(__name__)
 
@@ -139,14 +139,17 @@ class Relay:
         inbox = Inbox(
             request_id, self._settings.max_inbox_events, self._settings.max_silence_s, self._log_wanted.set
         )
+        if (former := self._inboxes.get(request_id.encode())) is not None:
+            former.fail(GenerationFailed("The stream was resumed by another connection."))
         self._inboxes[request_id.encode()] = inbox
         try:
             yield inbox
         finally:
             inbox.close()
-            del self._inboxes[request_id.encode()]
+            if self._inboxes.get(request_id.encode()) is inbox:
+                del self._inboxes[request_id.encode()]
 
-    async def find_request(self, request_id: str, client: str) -> GenerationRequest:
+    async def find_request(self, request_id: str, client: str) -> FoundRequest:
         """A request that this client sent.
 
         Raises:

@@ -1,5 +1,6 @@
 """The routes: OpenAI's under `/v1`, the probes beside them."""
 
+import re
 import time
 import uuid
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from starlette.responses import Response
 
 from api.auth import ApiKeyCheck
 from api.body import read_body
+from api.chat_format import DONE
 from api.relay import Relay
 from api.responses import ChatCall, ChatCompletionResponse
 from api.schemas import ChatCompletionRequest
@@ -17,6 +19,7 @@ from api.strict import parse
 from shared.errors import InvalidRequest, ModelNotFound, RequestNotFound
 from shared.messages import GenerationRequest, ModelCard
 from shared.settings import ApiSettings
+from shared.streams import FoundRequest
 
 CHAT_COMPLETIONS = "/v1/chat/completions"
 DETACH = "X-Lorelay-Detach"
@@ -86,8 +89,12 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
         """The events after `Last-Event-ID`, or all, of a request sent with `X-Lorelay-Detach: true`."""
         first_event_no = _first_event_no(request, request_id)
         client = keys.client_of(request)
+        found = await relay.find_request(request_id, client)
+        _check_resumable(found, first_event_no)
+        if found.has_ended and first_event_no == found.num_events:
+            return Response(DONE, media_type="text/event-stream")
         call = ChatCall(
-            request=await relay.find_request(request_id, client),
+            request=found.request,
             stream=True,
             include_usage=include_usage,
             client=client,
@@ -162,11 +169,20 @@ def _first_event_no(request: Request, request_id: str) -> int:
     if last is None:
         return 0
     of_request, _, event_no = last.rpartition(":")
-    if of_request != request_id or not event_no.isdecimal():
+    if of_request != request_id or not re.fullmatch("[0-9]{1,9}", event_no):
         raise InvalidRequest(
             f"The header {LAST_EVENT_ID} is '{request_id}:' and a number, not {last!r}.", param=LAST_EVENT_ID
         )
     return int(event_no) + 1
+
+
+def _check_resumable(found: FoundRequest, first_event_no: int) -> None:
+    if not found.request.detached:
+        raise InvalidRequest(f"The request was sent without {DETACH}: true, so it can't be resumed.")
+    if first_event_no > found.num_events:
+        raise InvalidRequest(
+            f"The header {LAST_EVENT_ID} names an event that is still to come.", param=LAST_EVENT_ID
+        )
 
 
 def _to_model(card: ModelCard) -> Model:

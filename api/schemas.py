@@ -3,13 +3,14 @@
 import secrets
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, FailFast, Field, StringConstraints, WithJsonSchema, model_validator
 
 from api.chat_messages import ChatMessage
 from api.strict import StrictModel, invalid, neutral
 from api.unserved import LabelFields, UnservedExtensions, UnservedOpenAIFields
 from shared.messages import SamplingParams
 
+MAX_NUM_MESSAGES = 10_000
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 SEED_BITS = 63
 
@@ -54,7 +55,7 @@ class ServedFields(StrictModel):
 
     model: Annotated[str, StringConstraints(min_length=1)]
     """The base model or one of the adapters of `GET /v1/models`."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_NUM_MESSAGES), FailFast()]
     """The conversation so far, oldest message first."""
     stream: bool | None = None
     """Sends the answer in pieces, as server-sent events that end with `data: [DONE]`. Default: false."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from shared.errors import InvalidRequest, UnsupportedParameter
@@ -19,6 +19,18 @@ class StrictModel(BaseModel):
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
     )
 
+
+MAX_NUM_ITEMS = 1_000
+
+
+def _check_length(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MAX_NUM_ITEMS:
+        raise invalid(f"a list has at most {MAX_NUM_ITEMS} items")
+    return value
+
+
+BOUNDED = BeforeValidator(_check_length)
+"""For lists: pydantic makes an error of every wrong item; very many would hold the process up."""
 
 Model = TypeVar("Model", bound=StrictModel)
 

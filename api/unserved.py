@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from api.strict import StrictModel, neutral
+from api.strict import BOUNDED, StrictModel, neutral
 
 Object = dict[str, Any]
 Label = Annotated[str, StringConstraints(max_length=64)]
@@ -43,19 +43,19 @@ class UnservedOpenAIFields(StrictModel):
     """Not served yet: false."""
     top_logprobs: Annotated[int | None, Field(ge=0, le=20), neutral(0)] = None
     """Not served yet: 0."""
-    tools: Annotated[list[Object] | None, neutral([])] = None
+    tools: Annotated[list[Object] | None, BOUNDED, neutral([])] = None
     """Not served yet: empty."""
     tool_choice: Annotated[str | Object | None, neutral("none", "auto")] = None
     """Not served yet: `none` or `auto`."""
     parallel_tool_calls: Annotated[bool | None, neutral(True)] = None
     """Not served yet: true."""
-    functions: Annotated[list[Object] | None, neutral([])] = None
+    functions: Annotated[list[Object] | None, BOUNDED, neutral([])] = None
     """Not served: empty."""
     function_call: Annotated[str | Object | None, neutral("none", "auto")] = None
     """Not served: `none` or `auto`."""
     response_format: Annotated[Object | None, neutral({"type": "text"})] = None
     """Not served yet: `{"type": "text"}`."""
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, neutral({})] = None
+    logit_bias: Annotated[Object | None, neutral({})] = None
     """Not served yet: empty."""
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2), neutral(0)] = None
     """Not served yet: 0."""
@@ -65,7 +65,7 @@ class UnservedOpenAIFields(StrictModel):
     """Not served: `medium`, the default, or `none`."""
     verbosity: Annotated[Literal["low", "medium", "high"] | None, neutral("medium")] = None
     """Not served: `medium`."""
-    modalities: Annotated[list[str] | None, neutral(["text"])] = None
+    modalities: Annotated[list[str] | None, BOUNDED, neutral(["text"])] = None
     """Not served: `["text"]`."""
     audio: Annotated[Object | None, neutral()] = None
     """Not served: null."""
@@ -86,7 +86,7 @@ class UnservedExtensions(StrictModel):
     """Not served: 1."""
     skip_special_tokens: Annotated[bool | None, neutral(True)] = None
     """Not served: true."""
-    stop_token_ids: Annotated[list[int] | None, neutral([])] = None
+    stop_token_ids: Annotated[list[int] | None, BOUNDED, neutral([])] = None
     """Not served: empty."""
     include_stop_str_in_output: Annotated[bool | None, neutral(False)] = None
     """Not served: false."""

@@ -9,6 +9,8 @@ from shared.errors import ConfigurationError
 from shared.settings import RedisSettings
 
 MIN_VERSION = (6, 2)
+PASSING_REPLIES = ("OOM ", "MISCONF", "READONLY", "LOADING", "MASTERDOWN")
+"""Out of memory, disk full, demoted to a replica, starting: the server may serve again later."""
 
 
 def connect(settings: RedisSettings, *, socket_timeout_s: float | None = None) -> redis.Redis:
@@ -57,6 +59,16 @@ def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.R
     options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s}
     return redis.Redis(
         connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options)
+    )
+
+
+def is_passing(error: redis.RedisError) -> bool:
+    """Whether a failure says something of the server's present state, and not of what it was asked."""
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
+        return True
+    # Inside a script, Redis 6.2 wraps these replies, so that their class is lost.
+    return any(word in str(error) for word in PASSING_REPLIES) or isinstance(
+        error, redis.OutOfMemoryError | redis.ReadOnlyError
     )
 
 

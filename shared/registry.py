@@ -79,7 +79,8 @@ def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
     if (stored.base, stored.version) != (card.base, card.version):
         raise RegistryConflict(
             f"model {card.name!r} is registered as {_describe(stored)}, this worker has {_describe(card)}; "
-            f"give one of them another name, or remove the registered one"
+            f"give one of them another name, or remove the registered one: "
+            f"redis-cli HDEL {keys.MODELS} {card.name!r}"
         )
 
 

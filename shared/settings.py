@@ -45,9 +45,20 @@ def parse_adapters(value: Any) -> Any:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"adapter name {name!r} is given twice")
+        _check_name(name)
         if name == "default":
             raise ValueError("no adapter may be called 'default': that is RQ's name for no queue at all")
     return tuple(sources)
+
+
+def _check_name(name: str) -> None:
+    """Refuses names that no URL can carry.
+
+    Raises:
+        ValueError: the name is of dots, or has a character that can't be printed.
+    """
+    if name in (".", "..") or not name.isprintable():
+        raise ValueError(f"{name!r} can't be the name of a model")
 
 
 def _parse_named_adapter(entry: str) -> AdapterSource:
@@ -135,7 +146,7 @@ class ApiSettings(Settings):
     """Silence on a stream after which its log is read."""
     max_inbox_events: Count = 256
     """Events buffered for a slow client; beyond it they are read from the log."""
-    max_body_bytes: Count = 8 * 1024 * 1024
+    max_body_bytes: Count = 4 * 1024 * 1024
     redis_timeout_s: Seconds = 2
     api_lease_s: Seconds = 6
     """Time after which requests of an API that stopped renewing are aborted, unless detached."""
@@ -195,6 +206,7 @@ class WorkerSettings(Settings):
 
     @model_validator(mode="after")
     def _names_are_apart(self) -> Self:
+        _check_name(self.base_name)
         if self.base_name in (source.name for source in self.adapters):
             raise ValueError(f"an adapter and the base model are both called {self.base_name!r}")
         return self

@@ -84,6 +84,14 @@ class News(NamedTuple):
     lost: list[str]
 
 
+class FoundRequest(NamedTuple):
+    """A request that was enqueued before, and how far it is."""
+
+    request: GenerationRequest
+    num_events: int
+    has_ended: bool
+
+
 class Reaped(NamedTuple):
     """Requests whose worker was lost: back on their queues, or dead-lettered."""
 
@@ -150,17 +158,19 @@ class ApiStreams:
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
 
-    async def find_request(self, request_id: str, client: str) -> GenerationRequest:
+    async def find_request(self, request_id: str, client: str) -> FoundRequest:
         """A request that this client sent, while its job is kept.
 
         Raises:
             RequestNotFound: there is none of this id, or another client sent it.
         """
-        key = Job.key_for(request_id)
-        encoded, sender = await self._connection.hmget(key, ["request", "client"])
+        pipeline = self._connection.pipeline()
+        pipeline.hmget(Job.key_for(request_id), ["request", "client", "has_ended"])
+        pipeline.llen(keys.log(request_id))
+        (encoded, sender, has_ended), num_events = await pipeline.execute()
         if encoded is None or sender != client.encode():
             raise RequestNotFound
-        return decode_request(encoded)
+        return FoundRequest(decode_request(encoded), num_events, has_ended is not None)
 
     async def attach(self, request_id: str, stream_ttl_s: float) -> None:
         """From now on this API is told of a request's events, and no other."""
@@ -225,7 +235,7 @@ class WorkerStreams:
     ) -> list[Claim]:
         """Claims at most one request per execution id.
 
-        `running` counts this worker's requests per queue; `queues` restricts the claim, none: all.
+        `running` counts this worker's requests per queue; `queues` are those it serves.
         """
         reply = self._claim(
             args=[

@@ -11,6 +11,8 @@ from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usag
 from shared.streams import ApiStreams, Append, Claim, WorkerStreams
 
 BASE = "tiny"
+QUEUES = [BASE, *(f"{BASE}-{name}" for name in ("a", "b", "c", "pirate", "not-loaded"))]
+"""Queues of the base and of the adapters that tests name."""
 CHANNEL = "lorelay:events:test"
 SECRET = "the prompt that nobody may see"
 
@@ -77,7 +79,7 @@ def worker_streams(connection: redis.Redis, name: str = "w1", **options: Any) ->
 def claim(streams: WorkerStreams, num_requests: int = 1, **options: Any) -> list[Claim]:
     """Claims up to `num_requests` under fresh execution ids."""
     ids = [uuid4().hex for _ in range(num_requests)]
-    return streams.claim(ids, options.get("running", {}), options.get("queues", []))
+    return streams.claim(ids, options.get("running", {}), options.get("queues", QUEUES))
 
 
 def token(claimed: Claim, event_no: int, text: str = "x") -> Append:

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import redis
 
+from shared.connections import is_passing
 from shared.logs import fields
 from shared.queues import queue_name
 from shared.streams import Append, Claim, Held, News, WorkerStreams
@@ -117,8 +118,10 @@ class Consumer:
         while not self._stopped.is_set():
             try:
                 self.turn()
-            except (redis.ConnectionError, redis.TimeoutError) as error:
-                logger.warning("Redis is away, retrying: %s", error, extra=fields("redis_away"))
+            except redis.RedisError as error:
+                if not is_passing(error):
+                    raise
+                logger.warning("Redis does not serve, retrying: %s", error, extra=fields("redis_away"))
                 self._stopped.wait(RETRY_WAIT_S)
 
     def turn(self) -> None:

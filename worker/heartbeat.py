@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import redis
 
+from shared.connections import is_passing
 from shared.logs import fields
 from shared.settings import WorkerSettings
 from shared.streams import WorkerStreams
@@ -57,7 +58,9 @@ class Heartbeat:
             self._watch_engine()
             try:
                 self.turn()
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except redis.RedisError as error:
+                if not is_passing(error):
+                    raise
                 self._connected_since = None
                 logger.warning("heartbeat failed: %s", error, extra=fields("heartbeat_failed"))
 

@@ -115,7 +115,6 @@ class LoraWorker(BaseWorker):
         return settings
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
-        serves_all = len(self.queues) == 1 + len(settings.adapters)
         faults = Faults(settings.faults)
         engine, model_runner = _build_engine(settings, faults)
         cards = _cards(settings, model_runner)
@@ -124,7 +123,7 @@ class LoraWorker(BaseWorker):
         consumer = Consumer(
             self._streams(settings),
             held,
-            queues=[] if serves_all else self.queue_names(),
+            queues=self.queue_names(),
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
             faults=faults,

@@ -73,10 +73,12 @@ class RequestOutput:
     def _release(self, token_id: int) -> tuple[str, FinishReason | None]:
         """The text that a token releases, and whether it ends the sequence."""
         sampling = self.seq.sampling
+        text = self._detokenizer.add(token_id)
         may_end = self.seq.num_output_tokens > sampling.min_tokens
-        text, stopped = self._stop_checker.add(self._detokenizer.add(token_id))
-        if stopped:
-            return text, FinishReason.STOP
+        if may_end:
+            text, stopped = self._stop_checker.add(text)
+            if stopped:
+                return text, FinishReason.STOP
         if may_end and not sampling.ignore_eos and token_id in self._eos_token_ids:
             return text + self._stop_checker.flush(), FinishReason.STOP
         if self.seq.num_output_tokens >= self.seq.max_tokens:

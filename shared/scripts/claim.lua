@@ -1,7 +1,7 @@
 -- Up to k requests for one worker, fair between the queues of a base: fewest running first, then the one whose
 -- head waits longest.
 -- ARGV: base, worker, k, lease (ms), stream ttl (ms), schema version, running per queue (JSON object), queues to
---       serve (JSON array; empty = all of the base), then k fresh execution ids.
+--       serve (JSON array), then k fresh execution ids.
 -- Returns {id, execution, request, log, alone} per claimed request: log is what was written so far, alone says that
 -- the request was near crashes and must run without company.
 local base, worker, k = ARGV[1], ARGV[2], tonumber(ARGV[3])
@@ -15,19 +15,14 @@ if redis.call('EXISTS', RQ .. ':suspended') == 1 then
   return {}
 end
 
--- The queues that wait, oldest head first.
+-- The queues that wait and that this worker serves, oldest head first.
 local function waiting_queues()
-  if #served == 0 then
-    return redis.call('ZRANGE', waiting_key(base), 0, MAX_HEADS - 1)
+  local is_served, queues = {}, {}
+  for _, queue in ipairs(served) do is_served[queue] = true end
+  for _, queue in ipairs(redis.call('ZRANGE', waiting_key(base), 0, -1)) do
+    if is_served[queue] then queues[#queues + 1] = queue end
+    if #queues == MAX_HEADS then break end
   end
-  local scored = {}
-  for _, queue in ipairs(served) do
-    local score = redis.call('ZSCORE', waiting_key(base), queue)
-    if score then table.insert(scored, { queue, tonumber(score) }) end
-  end
-  table.sort(scored, function(a, b) return a[2] < b[2] end)
-  local queues = {}
-  for i, entry in ipairs(scored) do queues[i] = entry[1] end
   return queues
 end
 

@@ -76,16 +76,6 @@ local function get_owner(id)
     watched_from = tonumber(owner[6]) }
 end
 
--- A running request back to the front of its queue, its log kept: whoever claims it goes on from there.
-local function requeue(id, owner)
-  drop_execution(id, owner)
-  if redis.call('EXISTS', job_key(id)) == 0 then return end
-  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
-  redis.call('LPUSH', queue_key(owner.queue), id)
-  update_waiting(owner.base, owner.queue)
-  ring(owner.base)
-end
-
 -- An event into its log, once; returns the channel of the API to tell, or false.
 local function write_event(id, event_no, event)
   if event_no ~= redis.call('LLEN', log_key(id)) then return false end
@@ -134,4 +124,29 @@ local function finish(id, owner, outcome)
   for _, key in ipairs({ job_key(id), log_key(id), reader_key(id) }) do
     redis.call('EXPIRE', key, ttl)
   end
+end
+
+-- The terminal event of a request that ends without its owner; `outcome` as in finish.
+local function finish_ownerless(id, owner, format, outcome)
+  local event_no = redis.call('LLEN', log_key(id))
+  local event = format:format(event_no)
+  local reader = write_event(id, event_no, event)
+  finish(id, owner, outcome)
+  if reader then redis.call('PUBLISH', reader, id .. ' ' .. event) end
+end
+
+local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens":0,"completion_tokens":0}}'
+
+-- A running request back to the front of its queue, its log kept: whoever claims it goes on from there. One that was
+-- given up ends instead.
+local function requeue(id, owner)
+  if redis.call('EXISTS', job_key(id)) == 0 then return drop_execution(id, owner) end
+  if owner.aborted then
+    return finish_ownerless(id, owner, ABORTED, { 'canceled', '{}', '', '', 60 })
+  end
+  drop_execution(id, owner)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
+  redis.call('LPUSH', queue_key(owner.queue), id)
+  update_waiting(owner.base, owner.queue)
+  ring(owner.base)
 end

@@ -17,13 +17,6 @@ local function count_crash(id, worker, num_held)
   return redis.call('HINCRBY', job_key(id), num_held == 1 and 'crashes_alone' or 'suspect', 1)
 end
 
-local function dead_letter(id, owner)
-  local event_no = redis.call('LLEN', log_key(id))
-  local reader = write_event(id, event_no, event:format(event_no))
-  finish(id, owner, { 'failed', '{}', '', ARGV[6], failure_ttl })
-  if reader then redis.call('PUBLISH', reader, id .. ' ' .. event:format(event_no)) end
-end
-
 local requeued, dead, held = {}, {}, {}
 local expired = redis.call('ZRANGEBYSCORE', leases_key(base), '-inf', now_ms, 'LIMIT', 0, tonumber(ARGV[2]))
 for _, id in ipairs(expired) do
@@ -34,12 +27,12 @@ for _, id in ipairs(expired) do
   local owner = get_owner(id)
   if not owner.execution then
     redis.call('ZREM', leases_key(base), id)
-  elseif redis.call('EXISTS', job_key(id)) == 0 then
-    drop_execution(id, owner)
+  elseif redis.call('EXISTS', job_key(id)) == 0 or owner.aborted then
+    requeue(id, owner)
   else
     local count = count_crash(id, owner.worker, held[owner.worker])
     if held[owner.worker] == 1 and count >= max_crashes_alone then
-      dead_letter(id, owner)
+      finish_ownerless(id, owner, event, { 'failed', '{}', '', ARGV[6], failure_ttl })
       dead[#dead + 1] = id
     else
       requeue(id, owner)

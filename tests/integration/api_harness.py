@@ -16,6 +16,7 @@ from api.main import create_app
 from api.relay import Relay
 from shared import registry
 from shared.messages import ErrorInfo, FinishReason, ModelCard, StreamEvent, Usage
+from shared.queues import queue_name
 from shared.settings import ApiSettings, RedisSettings
 from shared.streams import Append, Claim, WorkerStreams
 from tests.waiting import wait_until
@@ -35,6 +36,7 @@ ADAPTER = ModelCard(
     max_model_len=99,
     adapter_name="org/pirate",
 )
+QUEUES = [queue_name(card.base, card.adapter_name) for card in (BASE, ADAPTER)]
 HELLO = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
 CHAT = "/v1/chat/completions"
 
@@ -147,7 +149,7 @@ class ScriptedWorker:
 
     def try_claim(self) -> Claim | None:
         """The next request, if any waits."""
-        claims = self.streams.claim([uuid.uuid4().hex], {}, [])
+        claims = self.streams.claim([uuid.uuid4().hex], {}, QUEUES)
         return claims[0] if claims else None
 
     def claim(self) -> Claim:

@@ -140,7 +140,50 @@ def test_a_request_that_did_not_ask_for_it_is_aborted_when_its_client_leaves(
     wait_until(lambda: worker.is_aborted(claim), what="the abort")
 
 
-@pytest.mark.parametrize("last", ["x", "other:1", "{id}:", "{id}:-1"])
+def test_a_stream_resumed_before_its_old_connection_is_gone_gets_all_the_rest(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    with client_of(apis[0]) as client, stream(client) as old:
+        claim = worker.claim()
+        worker.emit(claim, "one ")
+        last = read_until(old, "one ")
+        path = f"{CHAT}/{claim.held.request_id}/stream"
+        with client.stream("GET", path, headers={"Last-Event-ID": last}) as resumed:
+            read_until(old, "resumed by another connection")
+            worker.emit(claim, "two ")
+            lines = resumed.iter_lines()
+            read_until(lines, "two ")
+            worker.finish(claim)
+            read_until(lines, "[DONE]")
+
+
+def test_a_stream_resumed_after_its_end_is_done_at_once(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    claim, _ = begin(apis[0], worker)
+    worker.finish(claim)
+    answer = resume(apis[1], claim, f"{claim.held.request_id}:2")
+    assert (answer.status_code, answer.text) == (200, "data: [DONE]\n\n")
+
+
+def test_a_request_that_is_not_detached_can_not_be_resumed(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    with client_of(apis[0]) as client, stream(client, detach=False) as lines:
+        claim = worker.claim()
+        refused = resume(apis[1], claim, None)
+        assert (refused.status_code, error_in(refused)["code"]) == (400, "invalid_request_error")
+        worker.finish(claim)
+        read_until(lines, "[DONE]")
+
+
+def test_a_parameter_of_the_url_that_is_wrong_is_named(apis: list[ApiServer], worker: ScriptedWorker) -> None:
+    with client_of(apis[0]) as client:
+        refused = client.get(f"{CHAT}/x/stream?include_usage=banana")
+    assert (refused.status_code, error_in(refused)["param"]) == (400, "include_usage")
+
+
+@pytest.mark.parametrize("last", ["x", "other:1", "{id}:", "{id}:-1", "{id}:9", "{id}:1000000000000"])
 def test_a_malformed_last_event_id_is_refused_by_name(
     apis: list[ApiServer], worker: ScriptedWorker, last: str
 ) -> None:

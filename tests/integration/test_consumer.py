@@ -15,7 +15,7 @@ from shared.settings import WorkerSettings
 from shared.streams import Append
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters
 from tests.redis_server import RedisServer
-from tests.streams import BASE, BlockingApi, claim, last, make_request, token, worker_streams
+from tests.streams import BASE, QUEUES, BlockingApi, claim, last, make_request, token, worker_streams
 from tests.waiting import wait_until
 from worker.block_manager import BlockManager
 from worker.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
@@ -51,7 +51,7 @@ class ThreadedWorker:
         self.consumer = Consumer(
             worker_streams(self.connection, self.name),
             self.held,
-            queues=[],
+            queues=QUEUES,
             max_num_requests=max_num_requests,
             poll_s=0.02,
         )
@@ -232,6 +232,22 @@ def test_events_wait_while_the_connection_is_down_and_arrive_once(
     assert text_of(finished_log(connection, request_id)) == expected_text(50)
 
 
+def test_a_worker_outlives_a_redis_that_is_out_of_memory(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    runner = SlowRunner()
+    worker = start_worker(runner)
+    request_id = api.enqueue(request_of(50))
+    runner.permits.release(5)
+    wait_until(lambda: log_of(connection, request_id))
+    connection.config_set("maxmemory", 1)
+    runner.permits.release(5)
+    wait_until(lambda: worker.consumer._unsent, what="an append that was refused")
+    connection.config_set("maxmemory", 0)
+    runner.permits.release(1000)
+    assert text_of(finished_log(connection, request_id)) == expected_text(50)
+
+
 def test_a_request_that_moved_on_is_dropped_and_its_events_are_not_written(
     connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
 ) -> None:
@@ -279,7 +295,7 @@ def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
     heartbeat = Heartbeat(
         streams,
         held,
-        Consumer(streams, held, queues=[], max_num_requests=8, poll_s=0.02),
+        Consumer(streams, held, queues=QUEUES, max_num_requests=8, poll_s=0.02),
         WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
         queues=[BASE],
         on_beat=lambda: beats.append(now_s[0]),
@@ -352,7 +368,7 @@ def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     api.enqueue(make_request())
     held = HeldRequests()
     streams = worker_streams(connection)
-    consumer = Consumer(streams, held, queues=[], max_num_requests=1, poll_s=0.01)
+    consumer = Consumer(streams, held, queues=QUEUES, max_num_requests=1, poll_s=0.01)
     consumer._claim()
     (claimed,) = consumer.commands.get_nowait().add
     end: list[Append] = [last(claimed, 0)]

@@ -315,6 +315,37 @@ def test_an_aborted_request_that_runs_is_told_to_its_owner_and_ends_canceled(
     assert api.abort(request_id) == "gone"
 
 
+@pytest.mark.parametrize("lost_by", ["hand back", "reap"])
+def test_an_abort_is_not_forgotten_when_its_worker_leaves(
+    connection: redis.Redis, api: BlockingApi, lost_by: str
+) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection, lease_s=0.001)
+    (claimed,) = claim(streams)
+    api.abort(request_id)
+    if lost_by == "hand back":
+        streams.hand_back([claimed.held])
+    else:
+        wait_until(lambda: expired(connection) == 1)
+        assert streams.reap() == ([], [])
+    assert claim(streams) == []
+    assert fetch(connection, request_id).get_status() == JobStatus.CANCELED
+    (event,) = connection.lrange(keys.log(request_id), 0, -1)
+    assert decode_event(event).finish_reason is FinishReason.ABORT
+
+
+def test_rqs_registries_forget_jobs_that_have_expired(connection: redis.Redis, api: BlockingApi) -> None:
+    kept = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    streams.append([claimed.held], [last(claimed, 0)])
+    for registry in ("finished", "failed", "canceled"):
+        connection.zadd(f"rq:{registry}:{BASE}", {"long gone": 1})
+    streams.sweep([BASE])
+    assert connection.zrange(f"rq:finished:{BASE}", 0, -1) == [kept.encode()]
+    assert connection.exists(f"rq:failed:{BASE}", f"rq:canceled:{BASE}") == 0
+
+
 def test_a_job_deleted_while_it_runs_is_lost_to_its_owner(connection: redis.Redis, api: BlockingApi) -> None:
     request_id = api.enqueue(make_request())
     streams = worker_streams(connection)

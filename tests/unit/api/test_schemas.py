@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from api.schemas import ChatCompletionRequest
 from api.strict import parse
@@ -248,3 +249,20 @@ def test_a_conversation_with_tools_and_an_answer_of_ours_can_be_sent_back() -> N
         {"role": "function", "content": "4", "name": "f"},
         {"role": "user", "content": "", "name": "ann"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [0] * 10_000}, "messages[0]"),
+        ({"messages": message() * 10_001}, "messages"),
+        ({"messages": message(content=[0] * 1_001)}, "messages[0].content"),
+        ({"tools": [0] * 1_001}, "tools"),
+        ({"stop": [0] * 1_001}, "stop"),
+    ],
+)
+def test_a_long_list_is_refused_without_an_error_for_each_item(fields: dict[str, Any], param: str) -> None:
+    assert refusal(**fields).param == param
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate({**HELLO, **fields})
+    assert caught.value.error_count() < 10

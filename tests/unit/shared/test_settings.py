@@ -35,6 +35,8 @@ def test_one_bare_path_is_named_by_its_folder() -> None:
         ("a=", "'a=' is not of the form name=path"),
         ("default=x", "no adapter may be called 'default'"),
         ("org/base=x", "both called 'org/base'"),
+        ("..=x", "can't be the name of a model"),
+        ("'a\nb=x' c=y", "can't be the name of a model"),
     ],
 )
 def test_malformed_adapters_are_refused_with_the_reason(adapters: str, reason: str) -> None:

@@ -108,6 +108,12 @@ def test_min_tokens_keeps_the_end_of_sequence_token_from_ending() -> None:
     assert bench.finish()["r"][-1].usage.completion_tokens == 5
 
 
+def test_min_tokens_keeps_a_stop_string_from_ending() -> None:
+    bench = Bench(FakeModelRunner(spell("a.b.c.d")))
+    bench.add(sampling=sampling(min_tokens=3, stop=(".",)))
+    assert text_of(bench.finish()["r"]) == "a.b"
+
+
 def test_requests_of_different_adapters_share_a_batch_and_keep_their_own_text() -> None:
     alone = {}
     for adapter_name in (None, "a", "b"):
