@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable
 
-from api.errors import queue_errors
+from api.errors import log_unexpected, queue_errors
 from api.inbox import Inbox
 from shared.errors import GenerationFailed, QueueUnavailable
 from shared.settings import ApiSettings
@@ -22,7 +22,10 @@ async def renew_lease_forever(streams: ApiStreams, settings: ApiSettings) -> Non
             async with queue_errors(loop.time() + settings.redis_timeout_s):
                 await streams.renew_lease(settings.api_lease_s)
             await asyncio.sleep(settings.api_lease_s / 3)
-        except QueueUnavailable:
+        except Exception as error:
+            # Whatever it was, the lease must not lapse for it: all requests of this API would be aborted.
+            if not isinstance(error, QueueUnavailable):
+                log_unexpected(error)
             await asyncio.sleep(min(0.5, settings.api_lease_s / 6))
 
 
@@ -41,7 +44,9 @@ async def fail_vanished_forever(
         try:
             async with queue_errors(loop.time() + settings.redis_timeout_s):
                 vanished = await streams.find_vanished(list(quiet))
-        except QueueUnavailable:
+        except Exception as error:
+            if not isinstance(error, QueueUnavailable):
+                log_unexpected(error)
             continue
         for request_id in vanished:
             quiet[request_id].fail(GenerationFailed("The request was removed from the queue."))

@@ -1,8 +1,12 @@
 """Connections to Redis, the same way everywhere."""
 
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
 import redis
 import redis.asyncio
 import redis.asyncio.retry
+from redis.asyncio.connection import AbstractConnection
 from redis.backoff import ExponentialBackoff
 
 from shared.errors import ConfigurationError
@@ -11,6 +15,36 @@ from shared.settings import RedisSettings
 MIN_VERSION = (6, 2)
 PASSING_REPLIES = ("OOM ", "MISCONF", "READONLY", "LOADING", "MASTERDOWN")
 """Out of memory, disk full, demoted to a replica, starting: the server may serve again later."""
+
+
+class _ClosedMeansLost(AbstractConnection):
+    """A connection that broke unseen counts as lost, so that redis-py connects anew.
+
+    uvloop says so at the next write with a RuntimeError, which redis-py does not know.
+    """
+
+    async def send_packed_command(
+        self, command: bytes | str | Iterable[bytes], check_health: bool = True
+    ) -> None:
+        try:
+            await super().send_packed_command(command, check_health)
+        except RuntimeError as error:
+            raise redis.ConnectionError(str(error)) from error
+
+
+class _TcpConnection(_ClosedMeansLost, redis.asyncio.Connection):
+    pass
+
+
+class _TlsConnection(_ClosedMeansLost, redis.asyncio.SSLConnection):
+    pass
+
+
+class _UnixConnection(_ClosedMeansLost, redis.asyncio.UnixDomainSocketConnection):
+    pass
+
+
+_CONNECTION_CLASSES = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix": _UnixConnection}
 
 
 def connect(settings: RedisSettings, *, socket_timeout_s: float | None = None) -> redis.Redis:
@@ -31,6 +65,7 @@ def connect_async(
     """
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         settings.redis_url,
+        connection_class=_CONNECTION_CLASSES[urlsplit(settings.redis_url).scheme],
         max_connections=max_num_connections,
         timeout=socket_timeout_s,
         socket_timeout=socket_timeout_s,

