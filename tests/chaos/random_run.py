@@ -1,0 +1,233 @@
+"""Random faults under load on a real deployment, and a table of what became of the requests.
+
+`scripts/chaos --minutes M --seed S`. The same seed gives the same order of faults; what each of them meets
+depends on the machine. Exit code 1 if a request was lost or a token differs.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from array import array
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import redis
+
+from shared import keys
+from tests.chaos.checker import CANCELED_TTL_S, Reference, check_quiet, find_faults, request_keys
+from tests.chaos.cluster import BASE, TTL_S, Cluster, build_models
+from tests.chaos.faults import FaultMaker
+from tests.chaos.proxy import Proxy
+from tests.chaos.recorder import Answer, Ask, Load, Recorder, workload
+from tests.waiting import wait_until
+
+NUM_WORKERS = 3
+REFUSALS = ("queue_unavailable",)
+"""Errors of requests that were not accepted."""
+MAX_NUM_CRASHES_MET = 2
+MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 2.5
+
+
+class Book:
+    """What is known of the requests that are over; their texts are dropped once they are compared."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._lock = threading.Lock()
+        self.times: list[array[float]] = []
+        """Of each completed request: when it was sent, its chunks, its end."""
+        self.num_accepted = self.num_refused = 0
+        self.losses: list[str] = []
+        self.differences: list[str] = []
+
+    def enter(self, answer: Answer) -> None:
+        """Takes the answer of a request that is over."""
+        with self._lock:
+            if answer.error_code in REFUSALS and answer.status != 200:
+                self.num_refused += 1
+                return
+            self.num_accepted += 1
+            faults = find_faults(answer, self._reference.of(answer.ask))
+            if faults:
+                wrong = self.differences if answer.is_complete else self.losses
+                wrong.append(f"{answer.request_id} {answer.ask}: {'; '.join(faults)}")
+            chunk_times = [at for at, _ in answer.chunks]
+            self.times.append(array("d", [answer.sent_at, *chunk_times, answer.ended_at]))
+            answer.chunks, answer.log = [], None
+
+    def longest_pause_s(self) -> float:
+        """The longest time that any client saw nothing."""
+        return max((b - a for times in self.times for a, b in itertools.pairwise(times)), default=0.0)
+
+    def recovery_s(self, fault_at: float) -> float:
+        """How long after a fault the last of the streams it met went on."""
+        return max(
+            (_next(times, fault_at) - fault_at for times in self.times if _is_open(times, fault_at)),
+            default=0.0,
+        )
+
+
+class Recomputed:
+    """Counts the tokens that were computed again: those of requests that went back to their queues."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = redis.Redis.from_url(url)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="recomputed")
+        self.num_requests = self.num_tokens = 0
+
+    def start(self) -> None:
+        """Listens from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the counting."""
+        self._stopped.set()
+        self._thread.join()
+        self._connection.close()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._listen()
+            except redis.RedisError:
+                self._stopped.wait(0.05)
+
+    def _listen(self) -> None:
+        prefix = f"__keyspace@0__:{keys.owner('')}"
+        with self._connection.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.psubscribe(f"{prefix}*")
+            while not self._stopped.is_set():
+                message = pubsub.get_message(timeout=0.2)
+                if message and message["data"] == b"del":
+                    self._count(message["channel"].decode().removeprefix(prefix))
+
+    def _count(self, request_id: str) -> None:
+        if self._connection.hget(f"rq:job:{request_id}", "status") in (b"queued", b"started"):
+            self.num_requests += 1
+            self.num_tokens += self._connection.llen(keys.log(request_id))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description="Random faults under load.")
+    parser.add_argument("--minutes", type=float, default=1.0, metavar="M", help="[default: %(default)s]")
+    parser.add_argument("--seed", type=int, default=None, metavar="S", help="[default: a random one]")
+    parser.add_argument("--streams", type=int, default=32, metavar="N", help="[default: %(default)s]")
+    args = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
+    sys.stdout.write(f"seed {seed}\n")
+    sys.stdout.flush()
+    with tempfile.TemporaryDirectory(prefix="lorelay-chaos-models-") as folder, ExitStack() as stack:
+        return run(stack, build_models(Path(folder)), args.minutes * 60, random.Random(seed), args.streams)
+
+
+def run(
+    stack: ExitStack, models: dict[str, str], seconds: float, rng: random.Random, num_streams: int
+) -> int:
+    """Breaks a deployment for so long; 1 if anything was lost or differs."""
+    asks = [ask for n in (12, 30, 60) for ask in workload(32, max_tokens=n, tag=f"{n} ")]
+    rng.shuffle(asks)
+    reference = fault_free(models, asks)
+    options = ("--notify-keyspace-events", "Kg")
+    cluster = stack.enter_context(Cluster(models, append_only=True, tcp=True, options=options, drain_s="0.5"))
+    proxies = [stack.enter_context(Proxy(cluster.port)) for _ in range(NUM_WORKERS + 1)]
+    recorder = stack.enter_context(Recorder(cluster.server.url))
+    *worker_proxies, api_proxy = proxies
+    maker = FaultMaker(cluster, worker_proxies, api_proxy, rng)
+    cluster.start_api(api_proxy.url)
+    maker.restart_dead()
+    cluster.ensure_workers(NUM_WORKERS)
+    recomputed = Recomputed(cluster.server.url)
+    recomputed.start()
+    stack.callback(recomputed.stop)
+    book = Book(reference)
+    load = recorder.keep_busy(cluster.api.url, asks, num_streams, book.enter)
+    try:
+        break_for(seconds, maker, load, rng)
+    finally:
+        maker.heal()
+        load.stop()
+    remains = what_remains(cluster)
+    report(book, maker, recomputed, remains, cluster.take_complaints())
+    return int(bool(book.losses or book.differences or remains))
+
+
+def fault_free(models: dict[str, str], asks: list[Ask]) -> Reference:
+    """The answers to all requests from a quiet deployment."""
+
+    def answer(asks: "list[Ask] | tuple[Ask, ...]") -> list[Answer]:
+        with Cluster(models, step_delay_s="0") as cluster, Recorder(cluster.server.url) as recorder:
+            cluster.start_worker()
+            api = cluster.start_api()
+            return recorder.start(api.url, asks).wait()
+
+    reference = Reference(answer)
+    reference.prepare(asks)
+    return reference
+
+
+def break_for(seconds: float, maker: FaultMaker, load: Load, rng: random.Random) -> None:
+    """One fault after another; no request meets more than two crashes."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        maker.restart_dead()
+        oldest = min((answer.sent_at for answer in list(load.open_answers)), default=time.monotonic())
+        num_met = sum(at >= oldest for at in maker.crash_times)
+        maker.strike(may_crash=num_met < MAX_NUM_CRASHES_MET)
+        pause_until = time.monotonic() + rng.uniform(MIN_PAUSE_S, MAX_PAUSE_S)
+        while time.monotonic() < min(pause_until, end):
+            maker.restart_dead()
+            time.sleep(0.05)
+
+
+def what_remains(cluster: Cluster) -> list[str]:
+    """C4 and C5, after the longest life that a key may have."""
+    try:
+        check_quiet(cluster.connection, BASE)
+        wait_until(lambda: not request_keys(cluster.connection), CANCELED_TTL_S + 2 * TTL_S)
+    except AssertionError as error:
+        return [str(error), *request_keys(cluster.connection)]
+    return []
+
+
+def report(
+    book: Book, maker: FaultMaker, recomputed: Recomputed, remains: list[str], complaints: list[str]
+) -> None:
+    """Writes the table, and what went wrong in front of it."""
+    for line in (*book.losses, *book.differences, *remains, *complaints):
+        sys.stdout.write(f"{line}\n")
+    recoveries = [book.recovery_s(at) for at in maker.crash_times] or [0.0]
+    kinds = Counter(name for _, name in maker.struck)
+    rows = {
+        "requests accepted": str(book.num_accepted),
+        "refused at once (503)": str(book.num_refused),
+        "failed": str(len(book.losses)),
+        "token differences": str(len(book.differences)),
+        "keys left": str(len(remains)),
+        "faults": f"{len(maker.struck)}: " + ", ".join(f"{n} {name}" for name, n in kinds.most_common()),
+        "longest pause": f"{book.longest_pause_s():.2f} s",
+        "recovery from a crash": f"{statistics.median(recoveries):.2f} s median, {max(recoveries):.2f} s max",
+        "moved requests": str(recomputed.num_requests),
+        "tokens recomputed": str(recomputed.num_tokens),
+        "complaints in logs": str(len(complaints)),
+    }
+    width = max(map(len, rows))
+    sys.stdout.write("".join(f"{name:<{width}}  {value}\n" for name, value in rows.items()))
+
+
+def _is_open(times: "array[float]", at: float) -> bool:
+    return times[0] < at < times[-1]
+
+
+def _next(times: "array[float]", at: float) -> float:
+    return next(time for time in times if time > at)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""Clients that keep every chunk they see, with its time."""
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import redis
+
+from shared import keys
+from shared.messages import StreamEvent, decode_event
+
+CHAT = "/v1/chat/completions"
+READ_LIMIT_S = 90
+MODELS = ("tiny", "a", "b")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request as a client sends it."""
+
+    model: str
+    prompt: str
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    stop: str | None = None
+    stream: bool = True
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": self.prompt}],
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": 0.95,
+            "seed": self.seed,
+            "ignore_eos": True,
+            "stream": self.stream,
+        }
+        return body | ({"stop": self.stop} if self.stop else {})
+
+
+def workload(num_requests: int = 32, max_tokens: int = 40, tag: str = "") -> list[Ask]:
+    """Requests of different prompts and lengths of prompt: base and adapters, greedy and sampled.
+
+    Each fourth has a stop string, whose beginning often occurs, so that text is held back.
+    """
+    return [
+        Ask(
+            model=MODELS[i % len(MODELS)],
+            prompt=f"{tag}{i}: " + "tell me more " * (i % 5),
+            max_tokens=max_tokens,
+            temperature=0.9 * (i % 2),
+            seed=i,
+            stop="the end" if i % 4 == 1 else None,
+        )
+        for i in range(num_requests)
+    ]
+
+
+@dataclass(eq=False)
+class Answer:
+    """What one client saw."""
+
+    ask: Ask
+    sent_at: float = field(default_factory=time.monotonic)
+    status: int = 0
+    headers: httpx.Headers = field(default_factory=httpx.Headers)
+    request_id: str = ""
+    chunks: list[tuple[float, str]] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    num_done: int = 0
+    failure: str = ""
+    """How the connection broke, if it did."""
+    ended_at: float = 0.0
+    log: list[StreamEvent] | None = None
+    """The token log at the end; None where Redis has none of it any more."""
+
+    @property
+    def text(self) -> str:
+        """All text, in the order in which it came."""
+        return "".join(text for _, text in self.chunks)
+
+    @property
+    def num_ends(self) -> int:
+        """How often the client was told that it is over; must be 1."""
+        return len(self.finish_reasons) + len(self.errors)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ended as it should, for all that the client can see."""
+        return self.status == 200 and not self.errors and not self.failure and self.num_ends == 1
+
+    @property
+    def error_code(self) -> str | None:
+        """The code of its error, if it got one."""
+        return self.errors[0]["code"] if self.errors else None
+
+    def longest_pause_s(self, since: float = 0.0) -> float:
+        """The longest time without a chunk, from `since` (or the sending, which counts) to the end."""
+        times = [max(since, self.sent_at)]
+        times += [at for at, _ in self.chunks if at > times[0]] + [max(self.ended_at, times[0])]
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
+
+
+class Run:
+    """Requests that are on their way."""
+
+    def __init__(
+        self, answers: list[Answer], futures: list["Future[None]"], pool: ThreadPoolExecutor
+    ) -> None:
+        self.answers = answers
+        self._futures = futures
+        self._pool = pool
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of those that got their headers."""
+        return [answer.request_id for answer in self.answers if answer.request_id]
+
+    @property
+    def num_started(self) -> int:
+        """Requests whose client has seen text."""
+        return sum(bool(answer.chunks) for answer in self.answers)
+
+    @property
+    def num_ended(self) -> int:
+        """Requests that are over."""
+        return sum(bool(answer.ended_at) for answer in self.answers)
+
+    def longest_pause_s(self, since: float = 0.0) -> float:
+        """The longest time that any client saw nothing, from then on."""
+        return max(answer.longest_pause_s(since) for answer in self.answers)
+
+    def wait(self, timeout_s: float = READ_LIMIT_S) -> list[Answer]:
+        """All answers, when all are over.
+
+        Raises:
+            TimeoutError: one is not, in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        for future in self._futures:
+            future.result(max(0.0, deadline - time.monotonic()))
+        self._pool.shutdown()
+        return self.answers
+
+
+class Load:
+    """Clients that send one request after the other, each as soon as its last one is over."""
+
+    def __init__(
+        self,
+        recorder: "Recorder",
+        api_url: str,
+        asks: Iterable[Ask],
+        num_clients: int,
+        on_end: Callable[[Answer], None],
+    ) -> None:
+        self._recorder = recorder
+        self._api_url = api_url
+        self._asks = itertools.cycle(asks)
+        self._on_end = on_end
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(num_clients, thread_name_prefix="client")
+        self.answers: list[Answer] = []
+        """Those that are over, in the order in which they ended."""
+        self.open_answers: list[Answer] = []
+        """Those that are on their way."""
+        self._futures = [self._pool.submit(self._work) for _ in range(num_clients)]
+
+    def stop(self, timeout_s: float = READ_LIMIT_S) -> list[Answer]:
+        """All answers, when the last requests are over.
+
+        Raises:
+            TimeoutError: one is not, in time.
+        """
+        self._stopped.set()
+        deadline = time.monotonic() + timeout_s
+        for future in self._futures:
+            future.result(max(0.0, deadline - time.monotonic()))
+        self._pool.shutdown()
+        return self.answers
+
+    def _work(self) -> None:
+        while not self._stopped.is_set():
+            with self._lock:
+                answer = Answer(next(self._asks))
+                self.open_answers.append(answer)
+            self._recorder.record(self._api_url, answer)
+            self._on_end(answer)
+            with self._lock:
+                self.open_answers.remove(answer)
+                self.answers.append(answer)
+
+
+class Recorder:
+    """Sends requests to APIs and records what comes back. As a context manager it is closed at the end."""
+
+    def __init__(self, redis_url: str) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.Client(timeout=READ_LIMIT_S, trust_env=False, limits=limits)
+        self._redis = redis.Redis.from_url(redis_url)
+
+    def start(self, api_url: str, asks: Sequence[Ask]) -> Run:
+        """Sends requests at once, each from a thread of its own."""
+        pool = ThreadPoolExecutor(len(asks), thread_name_prefix="client")
+        answers = [Answer(ask) for ask in asks]
+        return Run(answers, [pool.submit(self.record, api_url, answer) for answer in answers], pool)
+
+    def keep_busy(
+        self,
+        api_url: str,
+        asks: Iterable[Ask],
+        num_clients: int,
+        on_end: Callable[[Answer], None] = lambda answer: None,
+    ) -> Load:
+        """Sends these requests again and again, so many at a time; `on_end` sees each answer at its end."""
+        return Load(self, api_url, asks, num_clients, on_end)
+
+    def record(self, api_url: str, answer: Answer) -> None:
+        """One exchange, from its sending to its end."""
+        answer.sent_at = time.monotonic()
+        try:
+            with self._client.stream("POST", f"{api_url}{CHAT}", json=answer.ask.body) as response:
+                answer.status, answer.headers = response.status_code, response.headers
+                answer.request_id = response.headers.get("x-request-id", "")
+                if response.headers.get("content-type", "").startswith("text/event-stream"):
+                    for line in response.iter_lines():
+                        _read_line(answer, line)
+                else:
+                    _read_body(answer, json.loads(response.read()))
+        except httpx.HTTPError as error:
+            answer.failure = repr(error)
+        answer.ended_at = time.monotonic()
+        answer.log = self._read_log(answer.request_id)
+
+    def close(self) -> None:
+        """Closes its connections; call it when nothing is on its way."""
+        self._client.close()
+        self._redis.close()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_log(self, request_id: str) -> list[StreamEvent] | None:
+        try:
+            return [decode_event(entry) for entry in self._redis.lrange(keys.log(request_id), 0, -1)] or None
+        except redis.RedisError:
+            return None
+
+
+def _read_line(answer: Answer, line: str) -> None:
+    """One line of a stream of server-sent events."""
+    if not line.startswith("data: "):
+        return
+    data = line.removeprefix("data: ")
+    if data == "[DONE]":
+        answer.num_done += 1
+        return
+    chunk = json.loads(data)
+    if "error" in chunk:
+        answer.errors.append(chunk["error"])
+        return
+    for choice in chunk["choices"]:
+        if text := choice["delta"].get("content"):
+            answer.chunks.append((time.monotonic(), text))
+        if choice["finish_reason"]:
+            answer.finish_reasons.append(choice["finish_reason"])
+
+
+def _read_body(answer: Answer, body: dict[str, Any]) -> None:
+    """A whole answer, or an error with a status of its own."""
+    if "error" in body:
+        answer.errors.append(body["error"])
+        return
+    for choice in body["choices"]:
+        answer.chunks.append((time.monotonic(), choice["message"]["content"]))
+        answer.finish_reasons.append(choice["finish_reason"])

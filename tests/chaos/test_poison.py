@@ -1,0 +1,62 @@
+"""Requests that crash their worker or do not fit, among innocent ones; the test restarts what dies."""
+
+import pytest
+from rq.job import Job
+from rq.registry import FailedJobRegistry
+from rq.serializers import JSONSerializer
+
+from tests.chaos.checker import Reference, check_complete
+from tests.chaos.cluster import BASE, Cluster
+from tests.chaos.recorder import Ask, Recorder, workload
+from tests.waiting import wait_until
+
+WORD = "poisonous"
+INNOCENT = workload(15, max_tokens=24, tag="innocent")
+NUM_WORKERS = 2
+
+
+@pytest.mark.long
+@pytest.mark.timeout(180)
+def test_a_request_that_crashes_its_worker_alone_three_times_fails_and_its_neighbours_complete(
+    cluster: Cluster, recorder: Recorder, reference: Reference
+) -> None:
+    reference.prepare(INNOCENT)
+    cluster.ensure_workers(1)
+    cluster.ensure_workers(0)
+    poison = Ask("a", f"a {WORD} prompt", max_tokens=24, stream=False)
+    settings = {"faults": f"poison={WORD}"}
+    num_started = 0
+
+    def supervise() -> bool:
+        """Restarts what died, as a supervisor would."""
+        nonlocal num_started
+        while len(cluster.live_workers()) < NUM_WORKERS:
+            cluster.start_worker(wait=False, **settings)
+            num_started += 1
+        return run.num_ended == len(run.answers)
+
+    run = recorder.start(cluster.api.url, [*INNOCENT[:8], poison, *INNOCENT[8:]])
+    wait_until(supervise, 150, "the end of all requests")
+    *_, last = (answer for answer in run.wait() if answer.ask is poison)
+    assert (last.status, last.error_code) == (500, "generation_failed")
+    assert "crashed its worker 3 times" in last.errors[0]["message"]
+    check_complete((answer for answer in run.answers if answer.ask is not poison), reference)
+    registry = FailedJobRegistry(f"{BASE}-a", cluster.connection, serializer=JSONSerializer)
+    (job_id,) = registry.get_job_ids(cleanup=False)
+    job = Job.fetch(job_id, cluster.connection, JSONSerializer)
+    assert "crashed its worker" in job.latest_result().exc_string
+    assert num_started >= NUM_WORKERS + 3
+    cluster.ensure_workers(0)
+
+
+def test_a_step_that_runs_out_of_memory_hands_the_newest_back_and_the_worker_lives(
+    cluster: Cluster, recorder: Recorder, reference: Reference
+) -> None:
+    reference.prepare(INNOCENT)
+    cluster.ensure_workers(0)
+    worker = cluster.start_worker(faults="oom=4")
+    check_complete(recorder.start(cluster.api.url, INNOCENT[:10]).wait(), reference)
+    assert worker.is_running
+    assert "handed back: out of memory" in worker.process.output
+    assert len(cluster.connection.smembers("rq:workers")) >= 1
+    worker.kill()
