@@ -78,6 +78,7 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # A Ctrl-C is for pytest, which then ends the workers one by one.
         )
         self._reader = threading.Thread(target=self._read, name="nursery")
         self._reader.start()
