@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 from tests.chaos.cluster import API_LEASE_S, LEASE_S, ChaosWorker, Cluster
 from tests.chaos.proxy import Proxy, script_marker
+from tests.waiting import wait_until
 
+START_LIMIT_S = 60
 WORKER_SCRIPTS = ("claim", "append", "renew", "reap", "sweep", "hand_back")
 WEIGHTS = {"worker killed": 4, "worker frozen": 2, "worker drained": 2}
 """How often a fault is drawn; once where nothing stands here."""
@@ -64,10 +66,14 @@ class FaultMaker:
         for proxy in (*self._worker_proxies, self._api_proxy):
             proxy.swallow_replies(b"", count=0)
             proxy.release()
-        self.restart_dead()
-        for worker in self._cluster.workers:
+        for worker in self._cluster.live_workers():
             worker.thaw()
-            worker.wait_until_serving()
+        wait_until(self._all_serve, START_LIMIT_S, "workers that serve behind all proxies")
+
+    def _all_serve(self) -> bool:
+        """Whether each worker serves; one that died while it started (Redis was away) is started again."""
+        self.restart_dead()
+        return all(worker.is_serving for worker in self._cluster.workers)
 
     def _victim(self) -> ChaosWorker:
         return self._rng.choice(self._cluster.live_workers())
