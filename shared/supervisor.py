@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import IO, Protocol, Self
 
 HURRY_LIMIT_S = 5.0
 """How long a child may take once the user asked to stop a second time."""
@@ -50,14 +50,19 @@ class ChildSpec:
     """What makes it end sooner after a SIGTERM."""
 
 
-def start_process(spec: ChildSpec) -> subprocess.Popen[bytes]:
-    """Starts a process in a group of its own that ends with this one; for programs with one thread."""
+def start_process(spec: ChildSpec, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Starts a process in a group of its own that ends with this one; for programs with one thread.
+
+    `output`: where all that it writes goes, by default where this process writes.
+    """
     parent_pid, libc = os.getpid(), _libc()
     return subprocess.Popen(
         spec.command,
         env={**os.environ, **spec.env},
         cwd=spec.cwd,
         stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
         pass_fds=spec.pass_fds,
         process_group=0,
         preexec_fn=lambda: _end_with_parent(libc, parent_pid),  # noqa: PLW1509

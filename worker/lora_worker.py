@@ -116,7 +116,8 @@ class LoraWorker(BaseWorker):
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
         faults = Faults(settings.faults)
-        engine, model_runner = _build_engine(settings, faults)
+        model_runner = self._load_model_runner(settings)
+        engine = build_engine(model_runner, settings, faults)
         cards = _cards(settings, model_runner)
         registry.register(self.connection, cards)
         held = HeldRequests()
@@ -146,6 +147,11 @@ class LoraWorker(BaseWorker):
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
         self._run(loop, consumer, heartbeat, burst)
         return consumer.num_claimed > 0
+
+    def _load_model_runner(self, settings: WorkerSettings) -> "ModelRunner":
+        from worker.model_runner import ModelRunner
+
+        return ModelRunner.load(settings)
 
     def _run(self, loop: EngineLoop, consumer: Consumer, heartbeat: Heartbeat, burst: bool) -> None:
         """Serves, then stops in order: engine, I/O, what is left back to the queues, heartbeat."""
@@ -240,17 +246,14 @@ def _served_queues(settings: WorkerSettings, arguments: Sequence[str]) -> list[s
     return [queues[argument] for argument in arguments]
 
 
-def _build_engine(settings: WorkerSettings, faults: Faults) -> "tuple[Engine, ModelRunner]":
-    from worker.model_runner import ModelRunner
-
-    model_runner = ModelRunner.load(settings)
+def build_engine(model_runner: "ModelRunner", settings: WorkerSettings, faults: Faults) -> Engine:
+    """The engine of a worker around what runs its batches."""
     scheduler = Scheduler(
         BlockManager(model_runner.num_blocks, model_runner.block_size),
         max_batch_size=settings.max_batch_size,
         max_prefill_tokens=settings.max_prefill_tokens,
     )
-    engine = Engine(FaultyRunner(model_runner, faults), model_runner.tokenizer, scheduler)
-    return engine, model_runner
+    return Engine(FaultyRunner(model_runner, faults), model_runner.tokenizer, scheduler)
 
 
 def _cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[ModelCard]:
