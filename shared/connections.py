@@ -7,7 +7,8 @@ import redis
 import redis.asyncio
 import redis.asyncio.retry
 from redis.asyncio.connection import AbstractConnection
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.retry import Retry
 
 from shared.errors import ConfigurationError
 from shared.settings import RedisSettings
@@ -88,10 +89,15 @@ def check_server(connection: redis.Redis) -> None:
         raise ConfigurationError(f"Redis {version} is too old: Lorelay needs Redis 6.2 or later, or Valkey")
 
 
+def retry_briefly(connection: redis.Redis) -> None:
+    """Lets a client whose caller can't go on after a lost connection repeat its commands, for about 2 s."""
+    connection.set_retry(Retry(ExponentialBackoff(cap=0.5, base=0.05), 7))
+
+
 def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.Redis:
-    """A client of its own to the server of another one."""
+    """A client of its own to the server of another one; it repeats nothing, a lost connection shows."""
     pool = connection.connection_pool
-    options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s}
+    options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s, "retry": Retry(NoBackoff(), 0)}
     return redis.Redis(
         connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options)
     )

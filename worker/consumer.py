@@ -6,6 +6,7 @@ The engine and this thread meet at two plain queues; the engine never does netwo
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -149,9 +150,21 @@ class Consumer:
         self._max_num_requests = max(1, len(self._held) - 1)
         self._to_shed.put(held)
 
-    def hand_back(self) -> int:
-        """Returns all held requests to their queues; call it when `run` has ended."""
-        return self._streams.hand_back(self._held.snapshot())
+    def hand_back(self, retry_s: float = 0) -> int:
+        """Returns all held requests to their queues; call it when `run` has ended.
+
+        Raises:
+            redis.RedisError: the server took nothing, for `retry_s`.
+        """
+        give_up_at = time.monotonic() + retry_s
+        while True:
+            try:
+                return self._streams.hand_back(self._held.snapshot())
+            except redis.RedisError as error:
+                if not is_passing(error) or time.monotonic() >= give_up_at:
+                    raise
+                logger.warning("handing back failed, retrying: %s", error, extra=fields("hand_back_failed"))
+                time.sleep(RETRY_WAIT_S)
 
     def _collect(self, timeout_s: float) -> None:
         """Takes the steps that are done, waiting `timeout_s` for the first."""

@@ -16,7 +16,7 @@ from rq.worker import BaseWorker
 from rq.worker.base import DequeueStrategy, WorkerStatus
 
 from shared import registry
-from shared.connections import check_server, connect_like, same_server
+from shared.connections import check_server, connect_like, retry_briefly, same_server
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
 from shared.messages import ModelCard
@@ -48,6 +48,7 @@ class LoraWorker(BaseWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"serializer": JSONSerializer}))
+        retry_briefly(self.connection)
         self._loop: EngineLoop | None = None
         self._consumer: Consumer | None = None
         self._failure: BaseException | None = None
@@ -145,7 +146,7 @@ class LoraWorker(BaseWorker):
         heartbeat.turn()
         self.set_state(WorkerStatus.IDLE)
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
-        self._run(loop, consumer, heartbeat, burst)
+        self._run(loop, consumer, heartbeat, settings, burst)
         return consumer.num_claimed > 0
 
     def _load_model_runner(self, settings: WorkerSettings) -> "ModelRunner":
@@ -153,7 +154,14 @@ class LoraWorker(BaseWorker):
 
         return ModelRunner.load(settings)
 
-    def _run(self, loop: EngineLoop, consumer: Consumer, heartbeat: Heartbeat, burst: bool) -> None:
+    def _run(
+        self,
+        loop: EngineLoop,
+        consumer: Consumer,
+        heartbeat: Heartbeat,
+        settings: WorkerSettings,
+        burst: bool,
+    ) -> None:
         """Serves, then stops in order: engine, I/O, what is left back to the queues, heartbeat."""
         threads = [
             threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
@@ -166,9 +174,12 @@ class LoraWorker(BaseWorker):
         finally:
             consumer.stop()
             threads[0].join()
-            num_handed_back = consumer.hand_back()
-            heartbeat.stop()
-            threads[1].join()
+            try:
+                # After a lease others have taken over what could not be handed back.
+                num_handed_back = consumer.hand_back(retry_s=settings.lease_s)
+            finally:
+                heartbeat.stop()
+                threads[1].join()
         if num_handed_back:
             self.log.warning("Worker %s: handed %d requests back", self.name, num_handed_back)
         if self._failure is not None:
