@@ -1,8 +1,8 @@
 """The HTTP application: `uvicorn --factory api.main:create_app`.
 
-At SIGTERM uvicorn first waits for open connections, for ever unless `--timeout-graceful-shutdown` (whole
-seconds) says how long; then it cancels their tasks, each of which sends its client `server_draining`; only
-then comes the lifespan's end. So whoever starts uvicorn passes `api_drain_s` as that flag.
+At SIGTERM uvicorn takes no new connections and waits for the open ones; after `api_drain_s` the relay ends
+what is still open with `server_draining`, and only then comes the lifespan's end. A shorter
+`--timeout-graceful-shutdown` of uvicorn's own cuts that short, with the same error for the clients.
 """
 
 from collections.abc import AsyncIterator
@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from api import docs, errors
 from api.relay import Relay
 from api.routes import build_routes
+from api.termination import at_termination
 from shared import logs
 from shared.settings import ApiSettings, RedisSettings
 
@@ -32,7 +33,8 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         relay.start()
-        yield
+        with at_termination(relay.drain):
+            yield
         await relay.close()
 
     app = FastAPI(title=docs.TITLE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

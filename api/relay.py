@@ -57,6 +57,7 @@ class Relay:
         self._aborter = Aborter(self._streams, settings)
         self._tasks: list[asyncio.Task[None]] = []
         self._outages: set[str] = set()
+        self._is_draining = False
 
     @property
     def stream_ttl_s(self) -> float:
@@ -84,10 +85,19 @@ class Relay:
             ),
         ]
 
-    async def close(self) -> None:
-        """Ends what is open with an error, lets aborts through, closes the connections."""
+    def drain(self) -> None:
+        """Takes no new requests; what is still open after `api_drain_s` ends with an error."""
+        if not self._is_draining:
+            self._is_draining = True
+            asyncio.get_running_loop().call_later(self._settings.api_drain_s, self._end_open)
+
+    def _end_open(self) -> None:
         for inbox in self._inboxes.values():
             inbox.fail(ServerDraining())
+
+    async def close(self) -> None:
+        """Ends what is open with an error, lets aborts through, closes the connections."""
+        self._end_open()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_WAIT_S):
                 while self._inboxes or self._aborter.is_busy:
@@ -97,11 +107,14 @@ class Relay:
         await self._connection.aclose()
 
     async def ping(self) -> None:
-        """Asks whether Redis is there.
+        """Asks whether requests can be taken.
 
         Raises:
-            QueueUnavailable: it is not.
+            ServerDraining: this process is about to end.
+            QueueUnavailable: Redis is not there.
         """
+        if self._is_draining:
+            raise ServerDraining
         async with queue_errors(self.patience()):
             await self._connection.ping()
 
@@ -182,9 +195,12 @@ class Relay:
         """Puts a request of a client on its queue.
 
         Raises:
+            ServerDraining: this process is about to end.
             QueueFull: there is no room for it.
             QueueUnavailable: Redis did not answer `until` then; the request may stand there all the same.
         """
+        if self._is_draining:
+            raise ServerDraining
         async with queue_errors(until):
             await self._streams.enqueue(
                 request,

@@ -116,7 +116,7 @@ class ChatCompletionResponse(Response):
         call = self._call
         try:
             await self._relay.enqueue(call.request, call.client, call.admit_until)
-        except QueueFull:
+        except (QueueFull, ServerDraining):
             self._may_run = False
             raise
 

