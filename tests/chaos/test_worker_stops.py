@@ -38,10 +38,9 @@ def test_a_worker_stopped_for_three_leases_finds_its_requests_gone_and_serves_on
 def test_a_worker_with_time_to_drain_finishes_what_it_runs(
     cluster: Cluster, recorder: Recorder, reference: Reference
 ) -> None:
-    cluster.ensure_workers(2)
-    victim = cluster.workers[0]
+    workers = cluster.ensure_workers(2)
     run = recorder.start(cluster.api.url, ASKS)
-    pick_victim([victim])
+    victim = pick_victim(workers)
     victim.terminate()
     check_complete(run.wait(), reference)
     assert victim.process.wait() == 0
@@ -82,12 +81,12 @@ def test_workers_replaced_one_after_another_under_load_fail_no_request(
     check_complete(load.stop(), reference)
 
 
-def test_one_worker_becomes_three_and_one_again_under_load_without_a_failed_request(
+def test_one_worker_becomes_four_and_one_again_under_load_without_a_failed_request(
     cluster: Cluster, recorder: Recorder, reference: Reference
 ) -> None:
     cluster.ensure_workers(1)
-    load = recorder.keep_busy(cluster.api.url, ASKS, num_clients=24)
-    surplus = [cluster.start_worker(wait=False, drain_s=drain_s) for drain_s in ("0.2", "30")]
+    load = recorder.keep_busy(cluster.api.url, ASKS, num_clients=32)
+    surplus = [cluster.start_worker(wait=False, drain_s=drain_s) for drain_s in ("0.2", "30", "30")]
     for worker in surplus:
         worker.wait_until_serving()
         wait_until(worker.owned_ids, 30, "requests at the new worker")

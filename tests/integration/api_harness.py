@@ -96,6 +96,11 @@ class ApiServer:
         assert isinstance(relay, Relay)
         return relay
 
+    @property
+    def num_tasks(self) -> int:
+        """Tasks of its event loop that are not done."""
+        return len(asyncio.all_tasks(self.relay._tasks[0].get_loop()))
+
     def start(self) -> None:
         """Returns when it accepts connections."""
         self._thread.start()

