@@ -1,0 +1,1 @@
+"""`scripts/bench`: the yardstick of this machine, measured on a real deployment."""

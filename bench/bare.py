@@ -1,0 +1,38 @@
+"""The least that a Starlette app does to stream chunks: what the API's work per token is compared with.
+
+`uvicorn --factory bench.bare:create_app`
+"""
+
+from collections.abc import AsyncIterator
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from api.chat_format import DONE, ChunkWriter, Heading
+from shared.messages import StreamEvent
+
+
+def create_app() -> Starlette:
+    """An app with the one route that streams, and `/ready`."""
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", _stream, methods=["POST"]),
+            Route("/ready", lambda _: Response()),
+        ]
+    )
+
+
+async def _stream(request: Request) -> Response:
+    """As many chunks as the request has `max_tokens`, each as Lorelay's API writes it."""
+    body = await request.json()
+    writer = ChunkWriter(Heading("chatcmpl-" + "0" * 32, 0, body["model"]), include_usage=False, begun=[0])
+    chunk = writer.render(StreamEvent(event_no=0, text=" river"))
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(body["max_tokens"]):
+            yield chunk
+        yield DONE
+
+    return StreamingResponse(chunks(), media_type="text/event-stream")

@@ -1,0 +1,178 @@
+"""A real deployment to measure: embedded server, `rq worker` processes, uvicorn, as in `lorelay serve`."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Self
+
+import psutil  # type: ignore[import-untyped]
+import redis
+
+from shared import embedded
+from shared.devices import num_usable_cores, visible_gpus, worker_environments
+from shared.serve import is_http_ready
+from shared.settings import WorkerSettings
+from shared.status import live_workers
+from shared.supervisor import ChildSpec, start_process
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+START_LIMIT_S = 300.0
+STOP_LIMIT_S = 60.0
+POLL_S = 0.05
+
+
+class StartFailed(Exception):
+    """A process ended, or was not ready in time; the message has the end of its log."""
+
+
+class Uvicorn:
+    """One app on a free port; a context manager."""
+
+    def __init__(self, app: str, log: Path, variables: Mapping[str, str] | None = None) -> None:
+        """`app`: module and function that makes it; it has a route `/ready`."""
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "uvicorn", "--factory", app, "--host", HOST, "--port", str(port)]
+        self._spec = ChildSpec("api", tuple(command), env=variables or {}, cwd=ROOT)
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"http://{HOST}:{port}"
+
+    def cpu_s(self) -> float:
+        """CPU time that its process took so far."""
+        assert self._process is not None
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    def __enter__(self) -> Self:
+        self._process = start_logged(self._spec, self._log)
+        try:
+            wait_until(lambda: is_http_ready(self.url), {self._log: self._process})
+        except BaseException:
+            end_process(self._process)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None
+        end_process(self._process)
+
+
+class Deployment:
+    """Workers and one API over a server of their own, in `folder`; a context manager that ends them all."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, str],
+        *,
+        num_workers: int = 1,
+        worker_class: str = "worker.LoraWorker",
+    ) -> None:
+        """`settings`: names and values of `shared.settings`, without prefix."""
+        self._folder = folder
+        self._settings = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
+        self._worker_settings = WorkerSettings.load(**settings)
+        self._num_workers = num_workers
+        self._worker_class = worker_class
+        self._state = embedded.StateFolder(folder / "state")
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def url(self) -> str:
+        """The API's, without `/v1`."""
+        return self.api.url
+
+    @property
+    def base_name(self) -> str:
+        """The base model's public name."""
+        return self._worker_settings.base_name
+
+    def connect(self) -> redis.Redis:
+        """A client of its server; close it."""
+        return redis.Redis.from_url(self._state.url, socket_timeout=5)
+
+    def __enter__(self) -> Self:
+        try:
+            self._folder.mkdir(parents=True)
+            self._stack.enter_context(self._state)
+            self._start_server()
+            self._start_workers()
+            env = {**self._settings, "LORELAY_REDIS_URL": self._state.url}
+            self.api = self._stack.enter_context(Uvicorn("api.main:create_app", self._log("api"), env))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start_server(self) -> None:
+        command = self._state.command(embedded.find_binary())
+        spec = ChildSpec("server", tuple(command), cwd=self._state.path, pass_fds=(self._state.lock_fd,))
+        server = self._start(spec)
+        wait_until(lambda: embedded.answers(self._state.url), {self._log("server"): server})
+
+    def _start_workers(self) -> None:
+        settings = self._worker_settings
+        gpus = visible_gpus(os.environ) if settings.device != "cpu" else []
+        shares = worker_environments(settings, self._num_workers, gpus, num_usable_cores())
+        urls = {"LORELAY_REDIS_URL": self._state.url, "RQ_REDIS_URL": self._state.url}
+        command = (sys.executable, "-m", "rq.cli", "worker", "-w", self._worker_class)
+        specs = [
+            ChildSpec(f"worker-{n}", command, env={**self._settings, **urls, **share}, cwd=ROOT)
+            for n, share in enumerate(shares)
+        ]
+        workers = {self._log(spec.name): self._start(spec) for spec in specs}
+        wanted = {(socket.gethostname(), worker.pid) for worker in workers.values()}
+        with self.connect() as connection:
+            wait_until(lambda: wanted <= live_workers(connection, settings.base_name), workers)
+
+    def _start(self, spec: ChildSpec) -> subprocess.Popen[bytes]:
+        """Starts a process that ends with the deployment."""
+        process = start_logged(spec, self._log(spec.name))
+        self._stack.callback(end_process, process)
+        return process
+
+    def _log(self, name: str) -> Path:
+        return self._folder / f"{name}.log"
+
+
+def start_logged(spec: ChildSpec, log: Path) -> subprocess.Popen[bytes]:
+    """Starts a process whose output goes to a file."""
+    with log.open("wb") as output:
+        return start_process(spec, output)
+
+
+def wait_until(condition: Callable[[], bool], needed: Mapping[Path, subprocess.Popen[bytes]]) -> None:
+    """Returns when the condition holds. `needed`: what must run for it, by log.
+
+    Raises:
+        StartFailed: one of these has ended, or the time is over.
+    """
+    deadline = time.monotonic() + START_LIMIT_S
+    while not condition():
+        ended = [log for log, process in needed.items() if process.poll() is not None]
+        if ended or time.monotonic() > deadline:
+            log = (ended or list(needed))[0]
+            raise StartFailed(f"{log.stem} did not come up:\n{log.read_text(errors='replace')[-2000:]}")
+        time.sleep(POLL_S)
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, twice for workers that drain; SIGKILL when that does not help."""
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_LIMIT_S if number == signal.SIGKILL else STOP_LIMIT_S / 4)

@@ -1,0 +1,96 @@
+"""The engine of one worker driven in process: no API, no Redis. What the service is compared with.
+
+`python -m bench.direct --models m1,m2` reads the worker's `LORELAY_*` variables and prints one JSON line.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
+
+from bench.load import Load, prompts
+from shared.messages import GenerationRequest, SamplingParams
+from shared.settings import WorkerSettings
+from shared.streams import Held
+from worker.engine import Engine
+from worker.faults import Faults
+from worker.lora_worker import build_engine
+
+
+class DirectResult(msgspec.Struct, frozen=True):
+    """What an engine did by itself."""
+
+    num_tokens: int
+    wall_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens over the whole time."""
+        return self.num_tokens / self.wall_s
+
+
+def requests(load: Load, base: str) -> Iterator[GenerationRequest]:
+    """The requests that `bench.load` would send over HTTP."""
+    texts = prompts(load.seed, load.num_prompt_words)
+    for number in range(load.num_requests):
+        model = load.models[number % len(load.models)]
+        yield GenerationRequest(
+            request_id=f"direct-{number}",
+            model=model,
+            base=base,
+            adapter_name=None if model == base else model,
+            messages=[{"role": "user", "content": next(texts)}],
+            sampling=SamplingParams(temperature=0, max_tokens=load.max_tokens, ignore_eos=True),
+        )
+
+
+def run(engine: Engine, load: Load, base: str) -> DirectResult:
+    """Keeps `concurrency` requests in the engine until all have ended."""
+    waiting = requests(load, base)
+    num_tokens, started_s = 0, time.perf_counter()
+
+    def add(count: int) -> None:
+        for request in itertools.islice(waiting, count):
+            engine.add_request(Held(request.request_id, "direct"), request)
+
+    add(load.concurrency)
+    while engine.has_work:
+        ended = [append.event for append in engine.step() if append.event.is_terminal]
+        num_tokens += sum(event.usage.completion_tokens for event in ended if event.usage)
+        add(len(ended))
+    return DirectResult(num_tokens, time.perf_counter() - started_s)
+
+
+def main() -> None:
+    defaults = Load(())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", required=True, type=lambda value: value.split(","))
+    parser.add_argument("--concurrency", type=int, default=defaults.concurrency)
+    parser.add_argument("--requests", type=int, default=defaults.num_requests)
+    parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens)
+    parser.add_argument("--prompt-words", type=int, default=defaults.num_prompt_words)
+    args = parser.parse_args()
+    settings = WorkerSettings.load()
+    load = Load(
+        models=args.models,
+        num_requests=args.requests,
+        concurrency=args.concurrency,
+        max_tokens=args.max_tokens,
+        num_prompt_words=args.prompt_words,
+    )
+    from worker.model_runner import ModelRunner
+
+    engine = build_engine(ModelRunner.load(settings), settings, Faults())
+    warm_up = replace(load, num_requests=max(load.concurrency, len(load.models)), max_tokens=4)
+    run(engine, warm_up, settings.base_name)
+    result = run(engine, load, settings.base_name)
+    fields = msgspec.structs.asdict(result) | {"tokens_per_s": result.tokens_per_s}
+    sys.stdout.write(msgspec.json.encode(fields).decode() + "\n")
+
+
+if __name__ == "__main__":
+    main()

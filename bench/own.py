@@ -1,0 +1,276 @@
+"""Rows that need a deployment of Lorelay's own: each stage starts one, measures it, and ends it."""
+
+import asyncio
+import itertools
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from bench import served
+from bench.adapters import ALL_PROJECTIONS, ATTENTION
+from bench.deployment import ROOT, Deployment, Uvicorn
+from bench.scripted import Meter
+from bench.served import Server, Sizes, measure, measure_idle
+from bench.sink import take_streams
+from bench.yardstick import Figure
+from shared.streams import script_source
+
+SUBPROCESS_LIMIT_S = 900
+LORA_WORKER = "worker.LoraWorker"
+SCRIPTED = "bench.scripted.ScriptedWorker"
+METERED = "bench.scripted.MeteredWorker"
+STEP_S = 0.02
+CPU_TICK_S = 0.01
+"""How finely the CPU time of a process is counted."""
+NUM_SLOW_LOG_ENTRIES = 10_000
+
+
+@dataclass(frozen=True)
+class OwnSizes(Sizes):
+    """How much work the measurements of a deployment of our own do."""
+
+    num_adapters: int = 8
+    rank: int = 16
+    num_small_adapters: int = 64
+    num_registered: int = 1000
+    num_asked: int = 100
+    num_idle_requests: int = 50
+    num_relay_streams: int = 256
+    num_relay_tokens: int = 512
+    script_batch: int = 32
+    num_script_tokens: int = 128
+    num_waves: int = 6
+    """Requests for each place in the batches of scripted workers."""
+
+
+@dataclass
+class Context:
+    """What the stages share."""
+
+    folder: Path
+    """A temporary one."""
+    settings: Mapping[str, str]
+    """Of all deployments: model, device, dtype."""
+    sizes: OwnSizes
+    wanted: frozenset[str]
+    given_adapters: Mapping[str, str] = field(default_factory=dict)
+    """The user's, in place of random ones."""
+    floors: dict[int, float] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def floor(self, batch: int) -> float:
+        """F(batch), tokens/s; measured once."""
+        if batch not in self.floors:
+            device = self.settings["device"].replace("auto", "cpu")
+            options = ["--model", self.settings["model"], "--batch", str(batch), "--device", device]
+            self.floors[batch] = self.ask("bench.floor", *options)["tokens_per_s"]
+        return self.floors[batch]
+
+    def deploy(self, worker_class: str = LORA_WORKER, *, num_workers: int = 1, **settings: str) -> Deployment:
+        """A deployment, not started yet."""
+        folder = self.folder / f"deployment-{next(self._numbers)}"
+        return Deployment(
+            folder, {**self.settings, **settings}, num_workers=num_workers, worker_class=worker_class
+        )
+
+    def make_adapters(self, count: int, rank: int, targets: Sequence[str]) -> dict[str, str]:
+        """Random adapters on disk: name and folder."""
+        folder = self.folder / f"adapters-{next(self._numbers)}"
+        options = ["--model", self.settings["model"], "--folder", str(folder), "--count", str(count)]
+        self.run("bench.adapters", *options, "--rank", str(rank), "--targets", ",".join(targets))
+        return {f"a{n}": str(folder / f"a{n}") for n in range(count)}
+
+    def ask(self, module: str, *arguments: str, **settings: str) -> Any:
+        """What a module run in a process of its own prints, decoded from JSON."""
+        return msgspec.json.decode(self.run(module, *arguments, **settings).splitlines()[-1])
+
+    def run(self, module: str, *arguments: str, **settings: str) -> bytes:
+        """What a module run in a process of its own prints."""
+        variables = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            timeout=SUBPROCESS_LIMIT_S,
+            check=True,
+        ).stdout
+
+
+class Stage(NamedTuple):
+    """Rows that are measured together."""
+
+    keys: frozenset[str]
+    measure: Callable[[Context], Iterator[Figure]]
+
+
+def mixed_batches(context: Context) -> Iterator[Figure]:
+    """Eight adapters on all projections."""
+    sizes = context.sizes
+    floor = {batch: context.floor(batch) for batch in (sizes.concurrency, 1)}
+    adapters = context.given_adapters or context.make_adapters(
+        sizes.num_adapters, sizes.rank, ALL_PROJECTIONS
+    )
+    settings = {
+        "adapters": adapters_setting(adapters),
+        "max_batch_size": str(sizes.concurrency + sizes.num_long_prompts),
+    }
+    with context.deploy(LORA_WORKER, num_workers=1, **settings) as deployment:
+        server = Server(deployment.url, deployment.base_name, tuple(adapters))
+        yield from served.rows(server, sizes, context.wanted, floor.__getitem__)
+        if "pickup" in context.wanted:
+            yield _pickup(deployment, server, sizes)
+        if "tax" in context.wanted:
+            speed = measure(server, server.load(server.adapters, sizes)).tokens_per_s
+    if "tax" in context.wanted:
+        yield served.share("tax", speed, _direct_speed(context, settings, server))
+
+
+def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
+    """What the client waits for its first text beyond what the engine took for its first token."""
+    answers = asyncio.run(measure_idle(server, server.base, sizes.num_idle_requests, sizes))
+    streams = [stream for stream in answers if stream.text_at_s]
+    with deployment.connect() as connection:
+        metas = [Job.fetch(stream.request_id, connection, JSONSerializer).meta for stream in streams]
+    added_s = [
+        stream.first_text_s - meta["first_token_s"] for stream, meta in zip(streams, metas, strict=True)
+    ]
+    in_engine_ms = statistics.median(meta["first_token_s"] for meta in metas) * 1e3
+    return Figure("pickup", statistics.median(added_s) * 1e3, f"beside {in_engine_ms:.0f} ms in the engine")
+
+
+def _direct_speed(context: Context, settings: Mapping[str, str], server: Server) -> float:
+    """Tokens/s of the same work on the same engine, without a service around it."""
+    sizes = context.sizes
+    options = ["--models", ",".join(server.adapters), "--concurrency", str(sizes.concurrency)]
+    options += ["--requests", str(sizes.num_requests), "--max-tokens", str(sizes.max_tokens)]
+    options += ["--prompt-words", str(sizes.num_prompt_words)]
+    result = context.ask("bench.direct", *options, **{**context.settings, **settings})
+    return float(result["tokens_per_s"])
+
+
+def many_adapters(context: Context) -> Iterator[Figure]:
+    """As many adapters in a batch as it has rows."""
+    sizes = context.sizes
+    count = sizes.num_small_adapters
+    adapters = context.make_adapters(count, 8, ATTENTION)
+    wide = replace(sizes, concurrency=count, num_requests=4 * count)
+    with context.deploy(adapters=adapters_setting(adapters), max_batch_size=str(count)) as deployment:
+        yield _compare("many-base", deployment, list(adapters), [deployment.base_name], wide)
+
+
+def thousand_adapters(context: Context) -> Iterator[Figure]:
+    """Many registered, a tenth of them asked for, few of these often."""
+    sizes = context.sizes
+    adapters = context.make_adapters(sizes.num_registered, 8, ATTENTION)
+    asked = list(adapters)[: sizes.num_asked]
+    weights = [1 / rank for rank in range(1, len(asked) + 1)]
+    models = random.Random(0).choices(asked, weights, k=sizes.num_requests)
+    with context.deploy(adapters=adapters_setting(adapters)) as deployment:
+        yield _compare("thousand", deployment, models, asked[:1], sizes)
+
+
+def _compare(
+    key: str, deployment: Deployment, models: Sequence[str], others: Sequence[str], sizes: Sizes
+) -> Figure:
+    """The speed on `models` ÷ the speed on `others`."""
+    server = Server(deployment.url, deployment.base_name)
+    served.warm_up(server, [*others, *models[: sizes.concurrency]], sizes)
+    speeds = [measure(server, server.load(chosen, sizes)).tokens_per_s for chosen in (models, others)]
+    return served.share(key, *speeds)
+
+
+def adapter_loads(_: Context) -> Iterator[Figure]:
+    """An adapter that is not on the device."""
+    for key in ("cached", "disk"):
+        yield Figure(key, None, "not available: all adapters are on the device")
+
+
+def relay(context: Context) -> Iterator[Figure]:
+    """The API's work per token beside that of an app that does nothing else."""
+    sizes = context.sizes
+    num_streams, num_tokens = sizes.num_relay_streams, sizes.num_relay_tokens
+
+    def tokens_per_cpu_s(api: Uvicorn) -> float:
+        asyncio.run(take_streams(api.url, model, num_streams, 8))
+        started_s = api.cpu_s()
+        asyncio.run(take_streams(api.url, model, num_streams, num_tokens))
+        return num_streams * num_tokens / max(api.cpu_s() - started_s, CPU_TICK_S)
+
+    with context.deploy(SCRIPTED, max_batch_size=str(num_streams)) as deployment:
+        model = deployment.base_name
+        own = tokens_per_cpu_s(deployment.api)
+    with Uvicorn("bench.bare:create_app", context.folder / "bare.log") as bare_app:
+        bare = tokens_per_cpu_s(bare_app)
+    yield Figure("relay", own / bare, f"{own:.0f} of {bare:.0f} tokens/CPU-second")
+
+
+def workers(context: Context) -> Iterator[Figure]:
+    """Workers that sleep instead of computing: what the queue lets through."""
+    speeds = []
+    for num_workers in (4, 1):
+        batch = 4
+        sizes = replace(
+            context.sizes,
+            concurrency=2 * batch * num_workers,
+            num_requests=context.sizes.num_waves * batch * num_workers,
+        )
+        with context.deploy(
+            SCRIPTED, num_workers=num_workers, max_batch_size=str(batch), bench_step_s=str(STEP_S)
+        ) as deployment:
+            server = Server(deployment.url, deployment.base_name)
+            served.warm_up(server, [server.base], sizes)
+            speeds.append(measure(server, server.load([server.base], sizes)).tokens_per_s)
+    yield served.share("workers", *speeds)
+
+
+def redis_costs(context: Context) -> Iterator[Figure]:
+    """What Redis takes of the engine's thread, and of a step."""
+    batch, num_tokens = context.sizes.script_batch, context.sizes.num_script_tokens
+    meter_file = context.folder / "meter.json"
+    with context.deploy(
+        METERED, max_batch_size=str(batch), bench_step_s=str(STEP_S), bench_meter_file=str(meter_file)
+    ) as deployment:
+        with deployment.connect() as connection:
+            sha = str(connection.register_script(script_source("append")).sha)
+            connection.config_set("slowlog-max-len", NUM_SLOW_LOG_ENTRIES)
+            connection.config_set("slowlog-log-slower-than", 0)
+            asyncio.run(take_streams(deployment.url, deployment.base_name, batch, num_tokens))
+            entries = connection.slowlog_get(NUM_SLOW_LOG_ENTRIES)
+        times_ms = [entry["duration"] / 1e3 for entry in entries if sha.encode() in entry["command"]]
+    meter = msgspec.json.decode(meter_file.read_bytes(), type=Meter)
+    yield Figure(
+        "engine-redis",
+        meter.engine_cpu_s / meter.num_steps * 1e3,
+        f"{meter.num_engine_calls} calls in {meter.num_steps} steps; all other threads "
+        f"{meter.other_cpu_s / meter.num_steps * 1e3:.2f} ms a step in {meter.num_other_calls} calls",
+    )
+    yield Figure("append", statistics.median(times_ms), f"the server's SLOWLOG, {len(times_ms)} calls")
+
+
+STAGES = (
+    Stage(served.KEYS | {"tax", "pickup"}, mixed_batches),
+    Stage(frozenset({"many-base"}), many_adapters),
+    Stage(frozenset({"cached", "disk"}), adapter_loads),
+    Stage(frozenset({"thousand"}), thousand_adapters),
+    Stage(frozenset({"relay"}), relay),
+    Stage(frozenset({"workers"}), workers),
+    Stage(frozenset({"engine-redis", "append"}), redis_costs),
+)
+
+
+def adapters_setting(adapters: Mapping[str, str]) -> str:
+    """As `LORELAY_ADAPTERS` names them."""
+    return " ".join(shlex.quote(f"{name}={path}") for name, path in adapters.items())

@@ -1,0 +1,168 @@
+"""Measures the yardstick on this machine, and prints it as a table and as a chart."""
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bench import served
+from bench.deployment import ROOT, StartFailed
+from bench.load import IGNORE_EOS, LoadFailed
+from bench.own import STAGES, Context, OwnSizes, Stage
+from bench.report import draw, to_text
+from bench.yardstick import Figure, Row, goals
+from shared.devices import num_usable_cores
+from shared.settings import parse_adapters
+
+ALL_GOALS = goals(has_compiler=shutil.which("g++") is not None)
+SMOKE = OwnSizes(
+    concurrency=2,
+    num_requests=4,
+    max_tokens=4,
+    num_prompt_words=4,
+    num_alone=1,
+    num_long_prompts=2,
+    num_long_prompt_words=20,
+    max_running_tokens=300,
+    num_adapters=2,
+    num_small_adapters=3,
+    num_registered=5,
+    num_asked=3,
+    num_idle_requests=2,
+    num_relay_streams=3,
+    num_relay_tokens=20,
+    script_batch=3,
+    num_script_tokens=20,
+    num_waves=2,
+)
+
+
+DEMO_MODEL = ("-m", "demo.model")
+TABLE, ROWS, CHART = "table.txt", "rows.json", "chart.png"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(words)
+    model = args.model or _demo_model()
+    wanted = frozenset(args.only) or frozenset(goal.key for goal in ALL_GOALS)
+    with tempfile.TemporaryDirectory(prefix="lorelay-bench-") as folder:
+        settings = {"model": model, "device": args.device, "dtype": args.dtype}
+        context = Context(Path(folder), settings, _sizes(args), wanted, dict(parse_adapters(args.adapters)))
+        stages = [_served_stage(args)] if args.base_url else STAGES
+        figures = {figure.key: figure for figure in _measure(context, stages)}
+        heading = _heading(words, model, context.floors)
+    rows = [Row(goal, figures[goal.key]) for goal in ALL_GOALS if goal.key in figures]
+    _write(rows, heading, args.out)
+    return 1 if any(figure.failed for figure in figures.values()) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    add = parser.add_argument
+    keys = [goal.key for goal in ALL_GOALS]
+    add("--only", nargs="+", choices=keys, default=[], metavar="ROW", help=f"these rows: {', '.join(keys)}")
+    add("--model", default="", metavar="MODEL", help="folder or Hugging Face id [default: the demo model]")
+    add("--adapters", nargs="*", default=[], metavar="NAME=PATH", help="yours, in place of the random ones")
+    add("--num-adapters", type=int, metavar="N", help="random ones in a mixed batch [default: 8]")
+    add("--concurrency", type=int, metavar="N", help="requests at a time [default: 16]")
+    add("--num-requests", type=int, metavar="N", help="requests of one measurement [default: 64]")
+    add("--max-tokens", type=int, metavar="N", help="tokens of one answer [default: 64]")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 … [default: %(default)s]")
+    add("--dtype", default="bfloat16", help="of the model [default: %(default)s]")
+    add("--base-url", metavar="URL", help="measure the server there (without /v1) instead of one's own")
+    add("--models", type=lambda names: names.split(","), metavar="BASE,ADAPTER,…", help="what it serves")
+    add("--api-key", default="none", help="of that server")
+    add("--extra", type=json.loads, default=IGNORE_EOS, metavar="JSON", help="more for the body of a request")
+    add(
+        "--out", type=Path, default=Path(".bench"), metavar="FOLDER", help="for the results [default: .bench]"
+    )
+    add("--smoke", action="store_true", help="as little work as possible: the figures mean nothing")
+    return parser
+
+
+def _demo_model() -> str:
+    command = [sys.executable, *DEMO_MODEL]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT, text=True).stdout.strip()
+
+
+def _sizes(args: argparse.Namespace) -> OwnSizes:
+    sizes = SMOKE if args.smoke else OwnSizes()
+    given = {
+        name: getattr(args, name) for name in ("num_adapters", "concurrency", "num_requests", "max_tokens")
+    }
+    return replace(sizes, **{name: value for name, value in given.items() if value is not None})
+
+
+def _served_stage(args: argparse.Namespace) -> Stage:
+    """The rows of a server that is there already."""
+    if not args.models:
+        raise SystemExit("scripts/bench: --base-url needs --models")
+    base, *adapters = args.models
+    server = served.Server(args.base_url, base, adapters, args.api_key, args.extra)
+    return Stage(
+        served.KEYS, lambda context: served.rows(server, context.sizes, context.wanted, context.floor)
+    )
+
+
+def _measure(context: Context, stages: Iterable[Stage]) -> Iterator[Figure]:
+    """The figures of the wanted rows; a stage that fails gives its reason instead."""
+    for stage in stages:
+        missing = stage.keys & context.wanted
+        if not missing:
+            continue
+        _say(f"measuring {', '.join(sorted(missing))}")
+        try:
+            for figure in stage.measure(context):
+                if figure.key in missing:
+                    missing -= {figure.key}
+                    yield figure
+        except (LoadFailed, StartFailed, subprocess.SubprocessError, TimeoutError) as error:
+            _say(f"failed: {error}")
+            yield from (Figure(key, None, f"failed: {error}".splitlines()[0], True) for key in missing)
+
+
+def _heading(words: Sequence[str], model: str, floors: Mapping[int, float]) -> list[str]:
+    now = datetime.datetime.now().astimezone()
+    floor = ", ".join(f"F({batch}) = {speed:.0f} tokens/s" for batch, speed in sorted(floors.items()))
+    return [
+        f"{now:%Y-%m-%d %H:%M %Z}, {_processor()}, {num_usable_cores()} cores",
+        f"scripts/bench {shlex.join(words)}".strip(),
+        f"{Path(model).name}{'; ' if floor else ''}{floor}",
+    ]
+
+
+def _processor() -> str:
+    """What the processor is called, where Linux says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _write(rows: Sequence[Row], heading: Sequence[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = to_text(rows, heading)
+    (folder / TABLE).write_text(f"{text}\n")
+    values = {row.goal.key: row.figure._asdict() for row in rows}
+    (folder / ROWS).write_text(json.dumps({"heading": heading, "rows": values}, indent=1) + "\n")
+    draw(rows, heading, folder / CHART)
+    sys.stdout.write(f"{text}\n\nthe same as a chart: {folder / CHART}\n")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"scripts/bench: {line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Workers whose engine is a script: all of Lorelay but the model, to see what the rest costs.
+
+`rq worker -w bench.scripted.ScriptedWorker`; `MeteredWorker` also writes down who spends time on Redis.
+"""
+
+import functools
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pydantic_settings import SettingsConfigDict
+from redis.connection import AbstractConnection
+
+from shared.settings import Settings, WorkerSettings
+from worker.lora_worker import LoraWorker
+from worker.sequence import Batch
+from worker.tokenizer import Tokenizer
+
+TEXT = "the river runs past a stone bridge and a garden in the morning while the captain writes a letter home"
+BLOCK_SIZE = 16
+NUM_BLOCKS = 1 << 16
+MAX_MODEL_LEN = 1 << 13
+
+
+class ScriptSettings(Settings):
+    """What a scripted engine does."""
+
+    model_config = SettingsConfigDict(env_prefix="LORELAY_BENCH_", frozen=True)
+
+    step_s: float = 0.0
+    """How long a step takes, without any work."""
+    meter_file: str = ""
+    """Where `MeteredWorker` writes its `Meter`, as JSON."""
+
+
+class ScriptedRunner:
+    """Stands where the model runner does: the same words again and again, each step after a fixed time."""
+
+    block_size = BLOCK_SIZE
+    num_blocks = NUM_BLOCKS
+    max_model_len = MAX_MODEL_LEN
+    model_version = "script"
+
+    def __init__(self, settings: WorkerSettings, step_s: float) -> None:
+        self.tokenizer = Tokenizer.load(settings.model)
+        self.adapter_versions = {source.name: self.model_version for source in settings.adapters}
+        self._step_s = step_s
+        token_ids = self.tokenizer.encode_chat([{"role": "user", "content": TEXT}])
+        self._words = [token_id for token_id in token_ids if self.tokenizer.decode([token_id]).strip()]
+
+    def run(self, batch: Batch) -> list[int | None]:
+        """The next word of each sequence."""
+        if self._step_s:
+            time.sleep(self._step_s)
+        words = self._words
+        return [words[item.seq.num_output_tokens % len(words)] for item in batch if item.samples]
+
+
+class ScriptedWorker(LoraWorker):
+    """A LoraWorker without a model."""
+
+    def _load_model_runner(self, settings: WorkerSettings) -> Any:
+        return ScriptedRunner(settings, ScriptSettings.load().step_s)
+
+
+class Meter(msgspec.Struct, frozen=True):
+    """Time inside redis-py's connections, between the engine's first step and its last."""
+
+    num_steps: int
+    engine_cpu_s: float
+    """CPU time of the engine's thread."""
+    num_engine_calls: int
+    other_cpu_s: float
+    """CPU time of all other threads."""
+    num_other_calls: int
+
+
+class MeteredWorker(ScriptedWorker):
+    """Writes a `Meter` when it ends."""
+
+    def work(self, *args: Any, **kwargs: Any) -> bool:
+        self._redis_times = RedisTimes()
+        self._redis_times.install()
+        try:
+            return super().work(*args, **kwargs)
+        finally:
+            meter = self._model_runner.meter()
+            Path(ScriptSettings.load().meter_file).write_bytes(msgspec.json.encode(meter))
+
+    def _load_model_runner(self, settings: WorkerSettings) -> Any:
+        self._model_runner = MeteredRunner(settings, ScriptSettings.load().step_s, self._redis_times)
+        return self._model_runner
+
+
+class RedisTimes:
+    """CPU time (`time.thread_time`) that each thread spent sending to Redis and reading from it.
+
+    All that redis-py does over the network ends in the two methods that `install` wraps.
+    """
+
+    def __init__(self) -> None:
+        self.cpu_s: dict[int, float] = defaultdict(float)
+        """By thread."""
+        self.num_calls: Counter[int] = Counter()
+
+    def install(self) -> None:
+        """Wraps the methods for the rest of the process's life."""
+        for name in ("send_packed_command", "read_response"):
+            setattr(AbstractConnection, name, self._timed(getattr(AbstractConnection, name)))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            thread, started_s = threading.get_ident(), time.thread_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.cpu_s[thread] += time.thread_time() - started_s
+                self.num_calls[thread] += 1
+
+        return timed
+
+
+class MeteredRunner(ScriptedRunner):
+    """Looks at the times before the first step, after which serving goes on, and before each later one."""
+
+    def __init__(self, settings: WorkerSettings, step_s: float, times: RedisTimes) -> None:
+        super().__init__(settings, step_s)
+        self._times = times
+        self._first: RedisTimes | None = None
+        self._last = RedisTimes()
+        self._num_steps = 0
+        self._thread = 0
+
+    def run(self, batch: Batch) -> list[int | None]:
+        """As the script; one more step."""
+        self._thread = threading.get_ident()
+        self._last = RedisTimes()
+        self._last.cpu_s, self._last.num_calls = self._times.cpu_s.copy(), self._times.num_calls.copy()
+        self._first = self._first or self._last
+        self._num_steps += 1
+        return super().run(batch)
+
+    def meter(self) -> Meter:
+        """What happened between the first step and the last."""
+        first, last = self._first or self._last, self._last
+        cpu_s = {thread: total_s - first.cpu_s[thread] for thread, total_s in last.cpu_s.items()}
+        num_calls = last.num_calls - first.num_calls
+        engine_cpu_s, num_engine_calls = cpu_s.pop(self._thread, 0.0), num_calls.pop(self._thread, 0)
+        return Meter(
+            num_steps=self._num_steps,
+            engine_cpu_s=engine_cpu_s,
+            num_engine_calls=num_engine_calls,
+            other_cpu_s=sum(cpu_s.values()),
+            num_other_calls=num_calls.total(),
+        )

@@ -1,0 +1,192 @@
+"""Figures of any OpenAI-compatible server, by what its clients see."""
+
+import asyncio
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bench.load import IGNORE_EOS, Client, Load, LoadFailed, LoadResult, Stream, checked, prompts, run
+from bench.yardstick import Figure
+
+SPEED_KEYS = frozenset({"base", "mixed", "mixed-base", "ttft"})
+KEYS = SPEED_KEYS | {"stream", "gap"}
+NUM_GAPS_BEFORE = 20
+"""Gaps of each running stream that make up what is usual, before the new prompts arrive."""
+POLL_S = 0.02
+LIMIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work the measurements do."""
+
+    concurrency: int = 16
+    num_requests: int = 64
+    max_tokens: int = 64
+    num_prompt_words: int = 90
+    num_alone: int = 4
+    """Requests one after the other, for the speed of one stream."""
+    num_long_prompts: int = 16
+    num_long_prompt_words: int = 960
+    """About 1,000 tokens."""
+    max_running_tokens: int = 4000
+    """Length of the streams that run while long prompts arrive; they are left when those are answered."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server to measure."""
+
+    url: str
+    """Without `/v1`."""
+    base: str
+    adapters: Sequence[str] = ()
+    api_key: str = "none"
+    extra: Mapping[str, Any] = field(default_factory=lambda: IGNORE_EOS)
+
+    def load(self, models: Sequence[str], sizes: Sizes) -> Load:
+        """The load of the yardstick on these models, in turn."""
+        return Load(
+            models=models,
+            num_requests=sizes.num_requests,
+            concurrency=sizes.concurrency,
+            max_tokens=sizes.max_tokens,
+            num_prompt_words=sizes.num_prompt_words,
+            extra=self.extra,
+        )
+
+
+def rows(
+    server: Server, sizes: Sizes, wanted: AbstractSet[str], floor: Callable[[int], float]
+) -> Iterator[Figure]:
+    """The rows that any server can have; `floor` gives F(batch) in tokens/s.
+
+    Raises:
+        LoadFailed: a request failed.
+    """
+    warm_up(server, [server.base, *server.adapters], sizes)
+    if wanted & SPEED_KEYS:
+        base = measure(server, server.load([server.base], sizes)).tokens_per_s
+        yield share("base", base, floor(sizes.concurrency))
+        if server.adapters:
+            mixed = measure(server, server.load(server.adapters, sizes))
+            yield share("mixed", mixed.tokens_per_s, floor(sizes.concurrency))
+            yield share("mixed-base", mixed.tokens_per_s, base)
+            yield Figure("ttft", mixed.first_text_p50_s, f"then a token every {mixed.gap_p50_s * 1e3:.0f} ms")
+    if "stream" in wanted:
+        alone = replace(server.load([server.base], sizes), concurrency=1, num_requests=sizes.num_alone)
+        yield share("stream", measure(server, alone).tokens_per_s, floor(1))
+    if "gap" in wanted:
+        gaps = measure_gaps(server, sizes)
+        detail = f"{gaps.longest_s * 1e3:.0f} ms, {gaps.median_before_s * 1e3:.0f} ms before"
+        yield Figure("gap", gaps.longest_s / gaps.median_before_s, detail)
+
+
+def share(key: str, speed: float, other: float) -> Figure:
+    """One speed ÷ another, both in tokens/s."""
+    return Figure(key, speed / other, f"{speed:.0f} of {other:.0f} tokens/s")
+
+
+def warm_up(server: Server, models: Sequence[str], sizes: Sizes) -> None:
+    """Lets the server meet each model and a full batch once."""
+    brief = replace(sizes, num_requests=max(sizes.concurrency, len(models)), max_tokens=4)
+    measure(server, server.load(models, brief))
+
+
+def measure(server: Server, load: Load) -> LoadResult:
+    """Runs a load.
+
+    Raises:
+        LoadFailed: a request failed.
+    """
+    return checked(asyncio.run(run(server.url, load, api_key=server.api_key)))
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """The pauses of running streams."""
+
+    median_before_s: float
+    longest_s: float
+    """While long prompts arrived and were answered."""
+
+
+def measure_gaps(server: Server, sizes: Sizes) -> Gaps:
+    """Lets streams run, sends long prompts all at once, and looks at the gaps of the streams.
+
+    Raises:
+        LoadFailed: a request failed, or the streams ended before the prompts were answered.
+    """
+    return asyncio.run(_measure_gaps(server, sizes))
+
+
+async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
+    models = list(server.adapters) or [server.base]
+    num_connections = sizes.concurrency + sizes.num_long_prompts
+    texts, long_texts = prompts(1, sizes.num_prompt_words), prompts(2, sizes.num_long_prompt_words)
+    async with (
+        Client(server.url, api_key=server.api_key, max_num_connections=num_connections) as client,
+        asyncio.timeout(LIMIT_S),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        streams = [Stream(models[n % len(models)], 0.0) for n in range(sizes.concurrency)]
+        for stream in streams:
+            task = asyncio.create_task(
+                client.stream(stream.model, next(texts), sizes.max_running_tokens, server.extra, stream)
+            )
+            stack.push_async_callback(_leave, task)
+        while min(len(stream.text_at_s) for stream in streams) <= NUM_GAPS_BEFORE:
+            _check_running(streams)
+            await asyncio.sleep(POLL_S)
+        arrived_s = time.perf_counter()
+        answers = await asyncio.gather(
+            *(
+                client.stream(models[n % len(models)], next(long_texts), 1, server.extra)
+                for n in range(sizes.num_long_prompts)
+            )
+        )
+        answered_s = time.perf_counter()
+        _check_running(streams)
+        checked(LoadResult(answers, answered_s - arrived_s))
+    all_running_s = max(stream.text_at_s[0] for stream in streams)
+    before = [gap for stream in streams for gap in gaps_between(stream, all_running_s, arrived_s)]
+    during = [gap for stream in streams for gap in gaps_between(stream, arrived_s, answered_s)]
+    return Gaps(statistics.median(before), max(during))
+
+
+def gaps_between(stream: Stream, start_s: float, end_s: float) -> list[float]:
+    """The gaps of a stream that lie in this time, wholly or in part."""
+    times = stream.text_at_s
+    return [
+        later - earlier for earlier, later in itertools.pairwise(times) if later > start_s and earlier < end_s
+    ]
+
+
+def _check_running(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        if stream.ended_s:
+            raise LoadFailed(f"a stream that was to run on ended: {stream.error or 'its length was reached'}")
+
+
+async def _leave(task: asyncio.Task[Stream]) -> None:
+    """Gives a stream up: its connection is closed."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def measure_idle(server: Server, model: str, num_requests: int, sizes: Sizes) -> list[Stream]:
+    """Short requests, one after the other.
+
+    Raises:
+        LoadFailed: one failed.
+    """
+    texts = prompts(3, sizes.num_prompt_words)
+    async with Client(server.url, api_key=server.api_key) as client:
+        streams = [await client.stream(model, next(texts), 4, server.extra) for _ in range(num_requests)]
+    return list(checked(LoadResult(streams, 1.0)).streams)

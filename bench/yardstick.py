@@ -1,0 +1,103 @@
+"""The rows of the yardstick: what is measured, what must be reached, what is aimed at."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One row before it is measured."""
+
+    key: str
+    """How `--only` names it."""
+    title: str
+    must: float
+    aim: float
+    unit: str = ""
+    less_is_better: bool = False
+
+
+class Verdict(StrEnum):
+    """How a figure stands to its goal."""
+
+    AIM = "aim"
+    MUST = "ok"
+    SHORT = "short"
+    NONE = ""
+
+
+class Figure(NamedTuple):
+    """What was measured for the row of this key; None with the reason in its place."""
+
+    key: str
+    value: float | None
+    detail: str = ""
+    """The absolute figures behind it."""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, measured or with the reason why not."""
+
+    goal: Goal
+    figure: Figure
+
+    @property
+    def verdict(self) -> Verdict:
+        """How the figure stands to the goal."""
+        if self.figure.value is None:
+            return Verdict.NONE
+        if self._reaches(self.goal.aim):
+            return Verdict.AIM
+        return Verdict.MUST if self._reaches(self.goal.must) else Verdict.SHORT
+
+    @property
+    def shown(self) -> str:
+        """The figure with its unit."""
+        value = self.figure.value
+        if value is None:
+            return "-"
+        digits = 0 if value >= 100 else 1 if value >= 10 else 2
+        return f"{value:.{digits}f} {self.goal.unit}".rstrip()
+
+    def share(self, value: float) -> float:
+        """A value as a share of what the row must reach; more is better, whatever the row."""
+        must = self.goal.must
+        if not self.goal.less_is_better:
+            return value / must
+        return must / value if value else math.inf
+
+    def _reaches(self, mark: float) -> bool:
+        value = self.figure.value
+        assert value is not None
+        return value <= mark if self.goal.less_is_better else value >= mark
+
+
+def goals(*, has_compiler: bool) -> list[Goal]:
+    """All rows in the order of the table; two of the marks need a compiler beside the worker."""
+    base_must, mixed_must = (0.31, 0.21) if has_compiler else (0.22, 0.16)
+    return [
+        Goal("base", "base only, 16 at a time", base_must, 0.40, "F(16)"),
+        Goal("mixed", "8 rank-16 adapters on all seven projections, mixed", mixed_must, 0.30, "F(16)"),
+        Goal("mixed-base", "the same ÷ base only", 0.65, 0.78),
+        Goal("many-base", "64 rank-8 adapters on q and v, 64 at a time ÷ base only", 0.85, 0.95),
+        Goal("stream", "one stream", 0.60, 0.80, "F(1)"),
+        _less("ttft", "time to first token p50, mixed, 16 at a time", 0.8, 0.5, "s"),
+        _less("gap", "longest gap of streams while 16 prompts of 1,000 tokens arrive ÷ median before", 5, 2),
+        Goal("tax", "service ÷ engine driven directly in process", 0.75, 0.90),
+        _less("pickup", "time to first token added by API, Redis, pick-up; idle, p50", 8, 3, "ms"),
+        _less("cached", "time to first token added by an adapter in host memory", 30, 5, "ms"),
+        _less("disk", "time to first token added by an adapter on disk", 150, 50, "ms"),
+        Goal("thousand", "1,000 rank-8 adapters, Zipf over 100 ÷ one adapter", 0.70, 0.90),
+        Goal("relay", "relay alone, 256 streams: tokens per CPU-second ÷ bare Starlette", 0.35, 0.60),
+        Goal("workers", "4 workers ÷ 1 worker, batch 4, 20 ms a step", 3.8, 3.95),
+        _less("engine-redis", "CPU time of the engine's thread in Redis code, a step", 0, 0, "ms"),
+        _less("append", "append script at batch 32, p50", 1.0, 0.5, "ms"),
+    ]
+
+
+def _less(key: str, title: str, must: float, aim: float, unit: str = "") -> Goal:
+    return Goal(key, title, must, aim, unit, less_is_better=True)
