@@ -178,6 +178,8 @@ class WorkerSettings(Settings):
     cache_max_bytes: Count | None = None
     """Upper bound of the KV cache; by default 2 GiB on the CPU, none on a GPU."""
     block_size: Count = 16
+    prefix_cache: bool = True
+    """Whether requests of the same model that begin alike share what the KV cache holds of it."""
     num_threads: Count | None = None
     """CPU threads of the forward pass; by default torch's own choice."""
     lease_s: Seconds = 4

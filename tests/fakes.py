@@ -12,8 +12,8 @@ EOS = 0
 class FakeModelRunner:
     """Draws each token from a function of the sequence alone, and checks what it is given.
 
-    It keeps the tokens of every block, as a cache would: a token whose block was given away or never written
-    shows as a failed assertion.
+    It keeps what every place of a cache would stand for, the tokens up to there and their adapter: a token
+    whose block was given away, never written or shared wrongly shows as a failed assertion.
     """
 
     def __init__(
@@ -25,11 +25,11 @@ class FakeModelRunner:
         adapter_versions: Mapping[str, str] | None = None,
     ) -> None:
         self.max_model_len = max_model_len
-        self.adapter_versions = adapter_versions or {"a": "1", "b": "1", "c": "1"}
+        self.adapter_versions = adapter_versions or {"a": "a1", "b": "b1", "c": "c1"}
         self.batches: list[list[tuple[str, int]]] = []
         self._next_token = next_token or letters
         self._block_size = block_size
-        self._cache: dict[tuple[int, int], tuple[str, int]] = {}
+        self._cache: dict[tuple[int, int], tuple[str | None, list[int]]] = {}
 
     def run(self, batch: Batch) -> list[int | None]:
         self.batches.append([(item.seq.request_id, item.num_tokens) for item in batch])
@@ -41,11 +41,14 @@ class FakeModelRunner:
 
     def _write(self, seq: Sequence, num_tokens: int) -> None:
         for position in range(seq.num_computed_tokens, seq.num_computed_tokens + num_tokens):
-            self._cache[self._slot(seq, position)] = (seq.request_id, seq.token_ids[position])
+            self._cache[self._slot(seq, position)] = self._contents(seq, position)
 
     def _check(self, seq: Sequence, num_tokens: int) -> None:
         for position in range(num_tokens):
-            assert self._cache[self._slot(seq, position)] == (seq.request_id, seq.token_ids[position])
+            assert self._cache[self._slot(seq, position)] == self._contents(seq, position)
+
+    def _contents(self, seq: Sequence, position: int) -> tuple[str | None, list[int]]:
+        return seq.adapter_version or seq.adapter_name, seq.token_ids[: position + 1]
 
     def _slot(self, seq: Sequence, position: int) -> tuple[int, int]:
         return seq.block_table[position // self._block_size], position % self._block_size

@@ -135,6 +135,7 @@ class Engine:
             token_ids=prompt,
             num_prompt_tokens=len(prompt),
             max_tokens=self._num_tokens_to_generate(len(prompt), request.sampling.max_tokens),
+            adapter_version=adapter_name and self._model_runner.adapter_versions[adapter_name],
         )
         eos_token_ids = self._tokenizer.eos_token_ids
         return RequestOutput(held, request, seq, self._tokenizer.detokenizer(), eos_token_ids, self._clock)

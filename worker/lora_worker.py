@@ -259,8 +259,11 @@ def _served_queues(settings: WorkerSettings, arguments: Sequence[str]) -> list[s
 
 def build_engine(model_runner: "ModelRunner", settings: WorkerSettings, faults: Faults) -> Engine:
     """The engine of a worker around what runs its batches."""
+    blocks = BlockManager(
+        model_runner.num_blocks, model_runner.block_size, shares_prefixes=settings.prefix_cache
+    )
     scheduler = Scheduler(
-        BlockManager(model_runner.num_blocks, model_runner.block_size),
+        blocks,
         max_batch_size=settings.max_batch_size,
         max_prefill_tokens=settings.max_prefill_tokens,
     )

@@ -39,6 +39,7 @@ class RequestOutput:
         """Takes over from a former worker: its tokens join the sequence, its text is not sent again."""
         for event in events:
             self._next_event_no = event.event_no + 1
+            self.seq.num_cached_tokens = 0  # its prompt was computed for it once, elsewhere
             for token_id in event.token_ids:
                 self._stop_checker.add(self._detokenizer.add(token_id))
                 self.seq.token_ids.append(token_id)
@@ -99,7 +100,11 @@ class RequestOutput:
         return Append(self.held, event, self._meta() if finish_reason else None)
 
     def _usage(self) -> Usage:
-        return Usage(prompt_tokens=self.seq.num_prompt_tokens, completion_tokens=self.seq.num_output_tokens)
+        return Usage(
+            prompt_tokens=self.seq.num_prompt_tokens,
+            completion_tokens=self.seq.num_output_tokens,
+            cached_tokens=self.seq.num_cached_tokens or 0,
+        )
 
     def _meta(self) -> dict[str, Any]:
         """What dashboards show of a finished request: never text."""

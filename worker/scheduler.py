@@ -45,13 +45,18 @@ class Scheduler:
             budget -= self._schedule_prefill(seq, budget, batch) or budget
         while self._waiting and budget > 0 and len(self._running) < self._max_batch_size:
             seq = self._waiting[0]
+            self._blocks.reuse_prefix(seq)
+            num_cached_tokens = seq.num_computed_tokens
             num_tokens = self._schedule_prefill(seq, budget, batch)
             if num_tokens == 0:
+                self._blocks.free(seq)
                 break
             budget -= num_tokens
             self._waiting.popleft()
             seq.status = SequenceStatus.RUNNING
             self._running.append(seq)
+            if seq.num_cached_tokens is None:
+                seq.num_cached_tokens = num_cached_tokens
         return batch
 
     def postprocess(self, batch: Batch, token_ids: Items[int | None]) -> list[tuple[Sequence, int | None]]:
@@ -63,9 +68,13 @@ class Scheduler:
         sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
         for scheduled in batch:
             scheduled.seq.num_computed_tokens += scheduled.num_tokens
+            # Not before: what a failed step left in its blocks must not be found.
+            self._blocks.publish(scheduled.seq, scheduled.num_tokens)
         sampled = list(zip(sampling, token_ids, strict=True))
         for seq, token_id in sampled:
-            if token_id is not None:
+            if token_id is None:
+                self._blocks.withdraw(seq)
+            else:
                 seq.token_ids.append(token_id)
         return sampled
 

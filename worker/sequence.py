@@ -39,6 +39,12 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    adapter_version: str | None = None
+    """Of the weights that fill its blocks; None without an adapter."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """What its full blocks are found by, as far as known; see `BlockManager`."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens that were not computed when it first ran, because the cache had them; None before."""
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -5,6 +5,7 @@ import pytest
 from shared.errors import from_info
 from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
 from shared.streams import Append, Held
+from tests.block_checks import check_blocks
 from tests.fakes import FakeModelRunner, FakeTokenizer, spell
 from tests.streams import make_request
 from worker.block_manager import BlockManager
@@ -139,6 +140,45 @@ def test_a_resumed_request_goes_on_where_its_log_ends() -> None:
         assert bench.finish()["r"] == whole[num_written:]
 
 
+def test_the_usage_tells_how_much_of_a_prompt_was_cached() -> None:
+    bench = Bench()
+    bench.add("first", text="hello, my friend")
+    bench.add("beside", adapter_name="a", text="hello, my friend")
+    bench.finish()
+    bench.add("again", text="hello, my neighbour")
+    bench.add("other", adapter_name="b", text="hello, my neighbour")
+    usage = {name: events[-1].usage for name, events in bench.finish().items()}
+    assert usage["again"] == Usage(prompt_tokens=19, completion_tokens=4, cached_tokens=8)
+    assert usage["other"].cached_tokens == 0
+    check_blocks(bench.blocks)
+
+
+def test_the_next_turn_of_a_chat_computes_its_own_tokens_only() -> None:
+    bench = Bench(FakeModelRunner(spell("x" * 20)))
+    text = "hello"
+    for turn in range(4):
+        num_batches = len(bench.runner.batches)
+        bench.add(f"turn {turn}", text=text, sampling=sampling(max_tokens=6))
+        text += text_of(bench.finish()[f"turn {turn}"]) + "and?"
+        num_prefilled = sum(batch[0][1] for batch in bench.runner.batches[num_batches:]) - 5
+        assert num_prefilled <= 10 + 3, "its last answer and question, and the rest of a block"
+
+
+def test_a_resumed_request_finds_its_blocks_but_reports_no_cached_tokens() -> None:
+    whole_bench, bench = Bench(), Bench()
+    whole_bench.add(sampling=sampling(max_tokens=8))
+    whole = whole_bench.finish()["r"]
+    bench.add(sampling=sampling(max_tokens=8))
+    for _ in range(5):
+        bench.engine.step()
+    bench.engine.drop_request("r")
+    bench.add(events=tuple(whole[:5]), sampling=sampling(max_tokens=8))
+    num_batches = len(bench.runner.batches)
+    assert bench.finish()["r"] == whole[5:]
+    assert bench.runner.batches[num_batches] == [("r", 2)]
+    assert whole[-1].usage.cached_tokens == 0
+
+
 def test_a_prompt_over_the_context_is_refused_with_both_numbers() -> None:
     bench = Bench(FakeModelRunner(max_model_len=8))
     (append,) = bench.add(sampling=sampling(max_tokens=4))
@@ -174,7 +214,7 @@ def test_an_aborted_request_ends_at_once_and_frees_its_blocks() -> None:
     assert append.event.finish_reason is FinishReason.ABORT
     assert append.event.is_terminal
     assert set(bench.finish()) == {"kept"}
-    assert bench.blocks.num_free_blocks == 32
+    check_blocks(bench.blocks)
     assert bench.engine.abort_request("gone") == []
 
 
@@ -184,7 +224,7 @@ def test_a_dropped_request_ends_without_an_event() -> None:
     bench.engine.step()
     bench.engine.drop_request("r")
     assert bench.finish() == {}
-    assert bench.blocks.num_free_blocks == 32
+    check_blocks(bench.blocks)
 
 
 def test_a_request_claimed_again_replaces_the_sequence_of_its_former_claim() -> None:

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.messages import SamplingParams
+from tests.block_checks import check_blocks
 from tests.fakes import FakeModelRunner, letters
 from worker.block_manager import BlockManager
 from worker.scheduler import Scheduler
@@ -28,8 +29,14 @@ def make_sequence(request_id: str, num_prompt_tokens: int = 3, max_tokens: int =
 class Bench:
     """A scheduler over a few blocks, stepped by hand."""
 
-    def __init__(self, num_blocks: int = 16, max_batch_size: int = 4, max_prefill_tokens: int = 8) -> None:
-        self.blocks = BlockManager(num_blocks, BLOCK_SIZE)
+    def __init__(
+        self,
+        num_blocks: int = 16,
+        max_batch_size: int = 4,
+        max_prefill_tokens: int = 8,
+        shares_prefixes: bool = True,
+    ) -> None:
+        self.blocks = BlockManager(num_blocks, BLOCK_SIZE, shares_prefixes=shares_prefixes)
         self.scheduler = Scheduler(
             self.blocks, max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
         )
@@ -81,7 +88,7 @@ def test_the_batch_never_exceeds_its_size() -> None:
 
 
 def test_the_newest_gives_way_when_blocks_run_out_and_is_computed_again() -> None:
-    bench = Bench(num_blocks=3)
+    bench = Bench(num_blocks=3, shares_prefixes=False)
     old, new = make_sequence("r1", 4, 4), make_sequence("r2", 4, 4)
     bench.scheduler.add(old)
     bench.scheduler.add(new)
@@ -106,7 +113,7 @@ def test_a_prompt_that_waits_for_blocks_is_not_overtaken_by_a_newer_one() -> Non
 
 
 def test_who_gave_way_comes_before_who_came_later() -> None:
-    bench = Bench(num_blocks=3)
+    bench = Bench(num_blocks=3, shares_prefixes=False)
     for name in ("r1", "r2"):
         bench.scheduler.add(make_sequence(name, 4, 4))
     bench.step()
@@ -114,6 +121,50 @@ def test_who_gave_way_comes_before_who_came_later() -> None:
     bench.run_all()
     admitted = [name for batch in bench.runner.batches for name, num_tokens in batch if num_tokens > 1]
     assert admitted[:3] == ["r1", "r2", "r2"]
+
+
+def test_who_gave_way_finds_what_nobody_took_meanwhile() -> None:
+    bench = Bench(num_blocks=3)
+    old, new = make_sequence("r1", 4, 4), make_sequence("r2", 4, 4)
+    bench.scheduler.add(old)
+    bench.scheduler.add(new)
+    bench.run_all()
+    assert bench.runner.batches[-3:] == [[("r2", 1)]] * 3
+    assert new.num_cached_tokens == 0, "its prompt was computed for it"
+
+
+def test_a_prompt_computes_what_the_cache_does_not_have() -> None:
+    bench = Bench(max_prefill_tokens=32)
+    first, second = make_sequence("r1", 11, 1), make_sequence("r2", 11, 1)
+    second.token_ids = [*first.token_ids[:9], 98, 99]
+    bench.scheduler.add(first)
+    assert bench.step() == [("r1", 11)]
+    bench.scheduler.add(second)
+    assert bench.step() == [("r2", 3)]
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 8)
+
+
+def test_what_a_failed_step_left_in_its_blocks_is_not_found() -> None:
+    bench = Bench()
+    failed, after = make_sequence("r1", 9, 1), make_sequence("r1", 9, 1)
+    bench.scheduler.add(failed)
+    bench.scheduler.schedule()  # and the runner raises
+    bench.scheduler.finish(failed)
+    check_blocks(bench.blocks)
+    bench.scheduler.add(after)
+    assert [bench.step(), bench.step()] == [[("r1", 8)], [("r1", 1)]]
+
+
+def test_what_led_to_broken_logits_is_not_found() -> None:
+    bench = Bench()
+    broken, after = make_sequence("r1", 12, 1), make_sequence("r1", 12, 1)
+    bench.scheduler.add(broken)
+    bench.step()
+    batch = bench.scheduler.schedule()
+    assert bench.scheduler.postprocess(batch, [None]) == [(broken, None)]
+    bench.scheduler.finish(broken)
+    bench.scheduler.add(after)
+    assert bench.step() == [("r1", 8)]
 
 
 def test_a_finished_sequence_frees_its_blocks_wherever_it_is() -> None:
@@ -137,16 +188,18 @@ def test_any_schedule_gives_every_sequence_the_tokens_it_gets_alone(
     shapes: list[tuple[int, int]], num_blocks: int, max_batch_size: int, budget: int, data: st.DataObject
 ) -> None:
     bench = Bench(num_blocks, max_batch_size, budget)
-    seqs = [make_sequence(f"r{i}", *shape) for i, shape in enumerate(shapes)]
+    # Every third has the same tokens, as far as it goes.
+    seqs = [make_sequence(f"r{i % 3}", *shape) for i, shape in enumerate(shapes)]
     for seq in seqs:
         bench.scheduler.add(seq)
         for _ in range(data.draw(st.integers(0, 3))):
             if bench.scheduler.has_work:
                 bench.step()
+                check_blocks(bench.blocks, seqs)
     bench.run_all()
-    assert bench.blocks.num_free_blocks == num_blocks
+    check_blocks(bench.blocks)
     for i, (seq, shape) in enumerate(zip(seqs, shapes, strict=True)):
-        alone = make_sequence(f"r{i}", *shape)
+        alone = make_sequence(f"r{i % 3}", *shape)
         for _ in range(alone.max_tokens):
             alone.token_ids.append(letters(alone))
         assert seq.token_ids == alone.token_ids
