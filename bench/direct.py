@@ -85,7 +85,7 @@ def main() -> None:
     from worker.model_runner import ModelRunner
 
     engine = build_engine(ModelRunner.load(settings), settings, Faults())
-    warm_up = replace(load, num_requests=max(load.concurrency, len(load.models)), max_tokens=4)
+    warm_up = replace(load, num_requests=max(load.concurrency, len(load.models)), max_tokens=4, seed=1)
     run(engine, warm_up, settings.base_name)
     result = run(engine, load, settings.base_name)
     fields = msgspec.structs.asdict(result) | {"tokens_per_s": result.tokens_per_s}

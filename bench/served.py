@@ -48,9 +48,10 @@ class Server:
     adapters: Sequence[str] = ()
     api_key: str = "none"
     extra: Mapping[str, Any] = field(default_factory=lambda: IGNORE_EOS)
+    _seeds: Iterator[int] = field(default_factory=lambda: itertools.count(10))
 
     def load(self, models: Sequence[str], sizes: Sizes) -> Load:
-        """The load of the yardstick on these models, in turn."""
+        """The load of the yardstick on these models, in turn; no prefix cache has seen its prompts."""
         return Load(
             models=models,
             num_requests=sizes.num_requests,
@@ -58,6 +59,7 @@ class Server:
             max_tokens=sizes.max_tokens,
             num_prompt_words=sizes.num_prompt_words,
             extra=self.extra,
+            seed=next(self._seeds),
         )
 
 
