@@ -101,6 +101,8 @@ class Reaped(NamedTuple):
 
 MAX_RETRY_AFTER_S = 60
 NUM_PLACES_TO_AWAIT = 5
+NUM_EVENTS_TO_CLEAR = 16
+"""A request that ran on for so many events since its claim is cleared of the crashes it was near."""
 MAX_NUM_REAPED = 1000
 """Requests that one call of `reap` takes from their workers."""
 
@@ -272,7 +274,14 @@ class WorkerStreams:
             for append in appends
         ]
         reply = self._append(
-            args=[self._worker_name, self._lease_ms, self._stream_ttl_ms, _pack_held(held), _pack(packed)]
+            args=[
+                self._worker_name,
+                self._lease_ms,
+                self._stream_ttl_ms,
+                _pack_held(held),
+                _pack(packed),
+                NUM_EVENTS_TO_CLEAR,
+            ]
         )
         return _news(reply)
 

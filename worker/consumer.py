@@ -17,7 +17,7 @@ import redis
 from shared.connections import is_passing
 from shared.logs import fields
 from shared.queues import queue_name
-from shared.streams import Append, Claim, Held, News, WorkerStreams
+from shared.streams import NUM_EVENTS_TO_CLEAR, Append, Claim, Held, News, WorkerStreams
 from worker.faults import Faults
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class HeldRequests:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._queues: dict[Held, str] = {}
-        self._lone: set[Held] = set()
+        self._lone: Held | None = None
+        self._alone_until_event_no = 0
 
     def __len__(self) -> int:
         return len(self._queues)
@@ -50,14 +51,24 @@ class HeldRequests:
     @property
     def has_lone_request(self) -> bool:
         """Whether one is held that must run without company."""
-        return bool(self._lone & self._queues.keys())
+        return self._lone in self._queues
 
     def add(self, claim: Claim) -> None:
         """Takes a claimed request in, in place of a former claim of the same one."""
         self.remove([claim.held.request_id])
         with self._lock:
             self._queues[claim.held] = queue_name(claim.request.base, claim.request.adapter_name)
-            self._lone = {claim.held} if claim.alone else set()
+            if claim.alone:
+                self._lone = claim.held
+                self._alone_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
+
+    def note_events(self, appends: Iterable[Append]) -> None:
+        """Events were written: a request that must run alone may have company once it ran on for so many."""
+        if any(
+            append.held == self._lone and append.event.event_no >= self._alone_until_event_no
+            for append in appends
+        ):
+            self._lone = None
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forgets requests; one that is not held is no error."""
@@ -181,6 +192,7 @@ class Consumer:
         news = self._streams.append(self._held.snapshot(), appends)
         self._faults.appended(appends)
         self._unsent = []
+        self._held.note_events(appends)
         ended = {append.held.request_id for append in appends if append.event.is_terminal}
         self._held.remove(ended)
         self._pass_on(news, ended)

@@ -2,12 +2,12 @@
 -- Fenced: only the owner's events count. What stands in a log already succeeds, once.
 -- ARGV: worker, lease (ms), stream ttl (ms), held = {id, execution, ...} of all requests the worker holds,
 --       appends = {{id, execution, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
---       return value, exception text, ttl (s)}, the middle two encoded as RQ's results have them.
+--       return value, exception text, ttl (s)}, the middle two encoded as RQ's results have them; events after
+--       which a request is cleared of the crashes it was near.
 -- Returns {aborted ids, lost ids}.
 local worker, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])
--- A request that ran on for so many events since its claim is cleared of the crashes it was near.
-local NUM_EVENTS_TO_CLEAR = 16
+local num_events_to_clear = tonumber(ARGV[6])
 local REMOVED = '{"event_no":%d,"finish_reason":"error","error":{"code":"generation_failed",'
   .. '"message":"The request was removed by an operator."}}'
 
@@ -53,7 +53,7 @@ for _, entry in ipairs(appends) do
       owners[id] = nil
     else
       redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
-      if owner.watched_from and event_no >= owner.watched_from + NUM_EVENTS_TO_CLEAR then
+      if owner.watched_from and event_no >= owner.watched_from + num_events_to_clear then
         redis.call('HDEL', job_key(id), 'crashes_alone', 'suspect')
         redis.call('HDEL', owner_key(id), 'watched_from')
       end

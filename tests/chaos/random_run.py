@@ -61,9 +61,10 @@ class Book:
             self.times.append(array("d", [answer.sent_at, *chunk_times, answer.ended_at]))
             answer.chunks, answer.log = [], None
 
-    def longest_pause_s(self) -> float:
-        """The longest time that any client saw nothing."""
-        return max((b - a for times in self.times for a, b in itertools.pairwise(times)), default=0.0)
+    def longest_pause(self) -> tuple[float, float]:
+        """The longest time that any client saw nothing: from when to when."""
+        pauses = (pair for times in self.times for pair in itertools.pairwise(times))
+        return max(pauses, key=lambda pause: pause[1] - pause[0], default=(0.0, 0.0))
 
     def recovery_s(self, fault_at: float) -> float:
         """How long after a fault the last of the streams it met went on."""
@@ -211,7 +212,7 @@ def report(
         "token differences": str(len(book.differences)),
         "keys left": str(len(remains)),
         "faults": f"{len(maker.struck)}: " + ", ".join(f"{n} {name}" for name, n in kinds.most_common()),
-        "longest pause": f"{book.longest_pause_s():.2f} s",
+        "longest pause": describe_pause(*book.longest_pause(), maker.struck),
         "recovery from a crash": f"{statistics.median(recoveries):.2f} s median, {max(recoveries):.2f} s max",
         "moved requests": str(recomputed.num_requests),
         "tokens recomputed": str(recomputed.num_tokens),
@@ -219,6 +220,12 @@ def report(
     }
     width = max(map(len, rows))
     sys.stdout.write("".join(f"{name:<{width}}  {value}\n" for name, value in rows.items()))
+
+
+def describe_pause(start: float, end: float, struck: list[tuple[float, str]]) -> str:
+    """A pause, and the faults in it with the seconds since its beginning."""
+    faults = ", ".join(f"{name} at {at - start:.1f}" for at, name in struck if start - 1 <= at <= end)
+    return f"{end - start:.2f} s ({faults or 'no fault'})"
 
 
 def _is_open(times: "array[float]", at: float) -> bool:

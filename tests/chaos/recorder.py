@@ -17,6 +17,7 @@ from shared.messages import StreamEvent, decode_event
 
 CHAT = "/v1/chat/completions"
 READ_LIMIT_S = 90
+LOG_WAIT_S = 3
 MODELS = ("tiny", "a", "b")
 
 
@@ -256,10 +257,16 @@ class Recorder:
         self.close()
 
     def _read_log(self, request_id: str) -> list[StreamEvent] | None:
-        try:
-            return [decode_event(entry) for entry in self._redis.lrange(keys.log(request_id), 0, -1)] or None
-        except redis.RedisError:
-            return None
+        """The log; a server that is away now may be back before the log's time is over."""
+        deadline = time.monotonic() + LOG_WAIT_S
+        while True:
+            try:
+                entries = self._redis.lrange(keys.log(request_id), 0, -1)
+                return [decode_event(entry) for entry in entries] or None
+            except redis.RedisError:
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.05)
 
 
 def _read_line(answer: Answer, line: str) -> None:

@@ -12,7 +12,7 @@ from rq.job import Job
 from shared import keys
 from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
 from shared.settings import WorkerSettings
-from shared.streams import Append
+from shared.streams import NUM_EVENTS_TO_CLEAR, Append
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters
 from tests.redis_server import RedisServer
 from tests.streams import BASE, QUEUES, BlockingApi, claim, last, make_request, token, worker_streams
@@ -345,7 +345,7 @@ def test_requests_that_do_not_fit_into_memory_together_run_one_after_another(
     assert worker.consumer.num_claimed > 6
 
 
-def test_a_request_near_crashes_keeps_the_worker_to_itself(
+def test_a_request_near_crashes_keeps_the_worker_to_itself_until_it_is_cleared(
     connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
 ) -> None:
     suspect = api.enqueue(request_of(200))
@@ -356,10 +356,13 @@ def test_a_request_near_crashes_keeps_the_worker_to_itself(
     runner.permits.release(5)
     wait_until(lambda: len(log_of(connection, suspect)) == 5)
     assert [held.request_id for held in worker.held.snapshot()] == [suspect]
+    runner.permits.release(12)
+    wait_until(lambda: len(worker.held) == 2, what="company, once it is cleared")
+    assert len(log_of(connection, suspect)) == NUM_EVENTS_TO_CLEAR + 1
+    assert all(len(batch) == 1 for batch in runner.batches)
     runner.permits.release(10_000)
     assert text_of(finished_log(connection, suspect)) == expected_text(200)
     finished_log(connection, other)
-    assert all(len(batch) == 1 for batch in runner.batches)
 
 
 def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
