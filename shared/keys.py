@@ -32,7 +32,7 @@ def workers(base: str) -> str:
 
 
 def owner(request_id: str) -> str:
-    """hash: execution, worker, base, queue, aborted. From claim to terminal event, hand-back or reap."""
+    """hash: execution, worker, base, queue, aborted, watched_from, alone. From claim to end or reap."""
     return f"{PREFIX}:owner:{request_id}"
 
 
@@ -47,7 +47,7 @@ def log(request_id: str) -> str:
 
 
 def reaped(worker_name: str) -> str:
-    """string, requests reaped from a worker in the last minute. Kept by reap, which counts company by it."""
+    """hash: requests reaped from a worker (num), whether one ran alone (lone). Kept by reap for a minute."""
     return f"{PREFIX}:reaped:{worker_name}"
 
 

@@ -65,7 +65,7 @@ class Claim(NamedTuple):
     request: GenerationRequest
     events: tuple[StreamEvent, ...]
     alone: bool = False
-    """It was near crashes: it must run without company."""
+    """It was near crashes: its steps must run without company until it is cleared."""
 
 
 class Append(NamedTuple):

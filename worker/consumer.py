@@ -34,6 +34,8 @@ class Commands(NamedTuple):
     abort: Sequence[str] = ()
     stop: Sequence[str] = ()
     drop: Sequence[str] = ()
+    allow_company: bool = False
+    """Whether the request that ran alone is cleared."""
 
 
 class HeldRequests:
@@ -50,7 +52,7 @@ class HeldRequests:
 
     @property
     def has_lone_request(self) -> bool:
-        """Whether one is held that must run without company."""
+        """Whether one is held whose steps must run without company."""
         return self._lone in self._queues
 
     def add(self, claim: Claim) -> None:
@@ -62,13 +64,15 @@ class HeldRequests:
                 self._lone = claim.held
                 self._alone_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
 
-    def note_events(self, appends: Iterable[Append]) -> None:
-        """Events were written: a request that must run alone may have company once it ran on for so many."""
-        if any(
+    def is_cleared_by(self, appends: Iterable[Append]) -> bool:
+        """Whether these events, now written, end the doubts about the request that ran alone."""
+        is_cleared = any(
             append.held == self._lone and append.event.event_no >= self._alone_until_event_no
             for append in appends
-        ):
+        )
+        if is_cleared:
             self._lone = None
+        return is_cleared
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Forgets requests; one that is not held is no error."""
@@ -192,7 +196,8 @@ class Consumer:
         news = self._streams.append(self._held.snapshot(), appends)
         self._faults.appended(appends)
         self._unsent = []
-        self._held.note_events(appends)
+        if self._held.is_cleared_by(appends):
+            self.commands.put(Commands(allow_company=True))
         ended = {append.held.request_id for append in appends if append.event.is_terminal}
         self._held.remove(ended)
         self._pass_on(news, ended)

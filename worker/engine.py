@@ -73,10 +73,16 @@ class Engine:
         return [self._emit(seq, token_id) for seq, token_id in sampled]
 
     def add_request(
-        self, held: Held, request: GenerationRequest, events: Iterable[StreamEvent] = ()
+        self,
+        held: Held,
+        request: GenerationRequest,
+        events: Iterable[StreamEvent] = (),
+        *,
+        alone: bool = False,
     ) -> list[Append]:
         """Takes a request in; `events` is what its log holds already.
 
+        `alone`: its steps run without the others until `allow_company`, so that a crash is its own.
         A request that can't run ends here: the list then holds its terminal error event, else it is empty.
         """
         self.drop_request(held.request_id)
@@ -87,7 +93,13 @@ class Engine:
         output.resume(events)
         self._outputs[held.request_id] = output
         self._scheduler.add(output.seq)
+        if alone:
+            self._scheduler.isolate(output.seq)
         return []
+
+    def allow_company(self) -> None:
+        """The request that ran alone is beyond doubt: all run together again."""
+        self._scheduler.isolate(None)
 
     def abort_request(self, request_id: str) -> list[Append]:
         """Ends a request that its client gave up; nothing if it has ended already."""

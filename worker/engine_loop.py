@@ -100,8 +100,12 @@ class EngineLoop:
                 appends += self._engine.abort_request(request_id)
             for request_id in commands.stop:
                 appends += self._engine.stop_request(request_id)
+            if commands.allow_company:
+                self._engine.allow_company()
             for claim in commands.add:
-                appends += self._engine.add_request(claim.held, claim.request, claim.events)
+                appends += self._engine.add_request(
+                    claim.held, claim.request, claim.events, alone=claim.alone
+                )
             commands = self._next_commands(None)
         return appends
 

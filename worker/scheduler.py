@@ -20,6 +20,7 @@ class Scheduler:
         self._max_prefill_tokens = max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._lone: Sequence | None = None
 
     @property
     def has_work(self) -> bool:
@@ -30,14 +31,22 @@ class Scheduler:
         """Queues a sequence behind those that wait already."""
         self._waiting.append(seq)
 
+    def isolate(self, seq: Sequence | None) -> None:
+        """From now on the steps of this sequence, added before, run without the others; None ends that."""
+        self._lone = seq
+
     def finish(self, seq: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees its blocks."""
+        if seq is self._lone:
+            self._lone = None
         (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
         self._blocks.free(seq)
         seq.status = SequenceStatus.FINISHED
 
     def schedule(self) -> Batch:
         """The next step's batch; empty only when there is no work."""
+        if self._lone is not None:
+            return self._schedule_alone(self._lone)
         batch = self._schedule_decode()
         budget = self._max_prefill_tokens
         for seq in [seq for seq in self._running if seq.num_uncomputed_tokens > 1]:
@@ -52,11 +61,7 @@ class Scheduler:
                 self._blocks.free(seq)
                 break
             budget -= num_tokens
-            self._waiting.popleft()
-            seq.status = SequenceStatus.RUNNING
-            self._running.append(seq)
-            if seq.num_cached_tokens is None:
-                seq.num_cached_tokens = num_cached_tokens
+            self._start(seq, num_cached_tokens)
         return batch
 
     def postprocess(self, batch: Batch, token_ids: Items[int | None]) -> list[tuple[Sequence, int | None]]:
@@ -88,6 +93,15 @@ class Scheduler:
                 batch.append(ScheduledSequence(seq, 1))
         return batch
 
+    def _schedule_alone(self, seq: Sequence) -> list[ScheduledSequence]:
+        """The next step of one sequence; the others keep their blocks as long as there is room."""
+        batch: list[ScheduledSequence] = []
+        while not self._schedule_prefill(seq, self._max_prefill_tokens, batch):
+            self._preempt(next(other for other in reversed(self._running) if other is not seq))
+        if seq.status is SequenceStatus.WAITING:
+            self._start(seq, num_cached_tokens=0)
+        return batch
+
     def _schedule_prefill(self, seq: Sequence, budget: int, batch: list[ScheduledSequence]) -> int:
         """Adds the next chunk of a prompt, as much as budget and blocks allow; its number of tokens."""
         num_tokens = min(seq.num_uncomputed_tokens, budget)
@@ -96,6 +110,13 @@ class Scheduler:
         self._blocks.allocate(seq, num_tokens)
         batch.append(ScheduledSequence(seq, num_tokens))
         return num_tokens
+
+    def _start(self, seq: Sequence, num_cached_tokens: int) -> None:
+        self._waiting.remove(seq)
+        seq.status = SequenceStatus.RUNNING
+        self._running.append(seq)
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = num_cached_tokens
 
     def _preempt(self, seq: Sequence) -> None:
         self._running.remove(seq)

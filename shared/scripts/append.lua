@@ -55,7 +55,7 @@ for _, entry in ipairs(appends) do
       redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
       if owner.watched_from and event_no >= owner.watched_from + num_events_to_clear then
         redis.call('HDEL', job_key(id), 'crashes_alone', 'suspect')
-        redis.call('HDEL', owner_key(id), 'watched_from')
+        redis.call('HDEL', owner_key(id), 'watched_from', 'alone')
       end
     end
   end

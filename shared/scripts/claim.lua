@@ -3,13 +3,11 @@
 -- ARGV: base, worker, k, lease (ms), stream ttl (ms), schema version, running per queue (JSON object), queues to
 --       serve (JSON array), then k fresh execution ids.
 -- Returns {id, execution, request, log, alone} per claimed request: log is what was written so far, alone says that
--- the request was near crashes and must run without company.
+-- the request was near crashes and that its steps must run without company, until it is cleared (append.lua).
 local base, worker, k = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease_ms, stream_ttl_ms, schema_version = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local running, served = cjson.decode(ARGV[7]), cjson.decode(ARGV[8])
 local MAX_HEADS = 32
-local num_running = 0
-for _, count in pairs(running) do num_running = num_running + count end
 
 if redis.call('EXISTS', RQ .. ':suspended') == 1 then
   return {}
@@ -34,7 +32,7 @@ local function fairest(queues)
   return best
 end
 
--- Near one crash alone or two in company: it runs without company until it is cleared (append.lua).
+-- Near one crash alone or two in company.
 local function must_run_alone(job)
   return tonumber(job[3] or 0) >= 1 or tonumber(job[4] or 0) >= 2
 end
@@ -54,7 +52,7 @@ local function reject(id, queue)
   redis.call('ZADD', RQ .. ':failed:' .. queue, '+inf', id)
 end
 
-local function start(id, queue, execution, is_watched)
+local function start(id, queue, execution, is_watched, alone)
   local composite = id .. ':' .. execution
   redis.call('LPOP', queue_key(queue))
   redis.call('HSET', job_key(id), 'status', 'started', 'worker_name', worker,
@@ -69,6 +67,7 @@ local function start(id, queue, execution, is_watched)
   -- Score +inf: RQ's own cleaners leave the entry alone; leases are reaped by reap.lua.
   redis.call('ZADD', RQ .. ':wip:' .. queue, '+inf', composite)
   redis.call('HSET', owner_key(id), 'execution', execution, 'worker', worker, 'base', base, 'queue', queue)
+  if alone then redis.call('HSET', owner_key(id), 'alone', 1) end
   if is_watched then
     redis.call('HSET', owner_key(id), 'watched_from', redis.call('LLEN', log_key(id)))
   end
@@ -99,10 +98,9 @@ while #claimed < k and #queues > 0 do
       job[3], job[4] = false, false
     end
     local alone = must_run_alone(job)
-    -- A worker runs empty before it takes a suspect: otherwise one would wait for ever on a busy worker.
-    if alone and num_running + #claimed > 0 then break end
+    if alone and #claimed > 0 then break end
     local execution = ARGV[8 + #claimed + 1]
-    start(id, queue, execution, job[3] or job[4])
+    start(id, queue, execution, job[3] or job[4], alone)
     running[queue] = (running[queue] or 0) + 1
     update_waiting(base, queue)
     claimed[#claimed + 1] = { id, execution, job[1], redis.call('LRANGE', log_key(id), 0, -1), alone and 1 or 0 }

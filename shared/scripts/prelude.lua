@@ -71,9 +71,10 @@ local function drop_execution(id, owner)
 end
 
 local function get_owner(id)
-  local owner = redis.call('HMGET', owner_key(id), 'execution', 'worker', 'base', 'queue', 'aborted', 'watched_from')
+  local owner = redis.call('HMGET', owner_key(id), 'execution', 'worker', 'base', 'queue', 'aborted', 'watched_from',
+    'alone')
   return { execution = owner[1], worker = owner[2], base = owner[3], queue = owner[4], aborted = owner[5],
-    watched_from = tonumber(owner[6]) }
+    watched_from = tonumber(owner[6]), alone = owner[7] }
 end
 
 -- An event into its log, once; returns the channel of the API to tell, or false.

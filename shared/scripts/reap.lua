@@ -5,16 +5,28 @@
 -- Returns {ids requeued, ids dead-lettered}.
 local base, max_crashes_alone, failure_ttl, event = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
--- How many requests a worker held when it was last alive: those it still has, and those reaped from it lately.
+local function reaped_key(worker) return OURS .. ':reaped:' .. worker end
+
+-- What a lost worker held when it was last alive, those reaped from it lately included: how many requests, and
+-- whether its steps ran one of them alone.
 local function company(worker)
-  return redis.call('SCARD', worker_key(worker) .. ':executions')
-    + tonumber(redis.call('GET', OURS .. ':reaped:' .. worker) or 0)
+  local num_held, has_lone = unpack(redis.call('HMGET', reaped_key(worker), 'num', 'lone'))
+  local composites = redis.call('SMEMBERS', worker_key(worker) .. ':executions')
+  for _, composite in ipairs(composites) do
+    has_lone = has_lone or get_owner(composite:match('^(.*):')).alone
+  end
+  return { num_held = tonumber(num_held or 0) + #composites, has_lone = has_lone }
 end
 
-local function count_crash(id, worker, num_held)
-  redis.call('INCR', OURS .. ':reaped:' .. worker)
-  redis.call('EXPIRE', OURS .. ':reaped:' .. worker, 60)
-  return redis.call('HINCRBY', job_key(id), num_held == 1 and 'crashes_alone' or 'suspect', 1)
+-- Counts a crash against a request; returns how often it was alone, or false if it had company this time.
+local function count_crash(id, owner, held)
+  redis.call('HINCRBY', reaped_key(owner.worker), 'num', 1)
+  if owner.alone then redis.call('HSET', reaped_key(owner.worker), 'lone', 1) end
+  redis.call('EXPIRE', reaped_key(owner.worker), 60)
+  if owner.alone or held.num_held == 1 then return redis.call('HINCRBY', job_key(id), 'crashes_alone', 1) end
+  -- Those that waited while another ran alone had no part in it.
+  if not held.has_lone then redis.call('HINCRBY', job_key(id), 'suspect', 1) end
+  return false
 end
 
 local requeued, dead, held = {}, {}, {}
@@ -30,8 +42,8 @@ for _, id in ipairs(expired) do
   elseif redis.call('EXISTS', job_key(id)) == 0 or owner.aborted then
     requeue(id, owner)
   else
-    local count = count_crash(id, owner.worker, held[owner.worker])
-    if held[owner.worker] == 1 and count >= max_crashes_alone then
+    local num_alone = count_crash(id, owner, held[owner.worker])
+    if num_alone and num_alone >= max_crashes_alone then
       finish_ownerless(id, owner, event, { 'failed', '{}', '', ARGV[6], failure_ttl })
       dead[#dead + 1] = id
     else

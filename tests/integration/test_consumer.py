@@ -8,6 +8,7 @@ from uuid import uuid4
 import pytest
 import redis
 from rq.job import Job
+from rq.suspension import resume, suspend
 
 from shared import keys
 from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
@@ -345,24 +346,29 @@ def test_requests_that_do_not_fit_into_memory_together_run_one_after_another(
     assert worker.consumer.num_claimed > 6
 
 
-def test_a_request_near_crashes_keeps_the_worker_to_itself_until_it_is_cleared(
+def test_the_steps_of_a_request_near_crashes_run_alone_until_it_is_cleared(
     connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
 ) -> None:
-    suspect = api.enqueue(request_of(200))
-    connection.hset(Job.key_for(suspect), "suspect", 2)
-    other = api.enqueue(request_of(3, "a"))
     runner = SlowRunner()
     worker = start_worker(runner)
+    before = api.enqueue(request_of(100, "b"))
     runner.permits.release(5)
-    wait_until(lambda: len(log_of(connection, suspect)) == 5)
-    assert [held.request_id for held in worker.held.snapshot()] == [suspect]
-    runner.permits.release(12)
-    wait_until(lambda: len(worker.held) == 2, what="company, once it is cleared")
-    assert len(log_of(connection, suspect)) == NUM_EVENTS_TO_CLEAR + 1
-    assert all(len(batch) == 1 for batch in runner.batches)
+    wait_until(lambda: len(log_of(connection, before)) == 5)
+    suspend(connection)
+    suspect = api.enqueue(request_of(400))
+    connection.hset(Job.key_for(suspect), "suspect", 2)
+    after = api.enqueue(request_of(60, "a"))
+    resume(connection)
+    wait_until(lambda: len(worker.held) == 2, what="the suspect")
     runner.permits.release(10_000)
-    assert text_of(finished_log(connection, suspect)) == expected_text(200)
-    finished_log(connection, other)
+    for request_id, num_tokens, adapter_name in ((before, 100, "b"), (suspect, 400, None), (after, 60, "a")):
+        log = finished_log(connection, request_id)
+        assert text_of(log) == expected_text(num_tokens, adapter_name)
+    batches = [{request_id for request_id, _ in batch} for batch in runner.batches]
+    first = batches.index({suspect})
+    assert batches[first : first + NUM_EVENTS_TO_CLEAR + 1] == [{suspect}] * (NUM_EVENTS_TO_CLEAR + 1)
+    assert {before, suspect} in batches
+    assert connection.hmget(Job.key_for(suspect), "suspect") == [None]
 
 
 def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(

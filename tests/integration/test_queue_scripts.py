@@ -465,16 +465,33 @@ def test_leases_that_end_one_after_another_still_count_as_company(
     assert [counts(connection, request_id) for request_id in ids] == [[None, b"1"]] * 2
 
 
-def test_a_suspect_of_two_crashes_runs_alone_on_an_empty_worker(
+def test_a_suspect_of_two_crashes_is_claimed_singly_to_run_alone(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     ids = [api.enqueue(make_request("a")), api.enqueue(make_request("b"))]
     for attempt in range(2):
         crash(connection, f"w{attempt}", 2)
-    streams = worker_streams(connection)
-    assert claim(streams, 2, running={BASE: 1}) == []
-    (claimed,) = claim(streams, 2)
+    (claimed,) = claim(worker_streams(connection), 2)
     assert (claimed.held.request_id, claimed.alone) == (ids[0], True)
+
+
+def test_a_crash_while_one_ran_alone_charges_that_one_and_not_those_that_waited_for_it(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    suspect = api.enqueue(make_request("a"))
+    connection.hset(Job.key_for(suspect), "suspect", 2)
+    dying = worker_streams(connection, "w1", lease_s=0.001)
+    (lone,) = claim(dying, 1)
+    others = [api.enqueue(make_request("b")) for _ in range(2)]
+    held = [lone.held, *(claimed.held for claimed in claim(dying, 2))]
+    reaper = worker_streams(connection, "reaper")
+    for num_renewed in (2, 1, 0):  # They expire one after another: the lone one first.
+        worker_streams(connection, "w1", lease_s=60).renew(held[3 - num_renewed :])
+        wait_until(lambda: expired(connection) == 1)
+        reaper.reap()
+        dying.renew(held[3 - num_renewed :][:1])
+    assert counts(connection, suspect) == [b"1", b"2"]
+    assert [counts(connection, request_id) for request_id in others] == [[None, None]] * 2
 
 
 def test_a_suspect_is_cleared_by_sixteen_more_events(connection: redis.Redis, api: BlockingApi) -> None:

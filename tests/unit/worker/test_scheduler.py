@@ -203,3 +203,21 @@ def test_any_schedule_gives_every_sequence_the_tokens_it_gets_alone(
         for _ in range(alone.max_tokens):
             alone.token_ids.append(letters(alone))
         assert seq.token_ids == alone.token_ids
+
+
+def test_an_isolated_sequence_runs_alone_even_if_the_others_hold_all_blocks() -> None:
+    scheduler = Scheduler(BlockManager(4, 4), max_batch_size=8, max_prefill_tokens=64)
+    others = [make_sequence(f"r{i}", 7, 4) for i in range(2)]
+    for seq in others:
+        scheduler.add(seq)
+    scheduler.postprocess(scheduler.schedule(), [1, 1])
+    lone = make_sequence("lone", 5, 4)
+    scheduler.add(lone)
+    scheduler.isolate(lone)
+    for _ in range(2):
+        batch = scheduler.schedule()
+        assert [item.seq for item in batch] == [lone]
+        scheduler.postprocess(batch, [1])
+    assert [seq.status for seq in others] == [SequenceStatus.RUNNING, SequenceStatus.WAITING]
+    scheduler.isolate(None)
+    assert len(scheduler.schedule()) > 1
