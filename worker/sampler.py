@@ -7,12 +7,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from shared.messages import SamplingParams
 
 MIN_TEMPERATURE = 1e-6
 """Smaller ones would divide by zero in float32; the result is greedy long before."""
 
+_NUM_CANDIDATES = 256
+"""How many of the likeliest tokens top-k and top-p look at before they sort the whole vocabulary."""
+_BLOCK_SIZE = 256
+_UNUSABLE, _UNDECIDED = -1, -2
+"""In place of a token."""
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint32)
 _NUM_ROUNDS = 10
@@ -35,23 +41,22 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
 
     A row's token depends on its own logits and `SamplingRow` only, never on the other rows.
     """
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    if not rows:
+        return []
     logits = _ban(logits, rows)
     largest, tokens = logits.max(dim=-1)  # (num_rows,), NaN if the row has one
-    usable = largest.isfinite()
-    plain = [n for n, row in enumerate(rows) if row.params.temperature > 0 and not _filters(row, logits)]
-    filtered = [n for n, row in enumerate(rows) if row.params.temperature > 0 and _filters(row, logits)]
-    for group, draw in ((plain, _draw), (filtered, _draw_filtered)):
+    drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0]
+    plain = [n for n in drawn if not _filters(rows[n], logits)]
+    filtered = [n for n in drawn if _filters(rows[n], logits)]
+    for group, draw in ((plain, _draw_any), (filtered, _draw_likely)):
         if group:
-            index = torch.tensor(group, device=logits.device)
-            chosen = [rows[n] for n in group]
-            weights = _weights(logits[index], largest[index], chosen)
-            tokens[index] = draw(weights, chosen)
-    return [
-        token if is_usable else None
-        for token, is_usable in zip(tokens.tolist(), usable.tolist(), strict=True)
-    ]
+            tokens[group] = draw(_scale(logits, largest, rows, group), [rows[n] for n in group])
+    picked: list[int | None] = tokens.masked_fill(~largest.isfinite(), _UNUSABLE).tolist()
+    if hard := [n for n, token in enumerate(picked) if token == _UNDECIDED]:
+        sorted_out = _draw_sorted(_scale(logits, largest, rows, hard), [rows[n] for n in hard])
+        for n, token in zip(hard, sorted_out.tolist(), strict=True):
+            picked[n] = token
+    return [None if token == _UNUSABLE else token for token in picked]
 
 
 def uniforms(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
@@ -99,32 +104,110 @@ def _filters(row: SamplingRow, logits: Tensor) -> bool:
     return row.params.top_p < 1 or 0 < row.params.top_k < logits.shape[-1]
 
 
-def _weights(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """exp((logits - largest) / temperature): probabilities up to a factor, (num_rows, vocab), at most 1."""
-    temperatures = [max(row.params.temperature, MIN_TEMPERATURE) for row in rows]
-    return ((logits - largest[:, None]) / logits.new_tensor(temperatures)[:, None]).exp()
+def _scale(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow], group: Sequence[int]) -> Tensor:
+    """(logits - largest) / temperature of the rows in `group`: log-probabilities up to a term, at most 0."""
+    if len(group) < len(rows):
+        index = torch.tensor(group, device=logits.device)
+        logits, largest = logits[index], largest[index]
+    if logits.dtype != torch.float64:
+        logits, largest = logits.float(), largest.float()
+    temperatures = logits.new_tensor([max(rows[n].params.temperature, MIN_TEMPERATURE) for n in group])
+    return (logits - largest[:, None]).div_(temperatures[:, None])
+
+
+def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """A token of the whole vocabulary per row, (num_rows,): first the block it lies in, then its place there.
+
+    Sums of blocks and then of one block are less work than one running sum over the vocabulary.
+    """
+    num_rows, vocab = scaled.shape
+    blocks = _blocks(scaled.exp_())
+    ends = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (num_rows, num_blocks)
+    thresholds = _uniforms(rows, ends) * ends[:, -1:]
+    block = _first_beyond(ends, thresholds)  # (num_rows, 1)
+    starts = functional.pad(ends, (1, 0)).gather(-1, block)
+    inside = blocks[torch.arange(num_rows, device=blocks.device), block.squeeze(-1)]
+    place = _first_beyond(inside.cumsum(dim=-1, dtype=torch.float64), thresholds - starts)
+    return (block * _BLOCK_SIZE + place).squeeze(-1).clamp(max=vocab - 1)
+
+
+def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """A token per row, (num_rows,), of the `top_k` likeliest, of these the fewest with `top_p` of the mass.
+
+    Looks at the likeliest `_NUM_CANDIDATES` only: `_UNDECIDED` where these may not be enough.
+    """
+    vocab = scaled.shape[-1]
+    likeliest, tokens = _largest(scaled, min(_NUM_CANDIDATES, vocab))
+    weights = likeliest.exp()
+    top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=scaled.device)[:, None]
+    weights = weights.masked_fill(torch.arange(weights.shape[-1], device=scaled.device) >= top_k, 0)
+    mass = _mass(weights)
+    if any(row.params.top_k in (0, vocab) for row in rows):
+        mass = torch.where(top_k < vocab, mass, _mass(scaled.exp_()))
+    kept = _keep(weights, mass, rows)
+    num_kept = kept.ne(0).sum(dim=-1, keepdim=True)
+    # What is as likely as the last one may stand beyond the candidates too, and with a lower id.
+    is_decided = likeliest.gather(-1, (num_kept - 1).clamp(min=0)) > likeliest[:, -1:]
+    if vocab > _NUM_CANDIDATES:
+        is_decided &= (top_k <= _NUM_CANDIDATES) | (top_k == vocab)
+        tokens = tokens.masked_fill(~is_decided, _UNDECIDED)
+    return tokens.gather(-1, _draw(kept, rows)).squeeze(-1)
+
+
+def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """As `_draw_likely`, of the whole vocabulary: always decided, and slow."""
+    vocab = scaled.shape[-1]
+    weights, tokens = scaled.exp_().sort(dim=-1, descending=True, stable=True)
+    top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=weights.device)[:, None]
+    weights = weights.masked_fill(torch.arange(vocab, device=weights.device) >= top_k, 0)
+    kept = _keep(weights, _mass(weights), rows)
+    return tokens.gather(-1, _draw(kept, rows)).squeeze(-1)
+
+
+def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest entries and their places, (num_rows, count) each; of equal ones the first comes first."""
+    values, places = scaled.topk(count, dim=-1)
+    places, order = places.sort(dim=-1)
+    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return values, places.gather(-1, order)
+
+
+def _blocks(weights: Tensor) -> Tensor:
+    """Rows cut into blocks, (num_rows, num_blocks, _BLOCK_SIZE), the last one filled up with zeros."""
+    padded = functional.pad(weights, (0, -weights.shape[-1] % _BLOCK_SIZE))
+    return padded.view(len(weights), -1, _BLOCK_SIZE)
+
+
+def _mass(weights: Tensor) -> Tensor:
+    """The sum of each row, (num_rows, 1)."""
+    # By blocks: torch adds up a long row that is alone in another order than one with company.
+    return _blocks(weights).sum(dim=-1).sum(dim=-1, keepdim=True, dtype=torch.float64)
+
+
+def _keep(weights: Tensor, mass: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Descending weights, 0 for those behind the first ones that have `top_p` of the mass."""
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    top_p = cumulative.new_tensor([row.params.top_p for row in rows])[:, None]
+    beyond = cumulative - weights >= top_p * mass
+    beyond[:, 0] = False
+    return weights.masked_fill(beyond, 0)
 
 
 def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Inverse of the cumulative distribution at each row's uniform number, (num_rows,)."""
-    # float64: over 10^5 entries, float32 sums lose what unlikely tokens add.
+    """Inverse of the cumulative distribution at each row's uniform number: places, (num_rows, 1)."""
+    # float64: over many entries, float32 sums lose what unlikely tokens add.
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:].contiguous()
-    thresholds = torch.from_numpy(uniforms(rows)).to(weights.device)[:, None] * total
+    return _first_beyond(cumulative, _uniforms(rows, cumulative) * cumulative[:, -1:])
+
+
+def _first_beyond(cumulative: Tensor, thresholds: Tensor) -> Tensor:
+    """The first place (num_rows, 1) where a running sum exceeds the row's threshold (num_rows, 1)."""
     picked = torch.searchsorted(cumulative, thresholds, right=True)
-    # Rounding can put a threshold at the total itself: then the last token with any weight counts.
-    last = torch.searchsorted(cumulative, total)
-    return torch.minimum(picked, last).clamp(max=weights.shape[-1] - 1).squeeze(-1)
+    # Rounding can put a threshold at the total itself: then the last place with any weight counts.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(picked, last).clamp(max=cumulative.shape[-1] - 1)
 
 
-def _draw_filtered(weights: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """As `_draw`, of the `top_k` likeliest tokens, and of these the fewest that have `top_p` of the mass."""
-    vocab = weights.shape[-1]
-    weights, tokens = weights.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=weights.device)[:, None]
-    weights = weights.masked_fill(torch.arange(vocab, device=weights.device) >= top_k, 0)
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    top_p = cumulative.new_tensor([row.params.top_p for row in rows])[:, None]
-    beyond = cumulative - weights >= top_p * cumulative[:, -1:]
-    beyond[:, 0] = False
-    return tokens.gather(-1, _draw(weights.masked_fill(beyond, 0), rows)[:, None]).squeeze(-1)
+def _uniforms(rows: Sequence[SamplingRow], like: Tensor) -> Tensor:
+    """The rows' random numbers on the device of `like`, (num_rows, 1)."""
+    return torch.from_numpy(uniforms(rows)).to(like.device)[:, None]

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from shared.messages import SamplingParams
+from worker import sampler
 from worker.sampler import SamplingRow, philox, sample, uniforms
 
 torch.set_num_threads(1)
@@ -131,3 +132,64 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float, params: dict[str, floa
 
 def test_no_rows_give_no_tokens() -> None:
     assert sample(torch.zeros(0, VOCAB), []) == []
+
+
+def peaked_logits(num_rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """As a language model's: a few tokens have nearly all of the mass, and in bfloat16 many are equal."""
+    generator = torch.Generator().manual_seed(1)
+    ranks = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(num_rows)])
+    return (-1.5 * (ranks + 1).log()).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("params", [{"top_k": 50}, {"top_p": 0.9}, {"top_k": 200, "top_p": 0.95}])
+def test_looking_at_the_likeliest_only_changes_no_token(
+    params: dict[str, float], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = peaked_logits(300, 2000, dtype)
+    rows = [row(n, seed=n, **params) for n in range(300)]
+    with monkeypatch.context() as patched:
+        if dtype != torch.bfloat16:  # whose equal entries may have to be sorted
+            patched.delattr(sampler, "_draw_sorted")
+        quick = sample(logits, rows)
+    monkeypatch.setattr(sampler, "_draw_likely", lambda _, rows: torch.full((len(rows),), sampler._UNDECIDED))
+    assert sample(logits, rows) == quick
+
+
+@pytest.mark.parametrize("params", [{"top_k": 900}, {"top_p": 0.9}, {"top_k": 700, "top_p": 0.9}])
+def test_rows_that_the_likeliest_do_not_cover_draw_from_all_they_admit(params: dict[str, float]) -> None:
+    """Of 1,000 tokens that are about as likely, 256 are too few."""
+    logits = torch.linspace(0, 0.01, 1000).expand(6000, -1)
+    drawn = sample(logits, [row(n, **params) for n in range(6000)])
+    num_admitted = params.get("top_k", 1000) * params.get("top_p", 1)
+    assert set(drawn) <= set(range(1000 - int(num_admitted), 1000))
+    assert len(set(drawn)) > 0.97 * num_admitted
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 256, 257, 5000])
+def test_any_size_of_vocabulary_is_drawn_from_evenly(vocab: int) -> None:
+    drawn = sample(torch.zeros(4000, vocab), [row(n, seed=5) for n in range(4000)])
+    counts = np.bincount(np.array(drawn), minlength=vocab)
+    assert counts.sum() == 4000
+    tenths = np.array([part.sum() for part in np.array_split(counts, min(vocab, 10))])
+    sizes = np.array([len(part) for part in np.array_split(counts, min(vocab, 10))])
+    assert tenths / 4000 == pytest.approx(sizes / vocab, abs=0.03)
+
+
+def test_a_token_without_any_weight_is_never_drawn() -> None:
+    logits = torch.full((2000, 1000), -torch.inf)
+    logits[:, [3, 300, 999]] = 0.0
+    for params in ({}, {"top_k": 10}, {"top_p": 0.99}):
+        assert set(sample(logits, [row(n, **params) for n in range(2000)])) == {3, 300, 999}
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 40}])
+def test_a_long_row_draws_the_same_token_alone_and_in_a_batch(params: dict[str, float]) -> None:
+    logits = 3 * torch.randn(6, 50_000, generator=torch.Generator().manual_seed(2))
+    rows = [row(n, seed=n, **params) for n in range(6)]
+    torch.set_num_threads(2)
+    try:
+        alone = [sample(logits[n : n + 1], [rows[n]])[0] for n in range(6)]
+        assert sample(logits, rows) == alone
+    finally:
+        torch.set_num_threads(1)
