@@ -23,6 +23,7 @@ from shared import keys
 from tests.chaos.checker import CANCELED_TTL_S, Reference, check_quiet, find_faults, request_keys
 from tests.chaos.cluster import BASE, TTL_S, Cluster, build_models
 from tests.chaos.faults import FaultMaker
+from tests.chaos.forked import Nursery
 from tests.chaos.proxy import Proxy
 from tests.chaos.recorder import Answer, Ask, Load, Recorder, workload
 from tests.waiting import wait_until
@@ -124,19 +125,41 @@ def main() -> int:
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     sys.stdout.write(f"seed {seed}\n")
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="lorelay-chaos-models-") as folder, ExitStack() as stack:
-        return run(stack, build_models(Path(folder)), args.minutes * 60, random.Random(seed), args.streams)
+    with tempfile.TemporaryDirectory(prefix="lorelay-chaos-models-") as folder:
+        is_right, lines = run(
+            build_models(Path(folder)), args.minutes * 60, random.Random(seed), args.streams
+        )
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return int(not is_right)
 
 
 def run(
-    stack: ExitStack, models: dict[str, str], seconds: float, rng: random.Random, num_streams: int
-) -> int:
-    """Breaks a deployment for so long; 1 if anything was lost or differs."""
+    models: dict[str, str],
+    seconds: float,
+    rng: random.Random,
+    num_streams: int,
+    nursery: Nursery | None = None,
+) -> tuple[bool, list[str]]:
+    """Breaks a deployment for so long; whether nothing was lost and no token differs, and the report."""
+    with ExitStack() as stack:
+        return _run(stack, models, seconds, rng, num_streams, nursery)
+
+
+def _run(
+    stack: ExitStack,
+    models: dict[str, str],
+    seconds: float,
+    rng: random.Random,
+    num_streams: int,
+    nursery: Nursery | None,
+) -> tuple[bool, list[str]]:
     asks = [ask for n in (12, 30, 60) for ask in workload(32, max_tokens=n, tag=f"{n} ")]
     rng.shuffle(asks)
-    reference = fault_free(models, asks)
+    reference = fault_free(models, asks, nursery)
     options = ("--notify-keyspace-events", "Kg")
-    cluster = stack.enter_context(Cluster(models, append_only=True, tcp=True, options=options, drain_s="0.5"))
+    cluster = stack.enter_context(
+        Cluster(models, nursery, append_only=True, tcp=True, options=options, drain_s="0.5")
+    )
     proxies = [stack.enter_context(Proxy(cluster.port)) for _ in range(NUM_WORKERS + 1)]
     recorder = stack.enter_context(Recorder(cluster.server.url))
     *worker_proxies, api_proxy = proxies
@@ -155,15 +178,15 @@ def run(
         maker.heal()
         load.stop()
     remains = what_remains(cluster)
-    report(book, maker, recomputed, remains, cluster.take_complaints())
-    return int(bool(book.losses or book.differences or remains))
+    is_right = not (book.losses or book.differences or remains)
+    return is_right, report(book, maker, recomputed, remains, cluster.take_complaints())
 
 
-def fault_free(models: dict[str, str], asks: list[Ask]) -> Reference:
+def fault_free(models: dict[str, str], asks: list[Ask], nursery: Nursery | None) -> Reference:
     """The answers to all requests from a quiet deployment."""
 
     def answer(asks: "list[Ask] | tuple[Ask, ...]") -> list[Answer]:
-        with Cluster(models, step_delay_s="0") as cluster, Recorder(cluster.server.url) as recorder:
+        with Cluster(models, nursery, step_delay_s="0") as cluster, Recorder(cluster.server.url) as recorder:
             cluster.start_worker()
             api = cluster.start_api()
             return recorder.start(api.url, asks).wait()
@@ -199,10 +222,8 @@ def what_remains(cluster: Cluster) -> list[str]:
 
 def report(
     book: Book, maker: FaultMaker, recomputed: Recomputed, remains: list[str], complaints: list[str]
-) -> None:
-    """Writes the table, and what went wrong in front of it."""
-    for line in (*book.losses, *book.differences, *remains, *complaints):
-        sys.stdout.write(f"{line}\n")
+) -> list[str]:
+    """The table, and what went wrong in front of it."""
     recoveries = [book.recovery_s(at) for at in maker.crash_times] or [0.0]
     kinds = Counter(name for _, name in maker.struck)
     rows = {
@@ -219,7 +240,8 @@ def report(
         "complaints in logs": str(len(complaints)),
     }
     width = max(map(len, rows))
-    sys.stdout.write("".join(f"{name:<{width}}  {value}\n" for name, value in rows.items()))
+    table = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    return [*book.losses, *book.differences, *remains, *complaints, *table]
 
 
 def describe_pause(start: float, end: float, struck: list[tuple[float, str]]) -> str:
