@@ -98,6 +98,8 @@ FINISH_REASONS: dict[str, PublicFinishReason] = {
 }
 
 _encode = msgspec.json.encode
+_MARK = "text"
+"""In place of a chunk's text."""
 
 
 def to_usage_body(usage: Usage) -> UsageBody:
@@ -118,6 +120,7 @@ class ChunkWriter:
         self._include_usage = include_usage
         self._with_ids = with_ids
         self._begun = set(begun)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def render(self, event: StreamEvent) -> bytes:
         """The chunks of one event, none when it releases no text: role first, usage and `[DONE]` last."""
@@ -126,7 +129,7 @@ class ChunkWriter:
             self._begun.add(event.index)
             parts.append(self._chunk(event.index, Delta(role="assistant", content="")))
         if event.text:
-            parts.append(self._chunk(event.index, Delta(content=event.text)))
+            parts.append(self._text_chunk(event.index, event.text))
         if event.finish_reason is not None:
             parts.append(self._chunk(event.index, Delta(), FINISH_REASONS[event.finish_reason]))
         if event.usage is not None:
@@ -137,6 +140,14 @@ class ChunkWriter:
             # On the last part: a client that saw the id has seen the whole event.
             parts[-1] = b"id: %b:%d\n%b" % (self._heading.id.encode(), event.event_no, parts[-1])
         return b"".join(parts)
+
+    def _text_chunk(self, index: int, text: str) -> bytes:
+        """A chunk of text alone, which nearly all are: what stands around the text is encoded once."""
+        frame = self._frames.get(index)
+        if frame is None:
+            before, _, after = self._chunk(index, Delta(content=_MARK)).rpartition(_encode(_MARK))
+            frame = self._frames[index] = before, after
+        return b"%b%b%b" % (frame[0], _encode(text), frame[1])
 
     def _chunk(self, index: int, delta: Delta, finish_reason: PublicFinishReason | None = None) -> bytes:
         choice = ChunkChoice(index, delta, None, finish_reason)

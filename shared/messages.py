@@ -12,7 +12,8 @@ import msgspec
 SCHEMA_VERSION = 1
 
 
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+# What comes from JSON has no cycles; without gc=False the collector would look at it for each token.
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Base of all messages: immutable; fields at their default take no bytes."""
 
     def encode(self) -> bytes:

@@ -3,7 +3,9 @@
 import json
 from typing import Any
 
-from api.chat_format import BodyWriter, ChunkWriter, Heading
+import pytest
+
+from api.chat_format import DONE, BodyWriter, ChunkWriter, Heading
 from shared.messages import FinishReason, StreamEvent, Usage
 
 HEADING = Heading("chatcmpl-1", 1_700_000_000, "m")
@@ -61,3 +63,16 @@ def test_one_body_holds_all_choices_in_order_of_their_index() -> None:
         "total_tokens": 7,
         "prompt_tokens_details": {"cached_tokens": 2},
     }
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_every_text_of_any_model_is_framed_alike(include_usage: bool) -> None:
+    texts = ["text", '"text"', 'a "quote"', "\u00e4\n\U0001f600", "%b"]
+    writer = ChunkWriter(Heading("chatcmpl-1", 1, 'text"text'), include_usage=include_usage, begun=[0])
+    chunks = decode(b"".join(writer.render(StreamEvent(n, text=text)) for n, text in enumerate(texts)) + DONE)
+    choice = {"index": 0, "logprobs": None, "finish_reason": None}
+    heading = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": 'text"text'}
+    usage = {"usage": None} if include_usage else {}
+    assert chunks == [
+        heading | {"choices": [choice | {"delta": {"content": text}}]} | usage for text in texts
+    ]
