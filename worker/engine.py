@@ -65,6 +65,11 @@ class Engine:
         """Whether a step would run anything."""
         return self._scheduler.has_work
 
+    @property
+    def remains(self) -> str:
+        """What it holds, for a log line: nothing but zeros when all requests have ended."""
+        return f"{len(self._outputs)} requests, {self._scheduler.num_blocks_in_use} cache blocks in use"
+
     def step(self) -> list[Append]:
         """Runs one batch and returns the events it brought, at most one per request."""
         batch = self._scheduler.schedule()

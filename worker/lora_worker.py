@@ -147,6 +147,7 @@ class LoraWorker(BaseWorker):
         self.set_state(WorkerStatus.IDLE)
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
         self._run(loop, consumer, heartbeat, settings, burst)
+        self.log.info("Worker %s: ended with %s", self.name, engine.remains)
         return consumer.num_claimed > 0
 
     def _load_model_runner(self, settings: WorkerSettings) -> "ModelRunner":

@@ -27,6 +27,11 @@ class Scheduler:
         """Whether any sequence waits or runs."""
         return bool(self._waiting or self._running)
 
+    @property
+    def num_blocks_in_use(self) -> int:
+        """Cache blocks that sequences hold."""
+        return self._blocks.num_blocks - self._blocks.num_free_blocks
+
     def add(self, seq: Sequence) -> None:
         """Queues a sequence behind those that wait already."""
         self._waiting.append(seq)

@@ -112,6 +112,10 @@ def test_many_disconnects_in_a_row_leave_nothing_behind(
         assert len(connection.client_list()) <= num_connections + NUM_CONNECTIONS
         check_complete(recorder.start(api.url, ASKS).wait(), reference)
         assert not api.relay.inboxes
+    for worker in cluster.live_workers():
+        worker.terminate()
+        assert worker.process.wait() == 0
+        assert "ended with 0 requests, 0 cache blocks in use" in worker.process.output
 
 
 def test_a_client_that_does_not_read_harms_nobody_else_and_gets_all_when_it_does(

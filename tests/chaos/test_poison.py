@@ -15,7 +15,6 @@ INNOCENT = workload(15, max_tokens=24, tag="innocent")
 NUM_WORKERS = 2
 
 
-@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_a_request_that_crashes_its_worker_alone_three_times_fails_and_its_neighbours_complete(
     cluster: Cluster, recorder: Recorder, reference: Reference
