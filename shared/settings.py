@@ -171,8 +171,10 @@ class WorkerSettings(Settings):
     session_len: Count | None = None
     """Context length in tokens; by default the model's own."""
     max_batch_size: Count = 32
-    max_prefill_tokens: Count = 512
-    """Prompt tokens that one step may process beside the running sequences."""
+    max_prefill_tokens: Count = 2048
+    """Most prompt tokens of one step, however fast the device is."""
+    step_target_ms: Annotated[float, Field(gt=0)] = 100
+    """How long a step with prompt tokens should take: chunks of long prompts are sized by it."""
     cache_max_entry_count: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the free device memory that the KV cache may take."""
     cache_max_bytes: Count | None = None

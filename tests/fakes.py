@@ -5,8 +5,14 @@ from typing import Any
 
 from shared.errors import InvalidRequest
 from worker.sequence import Batch, Sequence
+from worker.step_pace import StepPace
 
 EOS = 0
+
+
+def unpaced() -> StepPace:
+    """Steps that take no time: nothing but the scheduler's own limit bounds their chunks."""
+    return StepPace(100, clock=lambda: 0.0)
 
 
 class FakeModelRunner:

@@ -30,6 +30,7 @@ from worker.engine_loop import EngineLoop
 from worker.faults import Faults, FaultyRunner
 from worker.heartbeat import Heartbeat
 from worker.scheduler import Scheduler
+from worker.step_pace import StepPace
 
 if TYPE_CHECKING:
     from worker.model_runner import ModelRunner
@@ -265,6 +266,7 @@ def build_engine(model_runner: "ModelRunner", settings: WorkerSettings, faults: 
     )
     scheduler = Scheduler(
         blocks,
+        StepPace(settings.step_target_ms),
         max_batch_size=settings.max_batch_size,
         max_prefill_tokens=settings.max_prefill_tokens,
     )

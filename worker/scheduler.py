@@ -1,10 +1,12 @@
-"""Decides what the next step runs: decode for all, then prefill in chunks under a token budget."""
+"""Decides what the next step runs: decode for all, then as much prefill as its time allows."""
 
+import itertools
 from collections import deque
 from collections.abc import Sequence as Items
 
 from worker.block_manager import BlockManager
 from worker.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from worker.step_pace import StepPace
 
 
 class Scheduler:
@@ -14,8 +16,11 @@ class Scheduler:
     The cache must hold at least one sequence of full length.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_batch_size: int, max_prefill_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, pace: StepPace, *, max_batch_size: int, max_prefill_tokens: int
+    ) -> None:
         self._blocks = blocks
+        self._pace = pace
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
@@ -50,24 +55,11 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step's batch; empty only when there is no work."""
+        self._pace.start_step()
         if self._lone is not None:
             return self._schedule_alone(self._lone)
-        batch = self._schedule_decode()
-        budget = self._max_prefill_tokens
-        for seq in [seq for seq in self._running if seq.num_uncomputed_tokens > 1]:
-            # No room for it: what it waits for must not go to a newer one, or both could wait for ever.
-            budget -= self._schedule_prefill(seq, budget, batch) or budget
-        while self._waiting and budget > 0 and len(self._running) < self._max_batch_size:
-            seq = self._waiting[0]
-            self._blocks.reuse_prefix(seq)
-            num_cached_tokens = seq.num_computed_tokens
-            num_tokens = self._schedule_prefill(seq, budget, batch)
-            if num_tokens == 0:
-                self._blocks.free(seq)
-                break
-            budget -= num_tokens
-            self._start(seq, num_cached_tokens)
-        return batch
+        decodes = self._schedule_decode()
+        return decodes + self._schedule_prefill(self._prefill_budget(len(decodes)))
 
     def postprocess(self, batch: Batch, token_ids: Items[int | None]) -> list[tuple[Sequence, int | None]]:
         """Records a step: computed tokens, and the sampled token of each sequence that reached its end.
@@ -75,6 +67,9 @@ class Scheduler:
         `token_ids` has one entry per scheduled sequence that `samples`; None stands for logits that gave no
         token, which is left to the caller to end.
         """
+        num_rows = sum(scheduled.num_tokens == 1 for scheduled in batch)
+        num_tokens = sum(scheduled.num_tokens for scheduled in batch)
+        self._pace.record(num_rows, num_tokens - num_rows)
         sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
         for scheduled in batch:
             scheduled.seq.num_computed_tokens += scheduled.num_tokens
@@ -100,28 +95,50 @@ class Scheduler:
 
     def _schedule_alone(self, seq: Sequence) -> list[ScheduledSequence]:
         """The next step of one sequence; the others keep their blocks as long as there is room."""
-        batch: list[ScheduledSequence] = []
-        while not self._schedule_prefill(seq, self._max_prefill_tokens, batch):
+        while not (self._admit(seq) and self._blocks.can_allocate(seq, seq.num_uncomputed_tokens)):
             self._preempt(next(other for other in reversed(self._running) if other is not seq))
-        if seq.status is SequenceStatus.WAITING:
-            self._start(seq, num_cached_tokens=0)
-        return batch
+        self._blocks.allocate(seq, seq.num_uncomputed_tokens)
+        return [ScheduledSequence(seq, min(seq.num_uncomputed_tokens, self._prefill_budget(0)))]
 
-    def _schedule_prefill(self, seq: Sequence, budget: int, batch: list[ScheduledSequence]) -> int:
-        """Adds the next chunk of a prompt, as much as budget and blocks allow; its number of tokens."""
-        num_tokens = min(seq.num_uncomputed_tokens, budget)
-        if num_tokens <= 0 or not self._blocks.can_allocate(seq, num_tokens):
-            return 0
-        self._blocks.allocate(seq, num_tokens)
-        batch.append(ScheduledSequence(seq, num_tokens))
-        return num_tokens
+    def _prefill_budget(self, num_decodes: int) -> int:
+        return min(self._pace.num_prefill_tokens(num_decodes), self._max_prefill_tokens)
 
-    def _start(self, seq: Sequence, num_cached_tokens: int) -> None:
+    def _schedule_prefill(self, budget: int) -> list[ScheduledSequence]:
+        """Shares `budget` tokens: half for the prompt that waits longest, the rest for the shortest ones.
+
+        So a short prompt soon gets past long ones, and no prompt takes more than twice its time.
+        """
+        prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
+        prompts += itertools.islice(self._waiting, max(0, self._max_batch_size - len(self._running)))
+        # No room for it: what it waits for must not go to a newer one.
+        if not prompts or not self._admit(prompts[0]):
+            return []
+        longest_waiting, *others = prompts
+        reserved = min(longest_waiting.num_uncomputed_tokens, -(-budget // 2))
+        left = budget - reserved
+        batch: list[ScheduledSequence] = []
+        for seq in sorted(others, key=lambda seq: seq.num_uncomputed_tokens):
+            if left > 0 and self._admit(seq):
+                batch.append(ScheduledSequence(seq, min(seq.num_uncomputed_tokens, left)))
+                left -= batch[-1].num_tokens
+        num_tokens = min(longest_waiting.num_uncomputed_tokens, reserved + left)
+        return [ScheduledSequence(longest_waiting, num_tokens), *batch]
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Lets a waiting sequence run if all of its tokens find room; whether it runs."""
+        if seq.status is SequenceStatus.RUNNING:
+            return True
+        self._blocks.reuse_prefix(seq)
+        if not self._blocks.can_allocate(seq, seq.num_uncomputed_tokens):
+            self._blocks.free(seq)
+            return False
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = seq.num_computed_tokens
+        self._blocks.allocate(seq, seq.num_uncomputed_tokens)
         self._waiting.remove(seq)
         seq.status = SequenceStatus.RUNNING
         self._running.append(seq)
-        if seq.num_cached_tokens is None:
-            seq.num_cached_tokens = num_cached_tokens
+        return True
 
     def _preempt(self, seq: Sequence) -> None:
         self._running.remove(seq)

@@ -12,6 +12,7 @@ from shared.messages import SamplingParams
 from shared.settings import WorkerSettings
 from shared.streams import Held
 from tests.acceptance.conftest import ADAPTERS
+from tests.fakes import unpaced
 from tests.streams import make_request
 from worker.block_manager import BlockManager
 from worker.engine import Engine
@@ -32,9 +33,8 @@ def answers(demo_model: str) -> dict[tuple[str | None, str], list[int]]:
         model=demo_model, adapters=adapters, dtype="float32", session_len=512, max_prefill_tokens=24
     )
     runner = ModelRunner.load(settings)
-    scheduler = Scheduler(
-        BlockManager(runner.num_blocks, runner.block_size), max_batch_size=16, max_prefill_tokens=24
-    )
+    blocks = BlockManager(runner.num_blocks, runner.block_size)
+    scheduler = Scheduler(blocks, unpaced(), max_batch_size=16, max_prefill_tokens=24)
     engine = Engine(runner, runner.tokenizer, scheduler)
     tokens: dict[tuple[str | None, str], list[int]] = {}
     for prompt in PROMPTS:

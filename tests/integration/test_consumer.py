@@ -14,7 +14,7 @@ from shared import keys
 from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
 from shared.settings import WorkerSettings
 from shared.streams import NUM_EVENTS_TO_CLEAR, Append
-from tests.fakes import FakeModelRunner, FakeTokenizer, letters
+from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
 from tests.redis_server import RedisServer
 from tests.streams import BASE, QUEUES, BlockingApi, claim, last, make_request, token, worker_streams
 from tests.waiting import wait_until
@@ -47,7 +47,7 @@ class ThreadedWorker:
     ) -> None:
         self.name = f"w-{uuid4().hex}"
         self.held = HeldRequests()
-        scheduler = Scheduler(BlockManager(512, 4), max_batch_size=8, max_prefill_tokens=64)
+        scheduler = Scheduler(BlockManager(512, 4), unpaced(), max_batch_size=8, max_prefill_tokens=64)
         self.connection = redis.Redis.from_url(url, socket_timeout=5)
         self.consumer = Consumer(
             worker_streams(self.connection, self.name),

@@ -6,7 +6,7 @@ from shared.errors import from_info
 from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
 from shared.streams import Append, Held
 from tests.block_checks import check_blocks
-from tests.fakes import FakeModelRunner, FakeTokenizer, spell
+from tests.fakes import FakeModelRunner, FakeTokenizer, spell, unpaced
 from tests.streams import make_request
 from worker.block_manager import BlockManager
 from worker.engine import Engine
@@ -29,7 +29,7 @@ class Bench:
         self.clock = Clock()
         self.runner = runner or FakeModelRunner()
         self.blocks = BlockManager(32, 4)
-        scheduler = Scheduler(self.blocks, max_batch_size=8, max_prefill_tokens=16)
+        scheduler = Scheduler(self.blocks, unpaced(), max_batch_size=8, max_prefill_tokens=16)
         self.engine = Engine(self.runner, FakeTokenizer(), scheduler, self.clock)
 
     def add(self, name: str = "r", events: tuple[StreamEvent, ...] = (), **values: object) -> list[Append]:

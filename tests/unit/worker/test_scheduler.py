@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 
 from shared.messages import SamplingParams
 from tests.block_checks import check_blocks
-from tests.fakes import FakeModelRunner, letters
+from tests.fakes import FakeModelRunner, letters, unpaced
 from worker.block_manager import BlockManager
 from worker.scheduler import Scheduler
 from worker.sequence import Sequence, SequenceStatus
+from worker.step_pace import StepPace
 
 BLOCK_SIZE = 4
 
@@ -38,7 +39,7 @@ class Bench:
     ) -> None:
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE, shares_prefixes=shares_prefixes)
         self.scheduler = Scheduler(
-            self.blocks, max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
+            self.blocks, unpaced(), max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
         )
         self.runner = FakeModelRunner(block_size=BLOCK_SIZE)
 
@@ -106,10 +107,61 @@ def test_a_prompt_that_waits_for_blocks_is_not_overtaken_by_a_newer_one() -> Non
     bench.scheduler.add(make_sequence("r1", 6, 8))
     bench.step()
     bench.scheduler.add(make_sequence("r2", 14, 1))
-    assert bench.step() == [("r1", 1), ("r2", 8)]
     bench.scheduler.add(make_sequence("r3", 2, 1))
-    assert bench.step() == [("r1", 1)]
+    while (batch := bench.step()) == [("r1", 1)]:
+        pass
+    assert batch == [("r2", 6), ("r3", 2)]
     bench.run_all()
+
+
+def test_short_prompts_get_past_long_ones_which_go_on_at_half_speed() -> None:
+    bench = Bench(num_blocks=64)
+    for name, num_tokens in (("r1", 40), ("r2", 40), ("r3", 6), ("r4", 2)):
+        bench.scheduler.add(make_sequence(name, num_tokens, 1))
+    assert [bench.step() for _ in range(3)] == [
+        [("r1", 4), ("r4", 2), ("r3", 2)],
+        [("r1", 4), ("r3", 4)],
+        [("r1", 4), ("r2", 4)],
+    ]
+
+
+def test_the_prompt_that_waits_longest_takes_what_the_others_leave() -> None:
+    bench = Bench(num_blocks=64)
+    bench.scheduler.add(make_sequence("r1", 40, 1))
+    bench.scheduler.add(make_sequence("r2", 1, 1))
+    assert bench.step() == [("r1", 7), ("r2", 1)]
+
+
+def test_a_running_prompt_goes_on_while_a_shorter_one_finds_no_room() -> None:
+    bench = Bench(num_blocks=9, max_prefill_tokens=4)
+    bench.scheduler.add(make_sequence("r1", 12, 1))
+    bench.scheduler.add(make_sequence("r2", 20, 1))
+    assert bench.step() == [("r1", 2), ("r2", 2)]
+    bench.scheduler.add(make_sequence("r3", 8, 1))
+    assert bench.step() == [("r1", 2), ("r2", 2)]
+    bench.run_all()
+
+
+def test_chunks_are_as_large_as_the_time_of_a_step_allows() -> None:
+    clock = SlowClock()
+    pace = StepPace(100, clock)
+    scheduler = Scheduler(BlockManager(1000, 4), pace, max_batch_size=4, max_prefill_tokens=1000)
+    runner = FakeModelRunner()
+    scheduler.add(make_sequence("r1", 3000, 1))
+    for _ in range(12):
+        batch = scheduler.schedule()
+        clock.now_s += 0.020 + 0.0005 * batch[0].num_tokens
+        scheduler.postprocess(batch, runner.run(batch))
+    assert 150 <= batch[0].num_tokens <= 170
+
+
+class SlowClock:
+    """A clock that stands still until it is set."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 def test_who_gave_way_comes_before_who_came_later() -> None:
@@ -206,7 +258,7 @@ def test_any_schedule_gives_every_sequence_the_tokens_it_gets_alone(
 
 
 def test_an_isolated_sequence_runs_alone_even_if_the_others_hold_all_blocks() -> None:
-    scheduler = Scheduler(BlockManager(4, 4), max_batch_size=8, max_prefill_tokens=64)
+    scheduler = Scheduler(BlockManager(4, 4), unpaced(), max_batch_size=8, max_prefill_tokens=64)
     others = [make_sequence(f"r{i}", 7, 4) for i in range(2)]
     for seq in others:
         scheduler.add(seq)
