@@ -231,6 +231,11 @@ class Cluster:
         self.wait_until_leased(num_workers)
         return list(self.workers)
 
+    def start_companion(self) -> ChaosWorker:
+        """The only worker, too small for all of `ASKS`: one that is started next gets some of them."""
+        self.ensure_workers(0)
+        return self.start_worker(max_batch_size="24")
+
     def wait_until_leased(self, num_workers: int) -> None:
         """Returns when just so many workers hold a lease of their own: the dead are forgotten."""
 

@@ -38,7 +38,7 @@ main()
 def test_a_worker_and_an_operator_whose_clocks_are_an_hour_wrong_move_and_lose_nothing(
     cluster: Cluster, recorder: Recorder, reference: Reference, seconds: int
 ) -> None:
-    (right,) = cluster.ensure_workers(1)
+    right = cluster.start_companion()
     skewed = cluster.start_worker(program=[sys.executable, "-c", SKEWED_RQ.format(seconds=seconds)])
     run = recorder.start(cluster.api.url, ASKS)
     pick_victim([skewed])

@@ -141,7 +141,7 @@ def test_a_drained_worker_that_never_hears_that_it_handed_back_ends_well(
     (former,) = (worker for worker in wired.cluster.workers if worker.url == proxy.url)
     former.kill()
     victim = wired.cluster.start_worker(proxy.url, drain_s="0.1")
-    run = wired.recorder.start(wired.cluster.api.url, ASKS)
+    run = wired.recorder.start(wired.cluster.api.url, [*ASKS, *LENGTHY])  # More than the other one takes.
     pick_victim([victim])
     swallowed = proxy.num_swallowed
     proxy.swallow_replies(script_marker("hand_back"))

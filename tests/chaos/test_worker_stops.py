@@ -29,7 +29,7 @@ def test_a_worker_stopped_for_three_leases_finds_its_requests_gone_and_serves_on
     check_complete(run.wait(), reference)
     measure("longest pause", run.longest_pause_s(frozen_at), FAILOVER_LIMIT_S)
     assert "moved to another worker" in victim.process.output
-    run = recorder.start(cluster.api.url, ASKS)
+    run = recorder.start(cluster.api.url, [*ASKS, *ASKS])  # More than the other one takes.
     wait_until(victim.owned_ids, what="requests at the worker that woke up")
     check_complete(run.wait(), reference)
     assert victim.is_running
@@ -53,7 +53,7 @@ def test_a_worker_with_time_to_drain_finishes_what_it_runs(
 def test_a_worker_that_drains_in_a_hurry_hands_back_what_it_runs(
     cluster: Cluster, recorder: Recorder, reference: Reference, measure: Measure, how: str
 ) -> None:
-    cluster.ensure_workers(1)
+    cluster.start_companion()
     victim = cluster.start_worker(drain_s="0.2" if how == "its time is over" else "30")
     run = recorder.start(cluster.api.url, ASKS)
     pick_victim([victim])
@@ -99,7 +99,7 @@ def test_one_worker_becomes_four_and_one_again_under_load_without_a_failed_reque
 def test_a_worker_whose_engine_hangs_ends_with_an_error_and_its_requests_move(
     cluster: Cluster, recorder: Recorder, reference: Reference, measure: Measure
 ) -> None:
-    cluster.ensure_workers(1)
+    cluster.start_companion()
     victim = cluster.start_worker(faults="hang=30", step_limit_s="1")
     run = recorder.start(cluster.api.url, ASKS)
     assert victim.process.wait() == HUNG_EXIT_CODE
