@@ -96,7 +96,7 @@ class Deployment:
         """A uvicorn on a free port, ready when this returns."""
         port = free_port()
         command = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app"]
-        command += ["--port", str(port), "--timeout-graceful-shutdown", "30"]
+        command += ["--port", str(port)]
         api = self.start(command, redis_url=self.redis_url, **settings)
         self.api_url = f"http://127.0.0.1:{port}"
         api.wait_for("Uvicorn running")
