@@ -82,6 +82,8 @@ class News(NamedTuple):
 
     aborted: list[str]
     lost: list[str]
+    in_time: bool = True
+    """Whether the worker's own lease had held until it was renewed."""
 
 
 class FoundRequest(NamedTuple):
@@ -288,7 +290,8 @@ class WorkerStreams:
     def renew(self, held: Iterable[Held], *, judge_readers: bool = False) -> News:
         """Extends this worker's own entry and the leases of all it holds.
 
-        `judge_readers`: a request whose API let its lease run out counts as aborted, unless it is detached.
+        `judge_readers`: a request whose API let its lease run out counts as aborted, unless it is detached;
+        none does if this worker's own lease had run out.
         """
         reply = self._renew(
             args=[
@@ -306,7 +309,7 @@ class WorkerStreams:
         return int(self._hand_back(args=[_pack_held(reversed(held))]))
 
     def reap(self, max_crashes_alone: int = 3) -> Reaped:
-        """Puts requests with an expired lease back on their queues.
+        """Puts requests with an expired lease back on their queues; nothing if its own lease has run out.
 
         One that had no company when it lost its worker, so many times, ends as failed instead.
         """
@@ -320,6 +323,7 @@ class WorkerStreams:
                 self._failure_ttl_s,
                 event.encode().decode().replace("%", "%%").replace('"event_no":-1', '"event_no":%d'),
                 _exception_text(reason),
+                self._worker_name,
             ]
         )
         return Reaped([item.decode() for item in requeued], [item.decode() for item in dead])
@@ -360,6 +364,6 @@ def _pack_held(held: Iterable[Held]) -> bytes:
     return _pack([item for pair in held for item in pair])
 
 
-def _news(reply: list[list[bytes]]) -> News:
-    aborted, lost = reply
-    return News([item.decode() for item in aborted], [item.decode() for item in lost])
+def _news(reply: list[Any]) -> News:
+    aborted, lost, *in_time = reply
+    return News([item.decode() for item in aborted], [item.decode() for item in lost], in_time != [0])

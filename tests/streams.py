@@ -76,6 +76,13 @@ def worker_streams(connection: redis.Redis, name: str = "w1", **options: Any) ->
     return WorkerStreams(connection, worker_name=name, **(defaults | options))
 
 
+def reaper(connection: redis.Redis, name: str = "reaper") -> WorkerStreams:
+    """The end of a worker whose own lease holds, so that it may judge others."""
+    streams = worker_streams(connection, name)
+    streams.renew([])
+    return streams
+
+
 def claim(streams: WorkerStreams, num_requests: int = 1, **options: Any) -> list[Claim]:
     """Claims up to `num_requests` under fresh execution ids."""
     ids = [uuid4().hex for _ in range(num_requests)]

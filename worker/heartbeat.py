@@ -82,6 +82,9 @@ class Heartbeat:
     def _renew(self, *, judge_readers: bool) -> None:
         news = self._streams.renew(self._held.snapshot(), judge_readers=judge_readers)
         self._consumer.abort(news.aborted)
+        if not news.in_time:
+            # The server, or this process, was paused: others must have the time to renew theirs first.
+            self._connected_since = self._clock()
         self._on_beat()
 
     def _reap(self) -> None:

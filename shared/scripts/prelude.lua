@@ -34,6 +34,14 @@ local function reader_key(id) return OURS .. ':reader:' .. id end
 local function waiting_key(base) return OURS .. ':waiting:' .. base end
 local function leases_key(base) return OURS .. ':leases:' .. base end
 
+local function workers_key(base) return OURS .. ':workers:' .. base end
+
+-- Whether a worker's own lease still holds. After a pause of the server, or of the worker, it does not: then the leases
+-- of others may look expired too, before they had the time to renew them, and the worker must judge nobody.
+local function may_judge(base, worker)
+  return tonumber(redis.call('ZSCORE', workers_key(base), worker) or 0) > now_ms
+end
+
 local function ring(base)
   local doorbell = OURS .. ':doorbell:' .. base
   redis.call('LPUSH', doorbell, 1)

@@ -1,7 +1,7 @@
 -- Requests whose owner stopped renewing go back to the front of their queues; one that crashed its worker alone too
 -- often is dead-lettered. Needs no lock: the first reaper takes a lease away, the second finds none.
 -- ARGV: base, most requests in one call, crashes alone that end a request, ttl (s) of a failed job, event (a format
---       with one %d, its number), exception text as RQ's results have it.
+--       with one %d, its number), exception text as RQ's results have it, the worker that reaps.
 -- Returns {ids requeued, ids dead-lettered}.
 local base, max_crashes_alone, failure_ttl, event = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
@@ -29,6 +29,7 @@ local function count_crash(id, owner, held)
   return false
 end
 
+if not may_judge(base, ARGV[7]) then return { {}, {} } end
 local requeued, dead, held = {}, {}, {}
 local expired = redis.call('ZRANGEBYSCORE', leases_key(base), '-inf', now_ms, 'LIMIT', 0, tonumber(ARGV[2]))
 for _, id in ipairs(expired) do

@@ -1,14 +1,15 @@
 -- One heartbeat of a worker: its own entry and the leases of all it holds.
 -- ARGV: base, worker, lease (ms), held = {id, execution, ...} (msgpack), '1' to abort requests that nobody reads:
 --       their API let its lease run out, and they are not detached.
--- Returns {aborted ids, lost ids}.
+-- Returns {aborted ids, lost ids, 1 if the worker's own lease held until now, else 0}.
 local base, worker, lease_ms, held = ARGV[1], ARGV[2], tonumber(ARGV[3]), cmsgpack.unpack(ARGV[4])
 
-redis.call('ZADD', OURS .. ':workers:' .. base, now_ms + lease_ms, worker)
-redis.call('ZREMRANGEBYSCORE', OURS .. ':workers:' .. base, '-inf', now_ms - 600000)
+local was_in_time = may_judge(base, worker)
+redis.call('ZADD', workers_key(base), now_ms + lease_ms, worker)
+redis.call('ZREMRANGEBYSCORE', workers_key(base), '-inf', now_ms - 600000)
 
 local function is_orphan(id)
-  if ARGV[5] ~= '1' or redis.call('HGET', job_key(id), 'detached') == '1' then return false end
+  if ARGV[5] ~= '1' or not was_in_time or redis.call('HGET', job_key(id), 'detached') == '1' then return false end
   local reader = redis.call('GET', reader_key(id))
   return not reader or redis.call('EXISTS', reader) == 0
 end
@@ -23,4 +24,4 @@ for i = 1, #held, 2 do
     if owner.aborted or is_orphan(id) then aborted[#aborted + 1] = id end
   end
 end
-return { aborted, lost }
+return { aborted, lost, was_in_time and 1 or 0 }

@@ -9,7 +9,7 @@ import redis
 
 from shared import keys
 from tests.redis_server import RedisServer
-from tests.streams import BASE, BlockingApi, claim, make_request, worker_streams
+from tests.streams import BASE, BlockingApi, claim, make_request, reaper, worker_streams
 from tests.waiting import wait_until
 
 NUM_TRIALS = 40
@@ -53,7 +53,7 @@ def test_two_reapers_at_once_requeue_a_lost_request_once(
             claim(worker_streams(connection, f"lost-{trial}", lease_s=0.001))
             wait_until(lambda: connection.zcount(keys.leases(BASE), "-inf", "+inf") == 1, what="the lease")
             wait_until(lambda: _is_expired(connection), what="the end of the lease")
-            reapers = worker_streams(connection, "r1"), worker_streams(other, "r2")
+            reapers = reaper(connection, "r1"), reaper(other, "r2")
             results = at_once(reapers[0].reap, reapers[1].reap)
             assert sorted(len(result.requeued) for result in results) == [0, 1]
             assert connection.lrange(f"rq:queue:{BASE}", 0, -1) == [request_id.encode()]

@@ -28,7 +28,7 @@ def test_a_worker_stopped_for_three_leases_finds_its_requests_gone_and_serves_on
     victim.thaw()
     check_complete(run.wait(), reference)
     measure("longest pause", run.longest_pause_s(frozen_at), FAILOVER_LIMIT_S)
-    assert "moved to another worker" in victim.process.output
+    wait_until(lambda: "moved to another worker" in victim.process.output, what="the news at the victim")
     run = recorder.start(cluster.api.url, [*ASKS, *ASKS])  # More than the other one takes.
     wait_until(victim.owned_ids, what="requests at the worker that woke up")
     check_complete(run.wait(), reference)

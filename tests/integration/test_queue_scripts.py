@@ -18,7 +18,18 @@ from shared.errors import GenerationFailed, GenerationStopped, QueueFull
 from shared.messages import SCHEMA_VERSION, FinishReason, decode_event
 from shared.streams import Claim, WorkerStreams, script_source
 from tests.redis_server import BINARIES, RedisServer
-from tests.streams import BASE, CHANNEL, SECRET, BlockingApi, claim, last, make_request, token, worker_streams
+from tests.streams import (
+    BASE,
+    CHANNEL,
+    SECRET,
+    BlockingApi,
+    claim,
+    last,
+    make_request,
+    reaper,
+    token,
+    worker_streams,
+)
 from tests.waiting import wait_until
 
 
@@ -215,7 +226,7 @@ def test_the_append_of_a_former_owner_is_refused(connection: redis.Redis, api: B
     stalled = worker_streams(connection, "stalled", lease_s=0.001)
     (old,) = claim(stalled)
     stalled.append([old.held], [token(old, 0, "a")])
-    wait_until_reaped(stalled, request_id)
+    wait_until_reaped(reaper(connection), request_id)
     (new,) = claim(worker_streams(connection, "next"))
     assert [event.text for event in new.events] == ["a"]
     assert stalled.append([old.held], [token(old, 1, "wrong"), last(old, 2)]).lost == [request_id]
@@ -325,7 +336,7 @@ def test_an_abort_is_not_forgotten_when_its_worker_leaves(
         streams.hand_back([claimed.held])
     else:
         wait_until(lambda: expired(connection) == 1)
-        assert streams.reap() == ([], [])
+        assert reaper(connection).reap() == ([], [])
     assert claim(streams) == []
     assert fetch(connection, request_id).get_status() == JobStatus.CANCELED
     (event,) = connection.lrange(keys.log(request_id), 0, -1)
@@ -351,7 +362,7 @@ def test_a_job_deleted_while_it_runs_is_lost_to_its_owner(connection: redis.Redi
     fetch(connection, request_id).delete()
     assert streams.append([claimed.held], [token(claimed, 0)]).lost == [request_id]
     assert StartedJobRegistry(BASE, connection).count == 0
-    assert streams.reap().requeued == []
+    assert reaper(connection).reap().requeued == []
 
 
 def test_a_renewed_lease_is_not_reaped_and_an_expired_one_once(
@@ -360,7 +371,7 @@ def test_a_renewed_lease_is_not_reaped_and_an_expired_one_once(
     request_id = api.enqueue(make_request())
     (claimed,) = claim(worker_streams(connection, lease_s=0.001))
     worker_streams(connection).renew([claimed.held])
-    other = worker_streams(connection, "other")
+    other = reaper(connection, "other")
     assert other.reap().requeued == []
     worker_streams(connection, lease_s=0.001).renew([claimed.held])
     wait_until_reaped(other, request_id)
@@ -368,6 +379,24 @@ def test_a_renewed_lease_is_not_reaped_and_an_expired_one_once(
     assert queue(connection).job_ids == [request_id]
     assert fetch(connection, request_id).get_status() == JobStatus.QUEUED
     assert waiting(connection) == [BASE]
+
+
+def test_a_worker_whose_own_lease_ran_out_judges_nobody(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    (claimed,) = claim(worker_streams(connection, lease_s=0.001))
+    late = worker_streams(connection, "late", lease_s=0.001)
+    late.renew([])
+    wait_until(lambda: expired(connection) == 1)
+    assert late.reap().requeued == []
+    orphan = api.enqueue(make_request())
+    (held,) = claim(late)
+    connection.delete(CHANNEL)
+    news = worker_streams(connection, "late").renew([held.held], judge_readers=True)
+    assert (news.aborted, news.in_time) == ([], False)
+    news = worker_streams(connection, "late").renew([held.held], judge_readers=True)
+    assert (news.aborted, news.in_time) == ([orphan], True)
+    assert worker_streams(connection, "late").reap().requeued == [request_id]
+    assert claimed
 
 
 def test_requests_handed_back_stand_in_front_in_their_old_order(
@@ -407,7 +436,7 @@ def crash(connection: redis.Redis, name: str, num_requests: int, num_events: int
     for _ in range(num_events):
         streams.append(held, [token(c, connection.llen(keys.log(c.held.request_id))) for c in claims])
     wait_until(lambda: expired(connection) == len(claims))
-    worker_streams(connection, "reaper").reap(max_crashes_alone=3)
+    reaper(connection).reap(max_crashes_alone=3)
     return claims
 
 
@@ -454,14 +483,14 @@ def test_leases_that_end_one_after_another_still_count_as_company(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     ids = [api.enqueue(make_request()) for _ in range(2)]
-    dying, reaper = worker_streams(connection, "w1", lease_s=0.001), worker_streams(connection, "reaper")
+    dying, other = worker_streams(connection, "w1", lease_s=0.001), reaper(connection)
     first, second = claim(dying, 2)
     worker_streams(connection, "w1").renew([second.held])
     wait_until(lambda: expired(connection) == 1)
-    assert reaper.reap().requeued == [first.held.request_id]
+    assert other.reap().requeued == [first.held.request_id]
     dying.renew([second.held])
     wait_until(lambda: expired(connection) == 1)
-    assert reaper.reap().requeued == [second.held.request_id]
+    assert other.reap().requeued == [second.held.request_id]
     assert [counts(connection, request_id) for request_id in ids] == [[None, b"1"]] * 2
 
 
@@ -484,11 +513,11 @@ def test_a_crash_while_one_ran_alone_charges_that_one_and_not_those_that_waited_
     (lone,) = claim(dying, 1)
     others = [api.enqueue(make_request("b")) for _ in range(2)]
     held = [lone.held, *(claimed.held for claimed in claim(dying, 2))]
-    reaper = worker_streams(connection, "reaper")
+    other = reaper(connection)
     for num_renewed in (2, 1, 0):  # They expire one after another: the lone one first.
         worker_streams(connection, "w1", lease_s=60).renew(held[3 - num_renewed :])
         wait_until(lambda: expired(connection) == 1)
-        reaper.reap()
+        other.reap()
         dying.renew(held[3 - num_renewed :][:1])
     assert counts(connection, suspect) == [b"1", b"2"]
     assert [counts(connection, request_id) for request_id in others] == [[None, None]] * 2
