@@ -53,6 +53,7 @@ class LoraWorker(BaseWorker):
         self._loop: EngineLoop | None = None
         self._consumer: Consumer | None = None
         self._failure: BaseException | None = None
+        self._stop_asked = False
 
     def work(
         self,
@@ -95,6 +96,7 @@ class LoraWorker(BaseWorker):
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: drain; the second one hands back at once. While loading: end."""
         if self._loop is None:
+            self._stop_asked = True
             raise SystemExit(0)
         if not self._loop.is_draining:
             self.log.info("Worker %s: draining", self.name, extra=fields("drain"))
@@ -135,6 +137,9 @@ class LoraWorker(BaseWorker):
         self._loop = loop = EngineLoop(
             engine, consumer, held, drain_s=settings.drain_s, step_delay_s=settings.step_delay_s
         )
+        if self._stop_asked:
+            # The exception that should have ended the loading was lost: Python ignores it in a __del__.
+            loop.drain()
         heartbeat = Heartbeat(
             self._streams(settings),
             held,

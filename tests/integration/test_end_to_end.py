@@ -208,6 +208,14 @@ def test_sigterm_lets_running_streams_finish_and_exits_with_0(deploy: Deploy) ->
     assert "handed" not in worker.output
 
 
+def test_a_sigterm_while_loading_is_not_lost(deploy: Deploy) -> None:
+    deployment = deploy()
+    command = [str(BIN / "rq"), "worker", "-u", deployment.redis_url]
+    worker = deployment.start([*command, "-w", "tests.integration.stopped_worker.StoppedWhileLoading"])
+    assert worker.wait(60) == 0
+    assert "Exception ignored in" in worker.output
+
+
 def test_a_burst_worker_answers_what_waits_and_ends(
     deploy: Deploy, redis_server: RedisServer, connection: redis.Redis
 ) -> None:

@@ -1,0 +1,21 @@
+"""A worker class that gets a SIGTERM at the worst moment; for `rq worker -w`."""
+
+import os
+import signal
+from typing import Any
+
+from shared.settings import WorkerSettings
+from worker import LoraWorker
+
+
+class _Dying:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class StoppedWhileLoading(LoraWorker):
+    """Its handler's exception is raised inside a `__del__`, where Python ignores it."""
+
+    def _load_model_runner(self, settings: WorkerSettings) -> Any:
+        _Dying()
+        return super()._load_model_runner(settings)
