@@ -98,7 +98,6 @@ while #claimed < k and #queues > 0 do
       job[3], job[4] = false, false
     end
     local alone = must_run_alone(job)
-    if alone and #claimed > 0 then break end
     local execution = ARGV[8 + #claimed + 1]
     start(id, queue, execution, job[3] or job[4], alone)
     running[queue] = (running[queue] or 0) + 1

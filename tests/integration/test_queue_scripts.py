@@ -493,14 +493,16 @@ def test_leases_that_end_one_after_another_still_count_as_company(
     assert [counts(connection, request_id) for request_id in ids] == [[None, b"1"]] * 2
 
 
-def test_a_suspect_of_two_crashes_is_claimed_singly_to_run_alone(
+def test_a_suspect_of_two_crashes_runs_alone_and_is_the_last_of_a_claim(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
-    ids = [api.enqueue(make_request("a")), api.enqueue(make_request("b"))]
+    suspects = [api.enqueue(make_request("a")), api.enqueue(make_request("a"))]
     for attempt in range(2):
         crash(connection, f"w{attempt}", 2)
-    (claimed,) = claim(worker_streams(connection), 2)
-    assert (claimed.held.request_id, claimed.alone) == (ids[0], True)
+    other = api.enqueue(make_request("b"))
+    first, second = claim(worker_streams(connection), 3, running={f"{BASE}-a": 1})
+    assert (first.held.request_id, first.alone) == (other, False)
+    assert (second.held.request_id in suspects, second.alone) == (True, True)
 
 
 def test_a_crash_while_one_ran_alone_charges_that_one_and_not_those_that_waited_for_it(
