@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -19,18 +19,28 @@ from shared.logs import fields
 from shared.queues import queue_name
 from shared.streams import NUM_EVENTS_TO_CLEAR, Append, Claim, Held, News, WorkerStreams
 from worker.faults import Faults
+from worker.prompt_encoder import Encode, PromptEncoder
 
 logger = logging.getLogger(__name__)
 
 MAX_NUM_UNSENT_STEPS = 32
 IDLE_WAIT_S = 1.0
 RETRY_WAIT_S = 0.5
+IO = "io"
+
+
+class Arrival(NamedTuple):
+    """A claimed request on its way to the engine."""
+
+    claim: Claim
+    prompt: list[int] | None = None
+    """Its tokens; None leaves it to the engine to encode them."""
 
 
 class Commands(NamedTuple):
     """What the engine is asked to do before its next step."""
 
-    add: Sequence[Claim] = ()
+    add: Sequence[Arrival] = ()
     abort: Sequence[str] = ()
     stop: Sequence[str] = ()
     drop: Sequence[str] = ()
@@ -39,7 +49,7 @@ class Commands(NamedTuple):
 
 
 class HeldRequests:
-    """The requests this worker owns. Shared by the I/O and the heartbeat thread."""
+    """The requests this worker owns. Shared by all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,6 +59,9 @@ class HeldRequests:
 
     def __len__(self) -> int:
         return len(self._queues)
+
+    def __contains__(self, held: Held) -> bool:
+        return held in self._queues
 
     @property
     def has_lone_request(self) -> bool:
@@ -103,7 +116,9 @@ class Consumer:
         max_num_requests: int,
         poll_s: float,
         faults: Faults | None = None,
+        encode: Encode | None = None,
     ) -> None:
+        """`encode` turns messages into a prompt, beside the engine's thread; else the engine does it."""
         self._streams = streams
         self._held = held
         self._queues = queues
@@ -116,18 +131,28 @@ class Consumer:
         self._to_shed: queue.SimpleQueue[Held] = queue.SimpleQueue()
         self.commands: queue.SimpleQueue[Commands] = queue.SimpleQueue()
         self.outbox: queue.Queue[list[Append]] = queue.Queue(MAX_NUM_UNSENT_STEPS)
+        self._encoder = PromptEncoder(encode, self._deliver) if encode else None
         self.num_claimed = 0
         self.is_idle = False
         """Whether the last turn found nothing to do."""
+
+    @property
+    def threads(self) -> dict[str, Callable[[], None]]:
+        """What has to run beside the engine, each in a thread of its own, by name."""
+        encoder = self._encoder
+        lanes = {"short prompts": encoder.run_short, "long prompts": encoder.run_long} if encoder else {}
+        return {IO: self.run, **lanes}
 
     def drain(self) -> None:
         """No new claims from now on."""
         self._draining.set()
 
     def stop(self) -> None:
-        """Ends `run` after its present turn."""
+        """Ends `threads`, each after what it does now."""
         self._draining.set()
         self._stopped.set()
+        if self._encoder is not None:
+            self._encoder.stop()
 
     def run(self) -> None:
         """Takes turns until `stop`; a lost connection is retried, what is unsent waits."""
@@ -230,4 +255,13 @@ class Consumer:
         if claims:
             self._faults.claimed(claims)
             self.num_claimed += len(claims)
-            self.commands.put(Commands(add=claims))
+            self._pass_in(claims)
+
+    def _pass_in(self, claims: Sequence[Claim]) -> None:
+        if self._encoder is not None:
+            self._encoder.take(claims)
+        else:
+            self.commands.put(Commands(add=[Arrival(claim) for claim in claims]))
+
+    def _deliver(self, claim: Claim, prompt: list[int] | None) -> None:
+        self.commands.put(Commands(add=[Arrival(claim, prompt)]))

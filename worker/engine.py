@@ -83,16 +83,17 @@ class Engine:
         request: GenerationRequest,
         events: Iterable[StreamEvent] = (),
         *,
+        prompt: list[int] | None = None,
         alone: bool = False,
     ) -> list[Append]:
-        """Takes a request in; `events` is what its log holds already.
+        """Takes a request in; `events` is what its log holds already, `prompt` its tokens, where known.
 
         `alone`: its steps run without the others until `allow_company`, so that a crash is its own.
         A request that can't run ends here: the list then holds its terminal error event, else it is empty.
         """
         self.drop_request(held.request_id)
         try:
-            output = self._prepare(held, request)
+            output = self._prepare(held, request, prompt)
         except LorelayError as error:
             return [_refusal(held, error, len(list(events)))]
         output.resume(events)
@@ -105,6 +106,10 @@ class Engine:
     def allow_company(self) -> None:
         """The request that ran alone is beyond doubt: all run together again."""
         self._scheduler.isolate(None)
+
+    def holds(self, request_id: str) -> bool:
+        """Whether this request is here and has not ended."""
+        return request_id in self._outputs
 
     def abort_request(self, request_id: str) -> list[Append]:
         """Ends a request that its client gave up; nothing if it has ended already."""
@@ -139,11 +144,12 @@ class Engine:
             self._remove(output.held.request_id)
         return [output.fail(GenerationTimeout()) for output in expired]
 
-    def _prepare(self, held: Held, request: GenerationRequest) -> RequestOutput:
+    def _prepare(self, held: Held, request: GenerationRequest, prompt: list[int] | None) -> RequestOutput:
         adapter_name = request.adapter_name
         if adapter_name is not None and adapter_name not in self._model_runner.adapter_versions:
             raise AdapterError(f"adapter {adapter_name!r} is not loaded on this worker")
-        prompt = self._tokenizer.encode_chat(request.messages)
+        if prompt is None:
+            prompt = self._tokenizer.encode_chat(request.messages)
         seq = Sequence(
             request_id=request.request_id,
             index=0,

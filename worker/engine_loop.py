@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 from shared.logs import fields
-from shared.streams import Append
-from worker.consumer import Commands, Consumer, HeldRequests
+from shared.streams import Append, Held
+from worker.consumer import Arrival, Commands, Consumer, HeldRequests
 from worker.engine import Engine
 from worker.sequence import OutOfDeviceMemory
 
@@ -39,6 +39,7 @@ class EngineLoop:
         self._clock = clock
         self._drain_until: float | None = None
         self._hurried = threading.Event()
+        self._stopped_early: set[Held] = set()
         self._step_started_s: float | None = None
 
     def step_age_s(self) -> float:
@@ -99,15 +100,34 @@ class EngineLoop:
             for request_id in commands.abort:
                 appends += self._engine.abort_request(request_id)
             for request_id in commands.stop:
-                appends += self._engine.stop_request(request_id)
+                appends += self._stop(request_id)
             if commands.allow_company:
                 self._engine.allow_company()
-            for claim in commands.add:
-                appends += self._engine.add_request(
-                    claim.held, claim.request, claim.events, alone=claim.alone
-                )
+            for arrival in commands.add:
+                appends += self._add(arrival)
             commands = self._next_commands(None)
         return appends
+
+    def _add(self, arrival: Arrival) -> list[Append]:
+        """Takes a request in, unless it was lost, or claimed anew, while its prompt was encoded."""
+        claim, prompt = arrival
+        if claim.held not in self._held:
+            return []
+        appends = self._engine.add_request(
+            claim.held, claim.request, claim.events, prompt=prompt, alone=claim.alone
+        )
+        if claim.held in self._stopped_early:
+            self._stopped_early.remove(claim.held)
+            appends += self._engine.stop_request(claim.held.request_id)
+        return appends
+
+    def _stop(self, request_id: str) -> list[Append]:
+        """Stops a request, also one that is still to come: an operator asks only once."""
+        if not self._engine.holds(request_id):
+            held = self._held.snapshot()
+            self._stopped_early &= set(held)
+            self._stopped_early |= {entry for entry in held if entry.request_id == request_id}
+        return self._engine.stop_request(request_id)
 
     def _next_commands(self, wait_s: float | None) -> Commands | None:
         try:

@@ -24,7 +24,7 @@ from shared.queues import queue_name
 from shared.settings import ENV_PREFIX, WorkerSettings
 from shared.streams import WorkerStreams
 from worker.block_manager import BlockManager
-from worker.consumer import Consumer, HeldRequests
+from worker.consumer import IO, Consumer, HeldRequests
 from worker.engine import Engine
 from worker.engine_loop import EngineLoop
 from worker.faults import Faults, FaultyRunner
@@ -39,6 +39,7 @@ ALL_QUEUES = "default"
 """What `rq worker` passes without a queue argument."""
 SOCKET_TIMEOUT_S = 5.0
 HUNG_EXIT_CODE = 70
+HEARTBEAT = "heartbeat"
 
 
 class LoraWorker(BaseWorker):
@@ -132,6 +133,7 @@ class LoraWorker(BaseWorker):
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
             faults=faults,
+            encode=model_runner.tokenizer.encode_chat,
         )
         self._consumer = consumer
         self._loop = loop = EngineLoop(
@@ -170,23 +172,23 @@ class LoraWorker(BaseWorker):
         burst: bool,
     ) -> None:
         """Serves, then stops in order: engine, I/O, what is left back to the queues, heartbeat."""
-        threads = [
-            threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
-            for name, run in (("io", consumer.run), ("heartbeat", heartbeat.run))
-        ]
-        for thread in threads:
+        threads = {
+            name: threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
+            for name, run in {**consumer.threads, HEARTBEAT: heartbeat.run}.items()
+        }
+        for thread in threads.values():
             thread.start()
         try:
             loop.run(lambda: self._failure is not None or (burst and consumer.is_idle))
         finally:
             consumer.stop()
-            threads[0].join()
+            threads[IO].join()
             try:
                 # After a lease others have taken over what could not be handed back.
                 num_handed_back = consumer.hand_back(retry_s=settings.lease_s)
             finally:
                 heartbeat.stop()
-                threads[1].join()
+                threads[HEARTBEAT].join()
         if num_handed_back:
             self.log.warning("Worker %s: handed %d requests back", self.name, num_handed_back)
         if self._failure is not None:

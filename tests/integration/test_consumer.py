@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -23,6 +24,7 @@ from worker.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
 from worker.engine import Engine
 from worker.engine_loop import EngineLoop
 from worker.heartbeat import Heartbeat
+from worker.prompt_encoder import LONG_PROMPT_CHARS, Encode
 from worker.scheduler import Scheduler
 from worker.sequence import Batch, OutOfDeviceMemory, Sequence
 
@@ -43,7 +45,13 @@ class ThreadedWorker:
     """What LoraWorker runs, in threads of this process."""
 
     def __init__(
-        self, url: str, runner: FakeModelRunner, *, max_num_requests: int = 8, drain_s: float = 30
+        self,
+        url: str,
+        runner: FakeModelRunner,
+        *,
+        max_num_requests: int = 8,
+        drain_s: float = 30,
+        encode: Encode | None = None,
     ) -> None:
         self.name = f"w-{uuid4().hex}"
         self.held = HeldRequests()
@@ -55,11 +63,13 @@ class ThreadedWorker:
             queues=QUEUES,
             max_num_requests=max_num_requests,
             poll_s=0.02,
+            encode=encode or FakeTokenizer().encode_chat,
         )
         engine = Engine(runner, FakeTokenizer(), scheduler)
         self.loop = EngineLoop(engine, self.consumer, self.held, drain_s=drain_s)
         self._threads = [
-            threading.Thread(target=run, daemon=True) for run in (self.consumer.run, self.loop.run)
+            threading.Thread(target=run, daemon=True)
+            for run in (self.loop.run, *self.consumer.threads.values())
         ]
 
     def start(self) -> "ThreadedWorker":
@@ -68,16 +78,20 @@ class ThreadedWorker:
         return self
 
     def join_loop(self) -> None:
-        self._threads[1].join(10)
-        assert not self._threads[1].is_alive()
+        self._threads[0].join(10)
+        assert not self._threads[0].is_alive()
+
+    def join_consumer(self) -> None:
+        for thread in self._threads[1:]:
+            thread.join(10)
+            assert not thread.is_alive()
 
     def close(self) -> None:
         self.loop.drain()
         self.loop.drain()
         self.consumer.stop()
-        for thread in self._threads:
-            thread.join(10)
-            assert not thread.is_alive()
+        self.join_consumer()
+        self.join_loop()
         self.connection.close()
 
 
@@ -371,6 +385,87 @@ def test_the_steps_of_a_request_near_crashes_run_alone_until_it_is_cleared(
     assert connection.hmget(Job.key_for(suspect), "suspect") == [None]
 
 
+class StuckEncode:
+    """Encodes prompts of more than a page only once it may."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+        self.num_begun = 0
+
+    def __call__(self, messages: list[dict[str, Any]]) -> list[int]:
+        if len(messages[0]["content"]) > LONG_PROMPT_CHARS:
+            self.num_begun += 1
+            assert self.may_go_on.wait(10)
+        return [ord("x")]
+
+
+def long_request() -> object:
+    messages = [{"role": "user", "content": "x" * (LONG_PROMPT_CHARS + 1)}]
+    return make_request(sampling=SamplingParams(temperature=0, max_tokens=3), messages=messages)
+
+
+def test_a_prompt_that_takes_long_to_encode_holds_up_no_other_request(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    encode = StuckEncode()
+    start_worker(encode=encode)
+    long = api.enqueue(long_request())
+    wait_until(lambda: encode.num_begun)
+    assert len(finished_log(connection, api.enqueue(request_of(5)))) == 5
+    assert log_of(connection, long) == []
+    encode.may_go_on.set()
+    assert len(finished_log(connection, long)) == 3
+
+
+def test_an_operator_can_stop_a_request_whose_prompt_is_being_encoded(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    encode = StuckEncode()
+    worker = start_worker(encode=encode)
+    request_id = api.enqueue(long_request())
+    wait_until(lambda: encode.num_begun)
+    worker.consumer.stop_request(request_id)
+    wait_until(worker.consumer.commands.empty)
+    encode.may_go_on.set()
+    (event,) = finished_log(connection, request_id)
+    assert event.error is not None
+    assert event.error.code == "generation_stopped"
+
+
+def test_a_request_given_up_while_its_prompt_was_encoded_ends(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    encode, runner = StuckEncode(), SlowRunner()
+    worker = start_worker(runner, encode=encode)
+    request_id = api.enqueue(long_request())
+    wait_until(lambda: encode.num_begun)
+    assert api.abort(request_id) == "running"
+    encode.may_go_on.set()
+    wait_until(worker.loop.step_age_s)
+    wait_until(lambda: not worker.consumer.commands.empty(), what="the abort, told once more")
+    runner.permits.release(1)
+    assert finished_log(connection, request_id)[-1].finish_reason == FinishReason.ABORT
+
+
+def test_a_request_that_moved_away_while_its_prompt_was_encoded_does_not_run_here(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    encode, runner = StuckEncode(), FakeModelRunner()
+    worker = start_worker(runner, encode=encode)
+    api.enqueue(long_request())
+    wait_until(lambda: encode.num_begun)
+    worker.consumer.drain()
+    worker_streams(connection).hand_back(worker.held.snapshot())
+    wait_until(lambda: not worker.held, what="the news that it is lost")
+    encode.may_go_on.set()
+    worker.consumer.stop()
+    worker.join_consumer()
+    wait_until(worker.consumer.commands.empty)
+    worker.loop.drain()
+    worker.join_loop()
+    assert runner.batches == []
+
+
 def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
@@ -379,7 +474,7 @@ def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     streams = worker_streams(connection)
     consumer = Consumer(streams, held, queues=QUEUES, max_num_requests=1, poll_s=0.01)
     consumer._claim()
-    (claimed,) = consumer.commands.get_nowait().add
+    ((claimed, _),) = consumer.commands.get_nowait().add
     end: list[Append] = [last(claimed, 0)]
     streams.append([claimed.held], end)
     consumer.outbox.put(end)

@@ -1,0 +1,56 @@
+"""Prompts to tokens beside the engine's thread: a long one takes seconds, in which all others go on."""
+
+import queue
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from shared.errors import LorelayError
+from shared.messages import GenerationRequest
+from shared.streams import Claim
+
+Encode = Callable[[list[dict[str, Any]]], list[int]]
+Deliver = Callable[[Claim, list[int] | None], None]
+
+LONG_PROMPT_CHARS = 32_768
+
+
+class PromptEncoder:
+    """Two lanes, each for a thread of its own, so that short prompts don't wait for long ones."""
+
+    def __init__(self, encode: Encode, deliver: Deliver) -> None:
+        """`deliver` gets each claim with its prompt; None: encoding fails, which is the engine's to tell."""
+        self._encode = encode
+        self._deliver = deliver
+        self._short: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
+        self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
+
+    def take(self, claims: Iterable[Claim]) -> None:
+        """Queues claims; each is delivered from a lane's thread, not always in this order."""
+        for claim in claims:
+            lane = self._long if _num_chars(claim.request) > LONG_PROMPT_CHARS else self._short
+            lane.put(claim)
+
+    def run_short(self) -> None:
+        """Encodes short prompts until `stop`."""
+        self._run(self._short)
+
+    def run_long(self) -> None:
+        """Encodes long prompts until `stop`."""
+        self._run(self._long)
+
+    def stop(self) -> None:
+        """Ends both lanes after what they encode now."""
+        self._short.put(None)
+        self._long.put(None)
+
+    def _run(self, lane: queue.SimpleQueue[Claim | None]) -> None:
+        while (claim := lane.get()) is not None:
+            try:
+                prompt = self._encode(claim.request.messages)
+            except LorelayError:
+                prompt = None
+            self._deliver(claim, prompt)
+
+
+def _num_chars(request: GenerationRequest) -> int:
+    return sum(len(str(message.get("content") or "")) for message in request.messages)
