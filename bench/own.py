@@ -121,7 +121,9 @@ class Stage(NamedTuple):
 def mixed_batches(context: Context) -> Iterator[Figure]:
     """Eight adapters on all projections."""
     sizes = context.sizes
-    floor = {batch: context.floor(batch) for batch in (sizes.concurrency, 1)}
+    for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
+        if keys & context.wanted:
+            context.floor(batch)  # Before anything else runs on this machine.
     adapters = context.given_adapters or context.make_adapters(
         sizes.num_adapters, sizes.rank, ALL_PROJECTIONS
     )
@@ -131,7 +133,7 @@ def mixed_batches(context: Context) -> Iterator[Figure]:
     }
     with context.deploy(LORA_WORKER, num_workers=1, **settings) as deployment:
         server = Server(deployment.url, deployment.base_name, tuple(adapters))
-        yield from served.rows(server, sizes, context.wanted, floor.__getitem__)
+        yield from served.rows(server, sizes, context.wanted, context.floor)
         if "pickup" in context.wanted:
             yield _pickup(deployment, server, sizes)
         if "tax" in context.wanted:

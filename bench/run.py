@@ -23,6 +23,7 @@ from shared.devices import num_usable_cores
 from shared.settings import parse_adapters
 
 ALL_GOALS = goals(has_compiler=shutil.which("g++") is not None)
+GOALS = {goal.key: goal for goal in ALL_GOALS}
 SMOKE = OwnSizes(
     concurrency=2,
     num_requests=4,
@@ -124,6 +125,7 @@ def _measure(context: Context, stages: Iterable[Stage]) -> Iterator[Figure]:
             for figure in stage.measure(context):
                 if figure.key in missing:
                     missing -= {figure.key}
+                    _say(f"{figure.key}: {Row(GOALS[figure.key], figure).shown}")
                     yield figure
         except (LoadFailed, StartFailed, subprocess.SubprocessError, TimeoutError) as error:
             _say(f"failed: {error}")
