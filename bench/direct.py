@@ -19,6 +19,7 @@ from shared.streams import Held
 from worker.engine import Engine
 from worker.faults import Faults
 from worker.lora_worker import build_engine
+from worker.threads import sleep_while_waiting
 
 
 class DirectResult(msgspec.Struct, frozen=True):
@@ -82,6 +83,7 @@ def main() -> None:
         max_tokens=args.max_tokens,
         num_prompt_words=args.prompt_words,
     )
+    sleep_while_waiting()
     from worker.model_runner import ModelRunner
 
     engine = build_engine(ModelRunner.load(settings), settings, Faults())

@@ -31,6 +31,7 @@ from worker.faults import Faults, FaultyRunner
 from worker.heartbeat import Heartbeat
 from worker.scheduler import Scheduler
 from worker.step_pace import StepPace
+from worker.threads import sleep_while_waiting
 
 if TYPE_CHECKING:
     from worker.model_runner import ModelRunner
@@ -159,6 +160,7 @@ class LoraWorker(BaseWorker):
         return consumer.num_claimed > 0
 
     def _load_model_runner(self, settings: WorkerSettings) -> "ModelRunner":
+        sleep_while_waiting()
         from worker.model_runner import ModelRunner
 
         return ModelRunner.load(settings)
