@@ -21,6 +21,9 @@ from worker.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_CACHE_BYTES = 2 << 30
+"""What one of several workers on a machine may take without being asked."""
+NUM_BATCHES_TO_KEEP = 3
+"""So many full batches of sequences that ended may wait in the cache for others that begin alike."""
 
 
 class ModelRunner:
@@ -46,6 +49,7 @@ class ModelRunner:
         self._lora = LoraStack(*shapes.select(model), model.dtype)
         self.max_model_len = loading.max_model_len(model.config, settings.session_len)
         self._state.kv_cache.resize(self._affordable_blocks(settings))
+        self._log_cache()
 
     @classmethod
     def load(cls, settings: WorkerSettings) -> Self:
@@ -144,7 +148,10 @@ class ModelRunner:
         return output.logits[0]  # type: ignore[no-any-return]
 
     def _affordable_blocks(self, settings: WorkerSettings) -> int:
-        """How many blocks the cache gets: what memory admits, at most what a full batch can use."""
+        """How many blocks the cache gets: what memory admits, at most what is of use.
+
+        That is a full batch of the longest sequences, and with a prefix cache more for what others share.
+        """
         device = self._model.device
         num_bytes = int(loading.num_free_bytes(device) * settings.cache_max_entry_count)
         limit = settings.cache_max_bytes or (DEFAULT_CPU_CACHE_BYTES if device.type == "cpu" else num_bytes)
@@ -157,7 +164,20 @@ class ModelRunner:
                 f"LORELAY_SESSION_LEN: the KV cache of one sequence of {self.max_model_len} tokens needs "
                 f"{needed / 2**20:.1f} MiB and may take {num_bytes / 2**20:.1f}; set a shorter one"
             )
-        return min(num_blocks, settings.max_batch_size * per_sequence)
+        num_batches = 1 + NUM_BATCHES_TO_KEEP * settings.prefix_cache
+        return min(num_blocks, num_batches * settings.max_batch_size * per_sequence)
+
+    def _log_cache(self) -> None:
+        cache = self._state.kv_cache
+        num_tokens = cache.num_blocks * cache.block_size
+        logger.info(
+            "KV cache: %d tokens in %d MiB; room for %.1f sequences of %d tokens",
+            num_tokens,
+            cache.num_blocks * cache.num_bytes_per_block >> 20,
+            num_tokens / self.max_model_len,
+            self.max_model_len,
+            extra=fields("allocate_cache"),
+        )
 
 
 def lay_out(batch: Batch, block_size: int, device: torch.device) -> StepLayout:

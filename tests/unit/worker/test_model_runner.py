@@ -396,8 +396,14 @@ def test_rope_that_depends_on_the_longest_sequence_ends_at_the_original_context(
         load(folder, session_len=300)
 
 
-def test_the_cache_holds_at_most_a_full_batch_and_at_least_one_sequence(models: Mapping[str, Path]) -> None:
-    assert load(models["llama"]).num_blocks == 8 * 512 // 4
+def test_the_cache_holds_what_is_of_use_and_at_least_one_sequence(
+    models: Mapping[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    full_batch = 8 * 512 // 4
+    assert load(models["llama"], prefix_cache=False).num_blocks == full_batch
+    with caplog.at_level("INFO", logger="worker"):
+        assert load(models["llama"]).num_blocks == 4 * full_batch
+    assert "KV cache: 16384 tokens in 12 MiB; room for 32.0 sequences of 512 tokens" in caplog.text
     # K and V of 2 layers, 2 heads of 12 float64 each: 768 bytes per token.
     assert load(models["llama"], cache_max_bytes=768 * 600).num_blocks == 150
     with pytest.raises(ConfigurationError, match="LORELAY_SESSION_LEN: the KV cache of one sequence of 512"):
