@@ -76,7 +76,13 @@ class FaultMaker:
         return all(worker.is_serving for worker in self._cluster.workers)
 
     def _victim(self) -> ChaosWorker:
-        return self._rng.choice(self._cluster.live_workers())
+        """A worker that serves: one that has just been started is left to load its model."""
+        serving = wait_until(self._serving, START_LIMIT_S, "a worker that serves")
+        return self._rng.choice(serving)
+
+    def _serving(self) -> list[ChaosWorker]:
+        self.restart_dead()
+        return [worker for worker in self._cluster.live_workers() if worker.is_serving]
 
     def _kill(self) -> None:
         self._victim().kill()

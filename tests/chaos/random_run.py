@@ -125,10 +125,9 @@ def main() -> int:
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     sys.stdout.write(f"seed {seed}\n")
     sys.stdout.flush()
-    with tempfile.TemporaryDirectory(prefix="lorelay-chaos-models-") as folder:
-        is_right, lines = run(
-            build_models(Path(folder)), args.minutes * 60, random.Random(seed), args.streams
-        )
+    with tempfile.TemporaryDirectory(prefix="lorelay-chaos-models-") as folder, Nursery() as nursery:
+        models = build_models(Path(folder))
+        is_right, lines = run(models, args.minutes * 60, random.Random(seed), args.streams, nursery)
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return int(not is_right)
 
@@ -138,7 +137,7 @@ def run(
     seconds: float,
     rng: random.Random,
     num_streams: int,
-    nursery: Nursery | None = None,
+    nursery: Nursery,
 ) -> tuple[bool, list[str]]:
     """Breaks a deployment for so long; whether nothing was lost and no token differs, and the report."""
     with ExitStack() as stack:
@@ -151,7 +150,7 @@ def _run(
     seconds: float,
     rng: random.Random,
     num_streams: int,
-    nursery: Nursery | None,
+    nursery: Nursery,
 ) -> tuple[bool, list[str]]:
     asks = [ask for n in (12, 30, 60) for ask in workload(32, max_tokens=n, tag=f"{n} ")]
     rng.shuffle(asks)
@@ -182,7 +181,7 @@ def _run(
     return is_right, report(book, maker, recomputed, remains, cluster.take_complaints())
 
 
-def fault_free(models: dict[str, str], asks: list[Ask], nursery: Nursery | None) -> Reference:
+def fault_free(models: dict[str, str], asks: list[Ask], nursery: Nursery) -> Reference:
     """The answers to all requests from a quiet deployment."""
 
     def answer(asks: "list[Ask] | tuple[Ask, ...]") -> list[Answer]:
