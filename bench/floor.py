@@ -15,6 +15,8 @@ from typing import Any
 
 import msgspec
 
+from worker.threads import sleep_while_waiting
+
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 NUM_STEPS = 25
 NUM_WARM_UP_STEPS = 5
@@ -125,7 +127,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--sleep", action="store_true", help="threads sleep while they wait for each other")
     args = parser.parse_args()
+    if args.sleep:
+        sleep_while_waiting()
     floor = measure(args.model, args.batch, device=args.device, num_threads=args.threads)
     fields = msgspec.structs.asdict(floor) | {"tokens_per_s": floor.tokens_per_s}
     sys.stdout.write(msgspec.json.encode(fields).decode() + "\n")

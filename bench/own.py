@@ -76,7 +76,9 @@ class Context:
         if batch not in self.floors:
             device = self.settings["device"].replace("auto", "cpu")
             options = ["--model", self.settings["model"], "--batch", str(batch), "--device", device]
-            self.floors[batch] = self.ask("bench.floor", *options)["tokens_per_s"]
+            # On a quiet machine threads that spin are faster, beside other work those that sleep.
+            ways: tuple[list[str], ...] = ([], ["--sleep"])
+            self.floors[batch] = max(self.ask("bench.floor", *options, *way)["tokens_per_s"] for way in ways)
         return self.floors[batch]
 
     def deploy(self, worker_class: str = LORA_WORKER, *, num_workers: int = 1, **settings: str) -> Deployment:
