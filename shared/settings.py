@@ -182,6 +182,10 @@ class WorkerSettings(Settings):
     block_size: Count = 16
     prefix_cache: bool = True
     """Whether requests of the same model that begin alike share what the KV cache holds of it."""
+    max_resident_adapters: Count | None = None
+    """Slots on the device; by default `max_batch_size`, so that no batch waits for a slot."""
+    max_cached_adapter_bytes: Count | None = None
+    """Adapters kept in host memory; by default a tenth of what is free at the start. Others are on disk."""
     num_threads: Count | None = None
     """CPU threads of the forward pass; by default torch's own choice."""
     lease_s: Seconds = 4

@@ -143,6 +143,10 @@ class Consumer:
         lanes = {"short prompts": encoder.run_short, "long prompts": encoder.run_long} if encoder else {}
         return {IO: self.run, **lanes}
 
+    def wake_engine(self) -> None:
+        """Ends the engine's waiting for commands: it has something else to see to."""
+        self.commands.put(Commands())
+
     def drain(self) -> None:
         """No new claims from now on."""
         self._draining.set()

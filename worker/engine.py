@@ -15,6 +15,7 @@ from shared.errors import (
 )
 from shared.messages import GenerationRequest, StreamEvent
 from shared.streams import Append, Held
+from worker.adapter_cache import AdapterCache
 from worker.detokenizer import Detokenizer
 from worker.output import Clock, RequestOutput
 from worker.scheduler import Scheduler
@@ -53,11 +54,14 @@ class Engine:
         tokenizer: Tokenizer,
         scheduler: Scheduler,
         clock: Clock = time.monotonic,
+        adapters: AdapterCache[Any] | None = None,
     ) -> None:
+        """`adapters`: the scheduler's; None where all are resident."""
         self._model_runner = model_runner
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._clock = clock
+        self._adapters = adapters
         self._outputs: dict[str, RequestOutput] = {}
 
     @property
@@ -143,6 +147,19 @@ class Engine:
         for output in expired:
             self._remove(output.held.request_id)
         return [output.fail(GenerationTimeout()) for output in expired]
+
+    def settle_adapters(self) -> list[Append]:
+        """Takes in the adapters that were read since; ends the requests of those that can't be served."""
+        if self._adapters is None:
+            return []
+        appends: list[Append] = []
+        for name, error in self._adapters.settle().items():
+            for seq in self._scheduler.waiting:
+                if seq.adapter_name == name:
+                    output = self._outputs[seq.request_id]
+                    self._remove(seq.request_id)
+                    appends.append(output.fail(error))
+        return appends
 
     def _prepare(self, held: Held, request: GenerationRequest, prompt: list[int] | None) -> RequestOutput:
         adapter_name = request.adapter_name

@@ -64,6 +64,7 @@ class EngineLoop:
         """Returns when drained, when the drain time is over, or when `should_stop`."""
         while not (self._is_drained() or should_stop()):
             appends = self._apply_commands()
+            appends += self._engine.settle_adapters()
             appends += self._engine.expire_requests()
             if self._engine.has_work:
                 appends += self._step()

@@ -60,14 +60,22 @@ class LoraLayer:
         linear.register_forward_hook(self._add_to_output)
 
     def add(self, slot: int, a: Tensor, b: Tensor) -> None:
-        """Stacks an adapter: `a` (rank, in) and `b` (rank, out), the scale folded into `b`."""
+        """Stacks an adapter in place of the slot's former one: `a` (rank, in) and `b` (rank, out), scaled."""
+        self._selected = None
+        if self._rank_slots.count(slot) == len(a):
+            first = self._rank_slots.index(slot)
+            self._a[first : first + len(a)] = a
+            self._b[first : first + len(a)] = b
+            return
+        self.remove(slot)
         self._a = torch.cat([self._a, a.to(self._a)])
         self._b = torch.cat([self._b, b.to(self._b)])
         self._rank_slots += (slot,) * len(a)
-        self._selected = None
 
     def remove(self, slot: int) -> None:
         """Takes an adapter out; one that isn't here is no error."""
+        if slot not in self._rank_slots:
+            return
         self._a, self._b, self._rank_slots = self._select(tuple(set(self._rank_slots) - {slot}))
         self._selected = None
 
@@ -95,6 +103,19 @@ class LoraLayer:
         return output + low @ b
 
 
+@dataclass(frozen=True)
+class SlotWeights:
+    """An adapter in host memory, as a slot takes it."""
+
+    layers: Mapping[str, tuple[Tensor, Tensor]]
+    """By layer: A (rank, in) and B (rank, out), the scale folded into B, in the model's dtype."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size, in host memory as in a slot."""
+        return sum(a.nbytes + b.nbytes for a, b in self.layers.values())
+
+
 class LoraStack:
     """All resident adapters of a model.
 
@@ -114,40 +135,54 @@ class LoraStack:
         self._layers: dict[str, LoraLayer] = {}
         self._slots: dict[str, int] = {}
 
-    def add(self, name: str, adapter: LoadedAdapter) -> None:
-        """Makes an adapter resident; it can be used from the next step on.
+    def prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
+        """An adapter as `put` takes it; may be called in any thread.
 
         Raises:
             AdapterError: it changes a layer whose input is not the rows of the batch (an expert's), or its
-                weights overflow the model's dtype. Nothing was changed then.
+                weights overflow the model's dtype.
         """
-        scaled: dict[str, tuple[Tensor, Tensor]] = {}
+        prepared: dict[str, tuple[Tensor, Tensor]] = {}
         for layer, weights in adapter.layers.items():
             if layer not in self._linears:
                 raise AdapterError(
                     f"adapter {name!r} at {adapter.path}: changes {layer}, whose input is not the batch's "
                     "tokens in their order (a layer of an expert?); that is not served"
                 )
-            # Scaled in the adapter's own or the model's precision, whichever is finer.
+            # Scaled in the adapter's own or the model's precision, whichever is finer. Copies, since what was
+            # read may be a view of the file.
             finest = torch.promote_types(weights.b.dtype, self._dtype)
-            a, b = weights.a.to(self._dtype), (weights.b.to(finest) * weights.scaling).T.to(self._dtype)
+            a = weights.a.to(self._dtype, copy=True)
+            b = (weights.b.to(finest) * weights.scaling).T.to(self._dtype).contiguous()
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise AdapterError(f"adapter {name!r} at {adapter.path}: {layer} overflows {self._dtype}")
-            scaled[layer] = (a, b)
+            prepared[layer] = (a, b)
+        return SlotWeights(prepared)
+
+    def add(self, name: str, adapter: LoadedAdapter) -> None:
+        """Makes an adapter resident; it can be used from the next step on.
+
+        Raises:
+            AdapterError: see `prepare`; nothing was changed then.
+        """
+        self.put(name, self.prepare(name, adapter))
+
+    @torch.inference_mode()
+    def put(self, name: str, weights: SlotWeights) -> None:
+        """Makes a prepared adapter resident, in the slot of a removed one if there is any."""
         self.remove(name)
         slot = min(set(range(len(self._slots) + 1)) - set(self._slots.values()))
         self._slots[name] = slot
-        for layer, (a, b) in scaled.items():
+        for layer in self._layers.keys() - weights.layers.keys():
+            self._layers[layer].remove(slot)
+        for layer, (a, b) in weights.layers.items():
             if layer not in self._layers:
                 self._layers[layer] = LoraLayer(self._linears[layer], self._dtype)
             self._layers[layer].add(slot, a, b)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter; one that isn't resident is no error."""
-        slot = self._slots.pop(name, None)
-        if slot is not None:
-            for lora_layer in self._layers.values():
-                lora_layer.remove(slot)
+        """Forgets an adapter, if it is here; its weights stay until the slot is taken."""
+        self._slots.pop(name, None)
 
     def slot(self, name: str | None) -> int:
         """The slot of a resident adapter; of None, `BASE`.

@@ -137,6 +137,7 @@ class LoraWorker(BaseWorker):
             encode=model_runner.tokenizer.encode_chat,
         )
         self._consumer = consumer
+        model_runner.adapter_cache.on_read = consumer.wake_engine
         self._loop = loop = EngineLoop(
             engine, consumer, held, drain_s=settings.drain_s, step_delay_s=settings.step_delay_s
         )
@@ -278,8 +279,10 @@ def build_engine(model_runner: "ModelRunner", settings: WorkerSettings, faults: 
         StepPace(settings.step_target_ms),
         max_batch_size=settings.max_batch_size,
         max_prefill_tokens=settings.max_prefill_tokens,
+        adapters=model_runner.adapter_cache,
     )
-    return Engine(FaultyRunner(model_runner, faults), model_runner.tokenizer, scheduler)
+    runner = FaultyRunner(model_runner, faults)
+    return Engine(runner, model_runner.tokenizer, scheduler, adapters=model_runner.adapter_cache)
 
 
 def _cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[ModelCard]:

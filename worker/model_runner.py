@@ -1,7 +1,8 @@
 """The only code that touches the device: one forward pass over a batch, and the tokens sampled from it."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from shared.errors import AdapterError, ConfigurationError
 from shared.logs import fields
-from shared.settings import WorkerSettings
+from shared.settings import AdapterSource, WorkerSettings
 from worker import loading, self_check
-from worker.adapter_files import load_adapter
+from worker.adapter_cache import AdapterCache
+from worker.adapter_store import AdapterStore
 from worker.attention import AttentionState, PagedKVCache, QueryGroup, StepLayout, attach
-from worker.lora import LoraStack
+from worker.lora import LoraStack, SlotWeights
 from worker.sampler import SamplingRow, sample
 from worker.sequence import Batch, OutOfDeviceMemory, ScheduledSequence
 from worker.tokenizer import Tokenizer
@@ -24,6 +26,8 @@ DEFAULT_CPU_CACHE_BYTES = 2 << 30
 """What one of several workers on a machine may take without being asked."""
 NUM_BATCHES_TO_KEEP = 3
 """So many full batches of sequences that ended may wait in the cache for others that begin alike."""
+DEFAULT_ADAPTER_MEMORY_SHARE = 0.1
+"""Of the memory that is free at the start."""
 
 
 class ModelRunner:
@@ -37,19 +41,19 @@ class ModelRunner:
         """
         self.tokenizer = tokenizer
         self.block_size = settings.block_size
-        self.adapter_versions: dict[str, str] = {}
         self.model_version = ""
         self._model = model
-        self._source = settings.model
         self._lora = LoraStack({}, {}, model.dtype)
         num_check_blocks = self_check.num_blocks_needed(self.block_size)
         self._state = AttentionState(PagedKVCache(num_check_blocks, self.block_size))
         attach(model, self._state)
         shapes = self_check.check(model, self._state, self._forward, self.block_size, settings.model)
         self._lora = LoraStack(*shapes.select(model), model.dtype)
+        self._adapters = AdapterStore(model, settings.model, self._lora)
         self.max_model_len = loading.max_model_len(model.config, settings.session_len)
         self._state.kv_cache.resize(self._affordable_blocks(settings))
         self._log_cache()
+        self.adapter_cache = self._build_adapter_cache(settings)
 
     @classmethod
     def load(cls, settings: WorkerSettings) -> Self:
@@ -65,11 +69,7 @@ class ModelRunner:
         tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
         runner = cls(loading.load_model(folder, settings, device), tokenizer, settings)
         runner.model_version = loading.model_version(folder)
-        for source in settings.adapters:
-            try:
-                runner.add_adapter(source.name, source.path)
-            except AdapterError as error:
-                raise ConfigurationError(f"LORELAY_ADAPTERS: {error.message}") from error
+        runner._load_adapters(settings.adapters)
         return runner
 
     @property
@@ -82,21 +82,22 @@ class ModelRunner:
         """Tokens that end a sequence."""
         return self.tokenizer.eos_token_ids
 
+    @property
+    def adapter_versions(self) -> Mapping[str, str]:
+        """The adapters that can be used, and their versions."""
+        return self._adapters.versions
+
     def add_adapter(self, name: str, path: str) -> None:
         """Reads an adapter and makes it usable from the next step on; one of that name is replaced.
 
         Raises:
             AdapterError: it can't be served; the message has name, path and reason.
         """
-        adapter = load_adapter(name, path, self._model, self._source)
-        self._lora.add(name, adapter)
-        self.adapter_versions[name] = adapter.version
-        logger.info("adapter %r loaded from %s", name, path, extra=fields("load_adapter", adapter_name=name))
+        self._lora.put(name, self._adapters.register(name, path))
 
     def remove_adapter(self, name: str) -> None:
         """Forgets an adapter; no sequence of a later step may name it."""
-        self._lora.remove(name)
-        self.adapter_versions.pop(name, None)
+        self._adapters.forget(name)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[int | None]:
@@ -146,6 +147,25 @@ class ModelRunner:
             logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
         )
         return output.logits[0]  # type: ignore[no-any-return]
+
+    def _build_adapter_cache(self, settings: WorkerSettings) -> AdapterCache[SlotWeights]:
+        free = loading.num_free_bytes(torch.device("cpu"))
+        return AdapterCache(
+            self._adapters,
+            ThreadPoolExecutor(1, "adapters"),
+            num_slots=settings.max_resident_adapters or settings.max_batch_size,
+            max_num_bytes=settings.max_cached_adapter_bytes or int(free * DEFAULT_ADAPTER_MEMORY_SHARE),
+        )
+
+    def _load_adapters(self, sources: Iterable[AdapterSource]) -> None:
+        """Checks all adapters; keeps as many as there is room for."""
+        for source in sources:
+            try:
+                self.adapter_cache.keep(source.name, self._adapters.register(source.name, source.path))
+            except AdapterError as error:
+                raise ConfigurationError(f"LORELAY_ADAPTERS: {error.message}") from error
+        if self.adapter_versions:
+            logger.info("adapters: %s", self.adapter_cache.summary, extra=fields("load_adapters"))
 
     def _affordable_blocks(self, settings: WorkerSettings) -> int:
         """How many blocks the cache gets: what memory admits, at most what is of use.

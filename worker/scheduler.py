@@ -3,7 +3,9 @@
 import itertools
 from collections import deque
 from collections.abc import Sequence as Items
+from typing import Any
 
+from worker.adapter_cache import AdapterCache
 from worker.block_manager import BlockManager
 from worker.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
 from worker.step_pace import StepPace
@@ -17,9 +19,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, blocks: BlockManager, pace: StepPace, *, max_batch_size: int, max_prefill_tokens: int
+        self,
+        blocks: BlockManager,
+        pace: StepPace,
+        *,
+        max_batch_size: int,
+        max_prefill_tokens: int,
+        adapters: AdapterCache[Any] | None = None,
     ) -> None:
+        """`adapters`: which ones are resident; None where all are."""
         self._blocks = blocks
+        self._adapters = adapters
         self._pace = pace
         self._max_batch_size = max_batch_size
         self._max_prefill_tokens = max_prefill_tokens
@@ -29,8 +39,13 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence waits or runs."""
-        return bool(self._waiting or self._running)
+        """Whether any sequence runs, or waits for more than the reading of its adapter."""
+        return bool(self._running) or any(not self._is_loading(seq) for seq in self._waiting)
+
+    @property
+    def waiting(self) -> Items[Sequence]:
+        """The sequences that wait, in the order in which they come."""
+        return tuple(self._waiting)
 
     @property
     def num_blocks_in_use(self) -> int:
@@ -54,7 +69,7 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
 
     def schedule(self) -> Batch:
-        """The next step's batch; empty only when there is no work."""
+        """The next step's batch; empty only where nothing runs and all adapters are on their way."""
         self._pace.start_step()
         if self._lone is not None:
             return self._schedule_alone(self._lone)
@@ -95,10 +110,37 @@ class Scheduler:
 
     def _schedule_alone(self, seq: Sequence) -> list[ScheduledSequence]:
         """The next step of one sequence; the others keep their blocks as long as there is room."""
+        if seq.status is SequenceStatus.WAITING and not self._bring_alone(seq):
+            return []
         while not (self._admit(seq) and self._blocks.can_allocate(seq, seq.num_uncomputed_tokens)):
             self._preempt(next(other for other in reversed(self._running) if other is not seq))
         self._blocks.allocate(seq, seq.num_uncomputed_tokens)
         return [ScheduledSequence(seq, min(seq.num_uncomputed_tokens, self._prefill_budget(0)))]
+
+    def _is_loading(self, seq: Sequence) -> bool:
+        return self._adapters is not None and self._adapters.is_loading(seq.adapter_name)
+
+    def _ready(self) -> list[Sequence]:
+        """Those that wait, and whose adapters are resident; others are brought as far as there are slots."""
+        if self._adapters is None:
+            return list(self._waiting)
+        in_use = {seq.adapter_name for seq in self._running}
+        ready: list[Sequence] = []
+        for seq in self._waiting:
+            if self._adapters.bring(seq.adapter_name, in_use):
+                in_use.add(seq.adapter_name)
+                ready.append(seq)
+        return ready
+
+    def _bring_alone(self, seq: Sequence) -> bool:
+        """Whether the adapter of a sequence is resident; others make room for it."""
+        if self._adapters is None or self._is_loading(seq):
+            return self._adapters is None
+        while not self._adapters.bring(seq.adapter_name, {other.adapter_name for other in self._running}):
+            if self._adapters.is_loading(seq.adapter_name) or not self._running:
+                return False
+            self._preempt(self._running[-1])
+        return True
 
     def _prefill_budget(self, num_decodes: int) -> int:
         return min(self._pace.num_prefill_tokens(num_decodes), self._max_prefill_tokens)
@@ -109,7 +151,7 @@ class Scheduler:
         So a short prompt soon gets past long ones, and no prompt takes more than twice its time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
-        prompts += itertools.islice(self._waiting, max(0, self._max_batch_size - len(self._running)))
+        prompts += itertools.islice(self._ready(), max(0, self._max_batch_size - len(self._running)))
         # No room for it: what it waits for must not go to a newer one.
         if not prompts or not self._admit(prompts[0]):
             return []

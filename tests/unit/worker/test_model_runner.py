@@ -1,6 +1,7 @@
 """Whole models, driven step by step as a scheduler would, against PEFT's own `generate` of each row alone."""
 
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from shared.errors import AdapterError, ConfigurationError
 from shared.messages import SamplingParams
 from shared.settings import WorkerSettings
 from tests.tiny_models import build_adapter, build_model, change_json, generate_with_peft
+from tests.waiting import wait_until
 from worker import self_check
 from worker.model_runner import ModelRunner
 from worker.sequence import ScheduledSequence, Sequence
@@ -435,3 +437,36 @@ def test_the_self_check_takes_no_more_blocks_than_it_says() -> None:
         sequences = self_check._sequences(block_size)
         blocks = [block for seq in sequences for block in seq.block_table]
         assert sorted(blocks) == list(range(self_check.num_blocks_needed(block_size)))
+
+
+def test_more_adapters_than_slots_answer_as_alone_and_leave_nothing_behind(
+    models: Mapping[str, Path], adapters: Mapping[str, Mapping[str, Path]]
+) -> None:
+    known = adapters["llama"]
+    sources = " ".join(f"{name}={folder}" for name, folder in known.items())
+    runner = load(models["llama"], adapters=sources, max_resident_adapters=1, max_cached_adapter_bytes=1)
+    (text,) = prompts(1)
+    for name in [*known, *known]:
+        while not runner.adapter_cache.bring(name, ()):
+            wait_until(lambda: not runner.adapter_cache._read.empty())
+            assert runner.adapter_cache.settle() == {}
+        assert HandScheduler(runner).run([sequence(text, name)]) == [
+            generate_with_peft(models["llama"], known[name], text, NUM_TOKENS)
+        ]
+    assert runner.adapter_cache.num_reads >= 2 * len(known) - 1
+    assert runner.adapter_cache.num_cached_bytes == 0
+    assert set(runner._lora._slots.values()) == {0}
+
+
+def test_an_adapter_whose_files_changed_is_refused_when_it_is_read_again(
+    models: Mapping[str, Path], adapters: Mapping[str, Mapping[str, Path]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(adapters["llama"]["rank4"], tmp_path / "mine")
+    runner = load(models["llama"], adapters=f"mine={folder}")
+    runner._adapters.read("mine")
+    change_json(folder / "adapter_config.json", lora_alpha=77)
+    with pytest.raises(AdapterError, match=r"'mine' at .* have changed"):
+        runner._adapters.read("mine")
+    shutil.rmtree(folder)
+    with pytest.raises(AdapterError, match=r"'mine' at .* does not exist"):
+        runner._adapters.read("mine")

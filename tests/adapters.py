@@ -1,0 +1,64 @@
+"""Doubles for the adapter cache: a disk and a device that check what they are asked, and reads that wait."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, NamedTuple
+
+from shared.errors import AdapterError
+from worker.sequence import Batch
+
+
+class FakeWeights(NamedTuple):
+    """Weights of one adapter."""
+
+    name: str
+    num_bytes: int = 10
+
+
+class FakeStore:
+    """Adapters on disk and in slots, by name."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.slots: set[str] = set()
+        self.broken: set[str] = set()
+
+    def read(self, name: str) -> FakeWeights:
+        if name in self.broken:
+            raise AdapterError(f"adapter {name!r} is broken")
+        return FakeWeights(name)
+
+    def put(self, name: str, weights: FakeWeights) -> None:
+        assert weights.name == name
+        assert name not in self.slots
+        self.slots.add(name)
+        assert len(self.slots) <= self.num_slots
+
+    def remove(self, name: str) -> None:
+        self.slots.remove(name)
+
+    def check(self, batch: Batch) -> None:
+        """Fails where a batch needs an adapter that has no slot."""
+        assert {item.seq.adapter_name for item in batch} - {None} <= self.slots
+
+
+class ManualExecutor(Executor):
+    """Runs what was submitted when it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.calls.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def run(self) -> int:
+        """Runs all calls; how many there were."""
+        calls, self.calls = self.calls, []
+        for future, call in calls:
+            try:
+                future.set_result(call())
+            except AdapterError as error:
+                future.set_exception(error)
+        return len(calls)

@@ -1,0 +1,175 @@
+"""Which adapters are resident (on the device), cached (host memory) or on disk. Plain Python, no tensors."""
+
+import logging
+import queue
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor, Future
+from typing import Generic, Protocol, TypeVar
+
+from shared.errors import AdapterError
+from shared.logs import fields
+
+logger = logging.getLogger(__name__)
+
+
+class Weights(Protocol):
+    """An adapter in host memory, ready to be put into a slot."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+W = TypeVar("W", bound=Weights)
+
+
+class Store(Protocol[W]):
+    """Where adapters are read from, and the device's slots; see `worker.adapter_store`."""
+
+    def read(self, name: str) -> W:
+        """Reads an adapter from disk, in any thread. Raises `AdapterError`."""
+        ...
+
+    def put(self, name: str, weights: W) -> None:
+        """Puts an adapter into a slot. Raises `AdapterError`; nothing is changed then."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Frees an adapter's slot."""
+        ...
+
+
+class AdapterCache(Generic[W]):
+    """At most `num_slots` adapters on the device, `max_num_bytes` in host memory, all on disk.
+
+    The least recently used leaves first, and none that a sequence runs with. Reading from disk happens on
+    `executor`; everything else, the copy into a slot included, in the engine's thread between two steps. A
+    slot is set aside before its adapter is read, so memory holds no weights that have no place to go.
+    """
+
+    def __init__(
+        self,
+        store: Store[W],
+        executor: Executor,
+        *,
+        num_slots: int,
+        max_num_bytes: int,
+        on_read: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_read` is called, in another thread, whenever `settle` has something to take in."""
+        self._store = store
+        self._executor = executor
+        self.num_slots = num_slots
+        self._max_num_bytes = max_num_bytes
+        self.on_read = on_read
+        self._resident: OrderedDict[str, None] = OrderedDict()
+        self._loading: dict[str, float] = {}
+        self._read: queue.SimpleQueue[tuple[str, Future[W]]] = queue.SimpleQueue()
+        self._cached: OrderedDict[str, W] = OrderedDict()
+        self.num_cached_bytes = 0
+        self.num_reads = 0
+        """Adapters that were read from disk."""
+        self.num_slots_filled = 0
+        """Adapters that were put into a slot."""
+        self.resident: frozenset[str] = frozenset()
+        """Names of those that have their slot. Safe to read in any thread."""
+
+    @property
+    def summary(self) -> str:
+        """What fits, for a log line."""
+        return (
+            f"{len(self._resident)} of at most {self.num_slots} resident, {len(self._cached)} cached in "
+            f"{self.num_cached_bytes / 2**20:.1f} of at most {self._max_num_bytes / 2**20:.0f} MiB of host "
+            "memory, the others on disk"
+        )
+
+    def keep(self, name: str, weights: W) -> None:
+        """Takes in an adapter that was read before the start, as far as there is room for it."""
+        if self._num_free_slots > 0:
+            self._fill_slot(name, weights)
+        if self.num_cached_bytes + weights.num_bytes <= self._max_num_bytes:
+            self._cache(name, weights)
+
+    def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
+        """Whether an adapter is resident now. If not, it is on its way, or waits for one of `in_use` to end.
+
+        Raises:
+            AdapterError: it does not fit into a slot.
+        """
+        if name is None:
+            return True
+        if name in self._cached:
+            self._cached.move_to_end(name)
+        if name in self._resident:
+            self._resident.move_to_end(name)
+            return True
+        if name in self._loading or not self._make_room(in_use):
+            return False
+        if name in self._cached:
+            self._fill_slot(name, self._cached[name])
+            return True
+        self._start_reading(name)
+        return False
+
+    def is_loading(self, name: str | None) -> bool:
+        """Whether an adapter is being read from disk."""
+        return name in self._loading
+
+    def settle(self) -> dict[str, AdapterError]:
+        """Puts what was read into its slots; the adapters that could not be, and why."""
+        failures: dict[str, AdapterError] = {}
+        while not self._read.empty():
+            name, future = self._read.get()
+            started_s = self._loading.pop(name)
+            try:
+                weights = future.result()
+                self._fill_slot(name, weights)
+            except AdapterError as error:
+                logger.error("%s", error.message, extra=fields("load_adapter", adapter_name=name))
+                failures[name] = error
+                continue
+            self._cache(name, weights)
+            took_ms = (time.monotonic() - started_s) * 1000
+            logger.debug("adapter %r read in %.0f ms", name, took_ms, extra=fields("load_adapter"))
+        return failures
+
+    @property
+    def _num_free_slots(self) -> int:
+        return self.num_slots - len(self._resident) - len(self._loading)
+
+    def _make_room(self, in_use: Collection[str | None]) -> bool:
+        if self._num_free_slots > 0:
+            return True
+        victim = next((name for name in self._resident if name not in in_use), None)
+        if victim is None:
+            return False
+        del self._resident[victim]
+        self.resident = frozenset(self._resident)
+        self._store.remove(victim)
+        return True
+
+    def _fill_slot(self, name: str, weights: W) -> None:
+        self._store.put(name, weights)
+        self._resident[name] = None
+        self.resident = frozenset(self._resident)
+        self.num_slots_filled += 1
+
+    def _start_reading(self, name: str) -> None:
+        self._loading[name] = time.monotonic()
+        self.num_reads += 1
+        future = self._executor.submit(self._store.read, name)
+        future.add_done_callback(lambda done: self._announce(name, done))
+
+    def _announce(self, name: str, future: "Future[W]") -> None:
+        self._read.put((name, future))
+        self.on_read()
+
+    def _cache(self, name: str, weights: W) -> None:
+        if name in self._cached or weights.num_bytes > self._max_num_bytes:
+            return
+        self._cached[name] = weights
+        self.num_cached_bytes += weights.num_bytes
+        while self.num_cached_bytes > self._max_num_bytes:
+            _, oldest = self._cached.popitem(last=False)
+            self.num_cached_bytes -= oldest.num_bytes

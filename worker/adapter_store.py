@@ -1,0 +1,65 @@
+"""Adapters on disk and in the device's slots: what moves the tensors for `AdapterCache`."""
+
+from typing import Any
+
+from shared.errors import AdapterError
+from worker.adapter_files import load_adapter
+from worker.lora import LoraStack, SlotWeights
+
+
+class AdapterStore:
+    """The adapters that a worker was given, by name."""
+
+    def __init__(self, model: Any, base_name: str, lora: LoraStack) -> None:
+        """`base_name`: what the model is called, compared with the base that an adapter declares."""
+        self._model = model
+        self._base_name = base_name
+        self._lora = lora
+        self._paths: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
+        """SHA-256 of each adapter, taken when it was registered."""
+
+    def register(self, name: str, path: str) -> SlotWeights:
+        """Reads and checks an adapter; from then on it is known by its name, with the version it has now.
+
+        Raises:
+            AdapterError: it can't be served; the message has name, path and reason.
+        """
+        adapter = load_adapter(name, path, self._model, self._base_name)
+        weights = self._lora.prepare(name, adapter)
+        self._paths[name] = path
+        self.versions[name] = adapter.version
+        return weights
+
+    def forget(self, name: str) -> None:
+        """Drops an adapter; no sequence of a later step may name it."""
+        self._lora.remove(name)
+        self._paths.pop(name, None)
+        self.versions.pop(name, None)
+
+    def read(self, name: str) -> SlotWeights:
+        """Reads a registered adapter again; may be called in any thread.
+
+        Raises:
+            AdapterError: it can't be served any more, or is another one by now.
+        """
+        path = self._paths[name]
+        try:
+            adapter = load_adapter(name, path, self._model)
+        except OSError as error:
+            raise AdapterError(f"adapter {name!r} at {path}: {error}") from error
+        if adapter.version != self.versions[name]:
+            # The registry, and the prefix cache, know it by the version.
+            raise AdapterError(
+                f"adapter {name!r} at {path}: its files have changed since this worker started; "
+                "serve them under another name, or start all workers anew"
+            )
+        return self._lora.prepare(name, adapter)
+
+    def put(self, name: str, weights: SlotWeights) -> None:
+        """Makes an adapter resident: it can be used from the next step on."""
+        self._lora.put(name, weights)
+
+    def remove(self, name: str) -> None:
+        """Frees an adapter's slot."""
+        self._lora.remove(name)
