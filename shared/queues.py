@@ -2,11 +2,13 @@
 
 import hashlib
 import re
+from functools import lru_cache
 
 _PLAIN = re.compile(r"[a-z0-9_-]+")
 _HASH_DIGITS = 6
 
 
+@lru_cache(maxsize=4096)
 def slug(name: str) -> str:
     """A name that is safe in Redis keys, RQ's comma lists and the dashboard's URLs.
 

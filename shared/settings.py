@@ -186,6 +186,8 @@ class WorkerSettings(Settings):
     """Slots on the device; by default `max_batch_size`, so that no batch waits for a slot."""
     max_cached_adapter_bytes: Count | None = None
     """Adapters kept in host memory; by default a tenth of what is free at the start. Others are on disk."""
+    max_wait_s: Seconds = 1
+    """Time after which a request may push the adapter of others out of its slot."""
     num_threads: Count | None = None
     """CPU threads of the forward pass; by default torch's own choice."""
     lease_s: Seconds = 4

@@ -68,6 +68,19 @@ class Claim(NamedTuple):
     """It was near crashes: its steps must run without company until it is cleared."""
 
 
+class Slots(NamedTuple):
+    """Where the adapters that run find room on a worker."""
+
+    num: int
+    resident: Sequence[str]
+    """Queues whose adapters have a slot now, in use or not."""
+    max_wait_s: float
+    """How long the head of a queue waits at most before its adapter may push another out."""
+
+
+UNLIMITED_SLOTS = Slots(1 << 30, (), 1.0)
+
+
 class Append(NamedTuple):
     """One event for one request's log."""
 
@@ -227,6 +240,8 @@ class WorkerStreams:
         self._stream_ttl_ms = int(stream_ttl_s * 1000)
         self._result_ttl_s = result_ttl_s
         self._failure_ttl_s = failure_ttl_s
+        self._closed: list[str] = []
+        """Queues that get no more requests until their slots are free."""
         self._claim = connection.register_script(script_source("claim"))
         self._append = connection.register_script(script_source("append"))
         self._renew = connection.register_script(script_source("renew"))
@@ -235,13 +250,17 @@ class WorkerStreams:
         self._sweep = connection.register_script(script_source("sweep"))
 
     def claim(
-        self, execution_ids: Sequence[str], running: Mapping[str, int], queues: Sequence[str]
+        self,
+        execution_ids: Sequence[str],
+        running: Mapping[str, int],
+        queues: Sequence[str],
+        slots: Slots = UNLIMITED_SLOTS,
     ) -> list[Claim]:
         """Claims at most one request per execution id.
 
         `running` counts this worker's requests per queue; `queues` are those it serves.
         """
-        reply = self._claim(
+        claimed, closed = self._claim(
             args=[
                 self._base,
                 self._worker_name,
@@ -251,9 +270,11 @@ class WorkerStreams:
                 SCHEMA_VERSION,
                 json.dumps(running),
                 json.dumps(list(queues)),
+                self._pack_slots(slots),
                 *execution_ids,
             ]
         )
+        self._closed = [queue.decode() for queue in closed]
         return [
             Claim(
                 Held(request_id.decode(), execution_id.decode()),
@@ -261,7 +282,7 @@ class WorkerStreams:
                 tuple(decode_event(entry) for entry in log),
                 bool(alone),
             )
-            for request_id, execution_id, request, log, alone in reply
+            for request_id, execution_id, request, log, alone in claimed
         ]
 
     def append(self, held: Iterable[Held], appends: Iterable[Append]) -> News:
@@ -335,6 +356,16 @@ class WorkerStreams:
     def wait_for_doorbell(self, timeout_s: float) -> bool:
         """Blocks until a request is enqueued for the base, at most `timeout_s`; whether one was."""
         return self._connection.blpop([keys.doorbell(self._base)], timeout=timeout_s) is not None
+
+    def _pack_slots(self, slots: Slots) -> str:
+        return json.dumps(
+            {
+                "num": slots.num,
+                "resident": list(slots.resident),
+                "closed": self._closed,
+                "max_wait_ms": int(slots.max_wait_s * 1000),
+            }
+        )
 
     def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
         """What `append.lua` ends the job with; result and exception encoded as in `rq.results.Result`."""

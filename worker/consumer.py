@@ -17,7 +17,16 @@ import redis
 from shared.connections import is_passing
 from shared.logs import fields
 from shared.queues import queue_name
-from shared.streams import NUM_EVENTS_TO_CLEAR, Append, Claim, Held, News, WorkerStreams
+from shared.streams import (
+    NUM_EVENTS_TO_CLEAR,
+    UNLIMITED_SLOTS,
+    Append,
+    Claim,
+    Held,
+    News,
+    Slots,
+    WorkerStreams,
+)
 from worker.faults import Faults
 from worker.prompt_encoder import Encode, PromptEncoder
 
@@ -115,10 +124,15 @@ class Consumer:
         queues: Sequence[str],
         max_num_requests: int,
         poll_s: float,
+        slots: Callable[[], Slots] = lambda: UNLIMITED_SLOTS,
         faults: Faults | None = None,
         encode: Encode | None = None,
     ) -> None:
-        """`encode` turns messages into a prompt, beside the engine's thread; else the engine does it."""
+        """`slots` tells where adapters find room on the device now.
+
+        `encode` turns messages into a prompt, beside the engine's thread; else the engine does it.
+        """
+        self._slots = slots
         self._streams = streams
         self._held = held
         self._queues = queues
@@ -253,7 +267,7 @@ class Consumer:
         if room <= 0 or self._draining.is_set() or self._held.has_lone_request:
             return
         execution_ids = [uuid4().hex for _ in range(room)]
-        claims = self._streams.claim(execution_ids, self._held.num_per_queue(), self._queues)
+        claims = self._streams.claim(execution_ids, self._held.num_per_queue(), self._queues, self._slots())
         for claim in claims:
             self._held.add(claim)
         if claims:

@@ -22,7 +22,8 @@ from shared.logs import fields
 from shared.messages import ModelCard
 from shared.queues import queue_name
 from shared.settings import ENV_PREFIX, WorkerSettings
-from shared.streams import WorkerStreams
+from shared.streams import Slots, WorkerStreams
+from worker.adapter_cache import AdapterCache
 from worker.block_manager import BlockManager
 from worker.consumer import IO, Consumer, HeldRequests
 from worker.engine import Engine
@@ -133,6 +134,7 @@ class LoraWorker(BaseWorker):
             queues=self.queue_names(),
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
+            slots=lambda: _slots(settings, model_runner.adapter_cache),
             faults=faults,
             encode=model_runner.tokenizer.encode_chat,
         )
@@ -267,6 +269,11 @@ def _served_queues(settings: WorkerSettings, arguments: Sequence[str]) -> list[s
                 f"rq worker was given {argument!r}, which is no model of this worker: {', '.join(queues)}"
             )
     return [queues[argument] for argument in arguments]
+
+
+def _slots(settings: WorkerSettings, adapters: AdapterCache[Any]) -> Slots:
+    resident = [queue_name(settings.base_name, name) for name in adapters.resident]
+    return Slots(adapters.num_slots, resident, settings.max_wait_s)
 
 
 def build_engine(model_runner: "ModelRunner", settings: WorkerSettings, faults: Faults) -> Engine:

@@ -1,35 +1,107 @@
 -- Up to k requests for one worker, fair between the queues of a base: fewest running first, then the one whose
--- head waits longest.
+-- head waits longest. Every adapter that runs has a slot on the worker, and no more adapters run than there are slots.
+-- One that would push another out of its slot comes after those that don't, until its head has waited for max_wait.
+-- If it then finds all slots in use, the queue with the fewest running is closed: it gets nothing more until it has
+-- none running and gives its slot.
 -- ARGV: base, worker, k, lease (ms), stream ttl (ms), schema version, running per queue (JSON object), queues to
---       serve (JSON array), then k fresh execution ids.
--- Returns {id, execution, request, log, alone} per claimed request: log is what was written so far, alone says that
--- the request was near crashes and that its steps must run without company, until it is cleared (append.lua).
+--       serve (JSON array), slots {num, resident, closed, max_wait_ms} (JSON; queues whose adapters are resident, and
+--       those that the last call closed), then k fresh execution ids.
+-- Returns {claimed, closed}. Per claimed request {id, execution, request, log, alone}: log is what was written so far,
+-- alone says that the request was near crashes and that its steps must run without company, until it is cleared
+-- (append.lua).
 local base, worker, k = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease_ms, stream_ttl_ms, schema_version = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local running, served = cjson.decode(ARGV[7]), cjson.decode(ARGV[8])
+local running, served, slots = cjson.decode(ARGV[7]), cjson.decode(ARGV[8]), cjson.decode(ARGV[9])
 local MAX_HEADS = 32
 
 if redis.call('EXISTS', RQ .. ':suspended') == 1 then
-  return {}
+  return { {}, {} }
 end
 
--- The queues that wait and that this worker serves, oldest head first.
+-- The queues that wait and that this worker serves, oldest head first, and since when.
+local since = {}
 local function waiting_queues()
   local is_served, queues = {}, {}
   for _, queue in ipairs(served) do is_served[queue] = true end
-  for _, queue in ipairs(redis.call('ZRANGE', waiting_key(base), 0, -1)) do
-    if is_served[queue] then queues[#queues + 1] = queue end
+  local entries = redis.call('ZRANGE', waiting_key(base), 0, -1, 'WITHSCORES')
+  for i = 1, #entries, 2 do
+    local queue = entries[i]
+    if is_served[queue] then
+      queues[#queues + 1] = queue
+      since[queue] = tonumber(entries[i + 1])
+    end
     if #queues == MAX_HEADS then break end
   end
   return queues
 end
 
-local function fairest(queues)
-  local best
+-- The base needs no slot, and an adapter that runs has one.
+local has_slot = { [base] = true }
+local is_resident = { [base] = true }
+local num_free, num_empty = slots.num, slots.num
+for queue, num in pairs(running) do
+  if num > 0 and not has_slot[queue] then
+    has_slot[queue], is_resident[queue] = true, true
+    num_free, num_empty = num_free - 1, num_empty - 1
+  end
+end
+for _, queue in ipairs(slots.resident) do
+  if not is_resident[queue] then
+    is_resident[queue] = true
+    num_empty = num_empty - 1
+  end
+end
+
+local function is_overdue(queue) return now_ms - since[queue] >= slots.max_wait_ms end
+
+-- One queue that runs for each overdue head that finds no slot; those closed already first.
+local function close(queues)
+  local num_missing = -num_free
   for _, queue in ipairs(queues) do
-    if not best or (running[queue] or 0) < (running[best] or 0) then best = queue end
+    if not has_slot[queue] and is_overdue(queue) then num_missing = num_missing + 1 end
+  end
+  local was_closed, candidates, closed = {}, {}, {}
+  for _, queue in ipairs(slots.closed) do was_closed[queue] = true end
+  for queue in pairs(has_slot) do
+    if queue ~= base then candidates[#candidates + 1] = queue end
+  end
+  table.sort(candidates, function(one, other)
+    if was_closed[one] ~= was_closed[other] then return was_closed[one] == true end
+    if running[one] ~= running[other] then return running[one] < running[other] end
+    return one < other
+  end)
+  for i = 1, math.min(num_missing, #candidates) do closed[i] = candidates[i] end
+  return closed
+end
+
+local is_closed = {}
+
+local function may_run(queue)
+  return not is_closed[queue] and (has_slot[queue] or num_free > 0)
+end
+
+local function fairest(queues)
+  local best, best_is_preferred
+  for _, queue in ipairs(queues) do
+    if may_run(queue) then
+      local is_preferred = is_resident[queue] or num_empty > 0 or is_overdue(queue)
+      local is_fairer = best and (running[queue] or 0) < (running[best] or 0)
+      if not best or (is_preferred and not best_is_preferred) or (is_preferred == best_is_preferred and is_fairer) then
+        best, best_is_preferred = queue, is_preferred
+      end
+    end
   end
   return best
+end
+
+local function take_slot(queue)
+  if has_slot[queue] then return end
+  has_slot[queue] = true
+  num_free = num_free - 1
+  if not is_resident[queue] then
+    is_resident[queue] = true
+    num_empty = num_empty - 1
+  end
 end
 
 -- Near one crash alone or two in company.
@@ -76,6 +148,8 @@ end
 
 local claimed = {}
 local queues = waiting_queues()
+local closed = close(queues)
+for _, queue in ipairs(closed) do is_closed[queue] = true end
 local function skip(queue)
   for i, other in ipairs(queues) do
     if other == queue then return table.remove(queues, i) end
@@ -84,6 +158,7 @@ end
 
 while #claimed < k and #queues > 0 do
   local queue = fairest(queues)
+  if not queue then break end
   update_waiting(base, queue)
   local id = redis.call('LINDEX', queue_key(queue), 0)
   local job = id and redis.call('HMGET', job_key(id), 'request', 'schema_version', 'crashes_alone', 'suspect',
@@ -98,8 +173,9 @@ while #claimed < k and #queues > 0 do
       job[3], job[4] = false, false
     end
     local alone = must_run_alone(job)
-    local execution = ARGV[8 + #claimed + 1]
+    local execution = ARGV[9 + #claimed + 1]
     start(id, queue, execution, job[3] or job[4], alone)
+    take_slot(queue)
     running[queue] = (running[queue] or 0) + 1
     update_waiting(base, queue)
     claimed[#claimed + 1] = { id, execution, job[1], redis.call('LRANGE', log_key(id), 0, -1), alone and 1 or 0 }
@@ -109,4 +185,4 @@ end
 if #claimed > 0 and redis.call('EXISTS', worker_key(worker)) == 1 then
   redis.call('HSET', worker_key(worker), 'state', 'busy')
 end
-return claimed
+return { claimed, closed }

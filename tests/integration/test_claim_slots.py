@@ -1,0 +1,140 @@
+"""Which adapters a worker with few slots claims for: resident ones first, and others within a bound."""
+
+from collections import Counter
+
+import pytest
+import redis
+
+from shared import keys
+from shared.streams import Claim, Slots, WorkerStreams
+from tests.redis_server import RedisServer
+from tests.streams import BASE, BlockingApi, last, make_request, worker_streams
+
+NAMES = tuple("abcdefghijklmnop")
+MAX_WAIT_S = 10.0
+
+
+class SlotWorker:
+    """A worker's claims over a few slots. A turn is one second: the heads that wait get older by it."""
+
+    def __init__(self, connection: redis.Redis, num_slots: int, max_num_requests: int) -> None:
+        self.streams: WorkerStreams = worker_streams(connection)
+        self.max_num_requests = max_num_requests
+        self.running: dict[str, tuple[Claim, int]] = {}
+        self.resident: list[str] = []
+        self.num_loads = 0
+        self._connection = connection
+        self._num_slots = num_slots
+        self._queues = [BASE, *(queue(name) for name in NAMES)]
+
+    def turn(self, num_steps: int = 1) -> list[str]:
+        """Ends what has run for so many turns, then claims; the queues of what was claimed."""
+        ended = [claim for claim, left in self.running.values() if left == 0]
+        self.streams.append([claim.held for claim in ended], [last(claim, 0) for claim in ended])
+        self.running = {id: (c, left - 1) for id, (c, left) in self.running.items() if left > 0}
+        in_use = Counter(queue(claim.request.adapter_name) for claim, _ in self.running.values())
+        room = self.max_num_requests - len(self.running)
+        claims = self.streams.claim(
+            [f"e{i}-{id(object())}" for i in range(room)],
+            in_use,
+            self._queues,
+            Slots(self._num_slots, self.resident, MAX_WAIT_S),
+        )
+        for claim in claims:
+            self.running[claim.held.request_id] = claim, num_steps
+            self._use_slot(queue(claim.request.adapter_name))
+        adapters = {queue(claim.request.adapter_name) for claim, _ in self.running.values()} - {BASE}
+        assert len(adapters) <= self._num_slots
+        self._age_heads()
+        return [queue(claim.request.adapter_name) for claim in claims]
+
+    def _use_slot(self, name: str) -> None:
+        if name == BASE:
+            return
+        if name in self.resident:
+            self.resident.remove(name)
+        else:
+            self.num_loads += 1
+            in_use = {queue(claim.request.adapter_name) for claim, _ in self.running.values()}
+            if len(self.resident) == self._num_slots:
+                self.resident.remove(next(other for other in self.resident if other not in in_use))
+        self.resident.append(name)
+
+    def _age_heads(self) -> None:
+        for name in self._connection.zrange(keys.waiting(BASE), 0, -1):
+            self._connection.zincrby(keys.waiting(BASE), -1000, name)
+            head = self._connection.lindex(f"rq:queue:{name.decode()}", 0)
+            self._connection.hincrby(f"rq:job:{head.decode()}", "enqueued_ms", -1000)
+
+
+def queue(adapter_name: str | None) -> str:
+    return f"{BASE}-{adapter_name}" if adapter_name else BASE
+
+
+@pytest.fixture
+def api(redis_server: RedisServer, connection: redis.Redis) -> BlockingApi:
+    return BlockingApi(redis_server.url)
+
+
+def test_no_more_adapters_run_than_there_are_slots_and_the_base_needs_none(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    for name in ("a", "b", "c", None):
+        api.enqueue(make_request(name))
+    assert SlotWorker(connection, 2, 8).turn() == ["tiny-a", "tiny-b", BASE]
+
+
+def test_a_resident_adapter_comes_before_one_that_would_push_it_out(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    worker = SlotWorker(connection, 1, 1)
+    worker.resident = ["tiny-a"]
+    api.enqueue(make_request("b"))
+    api.enqueue(make_request("a"))
+    assert worker.turn(0) == ["tiny-a"]
+    assert worker.turn(0) == ["tiny-b"]
+
+
+def test_an_empty_slot_is_taken_at_once(connection: redis.Redis, api: BlockingApi) -> None:
+    worker = SlotWorker(connection, 2, 2)
+    worker.resident = ["tiny-a"]
+    for name in ("a", "a", "b"):
+        api.enqueue(make_request(name))
+    assert worker.turn() == ["tiny-a", "tiny-b"]
+
+
+def test_a_head_that_waited_long_enough_gets_a_slot_when_the_longest_run_of_another_is_over(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    longest_run = 4
+    worker = SlotWorker(connection, 2, 8)
+    for name in ("a", "b", "a"):
+        api.enqueue(make_request(name))
+    worker.turn(longest_run)
+    api.enqueue(make_request("c"))
+    for turn in range(40):
+        api.enqueue(make_request("a"))
+        api.enqueue(make_request("b"))
+        if "tiny-c" in worker.turn(longest_run):
+            assert MAX_WAIT_S <= turn <= MAX_WAIT_S + longest_run + 2
+            return
+    pytest.fail("the third adapter starved")
+
+
+def test_twice_as_many_adapters_as_slots_do_not_push_each_other_out_all_the_time(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    worker = SlotWorker(connection, 8, 16)
+    served: Counter[str] = Counter()
+    last_turn: dict[str, int] = {}
+    for name in NAMES:
+        api.enqueue(make_request(name))
+        api.enqueue(make_request(name))
+    for turn in range(60):
+        for name in worker.turn(1):
+            served[name] += 1
+            assert turn - last_turn.get(name, 0) <= 2 * MAX_WAIT_S + 4
+            last_turn[name] = turn
+            api.enqueue(make_request(name.removeprefix("tiny-")))
+    assert len(served) == 16
+    assert worker.num_loads < served.total() / 4
