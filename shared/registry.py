@@ -21,20 +21,23 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
     Raises:
         RegistryConflict: a name is known with another base or version, or two names share a queue.
     """
-    for card in cards:
-        known = [decode_card(value) for value in connection.hvals(keys.MODELS)]
-        _refuse_shared_queue(card, known)
-        if connection.hsetnx(keys.MODELS, card.name, card.encode()):
-            continue
-        stored = connection.hget(keys.MODELS, card.name)
-        if stored is not None:
-            _refuse_other_version(card, decode_card(stored))
+    cards = list(cards)
+    _refuse_shared_queues([*list_cards(connection), *cards])
+    with connection.pipeline() as pipeline:
+        for card in cards:
+            pipeline.hsetnx(keys.MODELS, card.name, card.encode())
+        for card in cards:
+            pipeline.hget(keys.MODELS, card.name)
+        replies = pipeline.execute()
+    for card, stored in zip(cards, replies[len(cards) :], strict=True):
+        _refuse_other_version(card, decode_card(stored))
 
 
 def drop(connection: redis.Redis, names: Iterable[str]) -> None:
     """Removes cards by name; a name that is not there is no error."""
-    for name in names:
-        connection.hdel(keys.MODELS, name)
+    names = list(names)
+    if names:
+        connection.hdel(keys.MODELS, *names)
 
 
 def list_cards(connection: redis.Redis) -> list[ModelCard]:
@@ -84,11 +87,13 @@ def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
         )
 
 
-def _refuse_shared_queue(card: ModelCard, known: Iterable[ModelCard]) -> None:
-    for other in known:
-        if other.name != card.name and _queue(other) == _queue(card):
+def _refuse_shared_queues(cards: Iterable[ModelCard]) -> None:
+    owners: dict[str, str] = {}
+    for card in cards:
+        owner = owners.setdefault(_queue(card), card.name)
+        if owner != card.name:
             raise RegistryConflict(
-                f"models {card.name!r} and {other.name!r} would share the queue {_queue(card)!r}; "
+                f"models {card.name!r} and {owner!r} would share the queue {_queue(card)!r}; "
                 f"give one of them another name"
             )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,7 @@ def _read_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> d
         raise _Problem(f"its weights can't be read: {error}") from error
     stored = _by_layer(weights, model)
     found = dict(stored)
-    expected = _expected_layers(folder, model)
+    expected = _known_layers(folder, config, model)
     declared = config.get("base_model_name_or_path")
     for layer, slot in expected.items():
         for side, shape in (("A", (slot.rank, slot.num_inputs)), ("B", (slot.num_outputs, slot.rank))):
@@ -202,6 +203,28 @@ class _ExpectedLayer(NamedTuple):
     num_inputs: int
     num_outputs: int
     scaling: float
+
+
+_MAX_NUM_CONFIGS = 64
+_layers_by_config: WeakKeyDictionary[nn.Module, dict[str, dict[str, _ExpectedLayer]]] = WeakKeyDictionary()
+
+
+def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _ExpectedLayer]:
+    """`_expected_layers`, asked once for all adapters with the same config: it takes most of a read."""
+    known = _layers_by_config.setdefault(model, {})
+    # PEFT writes sets as lists, in any order.
+    relevant = {
+        name: sorted(value) if name.endswith("_modules") and isinstance(value, list) else value
+        for name, value in config.items()
+        if name not in _WITHOUT_EFFECT
+    }
+    key = json.dumps(relevant, sort_keys=True)
+    if key not in known:
+        expected = _expected_layers(folder, model)
+        if len(known) == _MAX_NUM_CONFIGS:
+            known.clear()
+        known[key] = expected
+    return known[key]
 
 
 def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer]:

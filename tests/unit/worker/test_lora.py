@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from shared.errors import AdapterError
 from tests.tiny_models import build_adapter, build_model, change_json
+from worker import adapter_files
 from worker.adapter_files import LayerWeights, LoadedAdapter, load_adapter
 from worker.lora import BASE, LoraStack
 
@@ -76,6 +78,17 @@ def test_an_adapter_is_read_with_its_layers_ranks_and_scaling(base: Path, model:
         "model.layers.1.mlp.down_proj": (8, 0.25),
     }
     assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_adapters_with_the_same_config_ask_peft_once(
+    base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [build_adapter(tmp_path / str(n), base, lora_alpha=n, seed=n) for n in (3, 3, 5)]
+    asked = Mock(side_effect=adapter_files._expected_layers)
+    monkeypatch.setattr(adapter_files, "_expected_layers", asked)
+    read = [load_adapter("a", str(folder), model) for folder in folders]
+    assert asked.call_count == 2
+    assert [{w.scaling for w in adapter.layers.values()} for adapter in read] == [{3 / 8}, {3 / 8}, {5 / 8}]
 
 
 def test_rslora_scales_by_the_root_of_the_rank(base: Path, model: Any, tmp_path: Path) -> None:
