@@ -1,5 +1,6 @@
 """Real `rq worker` processes and a real uvicorn on a tiny model, with the official client."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,6 +62,30 @@ def test_the_base_and_each_adapter_answer_in_their_own_way(served: Deployment) -
     answers = {model: ask(client, model, "hi") for model in MODELS}
     assert len(set(answers.values())) == 3
     assert answers == {model: ask_streaming(client, model, "hi") for model in MODELS}
+
+
+def test_adapters_that_take_turns_on_one_slot_answer_as_when_each_has_its_own(
+    served: Deployment, deploy: Deploy, tiny_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    client = served.client()
+    work = [(MODELS[i % 3], f"turn {i}") for i in range(12)]
+    alone = [ask(client, model, prompt) for model, prompt in work]
+    gone = shutil.copytree(tiny_adapters["a"], tmp_path / "gone")
+    adapters = " ".join(f"{name}={path}" for name, path in {**tiny_adapters, "gone": gone}.items())
+    deployment = deploy(
+        adapters=adapters, max_resident_adapters="1", max_cached_adapter_bytes="1", max_wait_s="0.2"
+    )
+    deployment.start_worker()
+    deployment.start_api()
+    client = deployment.client(max_retries=0)
+    shutil.rmtree(gone)
+    with ThreadPoolExecutor(16) as pool:
+        broken = [pool.submit(ask, client, "gone", "hi") for _ in range(2)]
+        assert list(pool.map(lambda item: ask_streaming(client, *item), work)) == alone
+        for answer in broken:
+            with pytest.raises(openai.InternalServerError, match=r"'gone' at .* does not exist") as caught:
+                answer.result()
+            assert caught.value.code == "adapter_error"
 
 
 def test_32_streams_over_base_and_adapters_get_what_each_gets_alone_from_one_worker_and_from_two(
