@@ -30,6 +30,8 @@ class FakeStore:
 
     def put(self, name: str, weights: FakeWeights) -> None:
         assert weights.name == name
+        if name in self.broken:
+            raise AdapterError(f"adapter {name!r} does not fit")
         assert name not in self.slots
         self.slots.add(name)
         assert len(self.slots) <= self.num_slots

@@ -67,6 +67,7 @@ class AdapterCache(Generic[W]):
         self._loading: dict[str, float] = {}
         self._read: queue.SimpleQueue[tuple[str, Future[W]]] = queue.SimpleQueue()
         self._cached: OrderedDict[str, W] = OrderedDict()
+        self._failures: dict[str, AdapterError] = {}
         self.num_cached_bytes = 0
         self.num_reads = 0
         """Adapters that were read from disk."""
@@ -92,10 +93,9 @@ class AdapterCache(Generic[W]):
             self._cache(name, weights)
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Whether an adapter is resident now. If not, it is on its way, or waits for one of `in_use` to end.
+        """Whether an adapter is resident now.
 
-        Raises:
-            AdapterError: it does not fit into a slot.
+        If not, it is on its way, or waits for one of `in_use` to end, or `settle` tells that it failed.
         """
         if name is None:
             return True
@@ -107,7 +107,11 @@ class AdapterCache(Generic[W]):
         if name in self._loading or not self._make_room(in_use):
             return False
         if name in self._cached:
-            self._fill_slot(name, self._cached[name])
+            try:
+                self._fill_slot(name, self._cached[name])
+            except AdapterError as error:
+                self._failures[name] = error
+                return False
             return True
         self._start_reading(name)
         return False
@@ -118,7 +122,7 @@ class AdapterCache(Generic[W]):
 
     def settle(self) -> dict[str, AdapterError]:
         """Puts what was read into its slots; the adapters that could not be, and why."""
-        failures: dict[str, AdapterError] = {}
+        failures, self._failures = self._failures, {}
         while not self._read.empty():
             name, future = self._read.get()
             started_s = self._loading.pop(name)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from shared.errors import AdapterError
 from worker.adapter_files import load_adapter
 from worker.lora import LoraStack, SlotWeights
@@ -57,8 +59,16 @@ class AdapterStore:
         return self._lora.prepare(name, adapter)
 
     def put(self, name: str, weights: SlotWeights) -> None:
-        """Makes an adapter resident: it can be used from the next step on."""
-        self._lora.put(name, weights)
+        """Makes an adapter resident: it can be used from the next step on.
+
+        Raises:
+            AdapterError: the device's memory has no room for it.
+        """
+        try:
+            self._lora.put(name, weights)
+        except torch.OutOfMemoryError as error:
+            self._lora.remove(name)
+            raise AdapterError(f"adapter {name!r} does not fit into the device's memory: {error}") from error
 
     def remove(self, name: str) -> None:
         """Frees an adapter's slot."""

@@ -185,6 +185,19 @@ def test_a_failed_read_ends_its_own_requests_only_and_the_next_one_tries_again()
     assert bench.events["r3"][-1].error is None
 
 
+def test_an_adapter_that_no_longer_fits_into_its_slot_ends_its_own_requests_only() -> None:
+    bench = Bench(num_slots=1)
+    for name in ("a", "b"):
+        bench.bring(name)
+    bench.store.broken = {"a"}
+    bench.add("bad", "a")
+    bench.add("good", None)
+    bench.finish()
+    assert bench.events["bad"][-1].error.code == "adapter_error"
+    assert bench.events["good"][-1].error is None
+    assert bench.cache.num_reads == 2
+
+
 def test_a_request_that_runs_alone_gets_a_slot_from_those_that_wait_for_it() -> None:
     bench = Bench(num_slots=1)
     bench.add("other", "a", 8)
