@@ -100,7 +100,7 @@ class LoraLayer:
         if not rows.is_uniform:
             # Not a product with zeros: what overflows in one adapter must not become NaN in another's row.
             low = low.masked_fill(rows.foreign(rank_slots, low.device), 0)
-        return output + low @ b
+        return output.add_(low @ b)  # it is fresh: no need of another
 
 
 @dataclass(frozen=True)
