@@ -48,7 +48,8 @@ class AdapterStore:
         path = self._paths[name]
         try:
             adapter = load_adapter(name, path, self._model)
-        except OSError as error:
+        # torch's own errors, of a lack of memory for one, are RuntimeErrors.
+        except (OSError, MemoryError, RuntimeError) as error:
             raise AdapterError(f"adapter {name!r} at {path}: {error}") from error
         if adapter.version != self.versions[name]:
             # The registry, and the prefix cache, know it by the version.

@@ -258,7 +258,11 @@ class Consumer:
     def _shed(self) -> None:
         while not self._to_shed.empty():
             held = self._to_shed.get()
-            self._streams.hand_back([held])
+            try:
+                self._streams.hand_back([held])
+            except redis.RedisError:
+                self._to_shed.put(held)
+                raise
             self._held.remove([held.request_id])
             logger.warning("request %s handed back: out of memory", held.request_id, extra=fields("shed"))
 

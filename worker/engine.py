@@ -63,6 +63,8 @@ class Engine:
         self._clock = clock
         self._adapters = adapters
         self._outputs: dict[str, RequestOutput] = {}
+        self.is_stalled = False
+        """Whether the last step ran nothing, because all that could run waits for an adapter."""
 
     @property
     def has_work(self) -> bool:
@@ -77,6 +79,9 @@ class Engine:
     def step(self) -> list[Append]:
         """Runs one batch and returns the events it brought, at most one per request."""
         batch = self._scheduler.schedule()
+        self.is_stalled = not batch
+        if self.is_stalled:
+            return []
         token_ids = self._model_runner.run(batch)
         sampled = self._scheduler.postprocess(batch, token_ids)
         return [self._emit(seq, token_id) for seq, token_id in sampled]

@@ -94,7 +94,8 @@ class EngineLoop:
     def _apply_commands(self) -> list[Append]:
         """Carries out what stands in the command queue; with nothing to run it waits for a first one."""
         appends: list[Append] = []
-        commands = self._next_commands(None if self._engine.has_work else WAKE_UP_S)
+        is_idle = not self._engine.has_work or self._engine.is_stalled
+        commands = self._next_commands(WAKE_UP_S if is_idle else None)
         while commands is not None:
             for request_id in commands.drop:
                 self._engine.drop_request(request_id)

@@ -68,8 +68,9 @@ class LoraLayer:
             self._b[first : first + len(a)] = b
             return
         self.remove(slot)
-        self._a = torch.cat([self._a, a.to(self._a)])
-        self._b = torch.cat([self._b, b.to(self._b)])
+        # Both or none: the second may find no memory.
+        stacked = torch.cat([self._a, a.to(self._a)]), torch.cat([self._b, b.to(self._b)])
+        self._a, self._b = stacked
         self._rank_slots += (slot,) * len(a)
 
     def remove(self, slot: int) -> None:

@@ -65,7 +65,15 @@ class Tokenizer:
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True
             )
         # Beside the template's own errors: what its expressions raise on messages of an unexpected shape.
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error

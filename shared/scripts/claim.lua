@@ -18,23 +18,6 @@ if redis.call('EXISTS', RQ .. ':suspended') == 1 then
   return { {}, {} }
 end
 
--- The queues that wait and that this worker serves, oldest head first, and since when.
-local since = {}
-local function waiting_queues()
-  local is_served, queues = {}, {}
-  for _, queue in ipairs(served) do is_served[queue] = true end
-  local entries = redis.call('ZRANGE', waiting_key(base), 0, -1, 'WITHSCORES')
-  for i = 1, #entries, 2 do
-    local queue = entries[i]
-    if is_served[queue] then
-      queues[#queues + 1] = queue
-      since[queue] = tonumber(entries[i + 1])
-    end
-    if #queues == MAX_HEADS then break end
-  end
-  return queues
-end
-
 -- The base needs no slot, and an adapter that runs has one.
 local has_slot = { [base] = true }
 local is_resident = { [base] = true }
@@ -50,6 +33,24 @@ for _, queue in ipairs(slots.resident) do
     is_resident[queue] = true
     num_empty = num_empty - 1
   end
+end
+
+-- The queues that wait and that this worker serves, oldest head first, and since when. Of those whose adapters are
+-- not resident, the oldest only: there may be thousands.
+local since = {}
+local function waiting_queues()
+  local is_served, queues, num_others = {}, {}, 0
+  for _, queue in ipairs(served) do is_served[queue] = true end
+  local entries = redis.call('ZRANGE', waiting_key(base), 0, -1, 'WITHSCORES')
+  for i = 1, #entries, 2 do
+    local queue = entries[i]
+    if is_served[queue] and (is_resident[queue] or num_others < MAX_HEADS) then
+      if not is_resident[queue] then num_others = num_others + 1 end
+      queues[#queues + 1] = queue
+      since[queue] = tonumber(entries[i + 1])
+    end
+  end
+  return queues
 end
 
 local function is_overdue(queue) return now_ms - since[queue] >= slots.max_wait_ms end

@@ -138,3 +138,18 @@ def test_twice_as_many_adapters_as_slots_do_not_push_each_other_out_all_the_time
             api.enqueue(make_request(name.removeprefix("tiny-")))
     assert len(served) == 16
     assert worker.num_loads < served.total() / 4
+
+
+def test_a_resident_adapter_is_found_behind_any_number_of_older_heads_without_a_slot(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    names = [f"x{i}" for i in range(40)]
+    for name in (*names, "a"):
+        api.enqueue(make_request(name))
+    served = [queue(name) for name in (*names, "a")]
+    running = {"tiny-b": 1, "tiny-c": 1}
+    slots = Slots(2, ["tiny-a", "tiny-b"], MAX_WAIT_S)
+    assert worker_streams(connection).claim(["e1"], running, served, slots) == []
+    del running["tiny-c"]
+    (claimed,) = worker_streams(connection).claim(["e2"], running, served, slots)
+    assert claimed.request.adapter_name == "a"

@@ -14,7 +14,7 @@ from rq.suspension import resume, suspend
 from shared import keys
 from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
 from shared.settings import WorkerSettings
-from shared.streams import NUM_EVENTS_TO_CLEAR, Append
+from shared.streams import NUM_EVENTS_TO_CLEAR, Append, Held, WorkerStreams
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
 from tests.redis_server import RedisServer
 from tests.streams import BASE, QUEUES, BlockingApi, claim, last, make_request, token, worker_streams
@@ -358,6 +358,27 @@ def test_requests_that_do_not_fit_into_memory_together_run_one_after_another(
     for request_id in ids:
         assert text_of(finished_log(connection, request_id)) == expected_text(20)
     assert worker.consumer.num_claimed > 6
+
+
+def test_a_request_shed_while_the_connection_breaks_goes_back_to_its_queue_all_the_same(
+    connection: redis.Redis,
+    api: BlockingApi,
+    start_worker: Callable[..., ThreadedWorker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hand_back, errors = WorkerStreams.hand_back, [redis.ConnectionError("broke once")]
+
+    def breaks_once(self: WorkerStreams, held: list[Held]) -> int:
+        if errors:
+            raise errors.pop()
+        return hand_back(self, held)
+
+    monkeypatch.setattr(WorkerStreams, "hand_back", breaks_once)
+    ids = [api.enqueue(request_of(20)) for _ in range(3)]
+    start_worker(CrampedRunner(max_model_len=512))
+    for request_id in ids:
+        assert text_of(finished_log(connection, request_id)) == expected_text(20)
+    assert not errors
 
 
 def test_the_steps_of_a_request_near_crashes_run_alone_until_it_is_cleared(

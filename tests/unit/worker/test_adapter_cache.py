@@ -243,3 +243,17 @@ def test_any_order_of_steps_and_reads_gives_every_request_its_own_tokens(
     assert bench.blocks.num_free_blocks == 64
     assert bench.cache.resident == bench.store.slots
     assert bench.cache.num_cached_bytes == 10 * len(bench.cache._cached) <= max_num_bytes
+
+
+def test_a_step_that_waits_for_an_adapter_runs_and_records_nothing() -> None:
+    bench = Bench(num_slots=1)
+    bench.add("others", "a", num_tokens=8)
+    bench.disk.run()
+    bench.engine.settle_adapters()
+    bench.engine.step()
+    bench.add("lone", "b", alone=True)
+    num_batches = len(bench.runner.batches)
+    assert bench.engine.has_work
+    assert bench.engine.step() == []
+    assert bench.engine.is_stalled
+    assert len(bench.runner.batches) == num_batches
