@@ -43,6 +43,7 @@ def test_a_row_that_fails_says_why_and_the_run_ends_with_an_error(tiny_model: Pa
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_every_row_is_measured(tiny_model: Path, tmp_path: Path) -> None:
     rows = bench(tmp_path, "--model", str(tiny_model))
     missing = {key for key, row in rows.items() if row["value"] is None}
