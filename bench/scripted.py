@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pydantic_settings import SettingsConfigDict
 from redis.connection import AbstractConnection
 
 from shared.settings import Settings, WorkerSettings
+from worker.adapter_cache import AdapterCache
 from worker.lora_worker import LoraWorker
 from worker.sequence import Batch
 from worker.tokenizer import Tokenizer
@@ -37,6 +39,26 @@ class ScriptSettings(Settings):
     """Where `MeteredWorker` writes its `Meter`, as JSON."""
 
 
+class NoWeights:
+    """An adapter of a script: nothing to read, and nothing to put into a slot."""
+
+    num_bytes = 0
+
+
+class NoStore:
+    """Where such adapters come from."""
+
+    def read(self, name: str) -> NoWeights:
+        """At once."""
+        return NoWeights()
+
+    def put(self, name: str, weights: NoWeights) -> None:
+        """Nothing to do."""
+
+    def remove(self, name: str) -> None:
+        """Nothing to do."""
+
+
 class ScriptedRunner:
     """Stands where the model runner does: the same words again and again, each step after a fixed time."""
 
@@ -48,6 +70,9 @@ class ScriptedRunner:
     def __init__(self, settings: WorkerSettings, step_s: float) -> None:
         self.tokenizer = Tokenizer.load(settings.model)
         self.adapter_versions = {source.name: self.model_version for source in settings.adapters}
+        self.adapter_cache = AdapterCache(
+            NoStore(), ThreadPoolExecutor(1), num_slots=settings.max_batch_size, max_num_bytes=1
+        )
         self._step_s = step_s
         token_ids = self.tokenizer.encode_chat([{"role": "user", "content": TEXT}])
         self._words = [token_id for token_id in token_ids if self.tokenizer.decode([token_id]).strip()]
