@@ -286,8 +286,11 @@ class WorkerStreams:
             for request_id, execution_id, request, log, alone in claimed
         ]
 
-    def append(self, held: Iterable[Held], appends: Iterable[Append]) -> News:
-        """Writes events to the logs and publishes them; a terminal event ends its job in the same step."""
+    def append(self, held: Iterable[Held], appends: Iterable[Append], isolated: str = "") -> News:
+        """Writes events to the logs and publishes them; a terminal event ends its job in the same step.
+
+        `isolated`: the request whose steps run alone from now on, so that a crash is charged to it.
+        """
         packed = [
             (
                 *append.held,
@@ -305,6 +308,7 @@ class WorkerStreams:
                 _pack_held(held),
                 _pack(packed),
                 NUM_EVENTS_TO_CLEAR,
+                isolated,
             ]
         )
         return _news(reply)

@@ -53,6 +53,8 @@ class Commands(NamedTuple):
     abort: Sequence[str] = ()
     stop: Sequence[str] = ()
     drop: Sequence[str] = ()
+    run_alone: bool = False
+    """Whether Redis knows by now that the isolated request runs alone."""
     allow_company: bool = False
     """Whether the request that ran alone is cleared."""
 
@@ -65,6 +67,7 @@ class HeldRequests:
         self._queues: dict[Held, str] = {}
         self._lone: Held | None = None
         self._alone_until_event_no = 0
+        self._isolated: Held | None = None
 
     def __len__(self) -> int:
         return len(self._queues)
@@ -85,6 +88,15 @@ class HeldRequests:
             if claim.alone:
                 self._lone = claim.held
                 self._alone_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
+
+    def isolate(self, held: Held) -> None:
+        """The engine runs nothing from now on until Redis knows that this request runs alone."""
+        self._isolated = held
+
+    @property
+    def isolated(self) -> Held | None:
+        """The request that the engine has isolated, while it is held and not cleared."""
+        return self._isolated if self._isolated == self._lone and self._isolated in self._queues else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
         """Whether these events, now written, end the doubts about the request that ran alone."""
@@ -140,6 +152,7 @@ class Consumer:
         self._poll_s = poll_s
         self._faults = faults or Faults()
         self._unsent: list[Append] = []
+        self._known_isolated: Held | None = None
         self._draining = threading.Event()
         self._stopped = threading.Event()
         self._to_shed: queue.SimpleQueue[Held] = queue.SimpleQueue()
@@ -236,7 +249,11 @@ class Consumer:
     def _send(self) -> None:
         appends = self._unsent
         self._faults.appending(appends)
-        news = self._streams.append(self._held.snapshot(), appends)
+        isolated = self._held.isolated
+        news = self._streams.append(self._held.snapshot(), appends, isolated.request_id if isolated else "")
+        if isolated != self._known_isolated:
+            self._known_isolated = isolated
+            self.commands.put(Commands(run_alone=isolated is not None))
         self._faults.appended(appends)
         self._unsent = []
         if self._held.is_cleared_by(appends):

@@ -97,7 +97,8 @@ class Engine:
     ) -> list[Append]:
         """Takes a request in; `events` is what its log holds already, `prompt` its tokens, where known.
 
-        `alone`: its steps run without the others until `allow_company`, so that a crash is its own.
+        `alone`: nothing runs until `run_alone`, then its steps without the others until `allow_company`, so
+        that a crash is its own.
         A request that can't run ends here: the list then holds its terminal error event, else it is empty.
         """
         self.drop_request(held.request_id)
@@ -111,6 +112,10 @@ class Engine:
         if alone:
             self._scheduler.isolate(output.seq)
         return []
+
+    def run_alone(self) -> None:
+        """It is known that a crash from now on is that of the request which was added to run alone."""
+        self._scheduler.run_isolated()
 
     def allow_company(self) -> None:
         """The request that ran alone is beyond doubt: all run together again."""

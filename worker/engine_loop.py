@@ -103,6 +103,8 @@ class EngineLoop:
                 appends += self._engine.abort_request(request_id)
             for request_id in commands.stop:
                 appends += self._stop(request_id)
+            if commands.run_alone:
+                self._engine.run_alone()
             if commands.allow_company:
                 self._engine.allow_company()
             for arrival in commands.add:
@@ -118,6 +120,8 @@ class EngineLoop:
         appends = self._engine.add_request(
             claim.held, claim.request, claim.events, prompt=prompt, alone=claim.alone
         )
+        if claim.alone and not appends:
+            self._held.isolate(claim.held)
         if claim.held in self._stopped_early:
             self._stopped_early.remove(claim.held)
             appends += self._engine.stop_request(claim.held.request_id)

@@ -3,6 +3,7 @@
 Words, separated by spaces:
     kill=POINT:N    SIGKILL at the Nth pass of a named point: claimed, appending, appended, ending, ended
     poison=WORD     SIGKILL in the first step of a request whose messages contain WORD
+    raise=WORD      an exception in the first step of such a request
     oom=N           out of device memory in a step of more than N sequences
     hang=N          the Nth step never ends
 """
@@ -29,10 +30,12 @@ class Faults:
         """
         self._kill_point, self._kill_pass = "", 0
         self._poison = ""
+        self._raising = ""
         self._max_batch_size: int | None = None
         self._hang_step: int | None = None
         self._num_passes: Counter[str] = Counter()
         self._poisoned: set[str] = set()
+        self._raised_by: set[str] = set()
         for word in text.split():
             self._read(*word.partition("=")[::2])
 
@@ -42,6 +45,8 @@ class Faults:
             self._kill_point, self._kill_pass = point, int(number or 1)
         elif name == "poison":
             self._poison = value
+        elif name == "raise":
+            self._raising = value
         elif name == "oom":
             self._max_batch_size = int(value)
         elif name == "hang":
@@ -60,6 +65,8 @@ class Faults:
         for claim in claims:
             if self._poison and self._poison in str(claim.request.messages):
                 self._poisoned.add(claim.held.request_id)
+            if self._raising and self._raising in str(claim.request.messages):
+                self._raised_by.add(claim.held.request_id)
         self.reach("claimed")
 
     def appending(self, appends: Iterable[Append]) -> None:
@@ -75,10 +82,13 @@ class Faults:
 
         Raises:
             OutOfDeviceMemory: asked for.
+            RuntimeError: asked for.
         """
         self.reach("step")
         if any(item.seq.request_id in self._poisoned for item in batch):
             _die()
+        if any(item.seq.request_id in self._raised_by for item in batch):
+            raise RuntimeError("a fault on purpose")
         if self._max_batch_size is not None and len(batch) > self._max_batch_size:
             raise OutOfDeviceMemory(f"{len(batch)} sequences")
         if self._num_passes["step"] == self._hang_step:

@@ -183,14 +183,18 @@ class LoraWorker(BaseWorker):
         }
         for thread in threads.values():
             thread.start()
+        has_crashed, num_handed_back = True, 0
         try:
             loop.run(lambda: self._failure is not None or (burst and consumer.is_idle))
+            has_crashed = False
         finally:
             consumer.stop()
             threads[IO].join()
             try:
-                # After a lease others have taken over what could not be handed back.
-                num_handed_back = consumer.hand_back(retry_s=settings.lease_s)
+                # After a crash it is left to be reaped, which counts it.
+                if not has_crashed:
+                    # After a lease others have taken over what could not be handed back.
+                    num_handed_back = consumer.hand_back(retry_s=settings.lease_s)
             finally:
                 heartbeat.stop()
                 threads[HEARTBEAT].join()

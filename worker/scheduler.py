@@ -36,6 +36,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._lone: Sequence | None = None
+        self._may_run_lone = False
 
     @property
     def has_work(self) -> bool:
@@ -57,8 +58,13 @@ class Scheduler:
         self._waiting.append(seq)
 
     def isolate(self, seq: Sequence | None) -> None:
-        """From now on the steps of this sequence, added before, run without the others; None ends that."""
+        """Nothing runs until `run_isolated`, then this sequence (added before) alone; None ends that."""
         self._lone = seq
+        self._may_run_lone = False
+
+    def run_isolated(self) -> None:
+        """Lets the isolated sequence run."""
+        self._may_run_lone = True
 
     def finish(self, seq: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees its blocks."""
@@ -69,10 +75,10 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
 
     def schedule(self) -> Batch:
-        """The next step's batch; empty only where nothing runs and all adapters are on their way."""
+        """The next step's batch; empty where all that may run waits for its adapter, or to be isolated."""
         self._pace.start_step()
         if self._lone is not None:
-            return self._schedule_alone(self._lone)
+            return self._schedule_alone(self._lone) if self._may_run_lone else []
         decodes = self._schedule_decode()
         return decodes + self._schedule_prefill(self._prefill_budget(len(decodes)))
 

@@ -52,7 +52,6 @@ class Tokenizer:
         Raises:
             InvalidRequest: the template refuses the messages.
         """
-        from jinja2 import TemplateError
 
         if DEVELOPER not in str(self._backend.chat_template):
             # The newer name of the system role, which most templates don't know.
@@ -64,16 +63,8 @@ class Tokenizer:
             encoded = self._backend.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True
             )
-        # Beside the template's own errors: what its expressions raise on messages of an unexpected shape.
-        except (
-            TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+        # A template is a program of its own: whatever it raises on these messages is the end of them only.
+        except Exception as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error

@@ -3,7 +3,7 @@
 -- ARGV: worker, lease (ms), stream ttl (ms), held = {id, execution, ...} of all requests the worker holds,
 --       appends = {{id, execution, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
 --       return value, exception text, ttl (s)}, the middle two encoded as RQ's results have them; events after
---       which a request is cleared of the crashes it was near.
+--       which a request is cleared of the crashes it was near, id of the one whose steps run alone from now on or ''.
 -- Returns {aborted ids, lost ids}.
 local worker, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])
@@ -22,6 +22,8 @@ for i = 1, #held, 2 do
     if owner.aborted then aborted[#aborted + 1] = id end
   end
 end
+
+if owners[ARGV[7]] then redis.call('HSET', owner_key(ARGV[7]), 'alone', 1) end
 
 local lines = {}
 local function write(id, event_no, event)

@@ -125,7 +125,7 @@ local function reject(id, queue)
   redis.call('ZADD', RQ .. ':failed:' .. queue, '+inf', id)
 end
 
-local function start(id, queue, execution, is_watched, alone)
+local function start(id, queue, execution, is_watched)
   local composite = id .. ':' .. execution
   redis.call('LPOP', queue_key(queue))
   redis.call('HSET', job_key(id), 'status', 'started', 'worker_name', worker,
@@ -140,7 +140,6 @@ local function start(id, queue, execution, is_watched, alone)
   -- Score +inf: RQ's own cleaners leave the entry alone; leases are reaped by reap.lua.
   redis.call('ZADD', RQ .. ':wip:' .. queue, '+inf', composite)
   redis.call('HSET', owner_key(id), 'execution', execution, 'worker', worker, 'base', base, 'queue', queue)
-  if alone then redis.call('HSET', owner_key(id), 'alone', 1) end
   if is_watched then
     redis.call('HSET', owner_key(id), 'watched_from', redis.call('LLEN', log_key(id)))
   end
@@ -175,7 +174,7 @@ while #claimed < k and #queues > 0 do
     end
     local alone = must_run_alone(job)
     local execution = ARGV[9 + #claimed + 1]
-    start(id, queue, execution, job[3] or job[4], alone)
+    start(id, queue, execution, job[3] or job[4])
     take_slot(queue)
     running[queue] = (running[queue] or 0) + 1
     update_waiting(base, queue)

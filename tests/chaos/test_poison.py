@@ -16,14 +16,15 @@ NUM_WORKERS = 2
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize("fault", ["poison", "raise"])
 def test_a_request_that_crashes_its_worker_alone_three_times_fails_and_its_neighbours_complete(
-    cluster: Cluster, recorder: Recorder, reference: Reference
+    cluster: Cluster, recorder: Recorder, reference: Reference, fault: str
 ) -> None:
     reference.prepare(INNOCENT)
     cluster.ensure_workers(1)
     cluster.ensure_workers(0)
     poison = Ask("a", f"a {WORD} prompt", max_tokens=24, stream=False)
-    settings = {"faults": f"poison={WORD}"}
+    settings = {"faults": f"{fault}={WORD}"}
     num_started = 0
 
     def supervise() -> bool:
@@ -41,11 +42,13 @@ def test_a_request_that_crashes_its_worker_alone_three_times_fails_and_its_neigh
     assert "crashed its worker 3 times" in last.errors[0]["message"]
     check_complete((answer for answer in run.answers if answer.ask is not poison), reference)
     registry = FailedJobRegistry(f"{BASE}-a", cluster.connection, serializer=JSONSerializer)
-    (job_id,) = registry.get_job_ids(cleanup=False)
+    job_id = registry.get_job_ids(cleanup=False)[-1]
     job = Job.fetch(job_id, cluster.connection, JSONSerializer)
     assert "crashed its worker" in job.latest_result().exc_string
     assert num_started >= NUM_WORKERS + 3
     cluster.ensure_workers(0)
+    if fault == "raise":
+        assert all("a fault on purpose" in complaint for complaint in cluster.take_complaints())
 
 
 def test_a_step_that_runs_out_of_memory_hands_the_newest_back_and_the_worker_lives(

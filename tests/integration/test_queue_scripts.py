@@ -505,13 +505,16 @@ def test_a_suspect_of_two_crashes_runs_alone_and_is_the_last_of_a_claim(
     assert (second.held.request_id in suspects, second.alone) == (True, True)
 
 
-def test_a_crash_while_one_ran_alone_charges_that_one_and_not_those_that_waited_for_it(
-    connection: redis.Redis, api: BlockingApi
+@pytest.mark.parametrize("is_isolated", [True, False], ids=["isolated", "not yet"])
+def test_a_crash_while_one_ran_alone_charges_that_one_and_before_it_did_all(
+    connection: redis.Redis, api: BlockingApi, is_isolated: bool
 ) -> None:
     suspect = api.enqueue(make_request("a"))
     connection.hset(Job.key_for(suspect), "suspect", 2)
     dying = worker_streams(connection, "w1", lease_s=0.001)
     (lone,) = claim(dying, 1)
+    if is_isolated:
+        dying.append([lone.held], [], isolated=lone.held.request_id)
     others = [api.enqueue(make_request("b")) for _ in range(2)]
     held = [lone.held, *(claimed.held for claimed in claim(dying, 2))]
     other = reaper(connection)
@@ -520,8 +523,10 @@ def test_a_crash_while_one_ran_alone_charges_that_one_and_not_those_that_waited_
         wait_until(lambda: expired(connection) == 1)
         other.reap()
         dying.renew(held[3 - num_renewed :][:1])
-    assert counts(connection, suspect) == [b"1", b"2"]
-    assert [counts(connection, request_id) for request_id in others] == [[None, None]] * 2
+    assert counts(connection, suspect) == ([b"1", b"2"] if is_isolated else [None, b"3"])
+    assert [counts(connection, request_id) for request_id in others] == [
+        [None, None if is_isolated else b"1"]
+    ] * 2
 
 
 def test_a_suspect_is_cleared_by_sixteen_more_events(connection: redis.Redis, api: BlockingApi) -> None:

@@ -205,6 +205,7 @@ def test_a_request_that_runs_alone_gets_a_slot_from_those_that_wait_for_it() -> 
     bench.disk.run()
     bench.step()
     bench.add("lone", "b", alone=True)
+    bench.engine.run_alone()
     bench.step()
     bench.disk.run()
     bench.step()
@@ -252,6 +253,7 @@ def test_a_step_that_waits_for_an_adapter_runs_and_records_nothing() -> None:
     bench.engine.settle_adapters()
     bench.engine.step()
     bench.add("lone", "b", alone=True)
+    bench.engine.run_alone()
     num_batches = len(bench.runner.batches)
     assert bench.engine.has_work
     assert bench.engine.step() == []

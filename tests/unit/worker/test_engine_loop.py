@@ -19,7 +19,12 @@ class Bench:
         self.consumer = Mock(spec=Consumer, commands=Mock())
         self.consumer.commands.get.side_effect = queue.Empty
         self.engine = Mock(
-            spec=Engine, has_work=True, step=self.step, expire_requests=list, settle_adapters=list
+            spec=Engine,
+            has_work=True,
+            is_stalled=False,
+            step=self.step,
+            expire_requests=list,
+            settle_adapters=list,
         )
         self.loop = EngineLoop(self.engine, self.consumer, self.held, drain_s=10, clock=lambda: self.now_s)
         self.at_step = {}

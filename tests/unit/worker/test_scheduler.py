@@ -266,6 +266,8 @@ def test_an_isolated_sequence_runs_alone_even_if_the_others_hold_all_blocks() ->
     lone = make_sequence("lone", 5, 4)
     scheduler.add(lone)
     scheduler.isolate(lone)
+    assert scheduler.schedule() == []
+    scheduler.run_isolated()
     for _ in range(2):
         batch = scheduler.schedule()
         assert [item.seq for item in batch] == [lone]
