@@ -21,7 +21,7 @@ import redis
 
 from shared import keys
 from tests.chaos.checker import CANCELED_TTL_S, Reference, check_quiet, find_faults, request_keys
-from tests.chaos.cluster import BASE, TTL_S, Cluster, build_models
+from tests.chaos.cluster import BASE, Cluster, build_models
 from tests.chaos.faults import FaultMaker
 from tests.chaos.forked import Nursery
 from tests.chaos.proxy import Proxy
