@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Iterator
 
 from api.errors import log_unexpected, queue_errors
+from shared.api_streams import ApiStreams
 from shared.errors import QueueUnavailable
 from shared.settings import ApiSettings
-from shared.streams import ApiStreams
 
 MAX_BACKOFF_S = 1.0
 

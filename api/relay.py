@@ -15,12 +15,12 @@ from api.errors import log_unexpected, queue_errors
 from api.inbox import Inbox
 from api.upkeep import fail_vanished_forever, renew_lease_forever
 from shared import keys, registry
+from shared.api_streams import ApiStreams, FoundRequest
 from shared.connections import connect_async
 from shared.errors import GenerationFailed, QueueUnavailable, ServerDraining
 from shared.logs import fields
 from shared.messages import GenerationRequest, ModelCard, decode_event
 from shared.settings import ApiSettings, RedisSettings
-from shared.streams import ApiStreams, FoundRequest
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from api.relay import Relay
 from api.responses import ChatCall, ChatCompletionResponse
 from api.schemas import ChatCompletionRequest
 from api.strict import parse
+from shared.api_streams import FoundRequest
 from shared.errors import InvalidRequest, ModelNotFound, RequestNotFound
 from shared.messages import GenerationRequest, ModelCard
 from shared.settings import ApiSettings
-from shared.streams import FoundRequest
 
 CHAT_COMPLETIONS = "/v1/chat/completions"
 DETACH = "X-Lorelay-Detach"

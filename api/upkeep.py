@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable
 
 from api.errors import log_unexpected, queue_errors
 from api.inbox import Inbox
+from shared.api_streams import ApiStreams
 from shared.errors import GenerationFailed, QueueUnavailable
 from shared.settings import ApiSettings
-from shared.streams import ApiStreams
 
 VANISH_CHECK_S = 2.0
 MIN_QUIET_S = 3.0

@@ -7,8 +7,9 @@ from uuid import uuid4
 import redis
 import redis.asyncio
 
+from shared.api_streams import ApiStreams
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
-from shared.streams import ApiStreams, Append, Claim, WorkerStreams
+from shared.streams import Append, Claim, WorkerStreams
 
 BASE = "tiny"
 QUEUES = [BASE, *(f"{BASE}-{name}" for name in ("a", "b", "c", "pirate", "not-loaded"))]
