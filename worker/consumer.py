@@ -158,7 +158,9 @@ class Consumer:
         self._to_shed: queue.SimpleQueue[Held] = queue.SimpleQueue()
         self.commands: queue.SimpleQueue[Commands] = queue.SimpleQueue()
         self.outbox: queue.Queue[list[Append]] = queue.Queue(MAX_NUM_UNSENT_STEPS)
-        self._encoder = PromptEncoder(encode, self._deliver) if encode else None
+        self._encoder = (
+            PromptEncoder(encode, self._deliver, lambda claim: claim.held in held) if encode else None
+        )
         self.num_claimed = 0
         self.is_idle = False
         """Whether the last turn found nothing to do."""

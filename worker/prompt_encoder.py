@@ -17,10 +17,17 @@ LONG_PROMPT_CHARS = 32_768
 class PromptEncoder:
     """Two lanes, each for a thread of its own, so that short prompts don't wait for long ones."""
 
-    def __init__(self, encode: Encode, deliver: Deliver) -> None:
-        """`deliver` gets each claim with its prompt; None: encoding fails, which is the engine's to tell."""
+    def __init__(
+        self, encode: Encode, deliver: Deliver, is_wanted: Callable[[Claim], bool] = lambda claim: True
+    ) -> None:
+        """`deliver` gets each claim with its prompt; None: encoding fails, which is the engine's to tell.
+
+        Claims that are not wanted any more when their turn comes are skipped.
+        """
         self._encode = encode
         self._deliver = deliver
+        self._is_wanted = is_wanted
+        self._is_stopped = False
         self._short: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
         self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
 
@@ -40,11 +47,14 @@ class PromptEncoder:
 
     def stop(self) -> None:
         """Ends both lanes after what they encode now."""
+        self._is_stopped = True
         self._short.put(None)
         self._long.put(None)
 
     def _run(self, lane: queue.SimpleQueue[Claim | None]) -> None:
-        while (claim := lane.get()) is not None:
+        while (claim := lane.get()) is not None and not self._is_stopped:
+            if not self._is_wanted(claim):
+                continue
             try:
                 prompt = self._encode(claim.request.messages)
             except LorelayError:
