@@ -7,8 +7,8 @@ from worker.threads import sleep_while_waiting
 def test_threads_sleep_while_they_wait_unless_an_operator_chose_otherwise() -> None:
     environ: dict[str, str] = {}
     sleep_while_waiting(environ)
-    assert environ == {"OMP_WAIT_POLICY": "passive"}
-    for choice in ({"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "1000"}):
+    assert environ == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+    for choice in ({"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "50"}):
         environ = dict(choice)
         sleep_while_waiting(environ)
         assert environ == choice
