@@ -71,8 +71,6 @@ class AdapterCache(Generic[W]):
         self.num_cached_bytes = 0
         self.num_reads = 0
         """Adapters that were read from disk."""
-        self.num_slots_filled = 0
-        """Adapters that were put into a slot."""
         self.resident: frozenset[str] = frozenset()
         """Names of those that have their slot. Safe to read in any thread."""
 
@@ -157,7 +155,6 @@ class AdapterCache(Generic[W]):
         self._store.put(name, weights)
         self._resident[name] = None
         self.resident = frozenset(self._resident)
-        self.num_slots_filled += 1
 
     def _start_reading(self, name: str) -> None:
         self._loading[name] = time.monotonic()
