@@ -84,6 +84,14 @@ def python(name: str, code: str) -> ChildSpec:
     return ChildSpec(name, (sys.executable, "-c", code))
 
 
+@pytest.fixture(autouse=True)
+def hangup_is_not_ignored() -> Iterator[None]:
+    """As in a terminal, even where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def signals() -> Iterator[Signals]:
     with Signals() as source:
