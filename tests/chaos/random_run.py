@@ -143,52 +143,41 @@ def run(
 ) -> tuple[bool, list[str]]:
     """Breaks a deployment for so long; whether nothing was lost and no token differs, and the report."""
     with ExitStack() as stack:
-        return _run(stack, models, seconds, rng, num_streams, nursery)
-
-
-def _run(
-    stack: ExitStack,
-    models: dict[str, str],
-    seconds: float,
-    rng: random.Random,
-    num_streams: int,
-    nursery: Nursery,
-) -> tuple[bool, list[str]]:
-    asks = [ask for n in (12, 30, 60) for ask in workload(32, max_tokens=n, tag=f"{n} ")]
-    rng.shuffle(asks)
-    reference = fault_free(models, asks, nursery)
-    options = ("--notify-keyspace-events", "Kg")
-    cluster = stack.enter_context(
-        Cluster(
-            models,
-            nursery,
-            append_only=True,
-            tcp=True,
-            options=options,
-            drain_s="0.5",
-            result_ttl_s=str(RESULT_TTL_S),
+        asks = [ask for n in (12, 30, 60) for ask in workload(32, max_tokens=n, tag=f"{n} ")]
+        rng.shuffle(asks)
+        reference = fault_free(models, asks, nursery)
+        options = ("--notify-keyspace-events", "Kg")
+        cluster = stack.enter_context(
+            Cluster(
+                models,
+                nursery,
+                append_only=True,
+                tcp=True,
+                options=options,
+                drain_s="0.5",
+                result_ttl_s=str(RESULT_TTL_S),
+            )
         )
-    )
-    proxies = [stack.enter_context(Proxy(cluster.port)) for _ in range(NUM_WORKERS + 1)]
-    recorder = stack.enter_context(Recorder(cluster.server.url))
-    *worker_proxies, api_proxy = proxies
-    maker = FaultMaker(cluster, worker_proxies, api_proxy, rng)
-    cluster.start_api(api_proxy.url)
-    maker.restart_dead()
-    cluster.ensure_workers(NUM_WORKERS)
-    recomputed = Recomputed(cluster.server.url)
-    recomputed.start()
-    stack.callback(recomputed.stop)
-    book = Book(reference)
-    load = recorder.keep_busy(cluster.api.url, asks, num_streams, book.enter)
-    try:
-        break_for(seconds, maker, load, rng)
-    finally:
-        maker.heal()
-        load.stop()
-    remains = what_remains(cluster)
-    is_right = not (book.losses or book.differences or remains)
-    return is_right, report(book, maker, recomputed, remains, cluster.take_complaints())
+        proxies = [stack.enter_context(Proxy(cluster.port)) for _ in range(NUM_WORKERS + 1)]
+        recorder = stack.enter_context(Recorder(cluster.server.url))
+        *worker_proxies, api_proxy = proxies
+        maker = FaultMaker(cluster, worker_proxies, api_proxy, rng)
+        cluster.start_api(api_proxy.url)
+        maker.restart_dead()
+        cluster.ensure_workers(NUM_WORKERS)
+        recomputed = Recomputed(cluster.server.url)
+        recomputed.start()
+        stack.callback(recomputed.stop)
+        book = Book(reference)
+        load = recorder.keep_busy(cluster.api.url, asks, num_streams, book.enter)
+        try:
+            break_for(seconds, maker, load, rng)
+        finally:
+            maker.heal()
+            load.stop()
+        remains = what_remains(cluster)
+        is_right = not (book.losses or book.differences or remains)
+        return is_right, report(book, maker, recomputed, remains, cluster.take_complaints())
 
 
 def fault_free(models: dict[str, str], asks: list[Ask], nursery: Nursery) -> Reference:
