@@ -46,7 +46,7 @@ SERVE_FLAGS: dict[str, tuple[Flag, ...]] = {
             WorkerSettings,
             "adapters",
             "LoRA adapters: name=path, any number of them, or one bare path that is named by its folder; "
-            "a path is a local folder or a Hugging Face id",
+            "a path is a local folder or a Hugging Face id; @file names a file with one name=path a line",
             "NAME=PATH",
             "none",
         ),

@@ -10,7 +10,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 """Where `api` and `worker` are."""
 SERVER_START_LIMIT_S = 60.0
 STOP_MARGIN_S = 10.0
+MAX_VARIABLE_BYTES = 120_000
+"""Linux takes 128 KiB, name included."""
 API = "api"
 SERVER = "server"
 
@@ -87,7 +89,7 @@ def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ss
     resolved = {
         "LORELAY_MODEL": worker.model,
         "LORELAY_MODEL_NAME": worker.base_name,
-        "LORELAY_ADAPTERS": " ".join(quote(f"{source.name}={source.path}") for source in worker.adapters),
+        "LORELAY_ADAPTERS": _adapters_variable(worker.adapters),
     }
     return ServePlan(serve, api, worker, files, {**variables, **resolved}, tuple(worker_variables))
 
@@ -254,7 +256,7 @@ def _with_absolute_paths(values: Mapping[str, Any]) -> WorkerSettings:
     given = WorkerSettings.load(**values)
     model = _resolve(given.model, "LORELAY_MODEL (MODEL)")
     adapters = tuple(
-        AdapterSource(source.name, _resolve(source.path, f"LORELAY_ADAPTERS (--adapters): {source.name}"))
+        source._replace(path=_resolve(source.path, f"LORELAY_ADAPTERS (--adapters): {source.name}"))
         for source in given.adapters
     )
     return WorkerSettings.load(**{**values, "model": model, "adapters": adapters})
@@ -268,6 +270,24 @@ def _resolve(path: str, setting: str) -> str:
     if folder.exists() or re.match(r"[./~]", path):
         raise ConfigurationError(f"{setting}: {path} is no folder")
     return path
+
+
+def _adapters_variable(sources: Iterable[AdapterSource]) -> str:
+    """The variable that names these adapters to a worker; those of a file by the file, however many.
+
+    Raises:
+        ConfigurationError: it is longer than the operating system takes.
+    """
+    entries = [
+        f"@{source.listed_in}" if source.listed_in else f"{source.name}={source.path}" for source in sources
+    ]
+    variable = " ".join(quote(entry) for entry in dict.fromkeys(entries))
+    if len(variable.encode()) > MAX_VARIABLE_BYTES:
+        raise ConfigurationError(
+            f"LORELAY_ADAPTERS (--adapters): {len(entries)} adapters don't fit into a variable; "
+            "write them into a file, one name=path a line, and give @FILE"
+        )
+    return variable
 
 
 def _ssl_files(environ: Mapping[str, str]) -> SslFiles:

@@ -6,6 +6,7 @@ same variables.
 
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -26,29 +27,66 @@ class AdapterSource(NamedTuple):
 
     name: str
     path: str
+    listed_in: str | None = None
+    """The file (absolute) that names it; None: the setting itself does."""
 
 
 def parse_adapters(value: Any) -> Any:
-    """`"a=path b=path"`, or one bare path that is named by its folder, to `AdapterSource`s.
+    """`"a=path b=path @file"`, or one bare path that is named by its folder, to `AdapterSource`s.
 
     Raises:
-        ValueError: an entry is malformed, a name is taken twice or is `default`.
+        ValueError: an entry is malformed, a name is taken twice or is `default`, a file can't be read; the
+            message tells a file's name and line.
     """
     entries = shlex.split(value) if isinstance(value, str) else value
     if entries and isinstance(entries[0], AdapterSource):
         return entries
-    if len(entries) == 1 and "=" not in entries[0]:
-        sources = [AdapterSource(Path(entries[0]).name, entries[0])]
-    else:
-        sources = [_parse_named_adapter(entry) for entry in entries]
-    names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"adapter name {name!r} is given twice")
-        _check_name(name)
-        if name == "default":
-            raise ValueError("no adapter may be called 'default': that is RQ's name for no queue at all")
-    return tuple(sources)
+    if len(entries) == 1 and "=" not in entries[0] and not entries[0].startswith("@"):
+        entries = [f"{Path(entries[0]).name}={entries[0]}"]
+    sources: dict[str, AdapterSource] = {}
+    for entry in entries:
+        for source, where in _read_list(entry[1:]) if entry.startswith("@") else [(_parse_named(entry), "")]:
+            if source.name in sources:
+                raise ValueError(f"{where}adapter name {source.name!r} is given twice")
+            sources[source.name] = source
+    return tuple(sources.values())
+
+
+def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
+    """The adapters of a file with one `name=path` a line, each with where it stands.
+
+    Blank lines, and those that begin with `#`, say nothing. Folders may be relative to the file's own.
+    """
+    file = Path(path).expanduser().absolute()
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"can't read {path!r}: {getattr(error, 'strerror', error)}") from error
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        where = f"{path}, line {number}: "
+        try:
+            source = _parse_named(line)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from error
+        yield AdapterSource(source.name, _beside(file.parent, source.path), str(file)), where
+
+
+def _beside(folder: Path, path: str) -> str:
+    """A path that a file in `folder` names; a Hugging Face id stays as it is."""
+    named = folder / Path(path).expanduser()
+    return str(named) if named.is_dir() or path.startswith((".", "~")) else path
+
+
+def _parse_named(entry: str) -> AdapterSource:
+    name, equals, path = entry.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"{entry!r} is not of the form name=path")
+    _check_name(name)
+    if name == "default":
+        raise ValueError("no adapter may be called 'default': that is RQ's name for no queue at all")
+    return AdapterSource(name, path)
 
 
 def _check_name(name: str) -> None:
@@ -59,13 +97,6 @@ def _check_name(name: str) -> None:
     """
     if name in (".", "..") or not name.isprintable():
         raise ValueError(f"{name!r} can't be the name of a model")
-
-
-def _parse_named_adapter(entry: str) -> AdapterSource:
-    name, equals, path = entry.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"{entry!r} is not of the form name=path")
-    return AdapterSource(name, path)
 
 
 def default_state_dir() -> Path:

@@ -309,5 +309,5 @@ def _cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[ModelC
     versions = model_runner.adapter_versions
     return [base] + [
         msgspec.structs.replace(base, name=name, adapter_name=name, source=path, version=versions[name])
-        for name, path in settings.adapters
+        for name, path, _ in settings.adapters
     ]

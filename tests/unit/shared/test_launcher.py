@@ -97,6 +97,26 @@ def test_one_bare_adapter_path_is_named_by_its_folder(model: Path, adapter: Path
     )
 
 
+def test_thousands_of_adapters_reach_the_children_by_the_file_that_lists_them(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (adapter.parent / "list").write_text("".join(f"adapter-{i}=pirate\n" for i in range(5000)))
+    plan = plan_for("smol", "--adapters", "@demo/list", "b=demo/pirate")
+    assert plan.variables["LORELAY_ADAPTERS"] == f"@{adapter.parent}/list b={adapter}"
+    monkeypatch.setenv("LORELAY_ADAPTERS", plan.variables["LORELAY_ADAPTERS"])
+    monkeypatch.chdir("/")
+    assert WorkerSettings.load(model="smol").adapters == plan.worker.adapters
+    assert len(plan.worker.adapters) == 5001
+    assert {source.path for source in plan.worker.adapters} == {str(adapter)}
+
+
+def test_more_adapters_than_a_variable_takes_are_refused_with_the_way_out(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, "smol", "--adapters", *(f"adapter-{i}=org/adapter-{i}" for i in range(5000)))
+    assert said.startswith("LORELAY_ADAPTERS (--adapters): 5000 adapters don't fit into a variable; write")
+
+
 @pytest.mark.parametrize(
     ("words", "name"),
     [

@@ -91,3 +91,37 @@ def test_the_base_is_called_as_given_and_a_folder_by_its_name(tmp_path: Path) ->
     assert WorkerSettings.load().base_name == "org/base"
     assert WorkerSettings.load(model=f"{tmp_path}/").base_name == tmp_path.name
     assert WorkerSettings.load(model=str(tmp_path), model_name="mine").base_name == "mine"
+
+
+def test_adapters_may_stand_in_a_file_with_folders_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "one more").mkdir()
+    file = tmp_path / "adapters.txt"
+    file.write_text("# ours\na=one more\n\n  b=org/hub-id\nc=./missing\nd=/some/where#1\n")
+    assert WorkerSettings.load(adapters=f"'@{file}' e=x/y").adapters == (
+        AdapterSource("a", f"{tmp_path}/one more", str(file)),
+        AdapterSource("b", "org/hub-id", str(file)),
+        AdapterSource("c", f"{tmp_path}/missing", str(file)),
+        AdapterSource("d", "/some/where#1", str(file)),
+        AdapterSource("e", "x/y"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("last_line", "reason"),
+    [
+        ("b", "adapters.txt, line 3: 'b' is not of the form name=path"),
+        ("a=y", "adapters.txt, line 3: adapter name 'a' is given twice"),
+        ("default=y", "adapters.txt, line 3: no adapter may be called 'default'"),
+        ("..=y", "adapters.txt, line 3: '..' can't be the name of a model"),
+    ],
+)
+def test_a_malformed_line_is_refused_with_file_and_line(tmp_path: Path, last_line: str, reason: str) -> None:
+    (tmp_path / "adapters.txt").write_text(f"a=x\n\n{last_line}\n")
+    with pytest.raises(ConfigurationError, match=reason) as caught:
+        WorkerSettings.load(adapters=f"@{tmp_path}/adapters.txt")
+    assert caught.value.param == "LORELAY_ADAPTERS"
+
+
+def test_a_file_of_adapters_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="can't read 'no-file': No such file or directory"):
+        WorkerSettings.load(adapters="@no-file")
