@@ -104,6 +104,26 @@ SERVE_FLAGS: dict[str, tuple[Flag, ...]] = {
             "share of the free device memory that the KV cache may take, over 0 up to 1",
             "SHARE",
         ),
+        Flag(
+            WorkerSettings,
+            "max_resident_adapters",
+            "adapters that have a slot on the device at once",
+            "N",
+            "as many as a batch can hold",
+        ),
+        Flag(
+            WorkerSettings,
+            "max_cached_adapter_bytes",
+            "host memory for adapters that are not on the device; the others are read from disk",
+            "BYTES",
+            "a tenth of what is free at the start",
+        ),
+        Flag(
+            WorkerSettings,
+            "max_wait_s",
+            "how long a request waits at most before its adapter may push another one out of its slot",
+            "SECONDS",
+        ),
     ),
 }
 

@@ -163,6 +163,9 @@ def test_the_url_that_is_shown_can_be_opened_here(model: Path, name: str, url: s
         (["smol", "--session-len", "-1"], "LORELAY_SESSION_LEN (--session-len): Input should be greater"),
         (["smol", "--max-batch-size", "0"], "LORELAY_MAX_BATCH_SIZE (--max-batch-size): Input should be"),
         (["smol", "--cache-max-entry-count", "2"], "LORELAY_CACHE_MAX_ENTRY_COUNT (--cache-max-entry-count)"),
+        (["smol", "--max-resident-adapters", "0"], "LORELAY_MAX_RESIDENT_ADAPTERS (--max-resident-adapters)"),
+        (["smol", "--max-cached-adapter-bytes", "1G"], "LORELAY_MAX_CACHED_ADAPTER_BYTES (--max-cached-adap"),
+        (["smol", "--max-wait-s", "0"], "LORELAY_MAX_WAIT_S (--max-wait-s): Input should be greater than 0"),
         (["smol", "--redis-url", "http://x"], "LORELAY_REDIS_URL (--redis-url): is not a redis://"),
         (["smol", "--redis-url", "redis://127.0.0.1:1"], "LORELAY_REDIS_URL (--redis-url): Error"),
         (
