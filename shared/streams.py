@@ -67,7 +67,7 @@ class Slots(NamedTuple):
 
     num: int
     resident: Sequence[str]
-    """Queues whose adapters have a slot now, in use or not."""
+    """Queues whose adapters have a slot now, in use or not, least recently used first."""
     max_wait_s: float
     """How long the head of a queue waits at most before its adapter may push another out."""
 

@@ -71,8 +71,8 @@ class AdapterCache(Generic[W]):
         self.num_cached_bytes = 0
         self.num_reads = 0
         """Adapters that were read from disk."""
-        self.resident: frozenset[str] = frozenset()
-        """Names of those that have their slot. Safe to read in any thread."""
+        self.resident: tuple[str, ...] = ()
+        """Names of those that have their slot, least recently used first. Safe to read in any thread."""
 
     @property
     def summary(self) -> str:
@@ -101,6 +101,7 @@ class AdapterCache(Generic[W]):
             self._cached.move_to_end(name)
         if name in self._resident:
             self._resident.move_to_end(name)
+            self.resident = tuple(self._resident)
             return True
         if name in self._loading or not self._make_room(in_use):
             return False
@@ -147,14 +148,14 @@ class AdapterCache(Generic[W]):
         if victim is None:
             return False
         del self._resident[victim]
-        self.resident = frozenset(self._resident)
+        self.resident = tuple(self._resident)
         self._store.remove(victim)
         return True
 
     def _fill_slot(self, name: str, weights: W) -> None:
         self._store.put(name, weights)
         self._resident[name] = None
-        self.resident = frozenset(self._resident)
+        self.resident = tuple(self._resident)
 
     def _start_reading(self, name: str) -> None:
         self._loading[name] = time.monotonic()

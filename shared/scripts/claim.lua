@@ -4,8 +4,8 @@
 -- If it then finds all slots in use, the queue with the fewest running is closed: it gets nothing more until it has
 -- none running and gives its slot.
 -- ARGV: base, worker, k, lease (ms), stream ttl (ms), schema version, running per queue (JSON object), queues to
---       serve (JSON array), slots {num, resident, closed, max_wait_ms} (JSON; queues whose adapters are resident, and
---       those that the last call closed), then k fresh execution ids.
+--       serve (JSON array), slots {num, resident, closed, max_wait_ms} (JSON; queues whose adapters are resident, least
+--       recently used first, and those that the last call closed), then k fresh execution ids.
 -- Returns {claimed, closed}. Per claimed request {id, execution, request, log, alone}: log is what was written so far,
 -- alone says that the request was near crashes and that its steps must run without company, until it is cleared
 -- (append.lua).
@@ -35,6 +35,20 @@ for _, queue in ipairs(slots.resident) do
   end
 end
 
+-- Where there are more residents than slots, those that the worker is about to push out: least recently used first,
+-- and none that runs.
+local function push_out()
+  for _, queue in ipairs(slots.resident) do
+    if num_empty >= 0 then return end
+    if is_resident[queue] and not has_slot[queue] then
+      is_resident[queue] = nil
+      num_empty = num_empty + 1
+    end
+  end
+end
+
+push_out()
+
 -- The queues that wait and that this worker serves, oldest head first, and since when. Of those whose adapters are
 -- not resident, the oldest only: there may be thousands.
 local since = {}
@@ -51,6 +65,12 @@ local function waiting_queues()
     end
   end
   return queues
+end
+
+-- The head of a queue has changed.
+local function update_since(queue)
+  update_waiting(base, queue)
+  since[queue] = tonumber(redis.call('ZSCORE', waiting_key(base), queue) or now_ms)
 end
 
 local function is_overdue(queue) return now_ms - since[queue] >= slots.max_wait_ms end
@@ -81,16 +101,19 @@ local function may_run(queue)
   return not is_closed[queue] and (has_slot[queue] or num_free > 0)
 end
 
+local function is_preferred(queue) return is_resident[queue] or num_empty > 0 or is_overdue(queue) end
+
+local function comes_before(one, other)
+  if is_preferred(one) ~= is_preferred(other) then return is_preferred(one) end
+  local num_one, num_other = running[one] or 0, running[other] or 0
+  if num_one ~= num_other then return num_one < num_other end
+  return since[one] < since[other]
+end
+
 local function fairest(queues)
-  local best, best_is_preferred
+  local best
   for _, queue in ipairs(queues) do
-    if may_run(queue) then
-      local is_preferred = is_resident[queue] or num_empty > 0 or is_overdue(queue)
-      local is_fairer = best and (running[queue] or 0) < (running[best] or 0)
-      if not best or (is_preferred and not best_is_preferred) or (is_preferred == best_is_preferred and is_fairer) then
-        best, best_is_preferred = queue, is_preferred
-      end
-    end
+    if may_run(queue) and (not best or comes_before(queue, best)) then best = queue end
   end
   return best
 end
@@ -102,6 +125,7 @@ local function take_slot(queue)
   if not is_resident[queue] then
     is_resident[queue] = true
     num_empty = num_empty - 1
+    push_out()
   end
 end
 
@@ -165,6 +189,7 @@ while #claimed < k and #queues > 0 do
     'has_ended')
   if id and not job[1] then
     reject(id, queue)
+    update_since(queue)
   elseif not id or tonumber(job[2] or 0) > schema_version then
     skip(queue)
   else
@@ -177,7 +202,7 @@ while #claimed < k and #queues > 0 do
     start(id, queue, execution, job[3] or job[4])
     take_slot(queue)
     running[queue] = (running[queue] or 0) + 1
-    update_waiting(base, queue)
+    update_since(queue)
     claimed[#claimed + 1] = { id, execution, job[1], redis.call('LRANGE', log_key(id), 0, -1), alone and 1 or 0 }
     if alone then break end
   end

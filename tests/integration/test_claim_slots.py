@@ -153,3 +153,51 @@ def test_a_resident_adapter_is_found_behind_any_number_of_older_heads_without_a_
     del running["tiny-c"]
     (claimed,) = worker_streams(connection).claim(["e2"], running, served, slots)
     assert claimed.request.adapter_name == "a"
+
+
+def age(connection: redis.Redis, request_id: str, seconds: float) -> None:
+    """Lets a queued request have waited for so long."""
+    seconds_now, microseconds = connection.time()
+    enqueued_ms = int(seconds_now * 1000 + microseconds / 1000 - seconds * 1000)
+    connection.hset(f"rq:job:{request_id}", "enqueued_ms", enqueued_ms)
+    name = (connection.hget(f"rq:job:{request_id}", "origin") or b"").decode()
+    if connection.lindex(f"rq:queue:{name}", 0) == request_id.encode():
+        connection.zadd(keys.waiting(BASE), {name: enqueued_ms})
+
+
+def test_an_adapter_that_a_claim_pushes_out_is_not_resident_for_the_rest_of_it(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    for name, waited_s in (("c", MAX_WAIT_S + 1), ("a", 3), ("b", 2)):
+        age(connection, api.enqueue(make_request(name)), waited_s)
+    worker = SlotWorker(connection, 2, 2)
+    worker.resident = ["tiny-a", "tiny-b"]
+    assert worker.turn() == ["tiny-c", "tiny-b"]
+
+
+def test_an_adapter_that_one_on_its_way_pushes_out_is_not_resident(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    for name, waited_s in (("a", 3), ("b", 2)):
+        age(connection, api.enqueue(make_request(name)), waited_s)
+    slots = Slots(2, ["tiny-a", "tiny-b"], MAX_WAIT_S)
+    (claimed,) = worker_streams(connection).claim(["e1"], {"tiny-c": 1}, ["tiny-a", "tiny-b"], slots)
+    assert claimed.request.adapter_name == "b"
+
+
+def test_within_one_claim_too_the_head_that_waits_longest_comes_first(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    for name, waited_s in (("a", 9), ("b", 8), ("b", 7), ("a", 1)):
+        age(connection, api.enqueue(make_request(name)), waited_s)
+    assert SlotWorker(connection, 2, 4).turn() == ["tiny-a", "tiny-b", "tiny-b", "tiny-a"]
+
+
+def test_the_request_behind_an_overdue_one_is_not_overdue(connection: redis.Redis, api: BlockingApi) -> None:
+    ids = [api.enqueue(make_request(name)) for name in ("b", "b", "a")]
+    for request_id, waited_s in zip(ids, (MAX_WAIT_S + 1, 1, 2), strict=True):
+        age(connection, request_id, waited_s)
+    connection.hdel(f"rq:job:{ids[0]}", "request")  # none of ours: rejected
+    worker = SlotWorker(connection, 1, 1)
+    worker.resident = ["tiny-a"]
+    assert worker.turn() == ["tiny-a"]
