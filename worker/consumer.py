@@ -28,7 +28,7 @@ from shared.streams import (
     WorkerStreams,
 )
 from worker.faults import Faults
-from worker.prompt_encoder import Encode, PromptEncoder
+from worker.prompt_encoder import Encode, Prompt, PromptEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class Arrival(NamedTuple):
     """A claimed request on its way to the engine."""
 
     claim: Claim
-    prompt: list[int] | None = None
-    """Its tokens; None leaves it to the engine to encode them."""
+    prompt: Prompt | None = None
+    """None leaves it to the engine to encode it."""
 
 
 class Commands(NamedTuple):
@@ -304,5 +304,5 @@ class Consumer:
         else:
             self.commands.put(Commands(add=[Arrival(claim) for claim in claims]))
 
-    def _deliver(self, claim: Claim, prompt: list[int] | None) -> None:
+    def _deliver(self, claim: Claim, prompt: Prompt) -> None:
         self.commands.put(Commands(add=[Arrival(claim, prompt)]))

@@ -18,6 +18,7 @@ from shared.streams import Append, Held
 from worker.adapter_cache import AdapterCache
 from worker.detokenizer import Detokenizer
 from worker.output import Clock, RequestOutput
+from worker.prompt_encoder import Prompt
 from worker.scheduler import Scheduler
 from worker.sequence import Batch, Sequence, SequenceStatus
 
@@ -92,10 +93,10 @@ class Engine:
         request: GenerationRequest,
         events: Iterable[StreamEvent] = (),
         *,
-        prompt: list[int] | None = None,
+        prompt: Prompt | None = None,
         alone: bool = False,
     ) -> list[Append]:
-        """Takes a request in; `events` is what its log holds already, `prompt` its tokens, where known.
+        """Takes a request in; `events` is what its log holds already, `prompt` what came of encoding it.
 
         `alone`: nothing runs until `run_alone`, then its steps without the others until `allow_company`, so
         that a crash is its own.
@@ -171,12 +172,14 @@ class Engine:
                     appends.append(output.fail(error))
         return appends
 
-    def _prepare(self, held: Held, request: GenerationRequest, prompt: list[int] | None) -> RequestOutput:
+    def _prepare(self, held: Held, request: GenerationRequest, prompt: Prompt | None) -> RequestOutput:
         adapter_name = request.adapter_name
         if adapter_name is not None and adapter_name not in self._model_runner.adapter_versions:
             raise AdapterError(f"adapter {adapter_name!r} is not loaded on this worker")
         if prompt is None:
             prompt = self._tokenizer.encode_chat(request.messages)
+        if isinstance(prompt, LorelayError):
+            raise prompt
         seq = Sequence(
             request_id=request.request_id,
             index=0,

@@ -9,7 +9,9 @@ from shared.messages import GenerationRequest
 from shared.streams import Claim
 
 Encode = Callable[[list[dict[str, Any]]], list[int]]
-Deliver = Callable[[Claim, list[int] | None], None]
+Prompt = list[int] | LorelayError
+"""A prompt's tokens, or why there are none."""
+Deliver = Callable[[Claim, Prompt], None]
 
 LONG_PROMPT_CHARS = 32_768
 
@@ -20,7 +22,7 @@ class PromptEncoder:
     def __init__(
         self, encode: Encode, deliver: Deliver, is_wanted: Callable[[Claim], bool] = lambda claim: True
     ) -> None:
-        """`deliver` gets each claim with its prompt; None: encoding fails, which is the engine's to tell.
+        """`deliver` gets each claim with its prompt.
 
         Claims that are not wanted any more when their turn comes are skipped.
         """
@@ -55,11 +57,13 @@ class PromptEncoder:
         while (claim := lane.get()) is not None and not self._is_stopped:
             if not self._is_wanted(claim):
                 continue
-            try:
-                prompt = self._encode(claim.request.messages)
-            except LorelayError:
-                prompt = None
-            self._deliver(claim, prompt)
+            self._deliver(claim, self._encode_one(claim.request))
+
+    def _encode_one(self, request: GenerationRequest) -> Prompt:
+        try:
+            return self._encode(request.messages)
+        except LorelayError as error:
+            return error
 
 
 def _num_chars(request: GenerationRequest) -> int:

@@ -1,8 +1,10 @@
 """Requests in, events out: how a request ends, and what its events say."""
 
+from unittest.mock import patch
+
 import pytest
 
-from shared.errors import from_info
+from shared.errors import InvalidRequest, from_info
 from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
 from shared.streams import Append, Held
 from tests.block_checks import check_blocks
@@ -197,6 +199,16 @@ def test_a_prompt_that_fills_the_context_leaves_no_room_to_answer() -> None:
 def test_what_the_chat_template_refuses_ends_as_an_invalid_request() -> None:
     (append,) = Bench().add(text="unsayable")
     assert (append.event.error.code, append.event.error.param) == ("invalid_request_error", "messages")
+
+
+def test_what_could_not_be_encoded_elsewhere_ends_with_that_error_and_is_not_encoded_again() -> None:
+    bench = Bench()
+    with patch.object(FakeTokenizer, "encode_chat") as encode:
+        (append,) = bench.engine.add_request(
+            Held("r", "x"), make_request(request_id="r"), prompt=InvalidRequest("no", param="messages")
+        )
+    assert (append.event.error.code, append.event.error.message) == ("invalid_request_error", "no")
+    encode.assert_not_called()
 
 
 def test_an_adapter_that_is_not_loaded_ends_as_an_adapter_error() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from shared.errors import InvalidRequest
 from shared.streams import Claim, Held
 from tests.streams import make_request
-from worker.prompt_encoder import PromptEncoder
+from worker.prompt_encoder import Prompt, PromptEncoder
 
 
 def claim_of(text: str) -> Claim:
@@ -19,14 +19,16 @@ def encode(messages: list[dict[str, Any]]) -> list[int]:
     return [len(messages[0]["content"])]
 
 
-def test_prompts_are_delivered_with_their_tokens_and_a_failure_is_left_to_the_engine() -> None:
-    delivered: list[tuple[str, list[int] | None]] = []
+def test_prompts_are_delivered_with_their_tokens_or_with_the_reason_why_there_are_none() -> None:
+    delivered: list[tuple[str, Prompt]] = []
     encoder = PromptEncoder(encode, lambda claim, prompt: delivered.append((claim.held.request_id, prompt)))
     claims = [claim_of("four"), claim_of("bad")]
     encoder.take(claims)
     encoder._short.put(None)
     encoder.run_short()
-    assert delivered == [(claims[0].held.request_id, [4]), (claims[1].held.request_id, None)]
+    assert [request_id for request_id, _ in delivered] == [claim.held.request_id for claim in claims]
+    assert delivered[0][1] == [4]
+    assert isinstance(delivered[1][1], InvalidRequest)
 
 
 def test_a_claim_that_is_not_wanted_any_more_is_not_encoded() -> None:
