@@ -109,7 +109,7 @@ class AdapterCache(Generic[W]):
             try:
                 self._fill_slot(name, self._cached[name])
             except AdapterError as error:
-                self._failures[name] = error
+                self._fail(name, error)
                 return False
             return True
         self._start_reading(name)
@@ -121,7 +121,6 @@ class AdapterCache(Generic[W]):
 
     def settle(self) -> dict[str, AdapterError]:
         """Puts what was read into its slots; the adapters that could not be, and why."""
-        failures, self._failures = self._failures, {}
         while not self._read.empty():
             name, future = self._read.get()
             started_s = self._loading.pop(name)
@@ -129,13 +128,18 @@ class AdapterCache(Generic[W]):
                 weights = future.result()
                 self._fill_slot(name, weights)
             except AdapterError as error:
-                logger.error("%s", error.message, extra=fields("load_adapter", adapter_name=name))
-                failures[name] = error
+                self._fail(name, error)
                 continue
             self._cache(name, weights)
             took_ms = (time.monotonic() - started_s) * 1000
             logger.debug("adapter %r read in %.0f ms", name, took_ms, extra=fields("load_adapter"))
+        failures, self._failures = self._failures, {}
         return failures
+
+    def _fail(self, name: str, error: AdapterError) -> None:
+        """Notes a failure for `settle` to tell."""
+        logger.error("%s", error.message, extra=fields("load_adapter", adapter_name=name))
+        self._failures[name] = error
 
     @property
     def _num_free_slots(self) -> int:

@@ -187,7 +187,9 @@ def test_a_failed_read_ends_its_own_requests_only_and_the_next_one_tries_again()
     assert bench.events["r3"][-1].error is None
 
 
-def test_an_adapter_that_no_longer_fits_into_its_slot_ends_its_own_requests_only() -> None:
+def test_an_adapter_that_no_longer_fits_into_its_slot_ends_its_own_requests_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     bench = Bench(num_slots=1)
     for name in ("a", "b"):
         bench.bring(name)
@@ -198,6 +200,8 @@ def test_an_adapter_that_no_longer_fits_into_its_slot_ends_its_own_requests_only
     assert bench.events["bad"][-1].error.code == "adapter_error"
     assert bench.events["good"][-1].error is None
     assert bench.cache.num_reads == 2
+    (record,) = caplog.records
+    assert (record.levelname, record.adapter_name) == ("ERROR", "a")
 
 
 def test_a_request_that_runs_alone_gets_a_slot_from_those_that_wait_for_it() -> None:
