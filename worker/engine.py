@@ -165,11 +165,10 @@ class Engine:
             return []
         appends: list[Append] = []
         for name, error in self._adapters.settle().items():
-            for seq in self._scheduler.waiting:
-                if seq.adapter_name == name:
-                    output = self._outputs[seq.request_id]
-                    self._remove(seq.request_id)
-                    appends.append(output.fail(error))
+            for seq in self._scheduler.waiting_for(name):
+                output = self._outputs[seq.request_id]
+                self._remove(seq.request_id)
+                appends.append(output.fail(error))
         return appends
 
     def _prepare(self, held: Held, request: GenerationRequest, prompt: Prompt | None) -> RequestOutput:

@@ -44,11 +44,6 @@ class Scheduler:
         return bool(self._running) or any(not self._is_loading(seq) for seq in self._waiting)
 
     @property
-    def waiting(self) -> Items[Sequence]:
-        """The sequences that wait, in the order in which they come."""
-        return tuple(self._waiting)
-
-    @property
     def num_blocks_in_use(self) -> int:
         """Cache blocks that sequences hold."""
         return self._blocks.num_blocks - self._blocks.num_free_blocks
@@ -56,6 +51,10 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queues a sequence behind those that wait already."""
         self._waiting.append(seq)
+
+    def waiting_for(self, adapter_name: str) -> list[Sequence]:
+        """The sequences of an adapter that wait, next one first; the others of it run, so they have it."""
+        return [seq for seq in self._waiting if seq.adapter_name == adapter_name]
 
     def isolate(self, seq: Sequence | None) -> None:
         """Nothing runs until `run_isolated`, then this sequence (added before) alone; None ends that."""

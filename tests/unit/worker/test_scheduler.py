@@ -15,11 +15,13 @@ from worker.step_pace import StepPace
 BLOCK_SIZE = 4
 
 
-def make_sequence(request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 4) -> Sequence:
+def make_sequence(
+    request_id: str, num_prompt_tokens: int = 3, max_tokens: int = 4, adapter_name: str | None = None
+) -> Sequence:
     return Sequence(
         request_id=request_id,
         index=0,
-        adapter_name=None,
+        adapter_name=adapter_name,
         sampling=SamplingParams(),
         token_ids=[(ord(request_id[-1]) * i) % 97 + 1 for i in range(1, num_prompt_tokens + 1)],
         num_prompt_tokens=num_prompt_tokens,
@@ -57,6 +59,15 @@ class Bench:
                 return
             assert self.step(), "a step with work ran nothing"
         pytest.fail("the scheduler never came to an end")
+
+
+def test_it_tells_which_sequences_of_an_adapter_wait() -> None:
+    bench = Bench(max_batch_size=1)
+    runs, waits, next_one = [make_sequence(name, adapter_name="a") for name in "abc"]
+    for seq in (runs, waits, make_sequence("d", adapter_name="b"), make_sequence("e"), next_one):
+        bench.scheduler.add(seq)
+    bench.step()
+    assert bench.scheduler.waiting_for("a") == [waits, next_one]
 
 
 def test_a_sequence_joins_the_running_batch_at_any_step() -> None:
