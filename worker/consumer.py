@@ -27,6 +27,7 @@ from shared.streams import (
     Slots,
     WorkerStreams,
 )
+from worker.capacity import Capacity
 from worker.faults import Faults
 from worker.prompt_encoder import Encode, Prompt, PromptEncoder
 
@@ -148,7 +149,7 @@ class Consumer:
         self._streams = streams
         self._held = held
         self._queues = queues
-        self._max_num_requests = max_num_requests
+        self._capacity = Capacity(max_num_requests)
         self._poll_s = poll_s
         self._faults = faults or Faults()
         self._unsent: list[Append] = []
@@ -219,9 +220,13 @@ class Consumer:
         self.commands.put(Commands(stop=[request_id]))
 
     def shed(self, held: Held) -> None:
-        """Returns one request to its queue, and holds fewer from now on: memory has no room for more."""
-        self._max_num_requests = max(1, len(self._held) - 1)
+        """Returns one request to its queue, and holds fewer for a while: memory has no room for more."""
+        self._capacity.shrink(len(self._held))
         self._to_shed.put(held)
+
+    def count_step(self) -> None:
+        """A step found the memory it needed."""
+        self._capacity.count_step()
 
     def hand_back(self, retry_s: float = 0) -> int:
         """Returns all held requests to their queues; call it when `run` has ended.
@@ -286,7 +291,7 @@ class Consumer:
             logger.warning("request %s handed back: out of memory", held.request_id, extra=fields("shed"))
 
     def _claim(self) -> None:
-        room = self._max_num_requests - len(self._held)
+        room = self._capacity.num_requests - len(self._held)
         if room <= 0 or self._draining.is_set() or self._held.has_lone_request:
             return
         execution_ids = [uuid4().hex for _ in range(room)]

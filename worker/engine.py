@@ -64,6 +64,7 @@ class Engine:
         self._clock = clock
         self._adapters = adapters
         self._outputs: dict[str, RequestOutput] = {}
+        self._batch: Batch = []
         self.is_stalled = False
         """Whether the last step ran nothing, because all that could run waits for an adapter."""
 
@@ -79,7 +80,7 @@ class Engine:
 
     def step(self) -> list[Append]:
         """Runs one batch and returns the events it brought, at most one per request."""
-        batch = self._scheduler.schedule()
+        self._batch = batch = self._scheduler.schedule()
         self.is_stalled = not batch
         if self.is_stalled:
             return []
@@ -140,15 +141,16 @@ class Engine:
         """Forgets a request that another worker owns now: no event."""
         self._remove(request_id)
 
-    def shed_newest(self) -> tuple[Held | None, list[Append]]:
-        """Makes room after a step that did not fit into memory: the newest request, to be handed back.
+    def shed(self) -> tuple[Held | None, list[Append]]:
+        """Makes room after a step that did not fit into memory: its newest request, to be handed back.
 
         One that did not fit even alone ends with an error instead.
         """
-        *others, newest = self._outputs
+        ran = {scheduled.seq.request_id for scheduled in self._batch}
+        newest = next(request_id for request_id in reversed(self._outputs) if request_id in ran)
         output = self._outputs[newest]
         self._remove(newest)
-        if others:
+        if len(ran) > 1:
             return output.held, []
         return None, [output.fail(GenerationFailed("The request does not fit into the device's memory."))]
 

@@ -76,10 +76,12 @@ class EngineLoop:
     def _step(self) -> list[Append]:
         self._step_started_s = self._clock()
         try:
-            return self._engine.step()
+            appends = self._engine.step()
+            self._consumer.count_step()
+            return appends
         except OutOfDeviceMemory as error:
             logger.warning("a step is out of memory: %s", error, extra=fields("out_of_memory"))
-            held, appends = self._engine.shed_newest()
+            held, appends = self._engine.shed()
             if held is not None:
                 self._consumer.shed(held)
             return appends

@@ -19,6 +19,7 @@ from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
 from tests.redis_server import RedisServer
 from tests.streams import BASE, QUEUES, BlockingApi, claim, last, make_request, token, worker_streams
 from tests.waiting import wait_until
+from worker import capacity
 from worker.block_manager import BlockManager
 from worker.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
 from worker.engine import Engine
@@ -342,10 +343,13 @@ def test_a_request_refused_by_the_engine_ends_with_its_error(
 
 
 class CrampedRunner(FakeModelRunner):
-    """Has memory for two sequences."""
+    """Has memory for two sequences, until it failed so many times."""
+
+    num_failures_left = 1_000
 
     def run(self, batch: Batch) -> list[int | None]:
-        if len(batch) > 2:
+        if len(batch) > 2 and self.num_failures_left:
+            self.num_failures_left -= 1
             raise OutOfDeviceMemory(f"{len(batch)} sequences")
         return super().run(batch)
 
@@ -358,6 +362,23 @@ def test_requests_that_do_not_fit_into_memory_together_run_one_after_another(
     for request_id in ids:
         assert text_of(finished_log(connection, request_id)) == expected_text(20)
     assert worker.consumer.num_claimed > 6
+
+
+def test_a_worker_holds_as_many_as_before_some_time_after_it_was_out_of_memory(
+    connection: redis.Redis,
+    api: BlockingApi,
+    start_worker: Callable[..., ThreadedWorker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(capacity, "NUM_STEPS_TO_GROW", 5)
+    runner = CrampedRunner(max_model_len=512)
+    runner.num_failures_left = 2
+    ids = [api.enqueue(request_of(200)) for _ in range(4)]
+    start_worker(runner, max_num_requests=4)
+    for request_id in ids:
+        assert text_of(finished_log(connection, request_id)) == expected_text(200)
+    assert runner.num_failures_left == 0
+    assert max(map(len, runner.batches)) == 4
 
 
 def test_a_request_shed_while_the_connection_breaks_goes_back_to_its_queue_all_the_same(

@@ -13,6 +13,7 @@ from tests.streams import make_request
 from worker.block_manager import BlockManager
 from worker.engine import Engine
 from worker.scheduler import Scheduler
+from worker.sequence import OutOfDeviceMemory
 
 
 class Clock:
@@ -37,10 +38,11 @@ class Bench:
     def add(self, name: str = "r", events: tuple[StreamEvent, ...] = (), **values: object) -> list[Append]:
         sampling = values.pop("sampling", SamplingParams(temperature=0, max_tokens=4))
         text = values.pop("text", "hello")
+        alone = values.pop("alone", False)
         request = make_request(
             request_id=name, messages=[{"role": "user", "content": text}], sampling=sampling, **values
         )
-        return self.engine.add_request(Held(name, f"execution-{name}"), request, events)
+        return self.engine.add_request(Held(name, f"execution-{name}"), request, events, alone=alone)
 
     def finish(self) -> dict[str, list[StreamEvent]]:
         """Steps until nothing is left; the events of each request."""
@@ -296,21 +298,42 @@ def test_a_stopped_request_ends_with_an_error_and_its_neighbours_go_on() -> None
     assert bench.engine.stop_request("stopped") == []
 
 
-def test_the_newest_request_makes_room_after_a_step_that_did_not_fit() -> None:
+def run_out_of_memory(bench: Bench) -> tuple[Held | None, list[Append]]:
+    with (
+        patch.object(bench.runner, "run", side_effect=OutOfDeviceMemory),
+        pytest.raises(OutOfDeviceMemory),
+    ):
+        bench.engine.step()
+    return bench.engine.shed()
+
+
+def test_the_newest_request_that_ran_makes_room_after_a_step_that_did_not_fit() -> None:
     bench = Bench()
-    bench.add("old")
-    bench.add("new")
+    for name in ("old", "new"):
+        bench.add(name, text=name[0] * 56)
     bench.engine.step()
-    held, appends = bench.engine.shed_newest()
+    bench.add("waits", text="w" * 24)
+    held, appends = run_out_of_memory(bench)
     assert (held.request_id, appends) == ("new", [])
-    assert set(bench.finish()) == {"old"}
+    assert set(bench.finish()) == {"old", "waits"}
     assert bench.blocks.num_free_blocks == 32
 
 
 def test_a_request_that_does_not_fit_alone_ends_with_an_error() -> None:
     bench = Bench()
     bench.add()
-    held, (append,) = bench.engine.shed_newest()
+    held, (append,) = run_out_of_memory(bench)
     assert held is None
     assert append.event.error.code == "generation_failed"
     assert not bench.engine.has_work
+
+
+def test_a_request_whose_step_ran_without_the_others_and_did_not_fit_ends_with_an_error_too() -> None:
+    bench = Bench()
+    bench.add("lone", alone=True)
+    bench.add("other")
+    bench.engine.run_alone()
+    held, (append,) = run_out_of_memory(bench)
+    assert (held, append.held.request_id) == (None, "lone")
+    assert append.event.error.code == "generation_failed"
+    assert set(bench.finish()) == {"other"}

@@ -5,9 +5,11 @@ from unittest.mock import Mock
 
 import pytest
 
+from shared.streams import Held
 from worker.consumer import Consumer
 from worker.engine import Engine
 from worker.engine_loop import EngineLoop
+from worker.sequence import OutOfDeviceMemory
 
 
 class Bench:
@@ -57,6 +59,16 @@ def test_a_second_drain_ends_at_once() -> None:
     bench.at_step = {5: bench.loop.drain, 6: bench.loop.drain}
     bench.loop.run()
     assert bench.now_s == 6
+
+
+def test_a_step_out_of_memory_sheds_what_the_engine_names_and_the_others_count_as_good() -> None:
+    bench, held = Bench(), Held("r", "x")
+    bench.engine.step = Mock(side_effect=[[], OutOfDeviceMemory, []])
+    bench.engine.shed.return_value = held, []
+    turns = iter([False] * 3)
+    bench.loop.run(should_stop=lambda: next(turns, True))
+    bench.consumer.shed.assert_called_once_with(held)
+    assert bench.consumer.count_step.call_count == 2
 
 
 def test_the_loop_ends_when_it_is_told_to_stop() -> None:
