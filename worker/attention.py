@@ -6,12 +6,14 @@ and values into the cache and attends, per sequence, to what the cache holds of 
 
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
+
+from worker import kernels
 
 NAME = "lorelay"
 """The attention's name; one that transformers' mask interface doesn't know gets no mask."""
@@ -54,11 +56,19 @@ class PagedKVCache:
         Slot = block x block_size + offset. Entries that are not finite are stored as numbers: a later owner
         of the block masks them, and 0 x NaN would be NaN. The row's own logits show the NaN all the same.
         """
-        if layer not in self._layers:
-            entries = [((self.block_size, *new.shape[1:]), new.dtype, new.device) for new in (key, value)]
-            self._layers[layer] = (self._allocate(*entries[0]), self._allocate(*entries[1]))
-        for stored, new in zip(self._layers[layer], (key, value), strict=True):
+        tensors = self.layer(layer, key.transpose(0, 1), value.transpose(0, 1))
+        for stored, new in zip(tensors, (key, value), strict=True):
             stored.flatten(0, 1).index_copy_(0, slots, new.nan_to_num())
+        return tensors
+
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's tensors, for entries like `key` and `value` (num_kv_heads, T, head_dim)."""
+        if layer not in self._layers:
+            keys, values = (
+                self._allocate((self.block_size, len(new), new.shape[-1]), new.dtype, new.device)
+                for new in (key, value)
+            )
+            self._layers[layer] = (keys, values)
         return self._layers[layer]
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -76,6 +86,13 @@ class QueryGroup:
     block_tables: Tensor
     """(n, num_blocks): blocks that hold a sequence's tokens; shorter tables end in any valid block."""
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def row_numbers(self) -> Tensor:
+        """The same as `rows`, always a tensor."""
+        if isinstance(self.rows, Tensor):
+            return self.rows
+        return torch.arange(self.rows.start, self.rows.stop, device=self.positions.device)
 
     def mask(self, num_keys: int, num_groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """(n, 1, num_groups x q, num_keys): 0 where a query sees a key, else -inf. Same for all layers alike.
@@ -97,10 +114,13 @@ class QueryGroup:
 
 @dataclass(frozen=True, eq=False)
 class StepLayout:
-    """Where the tokens of one step stand: in the cache (`slots`, (T,)), and in which sequences (`groups`)."""
+    """Where the tokens of one step stand: in the cache (`slots`, (T,)), and in which sequences."""
 
     slots: Tensor
-    groups: tuple[QueryGroup, ...]
+    chunks: tuple[QueryGroup, ...]
+    """Of prefills, one sequence each."""
+    decodes: QueryGroup | None
+    """The sequences with one token each."""
 
 
 @dataclass(eq=False)
@@ -110,6 +130,8 @@ class AttentionState:
     kv_cache: PagedKVCache
     layout: StepLayout | None = None
     """Set before each forward pass."""
+    has_kernels: bool = False
+    """Whether `worker.kernels` can be called for the tensors of this model."""
     calls: Counter[int] = field(default_factory=Counter)
     """Calls per layer, and ..."""
     windows: dict[int, int | None] = field(default_factory=dict)
@@ -155,14 +177,46 @@ def paged_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     state.calls[layer] += 1
     state.windows[layer] = window
-    assert state.layout is not None, "a forward pass without a layout"
-    keys, values = state.kv_cache.write(
-        layer, state.layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1)
-    )
-    output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # (T, num_heads, head_dim)
-    for group in state.layout.groups:
+    layout = state.layout
+    assert layout is not None, "a forward pass without a layout"
+    groups = layout.chunks
+    if state.has_kernels and layout.decodes is not None and softcap is None and sinks is None:
+        keys, values = state.kv_cache.layer(layer, key[0], value[0])
+        output = _decode(query[0], key[0], value[0], (keys, values), layout, scaling, window)
+    else:
+        keys, values = state.kv_cache.write(
+            layer, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1)
+        )
+        output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # (T, num_heads, head_dim)
+        if layout.decodes is not None:
+            groups += (layout.decodes,)
+    for group in groups:
         output[group.rows] = _attend_group(query[0], keys, values, group, (scaling, window, softcap, sinks))
     return output[None], None
+
+
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: tuple[Tensor, Tensor],
+    layout: StepLayout,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """What `kernels.paged_attention` makes of a step."""
+    decodes = layout.decodes
+    assert decodes is not None
+    return kernels.paged_attention(
+        query,
+        key,
+        value,
+        layout.slots,
+        cache,
+        (decodes.row_numbers, decodes.block_tables, decodes.positions),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=window,
+    )
 
 
 def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, options: dict[str, Any]) -> None:

@@ -1,45 +1,85 @@
 """LoRA in a mixed batch: each row of a layer's input gets the adapter of its own sequence.
 
-y = W x + scale · B (A x). The A and B of all adapters of a layer stand stacked; a forward computes those that
-its batch uses together, and each row keeps only its own adapter's part.
+y = W x + scale · B (A x). The A and B of all adapters of a layer stand stacked. A chunk of a prompt is
+multiplied with those of its own adapter. The rows that decode are computed together: by a kernel, where there
+is one, else in one product with all adapters that they use, of which each row keeps its own part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import AdapterError
+from worker import kernels
 from worker.adapter_files import LoadedAdapter
 
 BASE = -1
 """The slot of rows without an adapter."""
+MIN_CHUNK_ROWS = 8
+"""So many rows of one sequence are worth products of their own."""
 
 
-@dataclass(eq=False)
 class StepRows:
     """Which adapter each row of a layer's input belongs to, for one forward pass."""
 
-    slots: Sequence[int]
-    """Per row, `BASE` or an adapter's slot."""
-
-    def __post_init__(self) -> None:
-        self.used = tuple(sorted(set(self.slots) - {BASE}))
-        self.is_uniform = len(set(self.slots)) == 1
+    def __init__(self, spans: Iterable[tuple[int, int]], device: torch.device) -> None:
+        """`spans`: (slot, number of rows) of each sequence, in the order of the rows."""
+        self._device = device
+        self.chunks: list[tuple[int, slice]] = []
+        """Slot and rows of each long span."""
+        numbers: list[int] = []
+        slots: list[int] = []
+        first = 0
+        for slot, num_rows in spans:
+            if num_rows >= MIN_CHUNK_ROWS:
+                self.chunks += [(slot, slice(first, first + num_rows))] if slot != BASE else []
+            else:
+                numbers += range(first, first + num_rows)
+                slots += [slot] * num_rows
+            first += num_rows
+        self._numbers, self._slots = numbers, slots
+        self.used = tuple(sorted(set(slots) - {BASE}))
+        """The slots of the short spans' rows, here called single rows."""
+        self.is_uniform = len(set(slots)) == 1
+        is_contiguous = not numbers or numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        self.singles = (
+            slice(numbers[0], numbers[0] + len(numbers))
+            if numbers and is_contiguous
+            else torch.tensor(numbers, dtype=torch.long, device=device)
+        )
+        """Where the single rows are."""
         self._masks: dict[tuple[int, ...], Tensor] = {}
 
-    def foreign(self, rank_slots: tuple[int, ...], device: torch.device) -> Tensor:
-        """(num_rows, sum of ranks): whether a rank belongs to another adapter than the row.
+    @property
+    def has_adapters(self) -> bool:
+        """Whether any row has one."""
+        return bool(self.used or self.chunks)
+
+    def foreign(self, rank_slots: tuple[int, ...]) -> Tensor:
+        """(number of single rows, sum of ranks): whether a rank belongs to another adapter than the row.
 
         The same tensor for all layers whose adapters have the same ranks.
         """
         if rank_slots not in self._masks:
-            rows = torch.tensor(self.slots, device=device)
-            ranks = torch.tensor(rank_slots, device=device)
+            rows = torch.tensor(self._slots, device=self._device)
+            ranks = torch.tensor(rank_slots, device=self._device)
             self._masks[rank_slots] = rows[:, None] != ranks
         return self._masks[rank_slots]
+
+    @cached_property
+    def runs(self) -> tuple[Tensor, Tensor]:
+        """The single rows in order of their slots, and (slot, first, number) of each slot's part of them."""
+        index: list[int] = []
+        runs: list[tuple[int, int, int]] = []
+        for slot in self.used:
+            rows = [row for row, owner in zip(self._numbers, self._slots, strict=True) if owner == slot]
+            runs.append((slot, len(index), len(rows)))
+            index += rows
+        return torch.tensor(index, dtype=torch.long), torch.tensor(runs, dtype=torch.long).view(-1, 3)
 
 
 class LoraLayer:
@@ -48,20 +88,21 @@ class LoraLayer:
     rows: StepRows | None = None
     """Set before each forward pass; None where no row has an adapter."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, has_kernels: bool) -> None:
         device = linear.weight.device
+        self._has_kernels = has_kernels
         self._rank_slots: tuple[int, ...] = ()
         """The slot that owns each rank, i.e. each row of A and B."""
         self._a = torch.empty(0, linear.in_features, dtype=dtype, device=device)  # (sum of ranks, in)
         self._b = torch.empty(
             0, linear.out_features, dtype=dtype, device=device
         )  # (sum of ranks, out), scaled
-        self._selected: tuple[tuple[int, ...], Tensor, Tensor, tuple[int, ...]] | None = None
+        self._forget_views()
         linear.register_forward_hook(self._add_to_output)
 
     def add(self, slot: int, a: Tensor, b: Tensor) -> None:
         """Stacks an adapter in place of the slot's former one: `a` (rank, in) and `b` (rank, out), scaled."""
-        self._selected = None
+        self._forget_views()
         if self._rank_slots.count(slot) == len(a):
             first = self._rank_slots.index(slot)
             self._a[first : first + len(a)] = a
@@ -78,7 +119,11 @@ class LoraLayer:
         if slot not in self._rank_slots:
             return
         self._a, self._b, self._rank_slots = self._select(tuple(set(self._rank_slots) - {slot}))
-        self._selected = None
+        self._forget_views()
+
+    def _forget_views(self) -> None:
+        self._selected: dict[tuple[int, ...], tuple[Tensor, Tensor, tuple[int, ...]]] = {}
+        self._ranks: Tensor | None = None
 
     def _select(self, used: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         kept = [n for n, slot in enumerate(self._rank_slots) if slot in used]
@@ -88,20 +133,46 @@ class LoraLayer:
         index = torch.tensor(kept, device=self._a.device)
         return self._a[index], self._b[index], tuple(self._rank_slots[n] for n in kept)
 
-    def _add_to_output(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _add_to_output(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         rows = self.rows
         if rows is None or not self._rank_slots:
-            return None
-        if self._selected is None or self._selected[0] != rows.used:
-            self._selected = (rows.used, *self._select(rows.used))
-        _, a, b, rank_slots = self._selected
+            return
+        # The output is fresh, no need of another.
+        x, y = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
+        for slot, part in rows.chunks:
+            if slot in self._rank_slots:
+                first, num_ranks = self._rank_slots.index(slot), self._rank_slots.count(slot)
+                a, b = (stack[first : first + num_ranks] for stack in (self._a, self._b))
+                y[part].add_(x[part] @ a.T @ b)
+        if rows.used and self._has_kernels:
+            kernels.add_lora(y, x, self._a, self._b, *rows.runs, self._rank_table())
+        elif rows.used:
+            self._add_to_singles(x, y, rows)
+
+    def _add_to_singles(self, x: Tensor, y: Tensor, rows: StepRows) -> None:
+        if rows.used not in self._selected:
+            self._selected = {rows.used: self._select(rows.used)}
+        a, b, rank_slots = self._selected[rows.used]
         if not rank_slots:
-            return None
-        low = inputs[0] @ a.T  # (..., num_rows, sum of ranks)
+            return
+        low = x[rows.singles] @ a.T  # (number of single rows, sum of ranks)
         if not rows.is_uniform:
             # Not a product with zeros: what overflows in one adapter must not become NaN in another's row.
-            low = low.masked_fill(rows.foreign(rank_slots, low.device), 0)
-        return output.add_(low @ b)  # it is fresh: no need of another
+            low = low.masked_fill(rows.foreign(rank_slots), 0)
+        if isinstance(rows.singles, slice):
+            y[rows.singles].add_(low @ b)
+        else:
+            y.index_add_(0, rows.singles, low @ b)
+
+    def _rank_table(self) -> Tensor:
+        """(first, number) of the ranks of each slot."""
+        if self._ranks is None:
+            owned = {
+                slot: (self._rank_slots.index(slot), self._rank_slots.count(slot))
+                for slot in set(self._rank_slots)
+            }
+            self._ranks = torch.tensor([owned.get(slot, (0, 0)) for slot in range(max(owned) + 1)])
+        return self._ranks
 
 
 @dataclass(frozen=True)
@@ -129,8 +200,14 @@ class LoraStack:
         token_layers: Mapping[str, nn.Linear],
         kept_layers: Mapping[str, nn.Linear],
         dtype: torch.dtype,
+        *,
+        has_kernels: bool = False,
     ) -> None:
+        """`has_kernels`: whether `worker.kernels` can be called for these layers."""
+        self._has_kernels = has_kernels
         self._linears = {**token_layers, **kept_layers}
+        devices = (linear.weight.device for linear in self._linears.values())
+        self._device = next(devices, torch.device("cpu"))
         self._kept_names = frozenset(kept_layers)
         self._dtype = dtype
         self._layers: dict[str, LoraLayer] = {}
@@ -178,7 +255,9 @@ class LoraStack:
             self._layers[layer].remove(slot)
         for layer, (a, b) in weights.layers.items():
             if layer not in self._layers:
-                self._layers[layer] = LoraLayer(self._linears[layer], self._dtype)
+                self._layers[layer] = LoraLayer(
+                    self._linears[layer], self._dtype, has_kernels=self._has_kernels
+                )
             self._layers[layer].add(slot, a, b)
 
     def remove(self, name: str) -> None:
@@ -197,16 +276,24 @@ class LoraStack:
             raise AdapterError(f"adapter {name!r} is not loaded")
         return self._slots[name]
 
-    def set_rows(self, slots: Sequence[int], kept: Sequence[int]) -> None:
-        """Says which slot each token of the next forward has, and which tokens' logits are kept."""
-        rows, kept_rows = _rows(slots), _rows([slots[n] for n in kept])
+    def set_rows(self, spans: Sequence[tuple[int, int]], kept: Sequence[int]) -> None:
+        """Says whose tokens the next forward has, and which tokens' logits are kept.
+
+        `spans`: (slot, number of tokens) of each sequence, in the order of the tokens.
+        """
+        rows = self._rows(spans)
+        kept_rows = self._rows([(slot, 1) for slot in _slots_of(spans, kept)])
         for name, lora_layer in self._layers.items():
             lora_layer.rows = kept_rows if name in self._kept_names else rows
 
+    def _rows(self, spans: Iterable[tuple[int, int]]) -> StepRows | None:
+        rows = StepRows(spans, self._device)
+        return rows if rows.has_adapters else None
 
-def _rows(slots: Sequence[int]) -> StepRows | None:
-    rows = StepRows(slots)
-    return rows if rows.used else None
+
+def _slots_of(spans: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[int]:
+    slots = [slot for slot, num_tokens in spans for _ in range(num_tokens)]
+    return [slots[token] for token in tokens]
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shared.errors import AdapterError, ConfigurationError
 from shared.logs import fields
 from shared.settings import AdapterSource, WorkerSettings
-from worker import loading, self_check
+from worker import kernels, loading, self_check
 from worker.adapter_cache import AdapterCache
 from worker.adapter_store import AdapterStore
 from worker.attention import AttentionState, PagedKVCache, QueryGroup, StepLayout, attach
@@ -34,7 +34,9 @@ DEFAULT_ADAPTER_MEMORY_SHARE = 0.1
 class ModelRunner:
     """A loaded model with its KV cache and adapters. Not thread-safe."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, settings: WorkerSettings) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, settings: WorkerSettings, *, has_kernels: bool = False
+    ) -> None:
         """Checks the model and allocates its cache; use `load`.
 
         Raises:
@@ -50,9 +52,12 @@ class ModelRunner:
         attach(model, self._state)
         shapes = self_check.check(model, self._state, self._forward, self.block_size, settings.model)
         token_layers, kept_layers = shapes.select(model)
-        self._lora = LoraStack(token_layers, kept_layers, model.dtype)
+        self._lora = LoraStack(token_layers, kept_layers, model.dtype, has_kernels=has_kernels)
         self._adapters = AdapterStore(model, settings.model, self._lora)
-        self._pack(token_layers.values(), kept_layers.values(), settings)
+        self._state.has_kernels = has_kernels
+        is_packed = self._pack(token_layers.values(), kept_layers.values())
+        if has_kernels or is_packed:
+            self_check.check(model, self._state, self._forward, self.block_size, settings.model)
         self.max_model_len = loading.max_model_len(model.config, settings.session_len)
         self._state.kv_cache.resize(self._affordable_blocks(settings))
         self._log_cache()
@@ -70,7 +75,11 @@ class ModelRunner:
         device = loading.find_device(settings.device)
         folder = loading.find_model(settings)
         tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
-        runner = cls(loading.load_model(folder, settings, device), tokenizer, settings)
+        # A first build takes some seconds: the model loads meanwhile.
+        build = kernels.start_build(device) if settings.compile else None
+        model = loading.load_model(folder, settings, device)
+        has_kernels = build is not None and build.finish()
+        runner = cls(model, tokenizer, settings, has_kernels=has_kernels)
         runner.model_version = loading.model_version(folder)
         runner._load_adapters(settings.adapters)
         return runner
@@ -132,16 +141,16 @@ class ModelRunner:
         device = self._model.device
         token_ids: list[int] = []
         positions: list[int] = []
-        adapter_slots: list[int] = []
+        spans: list[tuple[int, int]] = []
         kept: list[int] = []
         for seq, num_tokens in ((item.seq, item.num_tokens) for item in batch):
             start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
             token_ids += seq.token_ids[start:end]
             positions += range(start, end)
-            adapter_slots += [self._lora.slot(seq.adapter_name)] * num_tokens
+            spans.append((self._lora.slot(seq.adapter_name), num_tokens))
             if end == len(seq.token_ids):
                 kept.append(len(token_ids) - 1)
-        self._lora.set_rows(adapter_slots, kept)
+        self._lora.set_rows(spans, kept)
         self._state.layout = lay_out(batch, self.block_size, device)
         output = self._model(
             input_ids=torch.tensor([token_ids], device=device),
@@ -170,17 +179,14 @@ class ModelRunner:
         if self.adapter_versions:
             logger.info("adapters: %s", self.adapter_cache.summary, extra=fields("load_adapters"))
 
-    def _pack(
-        self, token_layers: Iterable[nn.Linear], kept_layers: Iterable[nn.Linear], settings: WorkerSettings
-    ) -> None:
-        """Brings the weights into the layout that this machine reads fastest, if it has one of its own."""
+    def _pack(self, token_layers: Iterable[nn.Linear], kept_layers: Iterable[nn.Linear]) -> bool:
+        """Whether this machine has a layout of its own for weights; they are in it then."""
         num_packed = pack(token_layers, keeps_weights=False)
         # An adapter that targets the head may bring a copy of its weight, which is compared with ours.
         num_packed += pack(kept_layers, keeps_weights=True)
-        if num_packed:
-            self_check.check(self._model, self._state, self._forward, self.block_size, settings.model)
         layout = f"{num_packed} Linears packed for oneDNN" if num_packed else "plain weights"
         logger.info("forward pass: %s, %s", self._model.dtype, layout, extra=fields("load_model"))
+        return num_packed > 0
 
     def _affordable_blocks(self, settings: WorkerSettings) -> int:
         """How many blocks the cache gets: what memory admits, at most what is of use.
@@ -225,10 +231,10 @@ def lay_out(batch: Batch, block_size: int, device: torch.device) -> StepLayout:
         (decodes if item.num_tokens == 1 else chunks).append((first_row, item))
         for position in range(seq.num_computed_tokens, seq.num_computed_tokens + item.num_tokens):
             slots.append(seq.block_table[position // block_size] * block_size + position % block_size)
-    groups = [[chunk] for chunk in chunks] + ([decodes] if decodes else [])
     return StepLayout(
         torch.tensor(slots, device=device),
-        tuple(_group(group, block_size, device) for group in groups),
+        tuple(_group([chunk], block_size, device) for chunk in chunks),
+        _group(decodes, block_size, device) if decodes else None,
     )
 
 

@@ -4,8 +4,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from shared.messages import SamplingParams
+from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
+from worker import kernels
 from worker.attention import AttentionState, PagedKVCache, attach, paged_attention
 from worker.model_runner import lay_out
 from worker.sequence import ScheduledSequence, Sequence
@@ -67,9 +70,13 @@ def make_sequences() -> list[Sequence]:
     ]
 
 
-def run_paged(inputs: list[tuple[Tensor, Tensor, Tensor]], **options: Any) -> list[Tensor]:
+def run_paged(
+    inputs: list[tuple[Tensor, Tensor, Tensor]], *, has_kernels: bool = False, **options: Any
+) -> list[Tensor]:
+    if has_kernels:
+        need_kernels()
     layer = Layer()
-    state = AttentionState(PagedKVCache(10, BLOCK_SIZE))
+    state = AttentionState(PagedKVCache(10, BLOCK_SIZE), has_kernels=has_kernels)
     attach(layer, state)
     sequences = make_sequences()
     outputs: list[list[Tensor]] = [[], [], []]
@@ -104,6 +111,7 @@ def random_inputs(seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     ]
 
 
+@WITH_AND_WITHOUT_KERNELS
 @pytest.mark.parametrize(
     "options",
     [
@@ -118,9 +126,12 @@ def random_inputs(seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     ],
     ids=str,
 )
-def test_chunks_and_decodes_of_packed_sequences_equal_whole_sequences_alone(options: dict[str, Any]) -> None:
+def test_chunks_and_decodes_of_packed_sequences_equal_whole_sequences_alone(
+    options: dict[str, Any], has_kernels: bool
+) -> None:
     inputs = random_inputs()
-    for output, parts in zip(run_paged(inputs, **options), inputs, strict=True):
+    outputs = run_paged(inputs, has_kernels=has_kernels, **options)
+    for output, parts in zip(outputs, inputs, strict=True):
         torch.testing.assert_close(output, reference(*parts, **options))
 
 
@@ -137,6 +148,57 @@ def test_what_is_not_finite_reaches_no_later_owner_of_a_block() -> None:
     keys, values = cache.write(0, torch.tensor([0, 1, 5]), key, key * torch.inf)
     assert keys.isfinite().all()
     assert values.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 40])
+def test_the_kernel_attends_as_pytorch_does_in_every_precision(head_dim: int, dtype: torch.dtype) -> None:
+    need_kernels()
+    num_heads, num_kv_heads, num_blocks, num_rows = 6, 2, 12, 3
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    cache = (
+        draw(num_blocks, BLOCK_SIZE, num_kv_heads, head_dim),
+        draw(num_blocks, BLOCK_SIZE, num_kv_heads, head_dim),
+    )
+    query, key, value = (draw(n, num_rows, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads))
+    tables, positions = torch.tensor([[3, 1, 8], [5, 5, 5], [0, 2, 11]]), torch.tensor([10, 2, 7])
+    slots = torch.tensor([8 * 4 + 2, 5 * 4 + 2, 2 * 4 + 3])
+    decodes = (torch.arange(num_rows), tables, positions)
+    output = kernels.paged_attention(query, key, value, slots, cache, decodes, scaling=0.3, window=None)
+    for row in range(num_rows):
+        keys, values = (
+            layer[tables[row]].flatten(0, 1)[: positions[row] + 1].transpose(0, 1).double() for layer in cache
+        )
+        assert torch.equal(keys[:, -1], key[:, row].double())
+        expected = scaled_dot_product_attention(
+            query[:, row].double().view(num_kv_heads, -1, head_dim), keys, values, scale=0.3
+        )
+        tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(
+            output[row].double(), expected.flatten(0, 1), rtol=tolerance, atol=tolerance
+        )
+
+
+def test_what_is_not_finite_spoils_its_own_row_only_and_is_not_stored() -> None:
+    need_kernels()
+    inputs, spoiled = random_inputs(), random_inputs()
+    for part in spoiled[1]:
+        part[:, -1] = torch.nan
+    plain, output = (run_paged(given, has_kernels=True) for given in (inputs, spoiled))
+    assert output[1][-1].isnan().all()
+    torch.testing.assert_close(output[1][:-1], plain[1][:-1])
+    torch.testing.assert_close(output[2], plain[2])
+    cache = (torch.zeros(2, BLOCK_SIZE, 1, 2), torch.zeros(2, BLOCK_SIZE, 1, 2))
+    entry = torch.tensor([[[torch.nan, torch.inf]]])
+    decodes = (torch.tensor([0]), torch.tensor([[1]]), torch.tensor([0]))
+    kernels.paged_attention(entry, entry, -entry, torch.tensor([4]), cache, decodes, scaling=1.0, window=None)
+    largest = torch.finfo(torch.float32).max
+    assert cache[0][1, 0, 0].tolist() == [0, largest]
+    assert cache[1][1, 0, 0].tolist() == [0, -largest]
 
 
 def test_the_cache_keeps_each_layers_own_shape_when_it_grows() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shared.errors import AdapterError
+from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.tiny_models import build_adapter, build_model, change_json
 from worker import adapter_files
 from worker.adapter_files import LayerWeights, LoadedAdapter, load_adapter
@@ -239,14 +240,16 @@ def make_adapter(rank: int, seed: int, layer: str = "one", scaling: float = 0.5)
 
 
 class Stacked:
-    def __init__(self) -> None:
+    def __init__(self, has_kernels: bool = False) -> None:
+        if has_kernels:
+            need_kernels()
         self.one, self.head = (nn.Linear(6, 5, dtype=torch.float64) for _ in range(2))
-        self.stack = LoraStack({"one": self.one}, {"head": self.head}, torch.float64)
+        self.stack = LoraStack({"one": self.one}, {"head": self.head}, torch.float64, has_kernels=has_kernels)
         self.x = torch.randn(1, 7, 6, dtype=torch.float64)
 
     @torch.inference_mode()
     def run(self, names: list[str | None], kept: tuple[int, ...] = ()) -> torch.Tensor:
-        self.stack.set_rows([self.stack.slot(name) for name in names], kept)
+        self.stack.set_rows([(self.stack.slot(name), 1) for name in names], kept)
         return self.one(self.x)[0]
 
     @torch.inference_mode()
@@ -261,8 +264,9 @@ class Stacked:
         return torch.stack(rows)
 
 
-def test_each_row_gets_its_own_adapter_and_no_other() -> None:
-    layer = Stacked()
+@WITH_AND_WITHOUT_KERNELS
+def test_each_row_gets_its_own_adapter_and_no_other(has_kernels: bool) -> None:
+    layer = Stacked(has_kernels)
     adapters = {"a": make_adapter(2, 0), "b": make_adapter(4, 1), "c": make_adapter(1, 2)}
     for name, adapter in adapters.items():
         layer.stack.add(name, adapter)
@@ -276,8 +280,24 @@ def test_each_row_gets_its_own_adapter_and_no_other() -> None:
         torch.testing.assert_close(layer.run(names), layer.expected(wanted))
 
 
-def test_without_an_adapter_in_the_batch_nothing_is_added() -> None:
-    layer = Stacked()
+@WITH_AND_WITHOUT_KERNELS
+def test_long_spans_get_their_own_adapter_beside_single_rows(has_kernels: bool) -> None:
+    layer = Stacked(has_kernels)
+    layer.x = torch.randn(1, 25, 6, dtype=torch.float64)
+    adapters = {"a": make_adapter(2, 0), "b": make_adapter(4, 1)}
+    for name, adapter in adapters.items():
+        layer.stack.add(name, adapter)
+    spans = [("b", 1), ("a", 8), (None, 9), ("b", 2), (None, 1), ("a", 4)]
+    layer.stack.set_rows([(layer.stack.slot(name), count) for name, count in spans], ())
+    with torch.inference_mode():
+        output = layer.one(layer.x)[0]
+    wanted = [adapters[name] if name else None for name, count in spans for _ in range(count)]
+    torch.testing.assert_close(output, layer.expected(wanted))
+
+
+@WITH_AND_WITHOUT_KERNELS
+def test_without_an_adapter_in_the_batch_nothing_is_added(has_kernels: bool) -> None:
+    layer = Stacked(has_kernels)
     plain = layer.run([None] * 7)
     layer.stack.add("a", make_adapter(2, 0))
     assert torch.equal(layer.run([None] * 7), plain)
@@ -286,8 +306,9 @@ def test_without_an_adapter_in_the_batch_nothing_is_added() -> None:
     assert not torch.equal(mixed[0], plain[0])
 
 
-def test_adapters_come_go_and_are_replaced_while_others_stay() -> None:
-    layer = Stacked()
+@WITH_AND_WITHOUT_KERNELS
+def test_adapters_come_go_and_are_replaced_while_others_stay(has_kernels: bool) -> None:
+    layer = Stacked(has_kernels)
     first, second, third = (make_adapter(rank, rank) for rank in (3, 2, 5))
     layer.stack.add("a", first)
     layer.stack.add("b", second)
@@ -304,8 +325,9 @@ def test_adapters_come_go_and_are_replaced_while_others_stay() -> None:
     assert layer.stack.slot(None) == BASE
 
 
-def test_the_head_sees_the_kept_rows_only() -> None:
-    layer = Stacked()
+@WITH_AND_WITHOUT_KERNELS
+def test_the_head_sees_the_kept_rows_only(has_kernels: bool) -> None:
+    layer = Stacked(has_kernels)
     adapter = make_adapter(2, 0, layer="head")
     layer.stack.add("a", adapter)
     layer.run([None, "a", "a", None, "a", None, None], kept=(0, 2, 4))
@@ -316,8 +338,9 @@ def test_the_head_sees_the_kept_rows_only() -> None:
     assert delta[0].abs().sum(-1).gt(0).tolist() == [False, True, True]
 
 
-def test_an_adapter_that_overflows_spoils_no_other_row() -> None:
-    layer = Stacked()
+@WITH_AND_WITHOUT_KERNELS
+def test_an_adapter_that_overflows_spoils_no_other_row(has_kernels: bool) -> None:
+    layer = Stacked(has_kernels)
     huge = make_adapter(2, 0)
     huge.layers["one"].a.mul_(1e307)
     layer.stack.add("huge", huge)

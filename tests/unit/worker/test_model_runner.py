@@ -12,6 +12,7 @@ import torch
 from shared.errors import AdapterError, ConfigurationError
 from shared.messages import SamplingParams
 from shared.settings import WorkerSettings
+from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.tiny_models import build_adapter, build_model, change_json, generate_with_peft
 from tests.waiting import wait_until
 from worker import self_check
@@ -139,12 +140,19 @@ def llama(models: Mapping[str, Path], adapters: Mapping[str, Mapping[str, Path]]
     return runner
 
 
+@WITH_AND_WITHOUT_KERNELS
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_row_of_a_mixed_batch_equals_pefts_generate_alone(
-    architecture: str, models: Mapping[str, Path], adapters: Mapping[str, Mapping[str, Path]]
+    architecture: str,
+    has_kernels: bool,
+    models: Mapping[str, Path],
+    adapters: Mapping[str, Mapping[str, Path]],
 ) -> None:
+    if has_kernels:
+        need_kernels()
     folder, known = models[architecture], adapters[architecture]
-    runner = load(folder, adapters=" ".join(f"{name}={path}" for name, path in known.items()))
+    sources = " ".join(f"{name}={path}" for name, path in known.items())
+    runner = load(folder, adapters=sources, compile=has_kernels)
     names = [None, *known, None, *reversed(known)]
     texts = prompts(len(names))
     scheduler = HandScheduler(runner)

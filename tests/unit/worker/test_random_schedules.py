@@ -19,6 +19,7 @@ from shared.messages import GenerationRequest, SamplingParams, StreamEvent
 from shared.settings import WorkerSettings
 from shared.streams import Append, Held
 from tests.block_checks import check_blocks
+from tests.compiled import need_kernels
 from tests.fakes import FakeDetokenizer, unpaced
 from tests.streams import make_request
 from tests.tiny_models import build_adapter, build_model, generate_with_peft
@@ -71,10 +72,15 @@ def _generate(folder: Path, adapter: Path | None, prompt: tuple[int, ...]) -> li
     return generate_with_peft(folder, adapter, prompt, NUM_TOKENS)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(
+    scope="module", params=[("llama", True), ("gemma2", False)], ids=["llama-kernels", "gemma2-torch"]
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    root = tmp_path_factory.mktemp(request.param)
-    folder = build_model(root / "model", request.param)
+    architecture, has_kernels = request.param
+    if has_kernels:
+        need_kernels()
+    root = tmp_path_factory.mktemp(architecture)
+    folder = build_model(root / "model", architecture)
     adapters = {
         name: build_adapter(root / name, folder, seed=n, **config)
         for n, (name, config) in enumerate(ADAPTERS.items())
@@ -87,6 +93,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             dtype="float64",
             block_size=BLOCK_SIZE,
             session_len=64,
+            compile=has_kernels,
         )
     )
     return Model(runner, folder, adapters)
