@@ -20,7 +20,7 @@ using at::Tensor;
 
 constexpr int64_t OUTPUT_CHUNK = 128;
 constexpr int64_t KEYS_AT_ONCE = 4;
-constexpr int64_t OPERATIONS_PER_TASK = 1 << 15;  // below it, another thread costs more than it brings
+constexpr int64_t RANKS_AT_ONCE = 4;
 
 template <typename T, typename Acc>
 inline void convert(const T* from, int64_t size, Acc* to) {
@@ -228,6 +228,22 @@ struct Segment {  // the rows of one adapter, and its ranks
   int64_t num_rows, first_rank, num_ranks, first_low;
 };
 
+// The products of one row with RANKS_AT_ONCE rows of A, which read the row's entries once.
+template <typename T, typename Acc>
+[[gnu::always_inline]] inline void dot_ranks(const Acc* weights, const T* row, int64_t size, Acc* products) {
+  static_assert(RANKS_AT_ONCE == 4);
+  Acc sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+  for (int64_t i = 0; i < size; ++i) {
+    const Acc entry = static_cast<Acc>(row[i]);
+    sum0 += weights[i] * entry;
+    sum1 += weights[size + i] * entry;
+    sum2 += weights[2 * size + i] * entry;
+    sum3 += weights[3 * size + i] * entry;
+  }
+  products[0] = sum0, products[1] = sum1, products[2] = sum2, products[3] = sum3;
+}
+
 template <typename T, typename Acc>
 void multiply_a(const std::vector<Segment>& segments, const Tensor& input, const Tensor& a, Acc* low) {
   const int64_t size = a.size(1), row_stride = input.stride(0);
@@ -235,18 +251,20 @@ void multiply_a(const std::vector<Segment>& segments, const Tensor& input, const
   const T* weights = a.const_data_ptr<T>();
   std::vector<std::pair<const Segment*, int64_t>> tasks;
   for (const Segment& segment : segments) {
-    for (int64_t rank = 0; rank < segment.num_ranks; ++rank) {
+    for (int64_t rank = 0; rank < segment.num_ranks; rank += RANKS_AT_ONCE) {
       tasks.emplace_back(&segment, rank);
     }
   }
-  at::parallel_for(0, tasks.size(), OPERATIONS_PER_TASK / size + 1, [&](int64_t begin, int64_t end) {
-    std::vector<Acc> weight(size);
+  at::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<Acc> block(RANKS_AT_ONCE * size);
+    Acc products[RANKS_AT_ONCE];
     for (int64_t task = begin; task < end; ++task) {
       const auto [segment, rank] = tasks[task];
-      convert(weights + (segment->first_rank + rank) * size, size, weight.data());
+      const int64_t num_ranks = std::min(RANKS_AT_ONCE, segment->num_ranks - rank);
+      convert(weights + (segment->first_rank + rank) * size, num_ranks * size, block.data());
       for (int64_t n = 0; n < segment->num_rows; ++n) {
-        low[segment->first_low + n * segment->num_ranks + rank] =
-            dot(weight.data(), inputs + segment->rows[n] * row_stride, size);
+        dot_ranks(block.data(), inputs + segment->rows[n] * row_stride, size, products);
+        std::copy_n(products, num_ranks, low + segment->first_low + n * segment->num_ranks + rank);
       }
     }
   });
@@ -258,8 +276,7 @@ void add_b(const std::vector<Segment>& segments, const Acc* low, const Tensor& b
   const T* weights = b.const_data_ptr<T>();
   T* outputs = output.mutable_data_ptr<T>();
   const int64_t num_chunks = (size + OUTPUT_CHUNK - 1) / OUTPUT_CHUNK;
-  const int64_t grain = OPERATIONS_PER_TASK / (OUTPUT_CHUNK * 16) + 1;
-  at::parallel_for(0, segments.size() * num_chunks, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, segments.size() * num_chunks, 1, [&](int64_t begin, int64_t end) {
     Acc sum[OUTPUT_CHUNK];
     for (int64_t task = begin; task < end; ++task) {
       const Segment& segment = segments[task / num_chunks];

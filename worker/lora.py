@@ -20,13 +20,17 @@ from worker.adapter_files import LoadedAdapter
 BASE = -1
 """The slot of rows without an adapter."""
 MIN_CHUNK_ROWS = 8
-"""So many rows of one sequence are worth products of their own."""
+"""So many rows of one sequence are worth products of their own, ..."""
+MIN_CHUNK_ROWS_BESIDE_KERNEL = 256
+"""... where a kernel takes the others, so many: each product is a call, and there are hundreds."""
 
 
 class StepRows:
     """Which adapter each row of a layer's input belongs to, for one forward pass."""
 
-    def __init__(self, spans: Iterable[tuple[int, int]], device: torch.device) -> None:
+    def __init__(
+        self, spans: Iterable[tuple[int, int]], device: torch.device, min_chunk_rows: int = MIN_CHUNK_ROWS
+    ) -> None:
         """`spans`: (slot, number of rows) of each sequence, in the order of the rows."""
         self._device = device
         self.chunks: list[tuple[int, slice]] = []
@@ -35,7 +39,7 @@ class StepRows:
         slots: list[int] = []
         first = 0
         for slot, num_rows in spans:
-            if num_rows >= MIN_CHUNK_ROWS:
+            if num_rows >= min_chunk_rows:
                 self.chunks += [(slot, slice(first, first + num_rows))] if slot != BASE else []
             else:
                 numbers += range(first, first + num_rows)
@@ -287,7 +291,8 @@ class LoraStack:
             lora_layer.rows = kept_rows if name in self._kept_names else rows
 
     def _rows(self, spans: Iterable[tuple[int, int]]) -> StepRows | None:
-        rows = StepRows(spans, self._device)
+        min_chunk_rows = MIN_CHUNK_ROWS_BESIDE_KERNEL if self._has_kernels else MIN_CHUNK_ROWS
+        rows = StepRows(spans, self._device, min_chunk_rows)
         return rows if rows.has_adapters else None
 
 
