@@ -11,7 +11,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -21,6 +21,7 @@ using at::Tensor;
 constexpr int64_t OUTPUT_CHUNK = 128;
 constexpr int64_t KEYS_AT_ONCE = 4;
 constexpr int64_t RANKS_AT_ONCE = 4;
+constexpr int64_t ROWS_PER_TASK = 64;  // of entries to store: fewer are not worth another thread
 
 template <typename T, typename Acc>
 inline void convert(const T* from, int64_t size, Acc* to) {
@@ -102,15 +103,17 @@ void write(const Tensor& new_entries, const int64_t* slots, const Tensor& layer)
   const int64_t head_stride = new_entries.stride(0), row_stride = new_entries.stride(1);
   const T* source = new_entries.const_data_ptr<T>();
   T* target = layer.mutable_data_ptr<T>();
-  for (int64_t row = 0; row < num_rows; ++row) {
-    for (int64_t head = 0; head < num_heads; ++head) {
-      const T* from = source + head * head_stride + row * row_stride;
-      T* to = target + (slots[row] * num_heads + head) * size;
-      for (int64_t i = 0; i < size; ++i) {
-        to[i] = storable(from[i]);
+  at::parallel_for(0, num_rows, ROWS_PER_TASK, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t head = 0; head < num_heads; ++head) {
+        const T* from = source + head * head_stride + row * row_stride;
+        T* to = target + (slots[row] * num_heads + head) * size;
+        for (int64_t i = 0; i < size; ++i) {
+          to[i] = storable(from[i]);
+        }
       }
     }
-  }
+  });
 }
 
 struct Sizes {

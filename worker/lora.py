@@ -126,7 +126,7 @@ class LoraLayer:
         self._forget_views()
 
     def _forget_views(self) -> None:
-        self._selected: dict[tuple[int, ...], tuple[Tensor, Tensor, tuple[int, ...]]] = {}
+        self._selected: tuple[tuple[int, ...], tuple[Tensor, Tensor, tuple[int, ...]]] | None = None
         self._ranks: Tensor | None = None
 
     def _select(self, used: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -144,9 +144,8 @@ class LoraLayer:
         # The output is fresh, no need of another.
         x, y = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
         for slot, part in rows.chunks:
-            if slot in self._rank_slots:
-                first, num_ranks = self._rank_slots.index(slot), self._rank_slots.count(slot)
-                a, b = (stack[first : first + num_ranks] for stack in (self._a, self._b))
+            a, b, rank_slots = self._select((slot,))
+            if rank_slots:
                 y[part].add_(x[part] @ a.T @ b)
         if rows.used and self._has_kernels:
             kernels.add_lora(y, x, self._a, self._b, *rows.runs, self._rank_table())
@@ -154,9 +153,9 @@ class LoraLayer:
             self._add_to_singles(x, y, rows)
 
     def _add_to_singles(self, x: Tensor, y: Tensor, rows: StepRows) -> None:
-        if rows.used not in self._selected:
-            self._selected = {rows.used: self._select(rows.used)}
-        a, b, rank_slots = self._selected[rows.used]
+        if self._selected is None or self._selected[0] != rows.used:
+            self._selected = (rows.used, self._select(rows.used))
+        a, b, rank_slots = self._selected[1]
         if not rank_slots:
             return
         low = x[rows.singles] @ a.T  # (number of single rows, sum of ranks)
@@ -171,11 +170,11 @@ class LoraLayer:
     def _rank_table(self) -> Tensor:
         """(first, number) of the ranks of each slot."""
         if self._ranks is None:
-            owned = {
-                slot: (self._rank_slots.index(slot), self._rank_slots.count(slot))
-                for slot in set(self._rank_slots)
-            }
-            self._ranks = torch.tensor([owned.get(slot, (0, 0)) for slot in range(max(owned) + 1)])
+            owners = self._rank_slots
+            slots = range(max(owners) + 1)
+            self._ranks = torch.tensor(
+                [(owners.index(slot), owners.count(slot)) if slot in owners else (0, 0) for slot in slots]
+            )
         return self._ranks
 
 
