@@ -75,11 +75,11 @@ class ModelRunner:
         device = loading.find_device(settings.device)
         folder = loading.find_model(settings)
         tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
-        # A first build takes some seconds: the model loads meanwhile.
-        build = kernels.start_build(device) if settings.compile else None
-        model = loading.load_model(folder, settings, device)
-        has_kernels = build is not None and build.finish()
-        runner = cls(model, tokenizer, settings, has_kernels=has_kernels)
+        # A first build of the kernels takes some seconds: the model loads meanwhile.
+        with ThreadPoolExecutor(1, "kernels") as executor:
+            has_kernels = executor.submit(kernels.make_callable, device) if settings.compile else None
+            model = loading.load_model(folder, settings, device)
+        runner = cls(model, tokenizer, settings, has_kernels=bool(has_kernels and has_kernels.result()))
         runner.model_version = loading.model_version(folder)
         runner._load_adapters(settings.adapters)
         return runner
