@@ -65,6 +65,11 @@ def wired(wired_cluster: Wired) -> Iterator[Wired]:
     assert not cluster.take_complaints()
 
 
+def num_swallowed(wired: Wired) -> int:
+    """Replies that the workers never got."""
+    return sum(proxy.num_swallowed for proxy in wired.worker_proxies)
+
+
 @pytest.mark.parametrize("side", ["worker", "api"])
 def test_twenty_random_resets_lose_and_double_nothing(wired: Wired, reference: Reference, side: str) -> None:
     rng = random.Random(side)
@@ -102,9 +107,9 @@ def test_a_worker_that_never_hears_that_a_script_succeeded_loses_and_doubles_not
     run = wired.recorder.start(wired.cluster.api.url, ASKS)
     for proxy in wired.worker_proxies:
         proxy.swallow_replies(script_marker(script), count=2)
-    swallowed = sum(proxy.num_swallowed for proxy in wired.worker_proxies)
+    swallowed = num_swallowed(wired)
     check_complete(run.wait(), reference)
-    assert sum(proxy.num_swallowed for proxy in wired.worker_proxies) > swallowed
+    assert num_swallowed(wired) > swallowed
 
 
 @pytest.mark.long
@@ -113,9 +118,10 @@ def test_an_append_whose_reply_is_lost_again_and_again_is_written_once(
 ) -> None:
     load = wired.recorder.keep_busy(wired.cluster.api.url, ASKS, num_clients=16)
     for _ in range(10):
+        marker, before = script_marker("append"), num_swallowed(wired)
         for proxy in wired.worker_proxies:
-            proxy.swallow_replies(script_marker("append"))
-        time.sleep(0.2)
+            proxy.swallow_replies(marker)
+        wait_until(lambda before=before: num_swallowed(wired) > before, 30, "a lost reply")
     check_complete(load.stop(), reference)
 
 
