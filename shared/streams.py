@@ -144,7 +144,7 @@ class WorkerStreams:
         queues: Sequence[str],
         slots: Slots = UNLIMITED_SLOTS,
     ) -> list[Claim]:
-        """Claims at most one request per execution id.
+        """Claims at most one request per execution id; the same ids again bring the same requests.
 
         `running` counts this worker's requests per queue; `queues` are those it serves.
         """

@@ -153,6 +153,7 @@ class Consumer:
         self._poll_s = poll_s
         self._faults = faults or Faults()
         self._unsent: list[Append] = []
+        self._execution_ids: list[str] = []
         self._known_isolated: Held | None = None
         self._draining = threading.Event()
         self._stopped = threading.Event()
@@ -294,8 +295,12 @@ class Consumer:
         room = self._capacity.num_requests - len(self._held)
         if room <= 0 or self._draining.is_set() or self._held.has_lone_request:
             return
-        execution_ids = [uuid4().hex for _ in range(room)]
-        claims = self._streams.claim(execution_ids, self._held.num_per_queue(), self._queues, self._slots())
+        # Kept until there is a reply: a repeated call brings what one claimed whose reply was lost.
+        self._execution_ids = self._execution_ids or [uuid4().hex for _ in range(room)]
+        claims = self._streams.claim(
+            self._execution_ids, self._held.num_per_queue(), self._queues, self._slots()
+        )
+        self._execution_ids = []
         for claim in claims:
             self._held.add(claim)
         if claims:

@@ -2,7 +2,8 @@
 -- head waits longest. Every adapter that runs has a slot on the worker, and no more adapters run than there are slots.
 -- One that would push another out of its slot comes after those that don't, until its head has waited for max_wait.
 -- If it then finds all slots in use, the queue with the fewest running is closed: it gets nothing more until it has
--- none running and gives its slot.
+-- none running and gives its slot. A call whose reply was lost may be repeated: the same execution ids bring the same
+-- requests.
 -- ARGV: base, worker, k, lease (ms), stream ttl (ms), schema version, running per queue (JSON object), queues to
 --       serve (JSON array), slots {num, resident, closed, max_wait_ms} (JSON; queues whose adapters are resident, least
 --       recently used first, and those that the last call closed), then k fresh execution ids.
@@ -13,10 +14,7 @@ local base, worker, k = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease_ms, stream_ttl_ms, schema_version = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local running, served, slots = cjson.decode(ARGV[7]), cjson.decode(ARGV[8]), cjson.decode(ARGV[9])
 local MAX_HEADS = 32
-
-if redis.call('EXISTS', RQ .. ':suspended') == 1 then
-  return { {}, {} }
-end
+local JOB_FIELDS = { 'request', 'schema_version', 'crashes_alone', 'suspect', 'has_ended' }
 
 -- The base needs no slot, and an adapter that runs has one.
 local has_slot = { [base] = true }
@@ -170,7 +168,30 @@ local function start(id, queue, execution, is_watched)
   redis.call('ZADD', leases_key(base), now_ms + lease_ms, id)
 end
 
-local claimed = {}
+local function describe(id, execution, job)
+  return { id, execution, job[1], redis.call('LRANGE', log_key(id), 0, -1), must_run_alone(job) and 1 or 0 }
+end
+
+-- What this very call claimed before its reply was lost, but for what was removed since.
+local function claimed_already()
+  local place, claimed = {}, {}
+  for i = 10, #ARGV do place[ARGV[i]] = i end
+  for _, composite in ipairs(redis.call('SMEMBERS', worker_key(worker) .. ':executions')) do
+    local id, execution = composite:match('^(.*):(.*)$')
+    local job = place[execution] and redis.call('HMGET', job_key(id), unpack(JOB_FIELDS))
+    if job and job[1] then
+      redis.call('ZADD', leases_key(base), 'XX', now_ms + lease_ms, id)
+      claimed[#claimed + 1] = describe(id, execution, job)
+    end
+  end
+  table.sort(claimed, function(one, other) return place[one[2]] < place[other[2]] end)
+  return claimed
+end
+
+local claimed = claimed_already()
+if #claimed > 0 then return { claimed, slots.closed } end
+if redis.call('EXISTS', RQ .. ':suspended') == 1 then return { {}, {} } end
+
 local queues = waiting_queues()
 local closed = close(queues)
 for _, queue in ipairs(closed) do is_closed[queue] = true end
@@ -185,8 +206,7 @@ while #claimed < k and #queues > 0 do
   if not queue then break end
   update_waiting(base, queue)
   local id = redis.call('LINDEX', queue_key(queue), 0)
-  local job = id and redis.call('HMGET', job_key(id), 'request', 'schema_version', 'crashes_alone', 'suspect',
-    'has_ended')
+  local job = id and redis.call('HMGET', job_key(id), unpack(JOB_FIELDS))
   if id and not job[1] then
     reject(id, queue)
     update_since(queue)
@@ -197,14 +217,13 @@ while #claimed < k and #queues > 0 do
       start_anew(id)
       job[3], job[4] = false, false
     end
-    local alone = must_run_alone(job)
     local execution = ARGV[9 + #claimed + 1]
     start(id, queue, execution, job[3] or job[4])
     take_slot(queue)
     running[queue] = (running[queue] or 0) + 1
     update_since(queue)
-    claimed[#claimed + 1] = { id, execution, job[1], redis.call('LRANGE', log_key(id), 0, -1), alone and 1 or 0 }
-    if alone then break end
+    claimed[#claimed + 1] = describe(id, execution, job)
+    if must_run_alone(job) then break end
   end
 end
 if #claimed > 0 and redis.call('EXISTS', worker_key(worker)) == 1 then

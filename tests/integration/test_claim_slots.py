@@ -1,6 +1,7 @@
 """Which adapters a worker with few slots claims for: resident ones first, and others within a bound."""
 
 from collections import Counter
+from uuid import uuid4
 
 import pytest
 import redis
@@ -35,7 +36,7 @@ class SlotWorker:
         in_use = Counter(queue(claim.request.adapter_name) for claim, _ in self.running.values())
         room = self.max_num_requests - len(self.running)
         claims = self.streams.claim(
-            [f"e{i}-{id(object())}" for i in range(room)],
+            [uuid4().hex for _ in range(room)],
             in_use,
             self._queues,
             Slots(self._num_slots, self.resident, MAX_WAIT_S),

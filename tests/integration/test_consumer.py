@@ -508,6 +508,29 @@ def test_a_request_that_moved_away_while_its_prompt_was_encoded_does_not_run_her
     assert runner.batches == []
 
 
+def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
+    connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [api.enqueue(make_request()) for _ in range(2)]
+    consumer = Consumer(
+        worker_streams(connection), HeldRequests(), queues=QUEUES, max_num_requests=2, poll_s=0.01
+    )
+    claim_once = WorkerStreams.claim
+
+    def loses_the_reply(*args: object) -> None:
+        claim_once(*args)
+        raise redis.ConnectionError("broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerStreams, "claim", loses_the_reply)
+        with pytest.raises(redis.ConnectionError):
+            consumer._claim()
+    assert consumer.commands.empty()
+    consumer._claim()
+    arrivals = consumer.commands.get_nowait().add
+    assert [arrival.claim.held.request_id for arrival in arrivals] == ids
+
+
 def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     connection: redis.Redis, api: BlockingApi
 ) -> None:

@@ -21,6 +21,7 @@ from tests.redis_server import BINARIES, RedisServer
 from tests.streams import (
     BASE,
     CHANNEL,
+    QUEUES,
     SECRET,
     BlockingApi,
     claim,
@@ -167,6 +168,35 @@ def test_a_request_of_a_newer_schema_stays_in_the_queue(connection: redis.Redis,
     known = api.enqueue(make_request("b"))
     assert [c.held.request_id for c in claim(worker_streams(connection), 5)] == [known]
     assert queue(connection, "tiny-a").job_ids == [newer]
+
+
+def test_a_claim_repeated_after_a_lost_reply_returns_what_it_claimed_and_nothing_else(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    ids = [api.enqueue(make_request()) for _ in range(4)]
+    streams = worker_streams(connection)
+    (former,) = claim(streams)
+    execution_ids = ["e2", "e3"]
+    claims = streams.claim(execution_ids, {}, QUEUES)
+    suspend(connection)
+    assert streams.claim(execution_ids, {}, QUEUES) == claims
+    assert [c.held.request_id for c in [former, *claims]] == ids[:3]
+    streams.hand_back([claims[0].held])
+    Job.fetch(ids[2], connection, JSONSerializer).delete()
+    assert streams.claim(execution_ids, {}, QUEUES) == []
+
+
+def test_a_repeated_claim_renews_the_leases_and_says_again_what_must_run_alone(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    connection.hset(Job.key_for(request_id), "crashes_alone", 1)
+    streams = worker_streams(connection)
+    (claimed,) = streams.claim(["e1"], {}, QUEUES)
+    connection.zadd(keys.leases(BASE), {request_id: 1})
+    assert streams.claim(["e1"], {}, QUEUES) == [claimed]
+    assert claimed.alone
+    assert connection.zscore(keys.leases(BASE), request_id) > 1
 
 
 def test_a_suspended_worker_claims_nothing_until_resumed(connection: redis.Redis, api: BlockingApi) -> None:
