@@ -1,8 +1,8 @@
 """LoRA in a mixed batch: each row of a layer's input gets the adapter of its own sequence.
 
-y = W x + scale · B (A x). The A and B of all adapters of a layer stand stacked. A chunk of a prompt is
-multiplied with those of its own adapter. The rows that decode are computed together: by a kernel, where there
-is one, else in one product with all adapters that they use, of which each row keeps its own part.
+y = W x + scale · B (A x). The A and B of all adapters of a layer stand stacked. A long chunk of a
+prompt is multiplied with those of its own adapter. All other rows are computed together: by a kernel, where
+there is one, else in one product with all adapters that they use, of which each row keeps its own part.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,18 +19,14 @@ from worker.adapter_files import LoadedAdapter
 
 BASE = -1
 """The slot of rows without an adapter."""
-MIN_CHUNK_ROWS = 8
-"""So many rows of one sequence are worth products of their own, ..."""
-MIN_CHUNK_ROWS_BESIDE_KERNEL = 256
-"""... where a kernel takes the others, so many: each product is a call, and there are hundreds."""
+MIN_CHUNK_ROWS = 256
+"""So many rows of one sequence are worth products of their own: these are hundreds of further calls."""
 
 
 class StepRows:
     """Which adapter each row of a layer's input belongs to, for one forward pass."""
 
-    def __init__(
-        self, spans: Iterable[tuple[int, int]], device: torch.device, min_chunk_rows: int = MIN_CHUNK_ROWS
-    ) -> None:
+    def __init__(self, spans: Iterable[tuple[int, int]], device: torch.device) -> None:
         """`spans`: (slot, number of rows) of each sequence, in the order of the rows."""
         self._device = device
         self.chunks: list[tuple[int, slice]] = []
@@ -39,7 +35,7 @@ class StepRows:
         slots: list[int] = []
         first = 0
         for slot, num_rows in spans:
-            if num_rows >= min_chunk_rows:
+            if num_rows >= MIN_CHUNK_ROWS:
                 self.chunks += [(slot, slice(first, first + num_rows))] if slot != BASE else []
             else:
                 numbers += range(first, first + num_rows)
@@ -290,8 +286,7 @@ class LoraStack:
             lora_layer.rows = kept_rows if name in self._kept_names else rows
 
     def _rows(self, spans: Iterable[tuple[int, int]]) -> StepRows | None:
-        min_chunk_rows = MIN_CHUNK_ROWS_BESIDE_KERNEL if self._has_kernels else MIN_CHUNK_ROWS
-        rows = StepRows(spans, self._device, min_chunk_rows)
+        rows = StepRows(spans, self._device)
         return rows if rows.has_adapters else None
 
 

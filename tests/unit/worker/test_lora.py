@@ -16,7 +16,7 @@ from torch import nn
 from shared.errors import AdapterError
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.tiny_models import build_adapter, build_model, change_json
-from worker import adapter_files
+from worker import adapter_files, lora
 from worker.adapter_files import LayerWeights, LoadedAdapter, load_adapter
 from worker.lora import BASE, LoraStack
 
@@ -281,7 +281,10 @@ def test_each_row_gets_its_own_adapter_and_no_other(has_kernels: bool) -> None:
 
 
 @WITH_AND_WITHOUT_KERNELS
-def test_long_spans_get_their_own_adapter_beside_single_rows(has_kernels: bool) -> None:
+def test_long_spans_get_their_own_adapter_beside_single_rows(
+    has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "MIN_CHUNK_ROWS", 8)
     layer = Stacked(has_kernels)
     layer.x = torch.randn(1, 25, 6, dtype=torch.float64)
     adapters = {"a": make_adapter(2, 0), "b": make_adapter(4, 1)}
