@@ -20,9 +20,11 @@ from rq.serializers import JSONSerializer
 from bench import served
 from bench.adapters import ALL_PROJECTIONS, ATTENTION
 from bench.deployment import ROOT, Deployment, Uvicorn
+from bench.load import LoadFailed
 from bench.scripted import Meter
 from bench.served import Server, Sizes, measure, measure_idle
 from bench.sink import take_streams
+from bench.watched import Watch
 from bench.yardstick import Figure
 from shared.streams import script_source
 
@@ -30,6 +32,7 @@ SUBPROCESS_LIMIT_S = 900
 LORA_WORKER = "worker.LoraWorker"
 SCRIPTED = "bench.scripted.ScriptedWorker"
 METERED = "bench.scripted.MeteredWorker"
+WATCHED = "bench.watched.WatchedWorker"
 STEP_S = 0.02
 CPU_TICK_S = 0.01
 """How finely the CPU time of a process is counted."""
@@ -48,6 +51,9 @@ class OwnSizes(Sizes):
     num_registered: int = 1000
     num_asked: int = 100
     num_idle_requests: int = 50
+    num_loads: int = 24
+    num_load_prompt_words: int = 10
+    """Few: what a load adds is small beside the time that a long prompt takes."""
     num_relay_streams: int = 256
     num_relay_tokens: int = 512
     script_batch: int = 32
@@ -146,7 +152,7 @@ def mixed_batches(context: Context) -> Iterator[Figure]:
 
 def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
     """What the client waits for its first text beyond what the engine took for its first token."""
-    answers = asyncio.run(measure_idle(server, server.base, sizes.num_idle_requests, sizes))
+    answers = asyncio.run(measure_idle(server, [server.base] * sizes.num_idle_requests, sizes))
     streams = [stream for stream in answers if stream.text_at_s]
     with deployment.connect() as connection:
         metas = [Job.fetch(stream.request_id, connection, JSONSerializer).meta for stream in streams]
@@ -198,10 +204,45 @@ def _compare(
     return served.share(key, *speeds)
 
 
-def adapter_loads(_: Context) -> Iterator[Figure]:
+def adapter_loads(context: Context) -> Iterator[Figure]:
     """An adapter that is not on the device."""
-    for key in ("cached", "disk"):
-        yield Figure(key, None, "not measured yet")
+    adapters = context.make_adapters(2, context.sizes.rank, ALL_PROJECTIONS)
+    if "cached" in context.wanted:
+        yield _added_by_loads("cached", context, adapters, num_reads=0)
+    if "disk" in context.wanted:
+        num_loads = context.sizes.num_loads
+        yield _added_by_loads("disk", context, adapters, num_reads=num_loads, max_cached_adapter_bytes="1")
+
+
+def _added_by_loads(
+    key: str, context: Context, adapters: Mapping[str, str], *, num_reads: int, **settings: str
+) -> Figure:
+    """One slot, out of which two adapters push each other: each is asked for twice, after the base.
+
+    Raises:
+        LoadFailed: a request failed, or other than `num_reads` adapters came from disk.
+    """
+    sizes = replace(context.sizes, num_prompt_words=context.sizes.num_load_prompt_words)
+    watch_file = context.folder / f"{key}.json"
+    settings |= {"max_resident_adapters": "1", "bench_watch_file": str(watch_file)}
+    with context.deploy(
+        WATCHED, num_workers=1, adapters=adapters_setting(adapters), **settings
+    ) as deployment:
+        server = Server(deployment.url, deployment.base_name)
+        served.warm_up(server, [server.base], sizes)
+        # The first one was given the slot at the start.
+        turns = itertools.islice(itertools.cycle(reversed(list(adapters))), sizes.num_loads)
+        models = [model for adapter in turns for model in (server.base, adapter, adapter)]
+        streams = asyncio.run(measure_idle(server, models, sizes))
+    watch = msgspec.json.decode(watch_file.read_bytes(), type=Watch)
+    if watch.after.num_reads != num_reads:
+        raise LoadFailed(f"{watch.after.num_reads} instead of {num_reads} adapters came from disk")
+    base_ms, loaded_ms, resident_ms = (
+        statistics.median(stream.first_text_s for stream in streams[place::3] if stream.text_at_s) * 1e3
+        for place in range(3)
+    )
+    detail = f"to {base_ms:.0f} ms without adapter; a resident one adds {resident_ms - base_ms:.1f} ms"
+    return Figure(key, loaded_ms - base_ms, detail)
 
 
 def relay(context: Context) -> Iterator[Figure]:

@@ -38,6 +38,7 @@ SMOKE = OwnSizes(
     num_registered=5,
     num_asked=3,
     num_idle_requests=2,
+    num_loads=4,
     num_relay_streams=3,
     num_relay_tokens=20,
     script_batch=3,

@@ -182,13 +182,13 @@ async def _leave(task: asyncio.Task[Stream]) -> None:
         await task
 
 
-async def measure_idle(server: Server, model: str, num_requests: int, sizes: Sizes) -> list[Stream]:
-    """Short requests, one after the other.
+async def measure_idle(server: Server, models: Sequence[str], sizes: Sizes) -> list[Stream]:
+    """A short request to each of these models, one after the other.
 
     Raises:
         LoadFailed: one failed.
     """
     texts = prompts(3, sizes.num_prompt_words)
     async with Client(server.url, api_key=server.api_key) as client:
-        streams = [await client.stream(model, next(texts), 4, server.extra) for _ in range(num_requests)]
+        streams = [await client.stream(model, next(texts), 4, server.extra) for model in models]
     return list(checked(LoadResult(streams, 1.0)).streams)

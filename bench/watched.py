@@ -1,0 +1,69 @@
+"""`rq worker -w bench.watched.WatchedWorker`: a LoraWorker that writes down what it held in memory."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pydantic_settings import SettingsConfigDict
+
+from shared.settings import Settings, WorkerSettings
+from worker.lora_worker import LoraWorker
+
+
+class WatchSettings(Settings):
+    """Where the worker writes."""
+
+    model_config = SettingsConfigDict(env_prefix="LORELAY_BENCH_", frozen=True)
+
+    watch_file: str
+    """Gets the `Watch`, as JSON, when the worker has drained."""
+
+
+class Holdings(msgspec.Struct, frozen=True):
+    """What a worker holds after garbage was collected."""
+
+    num_tensors: int
+    tensor_bytes: int
+    num_resident: int
+    num_cached_bytes: int
+    num_reads: int
+    """Adapters that were read from disk so far."""
+
+
+class Watch(msgspec.Struct, frozen=True):
+    """What a worker held before its first request, and after its last one."""
+
+    before: Holdings
+    after: Holdings
+
+
+class WatchedWorker(LoraWorker):
+    """Writes a `Watch` when it has drained."""
+
+    def work(self, *args: Any, **kwargs: Any) -> bool:
+        has_worked = super().work(*args, **kwargs)
+        watch = Watch(self._before, _holdings(self._model_runner))
+        Path(WatchSettings.load().watch_file).write_bytes(msgspec.json.encode(watch))
+        return has_worked
+
+    def _load_model_runner(self, settings: WorkerSettings) -> Any:
+        self._model_runner = super()._load_model_runner(settings)
+        self._before = _holdings(self._model_runner)
+        return self._model_runner
+
+
+def _holdings(model_runner: Any) -> Holdings:
+    import torch
+
+    gc.collect()
+    # Not isinstance: it would ask lazy modules, and those would load.
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    adapters = model_runner.adapter_cache
+    return Holdings(
+        num_tensors=len(tensors),
+        tensor_bytes=sum(tensor.nbytes for tensor in tensors),
+        num_resident=len(adapters.resident),
+        num_cached_bytes=adapters.num_cached_bytes,
+        num_reads=adapters.num_reads,
+    )
