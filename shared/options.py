@@ -109,7 +109,7 @@ SERVE_FLAGS: dict[str, tuple[Flag, ...]] = {
             "max_resident_adapters",
             "adapters that have a slot on the device at once",
             "N",
-            "as many as a batch can hold",
+            "as many as a batch can hold, in a tenth of the free memory",
         ),
         Flag(
             WorkerSettings,

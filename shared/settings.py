@@ -214,7 +214,10 @@ class WorkerSettings(Settings):
     prefix_cache: bool = True
     """Whether requests of the same model that begin alike share what the KV cache holds of it."""
     max_resident_adapters: Count | None = None
-    """Slots on the device; by default `max_batch_size`, so that no batch waits for a slot."""
+    """Slots on the device; by default `max_batch_size`, so that no batch waits for a slot.
+
+    Fewer where a tenth of the device's free memory doesn't hold so many of the largest adapter.
+    """
     max_cached_adapter_bytes: Count | None = None
     """Adapters kept in host memory; by default a tenth of what is free at the start. Others are on disk."""
     max_wait_s: Seconds = 1

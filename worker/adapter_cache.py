@@ -55,13 +55,21 @@ class AdapterCache(Generic[W]):
         *,
         num_slots: int,
         max_num_bytes: int,
+        max_num_slot_bytes: int | None = None,
         on_read: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_read` is called, in another thread, whenever `settle` has something to take in."""
+        """`max_num_slot_bytes` leaves fewer slots where the largest adapter that `keep` sees is too large.
+
+        `on_read` is called, in another thread, whenever `settle` has something to take in.
+        """
         self._store = store
         self._executor = executor
         self.num_slots = num_slots
         self._max_num_bytes = max_num_bytes
+        self._max_num_slot_bytes = max_num_slot_bytes
+        self._num_wanted_slots = num_slots
+        self._num_known = 0
+        self._largest_num_bytes = 0
         self.on_read = on_read
         self._resident: OrderedDict[str, None] = OrderedDict()
         self._loading: dict[str, float] = {}
@@ -77,14 +85,20 @@ class AdapterCache(Generic[W]):
     @property
     def summary(self) -> str:
         """What fits, for a log line."""
+        num_on_disk = self._num_known - len(self._cached.keys() | self._resident.keys())
+        slots = f"{self.num_slots} slots"
+        if self.num_slots < self._num_wanted_slots:
+            slots += f" (all that {_mib(self._max_num_slot_bytes or 0)} hold, not {self._num_wanted_slots})"
         return (
-            f"{len(self._resident)} of at most {self.num_slots} resident, {len(self._cached)} cached in "
-            f"{self.num_cached_bytes / 2**20:.1f} of at most {self._max_num_bytes / 2**20:.0f} MiB of host "
-            "memory, the others on disk"
+            f"{self._num_known}, the largest {_mib(self._largest_num_bytes)}; "
+            f"{len(self._resident)} resident in {slots}; {len(self._cached)} in host memory, "
+            f"{_mib(self.num_cached_bytes)} of at most {_mib(self._max_num_bytes)}; {num_on_disk} on disk alone"
         )
 
     def keep(self, name: str, weights: W) -> None:
         """Takes in an adapter that was read before the start, as far as there is room for it."""
+        self._num_known += 1
+        self._fit_slots(weights.num_bytes)
         if self._num_free_slots > 0:
             self._fill_slot(name, weights)
         if self.num_cached_bytes + weights.num_bytes <= self._max_num_bytes:
@@ -145,6 +159,15 @@ class AdapterCache(Generic[W]):
     def _num_free_slots(self) -> int:
         return self.num_slots - len(self._resident) - len(self._loading)
 
+    def _fit_slots(self, num_bytes: int) -> None:
+        """Leaves as many slots as memory has for adapters of this size, if none was larger."""
+        self._largest_num_bytes = max(self._largest_num_bytes, num_bytes)
+        if self._max_num_slot_bytes is not None and self._largest_num_bytes:
+            num_affordable = max(1, self._max_num_slot_bytes // self._largest_num_bytes)
+            self.num_slots = min(self._num_wanted_slots, num_affordable)
+        while self._num_free_slots < 0:
+            self._make_room(())
+
     def _make_room(self, in_use: Collection[str | None]) -> bool:
         if self._num_free_slots > 0:
             return True
@@ -179,3 +202,7 @@ class AdapterCache(Generic[W]):
         while self.num_cached_bytes > self._max_num_bytes:
             _, oldest = self._cached.popitem(last=False)
             self.num_cached_bytes -= oldest.num_bytes
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -28,7 +28,7 @@ DEFAULT_CPU_CACHE_BYTES = 2 << 30
 NUM_BATCHES_TO_KEEP = 3
 """So many full batches of sequences that ended may wait in the cache for others that begin alike."""
 DEFAULT_ADAPTER_MEMORY_SHARE = 0.1
-"""Of the memory that is free at the start."""
+"""Of the memory that is free at the start: of the device's for slots, of the host's for others."""
 
 
 class ModelRunner:
@@ -161,12 +161,12 @@ class ModelRunner:
         return output.logits[0]  # type: ignore[no-any-return]
 
     def _build_adapter_cache(self, settings: WorkerSettings) -> AdapterCache[SlotWeights]:
-        free = loading.num_free_bytes(torch.device("cpu"))
         return AdapterCache(
             self._adapters,
             ThreadPoolExecutor(1, "adapters"),
             num_slots=settings.max_resident_adapters or settings.max_batch_size,
-            max_num_bytes=settings.max_cached_adapter_bytes or int(free * DEFAULT_ADAPTER_MEMORY_SHARE),
+            max_num_slot_bytes=None if settings.max_resident_adapters else _adapter_share(self._model.device),
+            max_num_bytes=settings.max_cached_adapter_bytes or _adapter_share(torch.device("cpu")),
         )
 
     def _load_adapters(self, sources: Iterable[AdapterSource]) -> None:
@@ -219,6 +219,11 @@ class ModelRunner:
             self.max_model_len,
             extra=fields("allocate_cache"),
         )
+
+
+def _adapter_share(device: torch.device) -> int:
+    """Bytes that adapters may take there by default."""
+    return int(loading.num_free_bytes(device) * DEFAULT_ADAPTER_MEMORY_SHARE)
 
 
 def lay_out(batch: Batch, block_size: int, device: torch.device) -> StepLayout:

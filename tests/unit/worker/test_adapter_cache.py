@@ -128,7 +128,32 @@ def test_at_the_start_as_many_are_kept_as_fit() -> None:
         bench.cache.keep(name, FakeWeights(name))
     assert bench.store.slots == {"a", "b"}
     assert bench.cache.num_cached_bytes == 30
-    assert bench.cache.summary.startswith("2 of at most 2 resident, 3 cached")
+    assert bench.cache.summary == (
+        "6, the largest 0.0 MiB; 2 resident in 2 slots; 3 in host memory, 0.0 MiB of at most 0.0 MiB; "
+        "3 on disk alone"
+    )
+
+
+def test_there_are_no_more_slots_than_memory_has_for_the_largest_adapter() -> None:
+    store, mib = FakeStore(4), 2**20
+    cache = AdapterCache(
+        store, ManualExecutor(), num_slots=4, max_num_bytes=100 * mib, max_num_slot_bytes=25 * mib
+    )
+    for name, size in zip(NAMES, (2, 5, 10, 3), strict=False):
+        cache.keep(name, FakeWeights(name, size * mib))
+    assert cache.num_slots == 2
+    assert store.slots == set(cache.resident)
+    assert len(store.slots) == 2
+    assert cache.summary == (
+        "4, the largest 10.0 MiB; 2 resident in 2 slots (all that 25.0 MiB hold, not 4); "
+        "4 in host memory, 20.0 MiB of at most 100.0 MiB; 0 on disk alone"
+    )
+
+
+def test_an_adapter_larger_than_the_memory_for_slots_gets_one_all_the_same() -> None:
+    cache = AdapterCache(FakeStore(1), ManualExecutor(), num_slots=4, max_num_bytes=0, max_num_slot_bytes=9)
+    cache.keep("a", FakeWeights("a"))
+    assert (cache.num_slots, cache.resident) == (1, ("a",))
 
 
 def test_an_adapter_larger_than_host_memory_is_served_and_not_cached() -> None:

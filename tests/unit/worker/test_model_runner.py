@@ -15,7 +15,7 @@ from shared.settings import WorkerSettings
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.tiny_models import build_adapter, build_model, change_json, generate_with_peft
 from tests.waiting import wait_until
-from worker import self_check
+from worker import model_runner, self_check
 from worker.model_runner import ModelRunner
 from worker.sequence import ScheduledSequence, Sequence
 
@@ -464,6 +464,20 @@ def test_more_adapters_than_slots_answer_as_alone_and_leave_nothing_behind(
     assert runner.adapter_cache.num_reads >= 2 * len(known) - 1
     assert runner.adapter_cache.num_cached_bytes == 0
     assert set(runner._lora._slots.values()) == {0}
+
+
+def test_adapters_take_a_share_of_the_memory_unless_settings_say_how_many(
+    models: Mapping[str, Path], adapters: Mapping[str, Mapping[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = " ".join(f"{name}={folder}" for name, folder in adapters["llama"].items())
+    monkeypatch.setattr(model_runner, "DEFAULT_ADAPTER_MEMORY_SHARE", 1e-9)
+    cache = load(models["llama"], adapters=sources).adapter_cache
+    assert (cache.num_slots, cache.num_cached_bytes) == (1, 0)
+    cache = load(
+        models["llama"], adapters=sources, max_resident_adapters=3, max_cached_adapter_bytes=10**6
+    ).adapter_cache
+    assert cache.num_slots == 3
+    assert cache.num_cached_bytes > 0
 
 
 def test_an_adapter_whose_files_changed_is_refused_when_it_is_read_again(
