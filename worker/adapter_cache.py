@@ -92,7 +92,8 @@ class AdapterCache(Generic[W]):
         return (
             f"{self._num_known}, the largest {_mib(self._largest_num_bytes)}; "
             f"{len(self._resident)} resident in {slots}; {len(self._cached)} in host memory, "
-            f"{_mib(self.num_cached_bytes)} of at most {_mib(self._max_num_bytes)}; {num_on_disk} on disk alone"
+            f"{_mib(self.num_cached_bytes)} of at most {_mib(self._max_num_bytes)}; "
+            f"{num_on_disk} on disk alone"
         )
 
     def keep(self, name: str, weights: W) -> None:
