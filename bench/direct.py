@@ -19,6 +19,7 @@ from shared.streams import Held
 from worker.engine import Engine
 from worker.faults import Faults
 from worker.lora_worker import build_engine
+from worker.onednn import bound_caches
 from worker.threads import sleep_while_waiting
 
 
@@ -84,6 +85,7 @@ def main() -> None:
         num_prompt_words=args.prompt_words,
     )
     sleep_while_waiting()
+    bound_caches()
     from worker.model_runner import ModelRunner
 
     engine = build_engine(ModelRunner.load(settings), settings, Faults())

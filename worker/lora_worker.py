@@ -30,6 +30,7 @@ from worker.engine import Engine
 from worker.engine_loop import EngineLoop
 from worker.faults import Faults, FaultyRunner
 from worker.heartbeat import Heartbeat
+from worker.onednn import bound_caches
 from worker.scheduler import Scheduler
 from worker.step_pace import StepPace
 from worker.threads import sleep_while_waiting
@@ -164,6 +165,7 @@ class LoraWorker(BaseWorker):
 
     def _load_model_runner(self, settings: WorkerSettings) -> "ModelRunner":
         sleep_while_waiting()
+        bound_caches()
         from worker.model_runner import ModelRunner
 
         return ModelRunner.load(settings)

@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from worker.threads import sleep_while_waiting
 
 
@@ -14,11 +16,12 @@ def test_threads_sleep_while_they_wait_unless_an_operator_chose_otherwise() -> N
         assert environ == choice
 
 
-def test_a_worker_says_so_before_torch_loads() -> None:
+@pytest.mark.parametrize("choose", ["sleep_while_waiting", "bound_caches"])
+def test_a_worker_chooses_before_torch_loads(choose: str) -> None:
     code = (
         "import sys, worker.lora_worker\n"
         "assert 'torch' not in sys.modules\n"
-        "worker.lora_worker.sleep_while_waiting = lambda: sys.exit('torch' in sys.modules)\n"
+        f"worker.lora_worker.{choose} = lambda: sys.exit('torch' in sys.modules)\n"
         "worker.lora_worker.LoraWorker._load_model_runner(None, None)\n"
         "raise RuntimeError('it did not')\n"
     )
