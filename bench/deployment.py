@@ -46,10 +46,15 @@ class Uvicorn:
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"http://{HOST}:{port}"
 
+    @property
+    def pid(self) -> int:
+        """Of its process, once it has started."""
+        assert self._process is not None
+        return self._process.pid
+
     def cpu_s(self) -> float:
         """CPU time that its process took so far."""
-        assert self._process is not None
-        times = psutil.Process(self._process.pid).cpu_times()
+        times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system)
 
     def __enter__(self) -> Self:
@@ -85,6 +90,8 @@ class Deployment:
         self._worker_class = worker_class
         self._state = embedded.StateFolder(folder / "state")
         self._stack = contextlib.ExitStack()
+        self.worker_pids: list[int] = []
+        """Once it has started."""
 
     @property
     def url(self) -> str:
@@ -95,6 +102,10 @@ class Deployment:
     def base_name(self) -> str:
         """The base model's public name."""
         return self._worker_settings.base_name
+
+    def worker_log(self, number: int) -> Path:
+        """What the worker of this number, from 0, writes to."""
+        return self._log(f"worker-{number}")
 
     def connect(self) -> redis.Redis:
         """A client of its server; close it."""
@@ -133,7 +144,8 @@ class Deployment:
             for n, share in enumerate(shares)
         ]
         workers = {self._log(spec.name): self._start(spec) for spec in specs}
-        wanted = {(socket.gethostname(), worker.pid) for worker in workers.values()}
+        self.worker_pids = [worker.pid for worker in workers.values()]
+        wanted = {(socket.gethostname(), pid) for pid in self.worker_pids}
         with self.connect() as connection:
             wait_until(lambda: wanted <= live_workers(connection, settings.base_name), workers)
 

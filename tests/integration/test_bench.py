@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import run
+from bench import memory, run
 from bench.served import KEYS
 from tests.deployment import Deployment
 
@@ -45,6 +45,24 @@ def test_a_row_that_fails_says_why_and_the_run_ends_with_an_error(tiny_model: Pa
     nobody = ["--base-url", "http://127.0.0.1:9", "--models", "tiny", "--model", str(tiny_model)]
     assert run.main(["--smoke", "--out", str(tmp_path), *nobody, "--only", "base"]) == 1
     assert "failed: " in (tmp_path / "table.txt").read_text()
+
+
+def test_the_memory_of_a_worker_is_watched_while_adapters_come_and_go(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    result = memory.run(
+        tmp_path,
+        str(tiny_model),
+        num_adapters=6,
+        duration_s=3,
+        interval_s=0.5,
+        max_cached_adapter_bytes="1",
+    )
+    assert not result.faults
+    assert result.num_requests > 0
+    assert result.after.num_reads > 0
+    assert result.after.num_resident == memory.CONCURRENCY
+    assert result.after.num_cached_bytes == 0
 
 
 @pytest.mark.long
