@@ -8,7 +8,10 @@ from typing import Any
 from worker.adapter_cache import AdapterCache
 from worker.block_manager import BlockManager
 from worker.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
-from worker.step_pace import StepPace
+from worker.step_pace import Chunk, StepPace
+
+MIN_CHUNK_TOKENS = 16
+"""So that a prompt gets on whatever that costs."""
 
 
 class Scheduler:
@@ -79,7 +82,7 @@ class Scheduler:
         if self._lone is not None:
             return self._schedule_alone(self._lone) if self._may_run_lone else []
         decodes = self._schedule_decode()
-        return decodes + self._schedule_prefill(self._prefill_budget(len(decodes)))
+        return decodes + self._schedule_prefill(self._pace.prefill_ms(len(decodes)))
 
     def postprocess(self, batch: Batch, token_ids: Items[int | None]) -> list[tuple[Sequence, int | None]]:
         """Records a step: computed tokens, and the sampled token of each sequence that reached its end.
@@ -87,9 +90,8 @@ class Scheduler:
         `token_ids` has one entry per scheduled sequence that `samples`; None stands for logits that gave no
         token, which is left to the caller to end.
         """
-        num_rows = sum(scheduled.num_tokens == 1 for scheduled in batch)
-        num_tokens = sum(scheduled.num_tokens for scheduled in batch)
-        self._pace.record(num_rows, num_tokens - num_rows)
+        chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
+        self._pace.record(len(batch) - len(chunks), chunks)
         sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
         for scheduled in batch:
             scheduled.seq.num_computed_tokens += scheduled.num_tokens
@@ -120,7 +122,8 @@ class Scheduler:
         while not (self._admit(seq) and self._blocks.can_allocate(seq, seq.num_uncomputed_tokens)):
             self._preempt(next(other for other in reversed(self._running) if other is not seq))
         self._blocks.allocate(seq, seq.num_uncomputed_tokens)
-        return [ScheduledSequence(seq, min(seq.num_uncomputed_tokens, self._prefill_budget(0)))]
+        num_ms = self._pace.prefill_ms(0)
+        return [ScheduledSequence(seq, self._fit(seq, num_ms, self._max_prefill_tokens, MIN_CHUNK_TOKENS))]
 
     def _is_loading(self, seq: Sequence) -> bool:
         return self._adapters is not None and self._adapters.is_loading(seq.adapter_name)
@@ -147,28 +150,34 @@ class Scheduler:
             self._preempt(self._running[-1])
         return True
 
-    def _prefill_budget(self, num_decodes: int) -> int:
-        return min(self._pace.num_prefill_tokens(num_decodes), self._max_prefill_tokens)
+    def _fit(self, seq: Sequence, num_ms: float, max_num_tokens: int, min_num_tokens: int = 0) -> int:
+        """How many of its next tokens a sequence computes in that time, within these limits."""
+        num_tokens = max(min_num_tokens, self._pace.num_tokens(num_ms, seq.num_computed_tokens))
+        return int(min(seq.num_uncomputed_tokens, max_num_tokens, num_tokens))
 
-    def _schedule_prefill(self, budget: int) -> list[ScheduledSequence]:
-        """Shares `budget` tokens: half for the prompt that waits longest, the rest for the shortest ones.
+    def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
+        """Shares the time for prompts: half for the one that waits longest, the rest for the shortest ones.
 
         So a short prompt soon gets past long ones, and no prompt takes more than twice its time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         prompts += itertools.islice(self._ready(), max(0, self._max_batch_size - len(self._running)))
         # No room for it: what it waits for must not go to a newer one.
-        if not prompts or not self._admit(prompts[0]):
+        if not (num_ms and prompts and self._admit(prompts[0])):
             return []
         longest_waiting, *others = prompts
-        reserved = min(longest_waiting.num_uncomputed_tokens, -(-budget // 2))
-        left = budget - reserved
+        reserved = self._fit(longest_waiting, num_ms / 2, -(-self._max_prefill_tokens // 2))
+        reserved_ms = self._pace.chunk_ms(_chunk(longest_waiting, reserved))
+        left_ms, left = num_ms - reserved_ms, self._max_prefill_tokens - reserved
         batch: list[ScheduledSequence] = []
         for seq in sorted(others, key=lambda seq: seq.num_uncomputed_tokens):
-            if left > 0 and self._admit(seq):
-                batch.append(ScheduledSequence(seq, min(seq.num_uncomputed_tokens, left)))
-                left -= batch[-1].num_tokens
-        num_tokens = min(longest_waiting.num_uncomputed_tokens, reserved + left)
+            if not (left_ms > 0 and left > 0 and self._admit(seq)):
+                continue
+            if num_tokens := self._fit(seq, left_ms, left):
+                batch.append(ScheduledSequence(seq, num_tokens))
+                left_ms -= self._pace.chunk_ms(_chunk(seq, num_tokens))
+                left -= num_tokens
+        num_tokens = self._fit(longest_waiting, reserved_ms + left_ms, reserved + left, MIN_CHUNK_TOKENS)
         return [ScheduledSequence(longest_waiting, num_tokens), *batch]
 
     def _admit(self, seq: Sequence) -> bool:
@@ -192,3 +201,8 @@ class Scheduler:
         self._blocks.free(seq)
         seq.status = SequenceStatus.WAITING
         self._waiting.appendleft(seq)
+
+
+def _chunk(seq: Sequence, num_tokens: int) -> Chunk:
+    """The next `num_tokens` of a sequence."""
+    return Chunk(num_tokens, seq.num_computed_tokens)

@@ -1,25 +1,43 @@
 """How many prompt tokens a step may compute, learned from how long the steps before it took."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 MIN_STRETCH = 2.0
 MAX_STRETCH = 3.0
 """A step with prompt tokens takes this many times as long as one without: at least, so that prompts get on
 beside streams that are slow anyway, and at most, so that the readers of fast ones don't notice."""
 FIRST_CHUNK_TOKENS = 128
-"""While nothing is known."""
-MIN_CHUNK_TOKENS = 32
-_ROWS_UNIT = 16
+"""So many are taken to fill a step while nothing is known."""
+MAX_NUM_CHUNK_STEPS = 32
+"""Steps with prompt tokens after which one goes without: nothing else tells what running rows cost by now."""
+_GATHER_TOKENS = 8
+"""To fetch the tokens that a chunk attends to costs as much as the attention of so many of its own."""
 _GAIN = 0.3
 _MAX_SURPRISE = 2.0
+
+
+class Chunk(NamedTuple):
+    """A part of a prompt that a step computes."""
+
+    num_tokens: int
+    num_tokens_before: int
+    """Those of its sequence that the cache has already."""
+
+    @property
+    def num_pairs(self) -> float:
+        """Its tokens times those that each of them attends to."""
+        return (self.num_tokens + _GATHER_TOKENS) * (self.num_tokens_before + self.num_tokens / 2)
 
 
 class StepPace:
     """Keeps steps near `step_target_ms` by the number of prompt tokens in them.
 
     Steps without prompt tokens tell what running rows cost: a fixed time and one per row. What a step with
-    prompt tokens takes beyond that is their cost. Each measurement moves its estimate part of the way.
+    prompt tokens takes beyond that is their cost: a fixed time, one per token, and one per pair of a token
+    and another that it attends to. The last makes the end of a long prompt dearer than its beginning.
     """
 
     def __init__(self, step_target_ms: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -27,52 +45,87 @@ class StepPace:
         self._step_target_ms = step_target_ms
         self._clock = clock
         self._started_s = 0.0
-        self._fixed_ms = 0.0
-        self._ms_per_unit = 0.0
-        """Of `_ROWS_UNIT` rows."""
-        self._ms_per_token: float | None = None
+        self._rows = _Cost(units=(1, 16), guess_ms=(0, 0))
+        self._chunks = _Cost(units=(1, FIRST_CHUNK_TOKENS, 1 << 16), guess_ms=(0, step_target_ms, 0))
+        self._num_chunk_steps = 0
+        """Since the last one without prompt tokens."""
 
     def start_step(self) -> None:
         """The time of the next recorded step counts from now."""
         self._started_s = self._clock()
 
-    def num_prefill_tokens(self, num_rows: int) -> int:
-        """The prompt tokens that fit into a step beside `num_rows` running rows."""
-        if self._ms_per_token is None:
-            return FIRST_CHUNK_TOKENS
-        rows_ms = self._rows_ms(num_rows)
+    def prefill_ms(self, num_rows: int) -> float:
+        """The time for chunks in a step beside `num_rows` running rows; with 0 there should be none in it."""
+        if num_rows and self._num_chunk_steps >= MAX_NUM_CHUNK_STEPS:
+            return 0.0
+        rows_ms = self._rows.ms((1, num_rows))
         target_ms = max(self._step_target_ms, MIN_STRETCH * rows_ms)
         if num_rows and rows_ms:
             target_ms = min(target_ms, MAX_STRETCH * rows_ms)
-        return max(MIN_CHUNK_TOKENS, int((target_ms - rows_ms) / max(self._ms_per_token, 1e-6)))
+        return max(1e-6, target_ms - rows_ms - self._chunks.ms((1, 0, 0)))
 
-    def record(self, num_rows: int, num_prefill_tokens: int) -> None:
+    def chunk_ms(self, chunk: Chunk) -> float:
+        """The part of `prefill_ms` that a chunk takes."""
+        return self._chunks.ms((0, chunk.num_tokens, chunk.num_pairs))
+
+    def num_tokens(self, num_ms: float, num_tokens_before: int) -> float:
+        """The size of the chunk that takes so long; below 1 where none is as short."""
+        per_token, per_pair = self._chunks.ms((0, 1, 0)), self._chunks.ms((0, 0, 1))
+        # The n for which chunk_ms is num_ms: a root of q n² + p n = left.
+        q = per_pair / 2
+        p = per_token + per_pair * (num_tokens_before + _GATHER_TOKENS / 2)
+        left = num_ms - per_pair * _GATHER_TOKENS * num_tokens_before
+        if left <= 0 or not p:
+            return 0 if left <= 0 else math.inf
+        return 2 * left / (p + math.sqrt(p * p + 4 * q * left))
+
+    def record(self, num_rows: int, chunks: Collection[Chunk]) -> None:
         """Learns from the step that ends now."""
         took_ms = (self._clock() - self._started_s) * 1e3
-        rows_ms = self._rows_ms(num_rows)
-        if num_prefill_tokens:
-            ms_per_token = max(0.0, took_ms - rows_ms) / num_prefill_tokens
-            self._ms_per_token = _approach(self._ms_per_token, ms_per_token)
-        else:
-            self._learn_rows(num_rows, _approach(rows_ms or None, took_ms) - rows_ms)
-
-    def _rows_ms(self, num_rows: int) -> float:
-        return self._fixed_ms + self._ms_per_unit * num_rows / _ROWS_UNIT
-
-    def _learn_rows(self, num_rows: int, change_ms: float) -> None:
-        """Changes the estimate for `num_rows` by `change_ms`, each part by its share (least mean squares)."""
-        num_units = num_rows / _ROWS_UNIT
-        change_ms /= 1 + num_units**2
-        self._fixed_ms = max(0.0, self._fixed_ms + change_ms)
-        self._ms_per_unit = max(0.0, self._ms_per_unit + change_ms * num_units)
+        if not chunks:
+            self._rows.learn((1, num_rows), took_ms)
+            self._num_chunk_steps = 0
+            return
+        self._num_chunk_steps += 1
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        num_pairs = sum(chunk.num_pairs for chunk in chunks)
+        self._chunks.learn((1, num_tokens, num_pairs), max(0.0, took_ms - self._rows.ms((1, num_rows))))
 
 
-def _approach(estimate: float | None, measured: float) -> float:
-    """The estimate after a measurement.
+class _Cost:
+    """Milliseconds that are a sum of amounts, each times its own price; learned by least mean squares."""
 
-    One far above it counts as twice as much: what else the machine did in that step says little about the
-    next one.
-    """
-    if estimate is None:
-        return measured
-    return estimate + _GAIN * (min(measured, _MAX_SURPRISE * estimate) - estimate)
+    def __init__(self, units: Sequence[float], guess_ms: Sequence[float]) -> None:
+        """`units`: typical amounts, whose prices move alike; `guess_ms`: what such a unit costs."""
+        self._units = units
+        self._unit_ms = list(guess_ms)
+        self._is_guess = True
+
+    def ms(self, amounts: Sequence[float]) -> float:
+        """The estimate."""
+        return sum(map(math.prod, zip(self._shares(amounts), self._unit_ms, strict=True)))
+
+    def learn(self, amounts: Sequence[float], measured_ms: float) -> None:
+        """Moves the estimate for these amounts a part of the way, the first time all of it.
+
+        A measurement far above it counts as twice as much: what else the machine did in that step says little
+        about the next one.
+        """
+        estimate_ms, is_guess = self.ms(amounts), self._is_guess
+        self._is_guess = False
+        if is_guess and estimate_ms:
+            self._unit_ms = [ms * measured_ms / estimate_ms for ms in self._unit_ms]
+            return
+        change_ms = measured_ms
+        if estimate_ms:
+            # Half of the change as if the whole device had become slower or faster, ...
+            change_ms = _GAIN / 2 * (min(measured_ms, _MAX_SURPRISE * estimate_ms) - estimate_ms)
+            self._unit_ms = [ms * (1 + change_ms / estimate_ms) for ms in self._unit_ms]
+        # ... half as if the amounts' prices had other proportions.
+        shares = self._shares(amounts)
+        change_ms /= sum(share * share for share in shares)
+        pairs = zip(self._unit_ms, shares, strict=True)
+        self._unit_ms = [max(0.0, ms + change_ms * share) for ms, share in pairs]
+
+    def _shares(self, amounts: Sequence[float]) -> list[float]:
+        return [amount / unit for amount, unit in zip(amounts, self._units, strict=True)]

@@ -8,9 +8,9 @@ from shared.messages import SamplingParams
 from tests.block_checks import check_blocks
 from tests.fakes import FakeModelRunner, letters, unpaced
 from worker.block_manager import BlockManager
-from worker.scheduler import Scheduler
+from worker.scheduler import MIN_CHUNK_TOKENS, Scheduler
 from worker.sequence import Sequence, SequenceStatus
-from worker.step_pace import StepPace
+from worker.step_pace import MAX_NUM_CHUNK_STEPS, StepPace
 
 BLOCK_SIZE = 4
 
@@ -153,26 +153,69 @@ def test_a_running_prompt_goes_on_while_a_shorter_one_finds_no_room() -> None:
     bench.run_all()
 
 
+class SlowDevice:
+    """Steps that take their time, by a clock of their own, and a scheduler that learns it."""
+
+    def __init__(self, fixed_ms: float = 20, token_ms: float = 0.5) -> None:
+        self.now_s = 0.0
+        self.fixed_ms, self.token_ms = fixed_ms, token_ms
+        self.scheduler = Scheduler(
+            BlockManager(4000, 4),
+            StepPace(100, lambda: self.now_s),
+            max_batch_size=16,
+            max_prefill_tokens=1000,
+        )
+        self._runner = FakeModelRunner()
+
+    def add(self, *names: str, num_prompt_tokens: int) -> None:
+        """Prompts that run for long."""
+        for name in names:
+            self.scheduler.add(make_sequence(name, num_prompt_tokens, 10_000))
+
+    def step(self) -> dict[str, int]:
+        """How many tokens of each sequence were in it."""
+        batch = self.scheduler.schedule()
+        num_tokens = sum(item.num_tokens for item in batch)
+        self.now_s += (self.fixed_ms + self.token_ms * num_tokens) / 1e3
+        self.scheduler.postprocess(batch, self._runner.run(batch))
+        return {item.seq.request_id: item.num_tokens for item in batch}
+
+
 def test_chunks_are_as_large_as_the_time_of_a_step_allows() -> None:
-    clock = SlowClock()
-    pace = StepPace(100, clock)
-    scheduler = Scheduler(BlockManager(1000, 4), pace, max_batch_size=4, max_prefill_tokens=1000)
-    runner = FakeModelRunner()
-    scheduler.add(make_sequence("r1", 3000, 1))
+    device = SlowDevice()
+    device.add("r1", num_prompt_tokens=3000)
+    assert 150 <= [device.step() for _ in range(12)][-1]["r1"] <= 170
+
+
+def test_the_time_of_a_step_is_shared_by_all_prompts_in_it() -> None:
+    device = SlowDevice()
+    device.add("r0", num_prompt_tokens=3000)
     for _ in range(12):
-        batch = scheduler.schedule()
-        clock.now_s += 0.020 + 0.0005 * batch[0].num_tokens
-        scheduler.postprocess(batch, runner.run(batch))
-    assert 150 <= batch[0].num_tokens <= 170
+        device.step()
+    device.add(*"abcdefgh", num_prompt_tokens=30)
+    step = device.step()
+    assert 150 <= sum(step.values()) <= 170
+    assert 70 <= step["r0"] <= 90
 
 
-class SlowClock:
-    """A clock that stands still until it is set."""
+def test_a_prompt_gets_on_however_long_a_step_takes() -> None:
+    device = SlowDevice(fixed_ms=20, token_ms=0.5)
+    device.add("row", num_prompt_tokens=2)
+    for _ in range(10):
+        device.step()
+    device.token_ms = 1000
+    device.add("r1", num_prompt_tokens=1000)
+    assert min(device.step()["r1"] for _ in range(10)) == MIN_CHUNK_TOKENS
 
-    now_s = 0.0
 
-    def __call__(self) -> float:
-        return self.now_s
+def test_a_step_without_prompt_tokens_comes_now_and_then_while_prompts_go_on() -> None:
+    device = SlowDevice(fixed_ms=5)
+    device.add("row", num_prompt_tokens=2)
+    for _ in range(3):
+        device.step()
+    device.add(*"abcd", num_prompt_tokens=600)
+    steps = [device.step() for _ in range(MAX_NUM_CHUNK_STEPS + 2)]
+    assert [len(step) > 1 for step in steps] == [True] * MAX_NUM_CHUNK_STEPS + [False, True]
 
 
 def test_who_gave_way_comes_before_who_came_later() -> None:
