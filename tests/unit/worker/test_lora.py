@@ -18,6 +18,7 @@ from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.tiny_models import build_adapter, build_model, change_json
 from worker import adapter_files, lora
 from worker.adapter_files import LayerWeights, LoadedAdapter, load_adapter
+from worker.adapter_store import AdapterStore
 from worker.lora import BASE, LoraStack
 
 torch.set_num_threads(1)
@@ -53,8 +54,9 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 
 def refusal(folder: Path | str, model: Any) -> str:
+    store = AdapterStore(model, "", LoraStack(lora.linears(model), {}, model.dtype))
     with pytest.raises(AdapterError) as caught:
-        load_adapter("mine", str(folder), model)
+        store.register("mine", str(folder))
     message = caught.value.message
     assert "'mine'" in message
     assert str(folder) in message
@@ -180,13 +182,14 @@ def test_weights_that_are_not_lora_are_refused(folder: Path, model: Any) -> None
     assert "not plain LoRA: base_model.model.lm_head.weight" in refusal(folder, model)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_refused(folder: Path, model: Any, bad: float) -> None:
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(folder: Path, model: Any, side: str, bad: float) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
-        next(iter(weights.values()))[0, 0] = bad
+        next(value for key, value in weights.items() if f"lora_{side}" in key)[0, 0] = bad
 
     change_weights(folder, spoil)
-    assert "NaN or infinite" in refusal(folder, model)
+    assert f".lora_{side} has NaN or infinite weights" in refusal(folder, model)
 
 
 def test_an_adapter_for_another_base_is_refused_with_both_shapes(model: Any, tmp_path: Path) -> None:
@@ -360,7 +363,7 @@ def test_an_adapter_that_overflows_spoils_no_other_row(has_kernels: bool) -> Non
 def test_weights_that_overflow_the_models_precision_are_refused() -> None:
     linear = nn.Linear(6, 5, dtype=torch.float16)
     stack = LoraStack({"one": linear}, {}, torch.float16)
-    with pytest.raises(AdapterError, match="overflows"):
+    with pytest.raises(AdapterError, match=r"one\.lora_B overflows torch\.float16"):
         stack.add("a", make_adapter(2, 0, scaling=1e6))
     with pytest.raises(AdapterError, match="not loaded"):
         stack.slot("a")
