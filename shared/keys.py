@@ -47,7 +47,10 @@ def log(request_id: str) -> str:
 
 
 def reaped(worker_name: str) -> str:
-    """hash: requests reaped from a worker (num), whether one ran alone (lone). Kept by reap for a minute."""
+    """hash: requests reaped from a worker (num), whether one ran alone (lone). Written by reap.
+
+    A minute, or until that worker renews.
+    """
     return f"{PREFIX}:reaped:{worker_name}"
 
 

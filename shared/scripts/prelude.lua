@@ -35,6 +35,7 @@ local function waiting_key(base) return OURS .. ':waiting:' .. base end
 local function leases_key(base) return OURS .. ':leases:' .. base end
 
 local function workers_key(base) return OURS .. ':workers:' .. base end
+local function reaped_key(worker) return OURS .. ':reaped:' .. worker end
 
 -- Whether a worker's own lease still holds. After a pause of the server, or of the worker, it does not: then the leases
 -- of others may look expired too, before they had the time to renew them, and the worker must judge nobody.

@@ -5,8 +5,6 @@
 -- Returns {ids requeued, ids dead-lettered}.
 local base, max_crashes_alone, failure_ttl, event = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
-local function reaped_key(worker) return OURS .. ':reaped:' .. worker end
-
 -- What a lost worker held when it was last alive, those reaped from it lately included: how many requests, and
 -- whether its steps ran one of them alone.
 local function company(worker)

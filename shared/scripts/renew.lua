@@ -7,6 +7,8 @@ local base, worker, lease_ms, held = ARGV[1], ARGV[2], tonumber(ARGV[3]), cmsgpa
 local was_in_time = may_judge(base, worker)
 redis.call('ZADD', workers_key(base), now_ms + lease_ms, worker)
 redis.call('ZREMRANGEBYSCORE', workers_key(base), '-inf', now_ms - 600000)
+-- Alive: what was reaped from it while it was stopped has no part in a later crash.
+redis.call('DEL', reaped_key(worker))
 
 local function is_orphan(id)
   if ARGV[5] ~= '1' or not was_in_time or redis.call('HGET', job_key(id), 'detached') == '1' then return false end

@@ -16,7 +16,7 @@ from rq.suspension import resume, suspend
 from shared import keys
 from shared.errors import GenerationFailed, GenerationStopped, QueueFull
 from shared.messages import SCHEMA_VERSION, FinishReason, decode_event
-from shared.streams import Claim, WorkerStreams, script_source
+from shared.streams import Claim, Held, WorkerStreams, script_source
 from tests.redis_server import BINARIES, RedisServer
 from tests.streams import (
     BASE,
@@ -469,6 +469,11 @@ def crash(connection: redis.Redis, name: str, num_requests: int, num_events: int
     return claims
 
 
+def expire(connection: redis.Redis, held: Held) -> None:
+    """A lease whose time is over."""
+    connection.zadd(keys.leases(BASE), {held.request_id: 0})
+
+
 def expired(connection: redis.Redis) -> int:
     seconds, microseconds = connection.time()
     return connection.zcount(keys.leases(BASE), "-inf", seconds * 1000 + microseconds // 1000)
@@ -512,14 +517,10 @@ def test_leases_that_end_one_after_another_still_count_as_company(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     ids = [api.enqueue(make_request()) for _ in range(2)]
-    dying, other = worker_streams(connection, "w1", lease_s=0.001), reaper(connection)
-    first, second = claim(dying, 2)
-    worker_streams(connection, "w1").renew([second.held])
-    wait_until(lambda: expired(connection) == 1)
-    assert other.reap().requeued == [first.held.request_id]
-    dying.renew([second.held])
-    wait_until(lambda: expired(connection) == 1)
-    assert other.reap().requeued == [second.held.request_id]
+    other = reaper(connection)
+    for claimed in claim(worker_streams(connection, "w1"), 2):
+        expire(connection, claimed.held)
+        assert other.reap().requeued == [claimed.held.request_id]
     assert [counts(connection, request_id) for request_id in ids] == [[None, b"1"]] * 2
 
 
@@ -535,24 +536,34 @@ def test_a_suspect_of_two_crashes_runs_alone_and_is_the_last_of_a_claim(
     assert (second.held.request_id in suspects, second.alone) == (True, True)
 
 
+def test_a_worker_that_came_back_is_judged_by_what_it_holds_when_it_crashes(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    for _ in range(2):
+        api.enqueue(make_request())
+    crash(connection, "stopped", 2)
+    claim(worker_streams(connection, "w2"), 2)
+    worker_streams(connection, "stopped").renew([])
+    request_id = api.enqueue(make_request())
+    crash(connection, "stopped", 1)
+    assert counts(connection, request_id) == [b"1", None]
+
+
 @pytest.mark.parametrize("is_isolated", [True, False], ids=["isolated", "not yet"])
 def test_a_crash_while_one_ran_alone_charges_that_one_and_before_it_did_all(
     connection: redis.Redis, api: BlockingApi, is_isolated: bool
 ) -> None:
     suspect = api.enqueue(make_request("a"))
     connection.hset(Job.key_for(suspect), "suspect", 2)
-    dying = worker_streams(connection, "w1", lease_s=0.001)
+    dying = worker_streams(connection, "w1")
     (lone,) = claim(dying, 1)
     if is_isolated:
         dying.append([lone.held], [], isolated=lone.held.request_id)
     others = [api.enqueue(make_request("b")) for _ in range(2)]
-    held = [lone.held, *(claimed.held for claimed in claim(dying, 2))]
     other = reaper(connection)
-    for num_renewed in (2, 1, 0):  # They expire one after another: the lone one first.
-        worker_streams(connection, "w1", lease_s=60).renew(held[3 - num_renewed :])
-        wait_until(lambda: expired(connection) == 1)
+    for claimed in (lone, *claim(dying, 2)):
+        expire(connection, claimed.held)
         other.reap()
-        dying.renew(held[3 - num_renewed :][:1])
     assert counts(connection, suspect) == ([b"1", b"2"] if is_isolated else [None, b"3"])
     assert [counts(connection, request_id) for request_id in others] == [
         [None, None if is_isolated else b"1"]
