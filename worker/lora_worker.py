@@ -88,14 +88,16 @@ class LoraWorker(BaseWorker):
             self.log.error("%s", error.message)
             raise SystemExit(2) from error
         self._install_signal_handlers()
-        self.bootstrap(logging_level or "INFO", date_format, log_format)
         try:
+            self.bootstrap(logging_level or "INFO", date_format, log_format)
             return self._work(settings, burst)
         except LorelayError as error:
             self.log.error("%s", error.message)
             raise SystemExit(2) from error
         finally:
-            self.teardown()  # type: ignore[no-untyped-call]
+            # Else the name is that of another worker, which goes on.
+            if self.birth_date is not None:
+                self.teardown()  # type: ignore[no-untyped-call]
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: drain; the second one hands back at once. While loading: end."""

@@ -1,4 +1,4 @@
-"""A worker class that gets a SIGTERM at the worst moment; for `rq worker -w`."""
+"""Worker classes that get a SIGTERM at the worst moment; for `rq worker -w`."""
 
 import os
 import signal
@@ -19,3 +19,10 @@ class StoppedWhileLoading(LoraWorker):
     def _load_model_runner(self, settings: WorkerSettings) -> Any:
         _Dying()
         return super()._load_model_runner(settings)
+
+
+class StoppedWhileRegistering(LoraWorker):
+    """RQ lists it already, and it listens to no commands yet."""
+
+    def subscribe(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -241,6 +241,28 @@ def test_a_sigterm_while_loading_is_not_lost(deploy: Deploy) -> None:
     assert "Exception ignored in" in worker.output
 
 
+def test_a_worker_stopped_while_it_registers_is_not_listed_any_more(
+    deploy: Deploy, connection: redis.Redis
+) -> None:
+    deployment = deploy()
+    command = [str(BIN / "rq"), "worker", "-u", deployment.redis_url]
+    worker = deployment.start([*command, "-w", "tests.integration.stopped_worker.StoppedWhileRegistering"])
+    assert worker.wait(60) == 0
+    assert Worker.all(connection) == []
+
+
+def test_a_second_worker_of_a_name_leaves_the_first_one_listed(
+    deploy: Deploy, connection: redis.Redis
+) -> None:
+    deployment = deploy()
+    deployment.start_worker("--name", "twin")
+    second = deployment.start_worker("--name", "twin", wait=False)
+    assert second.wait(60) == 1
+    assert "active worker named 'twin'" in second.output
+    assert [worker.name for worker in Worker.all(connection)] == ["twin"]
+    assert not connection.hexists("rq:worker:twin", "death")
+
+
 def test_a_burst_worker_answers_what_waits_and_ends(
     deploy: Deploy, redis_server: RedisServer, connection: redis.Redis
 ) -> None:
