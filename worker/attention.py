@@ -4,16 +4,18 @@ The tokens of all sequences of a step stand side by side in one row of T tokens.
 and values into the cache and attends, per sequence, to what the cache holds of it.
 """
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from worker import kernels
+from worker.kernels import OperatorState
 
 NAME = "lorelay"
 """The attention's name; one that transformers' mask interface doesn't know gets no mask."""
@@ -33,6 +35,13 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._operators: OperatorState | None = None
+
+    def share_with(self, operators: OperatorState) -> None:
+        """Lets the operators use what is and will be allocated."""
+        self._operators = operators
+        for number, layer in self._layers.items():
+            operators.set_cache(number, *layer)
 
     @property
     def num_bytes_per_block(self) -> int:
@@ -48,7 +57,7 @@ class PagedKVCache:
         }
         self._layers.clear()
         for number, (key, value) in shapes.items():
-            self._layers[number] = (self._allocate(*key), self._allocate(*value))
+            self._keep(number, self._allocate(*key), self._allocate(*value))
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (T, num_kv_heads, head_dim) at `slots` (T,); returns the layer's tensors.
@@ -68,8 +77,13 @@ class PagedKVCache:
                 self._allocate((self.block_size, len(new), new.shape[-1]), new.dtype, new.device)
                 for new in (key, value)
             )
-            self._layers[layer] = (keys, values)
+            self._keep(layer, keys, values)
         return self._layers[layer]
+
+    def _keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self._layers[layer] = (keys, values)
+        if self._operators is not None:
+            self._operators.set_cache(layer, keys, values)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros((self.num_blocks, *shape), dtype=dtype, device=device)
@@ -128,14 +142,51 @@ class AttentionState:
     """What the attention function needs beside its arguments: shared by all layers of one model."""
 
     kv_cache: PagedKVCache
+    operators: OperatorState | None = None
+    """Of `worker.kernels`, where they can be called for the tensors of this model."""
     layout: StepLayout | None = None
-    """Set before each forward pass."""
-    has_kernels: bool = False
-    """Whether `worker.kernels` can be called for the tensors of this model."""
+    """Of the step that has begun."""
     calls: Counter[int] = field(default_factory=Counter)
     """Calls per layer, and ..."""
     windows: dict[int, int | None] = field(default_factory=dict)
     """... the sliding window it named last; read by the self-check."""
+
+    def use(self, operators: OperatorState) -> None:
+        """From now on the operators attend."""
+        self.operators = operators
+        self.kv_cache.share_with(operators)
+        _let_operators_call_back()
+
+    def begin_step(self, layout: StepLayout) -> None:
+        """Says where the tokens of the next forward pass, in this thread, stand."""
+        self.layout = layout
+        if self.operators is not None:
+            _step.state = self
+            none = layout.slots[:0]
+            decodes = layout.decodes
+            rows = (
+                (none, none, none)
+                if decodes is None
+                else (decodes.row_numbers, decodes.block_tables, decodes.positions)
+            )
+            self.operators.begin_step(layout.slots, *rows, bool(layout.chunks))
+
+
+class _Options(NamedTuple):
+    """What a model asks of its attention."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def are_plain(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
+_step = threading.local()
+"""The state of the step that a thread is in, for the operators' calls back."""
 
 
 @cache
@@ -177,46 +228,65 @@ def paged_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     state.calls[layer] += 1
     state.windows[layer] = window
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if state.operators is not None:
+        state.kv_cache.layer(layer, key[0], value[0])
+        output = kernels.attention(
+            query, key, value, sinks, layer, scaling=scaling, window=window, softcap=softcap
+        )
+        return output, None
+    return _attend(state, layer, query, key, value, _Options(scaling, window, softcap, sinks)), None
+
+
+def _attend(
+    state: AttentionState, layer: int, query: Tensor, key: Tensor, value: Tensor, options: _Options
+) -> Tensor:
+    """The attention of one layer, group by group."""
     layout = state.layout
     assert layout is not None, "a forward pass without a layout"
-    groups = layout.chunks
-    if state.has_kernels and layout.decodes is not None and softcap is None and sinks is None:
+    groups, decodes = layout.chunks, layout.decodes
+    if state.operators is not None and decodes is not None and options.are_plain:
         keys, values = state.kv_cache.layer(layer, key[0], value[0])
-        output = _decode(query[0], key[0], value[0], (keys, values), layout, scaling, window)
+        output = kernels.paged_attention(
+            query[0],
+            key[0],
+            value[0],
+            layout.slots,
+            (keys, values),
+            (decodes.row_numbers, decodes.block_tables, decodes.positions),
+            scaling=options.scaling,
+            window=options.window,
+        )
     else:
         keys, values = state.kv_cache.write(
             layer, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1)
         )
         output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # (T, num_heads, head_dim)
-        if layout.decodes is not None:
-            groups += (layout.decodes,)
+        if decodes is not None:
+            groups += (decodes,)
     for group in groups:
-        output[group.rows] = _attend_group(query[0], keys, values, group, (scaling, window, softcap, sinks))
-    return output[None], None
+        output[group.rows] = _attend_group(query[0], keys, values, group, options)
+    return output[None]
 
 
-def _decode(
+@cache
+def _let_operators_call_back() -> None:
+    """Lets `kernels.attention` call `_attend` for what its C++ doesn't do: chunks, capped scores, sinks."""
+    torch.library.impl("lorelay::attend_in_groups", "CPU", _attend_in_groups)
+
+
+def _attend_in_groups(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cache: tuple[Tensor, Tensor],
-    layout: StepLayout,
-    scaling: float | None,
+    sinks: Tensor | None,
+    layer: int,
+    scaling: float,
     window: int | None,
+    softcap: float | None,
 ) -> Tensor:
-    """What `kernels.paged_attention` makes of a step."""
-    decodes = layout.decodes
-    assert decodes is not None
-    return kernels.paged_attention(
-        query,
-        key,
-        value,
-        layout.slots,
-        cache,
-        (decodes.row_numbers, decodes.block_tables, decodes.positions),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=window,
-    )
+    return _attend(_step.state, layer, query, key, value, _Options(scaling, window, softcap, sinks))
 
 
 def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
@@ -233,11 +303,7 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, options: d
 
 
 def _attend_group(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    group: QueryGroup,
-    options: tuple[float | None, int | None, float | None, Tensor | None],
+    query: Tensor, keys: Tensor, values: Tensor, group: QueryGroup, options: _Options
 ) -> Tensor:
     """The output (n x q, num_heads, head_dim) of one group; `query` is (num_heads, T, head_dim)."""
     scaling, window, softcap, sinks = options
@@ -250,7 +316,7 @@ def _attend_group(
     key = _gather(keys, group.block_tables)  # (n, num_kv_heads, num_keys, head_dim)
     value = _gather(values, group.block_tables)
     mask = group.mask(key.shape[2], num_groups, window, query.dtype)
-    if softcap is None and sinks is None:
+    if options.are_plain:
         output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     else:
         if sinks is not None:
@@ -276,7 +342,7 @@ def _attend_slowly(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    scaling: float | None,
+    scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -284,7 +350,7 @@ def _attend_slowly(
 
     A sink is one more score per head, (1, num_kv_heads, num_groups x q, 1), that takes weight and gives none.
     """
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     scores = scores + mask

@@ -1,4 +1,4 @@
-"""C++ for the two products of a decode step that PyTorch has no call for, on a CPU with a compiler.
+"""The operators of a forward pass in C++, on a CPU with a compiler.
 
 Built once per machine, while the model loads; without a compiler PyTorch's own calls do the same, slower.
 """
@@ -10,6 +10,7 @@ import platform
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from shared.logs import fields
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_SOURCE = Path(__file__).parent / "cpp" / "operators.cpp"
 _COMPILER = "g++"
 """Its OpenMP is that of PyTorch: another one's threads would fight with PyTorch's for the cores."""
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
@@ -27,13 +28,13 @@ _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", "
 def make_callable(device: torch.device, folder: Path | None = None) -> bool:
     """Loads the kernels, built where need be. Whether they can be called: if not, the log tells why.
 
-    `folder` keeps what is built, by default `$XDG_CACHE_HOME/lorelay` or `~/.cache/lorelay`.
+    `folder` keeps what is built, by default `cache_folder()`.
     """
     if device.type != "cpu":
         return False
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorelay"
+    folder = folder or cache_folder()
     try:
-        path = folder / f"kernels-{_fingerprint()}.so"
+        path = folder / f"kernels-{fingerprint()}.so"
         if not path.exists():
             _build(path)
         _load(path)
@@ -47,6 +48,69 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
         return False
     logger.info("C++ kernels: %s", path, extra=fields("load_model"))
     return True
+
+
+def cache_folder() -> Path:
+    """Where what is built is kept, by default: `$XDG_CACHE_HOME/lorelay` or `~/.cache/lorelay`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorelay"
+
+
+class OperatorState(Protocol):
+    """What the operators of one model need beside their arguments."""
+
+    def set_linear(
+        self, number: int, weight: Tensor, bias: Tensor | None, is_packed: bool, sees_kept_rows: bool
+    ) -> None:
+        """A Linear's weight (out, in), or what `worker.packed` made of it; which of a step's rows it sees."""
+
+    def set_adapters(self, number: int, a: Tensor, b: Tensor, ranks: Tensor) -> None:
+        """The adapters of a Linear: `a` (sum of ranks, in) and `b` (sum of ranks, out), scaled.
+
+        Slot s owns ranks `ranks[s]` = (first, number).
+        """
+
+    def set_cache(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """A layer's part of the KV cache."""
+
+    def set_adapter_rows(self, kept: bool, index: Tensor, runs: Tensor, chunks: Tensor) -> None:
+        """Whose rows the next step has: of all tokens, or of the kept ones; see `worker.lora.StepRows`."""
+
+    def begin_step(
+        self, slots: Tensor, rows: Tensor, tables: Tensor, positions: Tensor, has_chunks: bool
+    ) -> None:
+        """Makes this the state of the operators that this thread calls from now on.
+
+        `slots`: where the entries of all tokens go in the cache. `rows`, `tables`, `positions`: of the
+        sequences that decode, as `paged_attention` takes them. `has_chunks`: whether the step has others.
+        """
+
+
+def new_state() -> OperatorState:
+    """An empty state."""
+    state: OperatorState = torch.classes.lorelay.OperatorState()
+    return state
+
+
+def linear(number: int, num_outputs: int, rows: Tensor) -> Tensor:
+    """W x + b of the Linear with this number, and B (A x) of each row's adapter; `rows` is (..., in)."""
+    output: Tensor = torch.ops.lorelay.linear(rows, number, num_outputs)
+    return output
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    layer: int,
+    *,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The attention of one layer in the step that has begun, as `worker.attention` describes it."""
+    output: Tensor = torch.ops.lorelay.attention(query, key, value, sinks, layer, scaling, window, softcap)
+    return output
 
 
 def paged_attention(
@@ -71,18 +135,6 @@ def paged_attention(
         query, key, value, slots, *cache, *decodes, scaling, window or 0
     )
     return output
-
-
-def add_lora(
-    output: Tensor, rows: Tensor, a: Tensor, b: Tensor, index: Tensor, runs: Tensor, ranks: Tensor
-) -> None:
-    """Adds the adapters' part, B (A x) of its own adapter, to some rows of a layer's output (T, out).
-
-    `rows` (T, in) is the layer's input; `a` (sum of ranks, in) and `b` (sum of ranks, out) hold the adapters'
-    weights; slot s owns ranks `ranks[s]` = (first, number). A run (slot, first, number) names that part of
-    `index` whose rows are the slot's.
-    """
-    torch.ops.lorelay.add_lora(output, rows, a, b, index, runs, ranks)
 
 
 def _build(path: Path) -> None:
@@ -113,10 +165,15 @@ def _are_loaded() -> bool:
     return hasattr(torch.ops.lorelay, "paged_attention")
 
 
-def _fingerprint() -> str:
-    """Changes with whatever the built file depends on; `native` means another one on each kind of CPU."""
+def fingerprint() -> str:
+    """Changes with whatever the built file depends on; `native` means another one on each kind of CPU.
+
+    Raises:
+        OSError: there is no compiler.
+    """
     target = _run_compiler("-Q", "--help=target")
-    parts = (_SOURCE.read_bytes(), target, torch.__version__.encode(), platform.platform().encode())
+    sources = b"".join(file.read_bytes() for file in sorted(_SOURCE.parent.glob("*.[ch]*")))
+    parts = (sources, target, torch.__version__.encode(), platform.platform().encode())
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 

@@ -8,15 +8,14 @@ there is one, else in one product with all adapters that they use, of which each
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import AdapterError
-from worker import kernels
 from worker.adapter_files import LoadedAdapter
+from worker.kernels import OperatorState
 
 BASE = -1
 """The slot of rows without an adapter."""
@@ -71,39 +70,51 @@ class StepRows:
             self._masks[rank_slots] = rows[:, None] != ranks
         return self._masks[rank_slots]
 
-    @cached_property
-    def runs(self) -> tuple[Tensor, Tensor]:
-        """The single rows in order of their slots, and (slot, first, number) of each slot's part of them."""
+    def as_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For the operators: the single rows with an adapter in order of their slots; runs; chunks.
+
+        A run (slot, first, number) is a slot's part of those rows, a chunk (slot, first, number) a long span.
+        """
         index: list[int] = []
         runs: list[tuple[int, int, int]] = []
         for slot in self.used:
             rows = [row for row, owner in zip(self._numbers, self._slots, strict=True) if owner == slot]
             runs.append((slot, len(index), len(rows)))
             index += rows
-        return torch.tensor(index, dtype=torch.long), torch.tensor(runs, dtype=torch.long).view(-1, 3)
+        chunks = [(slot, rows.start, rows.stop - rows.start) for slot, rows in self.chunks]
+        return _integers(index), _integers(runs).view(-1, 3), _integers(chunks).view(-1, 3)
+
+
+def _integers(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
 
 
 class LoraLayer:
-    """The adapters of one Linear, added to its output by a forward hook."""
+    """The adapters of one Linear, added to its output by a forward hook or by the operators."""
 
     rows: StepRows | None = None
-    """Set before each forward pass; None where no row has an adapter."""
+    """Set before each forward pass; None where no row has an adapter. Operators know by themselves."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, has_kernels: bool) -> None:
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype, operators: OperatorState | None, number: int
+    ) -> None:
+        """`number`: the Linear's, for the operators."""
         device = linear.weight.device
-        self._has_kernels = has_kernels
+        self._operators = operators
+        self._number = number
         self._rank_slots: tuple[int, ...] = ()
         """The slot that owns each rank, i.e. each row of A and B."""
         self._a = torch.empty(0, linear.in_features, dtype=dtype, device=device)  # (sum of ranks, in)
         self._b = torch.empty(
             0, linear.out_features, dtype=dtype, device=device
         )  # (sum of ranks, out), scaled
-        self._forget_views()
-        linear.register_forward_hook(self._add_to_output)
+        self._selected: tuple[tuple[int, ...], tuple[Tensor, Tensor, tuple[int, ...]]] | None = None
+        if operators is None:
+            linear.register_forward_hook(self._add_to_output)
 
     def add(self, slot: int, a: Tensor, b: Tensor) -> None:
         """Stacks an adapter in place of the slot's former one: `a` (rank, in) and `b` (rank, out), scaled."""
-        self._forget_views()
+        self._selected = None
         if self._rank_slots.count(slot) == len(a):
             first = self._rank_slots.index(slot)
             self._a[first : first + len(a)] = a
@@ -114,17 +125,15 @@ class LoraLayer:
         stacked = torch.cat([self._a, a.to(self._a)]), torch.cat([self._b, b.to(self._b)])
         self._a, self._b = stacked
         self._rank_slots += (slot,) * len(a)
+        self._tell_operators()
 
     def remove(self, slot: int) -> None:
         """Takes an adapter out; one that isn't here is no error."""
         if slot not in self._rank_slots:
             return
         self._a, self._b, self._rank_slots = self._select(tuple(set(self._rank_slots) - {slot}))
-        self._forget_views()
-
-    def _forget_views(self) -> None:
-        self._selected: tuple[tuple[int, ...], tuple[Tensor, Tensor, tuple[int, ...]]] | None = None
-        self._ranks: Tensor | None = None
+        self._selected = None
+        self._tell_operators()
 
     def _select(self, used: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         kept = [n for n, slot in enumerate(self._rank_slots) if slot in used]
@@ -144,9 +153,7 @@ class LoraLayer:
             a, b, rank_slots = self._select((slot,))
             if rank_slots:
                 y[part].add_(x[part] @ a.T @ b)
-        if rows.used and self._has_kernels:
-            kernels.add_lora(y, x, self._a, self._b, *rows.runs, self._rank_table())
-        elif rows.used:
+        if rows.used:
             self._add_to_singles(x, y, rows)
 
     def _add_to_singles(self, x: Tensor, y: Tensor, rows: StepRows) -> None:
@@ -164,15 +171,12 @@ class LoraLayer:
         else:
             y.index_add_(0, rows.singles, low @ b)
 
-    def _rank_table(self) -> Tensor:
-        """(first, number) of the ranks of each slot."""
-        if self._ranks is None:
+    def _tell_operators(self) -> None:
+        if self._operators is not None:
             owners = self._rank_slots
-            slots = range(max(owners) + 1)
-            self._ranks = torch.tensor(
-                [(owners.index(slot), owners.count(slot)) if slot in owners else (0, 0) for slot in slots]
-            )
-        return self._ranks
+            slots = range(max(owners, default=-1) + 1)
+            ranks = [(owners.index(slot), owners.count(slot)) if slot in owners else (0, 0) for slot in slots]
+            self._operators.set_adapters(self._number, self._a, self._b, _integers(ranks).view(-1, 2))
 
 
 @dataclass(frozen=True)
@@ -200,12 +204,12 @@ class LoraStack:
         token_layers: Mapping[str, nn.Linear],
         kept_layers: Mapping[str, nn.Linear],
         dtype: torch.dtype,
-        *,
-        has_kernels: bool = False,
+        operators: OperatorState | None = None,
     ) -> None:
-        """`has_kernels`: whether `worker.kernels` can be called for these layers."""
-        self._has_kernels = has_kernels
+        """`operators`: those of `worker.kernels` that compute these Linears, numbered in this order."""
+        self._operators = operators
         self._linears = {**token_layers, **kept_layers}
+        self._numbers = {name: number for number, name in enumerate(self._linears)}
         devices = (linear.weight.device for linear in self._linears.values())
         self._device = next(devices, torch.device("cpu"))
         self._kept_names = frozenset(kept_layers)
@@ -260,7 +264,7 @@ class LoraStack:
         for layer, (a, b) in weights.layers.items():
             if layer not in self._layers:
                 self._layers[layer] = LoraLayer(
-                    self._linears[layer], self._dtype, has_kernels=self._has_kernels
+                    self._linears[layer], self._dtype, self._operators, self._numbers[layer]
                 )
             self._layers[layer].add(slot, a, b)
 
@@ -285,14 +289,15 @@ class LoraStack:
 
         `spans`: (slot, number of tokens) of each sequence, in the order of the tokens.
         """
-        rows = self._rows(spans)
-        kept_rows = self._rows([(slot, 1) for slot in _slots_of(spans, kept)])
-        for name, lora_layer in self._layers.items():
-            lora_layer.rows = kept_rows if name in self._kept_names else rows
-
-    def _rows(self, spans: Iterable[tuple[int, int]]) -> StepRows | None:
         rows = StepRows(spans, self._device)
-        return rows if rows.has_adapters else None
+        kept_rows = StepRows([(slot, 1) for slot in _slots_of(spans, kept)], self._device)
+        if self._operators is not None:
+            self._operators.set_adapter_rows(False, *rows.as_tensors())
+            self._operators.set_adapter_rows(True, *kept_rows.as_tensors())
+            return
+        for name, lora_layer in self._layers.items():
+            of_layer = kept_rows if name in self._kept_names else rows
+            lora_layer.rows = of_layer if of_layer.has_adapters else None
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from shared.errors import AdapterError, ConfigurationError
 from shared.logs import fields
 from shared.settings import AdapterSource, WorkerSettings
-from worker import kernels, loading, self_check
+from worker import kernels, loading
 from worker.adapter_cache import AdapterCache
 from worker.adapter_store import AdapterStore
 from worker.attention import AttentionState, PagedKVCache, QueryGroup, StepLayout, attach
+from worker.kernels import OperatorState
 from worker.lora import LoraStack, SlotWeights
-from worker.packed import pack
+from worker.packed import replace_product
 from worker.sampler import SamplingRow, sample
+from worker.self_check import SelfCheck, num_blocks_needed
 from worker.sequence import Batch, OutOfDeviceMemory, ScheduledSequence
 from worker.tokenizer import Tokenizer
 
@@ -47,17 +49,19 @@ class ModelRunner:
         self.model_version = ""
         self._model = model
         self._lora = LoraStack({}, {}, model.dtype)
-        num_check_blocks = self_check.num_blocks_needed(self.block_size)
-        self._state = AttentionState(PagedKVCache(num_check_blocks, self.block_size))
+        self._state = AttentionState(PagedKVCache(num_blocks_needed(self.block_size), self.block_size))
         attach(model, self._state)
-        shapes = self_check.check(model, self._state, self._forward, self.block_size, settings.model)
+        self_check = SelfCheck(model, self._state, self.block_size, settings.model)
+        shapes = self_check.run(self._forward)
+        operators = kernels.new_state() if has_kernels else None
         token_layers, kept_layers = shapes.select(model)
-        self._lora = LoraStack(token_layers, kept_layers, model.dtype, has_kernels=has_kernels)
+        self._lora = LoraStack(token_layers, kept_layers, model.dtype, operators)
         self._adapters = AdapterStore(model, settings.model, self._lora)
-        self._state.has_kernels = has_kernels
-        is_packed = self._pack(token_layers.values(), kept_layers.values())
+        if operators is not None:
+            self._state.use(operators)
+        is_packed = self._replace_products(token_layers.values(), kept_layers.values(), operators)
         if has_kernels or is_packed:
-            self_check.check(model, self._state, self._forward, self.block_size, settings.model)
+            self_check.run(self._forward)
         self.max_model_len = loading.max_model_len(model.config, settings.session_len)
         self._state.kv_cache.resize(self._affordable_blocks(settings))
         self._log_cache()
@@ -151,7 +155,7 @@ class ModelRunner:
             if end == len(seq.token_ids):
                 kept.append(len(token_ids) - 1)
         self._lora.set_rows(spans, kept)
-        self._state.layout = lay_out(batch, self.block_size, device)
+        self._state.begin_step(lay_out(batch, self.block_size, device))
         output = self._model(
             input_ids=torch.tensor([token_ids], device=device),
             position_ids=torch.tensor([positions], device=device),
@@ -179,11 +183,18 @@ class ModelRunner:
         if self.adapter_versions:
             logger.info("adapters: %s", self.adapter_cache.summary, extra=fields("load_adapters"))
 
-    def _pack(self, token_layers: Iterable[nn.Linear], kept_layers: Iterable[nn.Linear]) -> bool:
+    def _replace_products(
+        self,
+        token_layers: Iterable[nn.Linear],
+        kept_layers: Iterable[nn.Linear],
+        operators: OperatorState | None,
+    ) -> bool:
         """Whether this machine has a layout of its own for weights; they are in it then."""
-        num_packed = pack(token_layers, keeps_weights=False)
-        # An adapter that targets the head may bring a copy of its weight, which is compared with ours.
-        num_packed += pack(kept_layers, keeps_weights=True)
+        layers = [(linear, False) for linear in token_layers] + [(linear, True) for linear in kept_layers]
+        num_packed = sum(
+            replace_product(linear, sees_kept_rows=is_kept, operators=operators, number=number)
+            for number, (linear, is_kept) in enumerate(layers)
+        )
         layout = f"{num_packed} Linears packed for oneDNN" if num_packed else "plain weights"
         logger.info("forward pass: %s, %s", self._model.dtype, layout, extra=fields("load_model"))
         return num_packed > 0

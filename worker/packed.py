@@ -1,13 +1,15 @@
-"""Linears whose weights stand in the layout that oneDNN's products read; where there is none, they stay.
+"""Weights in the layout that oneDNN's products read.
 
 A product of 16 rows then takes two thirds of the time, of one row half.
 """
 
-from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from worker import kernels
+from worker.kernels import OperatorState
 
 _TYPICAL_NUM_ROWS = 16
 """What the layout is chosen for; any number of rows is right."""
@@ -24,20 +26,33 @@ def can_pack(linear: nn.Linear) -> bool:
     )
 
 
-def pack(linears: Iterable[nn.Linear], *, keeps_weights: bool) -> int:
-    """Packs those that can be packed, and returns how many; the values they compute stay the same.
+def pack(weight: Tensor) -> Tensor:
+    """A weight (out, in) in that layout; only such products can read it."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_NUM_ROWS)
+    return packed
 
-    Without `keeps_weights`, a Linear's own `weight` is empty afterwards.
+
+def replace_product(
+    linear: nn.Linear, *, sees_kept_rows: bool, operators: OperatorState | None = None, number: int = 0
+) -> bool:
+    """Lets a Linear compute what it did as fast as this machine can; whether its weight is packed now.
+
+    With `operators`, it is their Linear `number` from now on. `sees_kept_rows`: see `worker.lora.LoraStack`.
+    Once it is packed, its own `weight` is empty; not if it sees the kept rows, since an adapter that targets
+    the head may bring a copy of its weight, which is compared with ours.
     """
-    packable = [linear for linear in linears if can_pack(linear)]
-    for linear in packable:
-        weight = linear.weight.detach()
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_NUM_ROWS)
-        bias = None if linear.bias is None else linear.bias.detach()
-        linear.forward = partial(_multiply, packed, bias)  # type: ignore[method-assign]
-        if not keeps_weights:
-            linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-    return len(packable)
+    weight = linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
+    is_packed = can_pack(linear)
+    used = pack(weight) if is_packed else weight
+    if operators is not None:
+        operators.set_linear(number, used, bias, is_packed, sees_kept_rows)
+        linear.forward = partial(kernels.linear, number, linear.out_features)  # type: ignore[method-assign]
+    elif is_packed:
+        linear.forward = partial(_multiply, used, bias)  # type: ignore[method-assign]
+    if is_packed and not sees_kept_rows:
+        linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+    return is_packed
 
 
 def _multiply(packed: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

@@ -55,50 +55,62 @@ class InputShapes:
         return tokens, kept
 
 
-def check(
-    model: Any, state: AttentionState, forward: Callable[[Batch], Tensor], block_size: int, name: str
-) -> InputShapes:
-    """Runs three short sequences packed with `forward` and plainly with `model`, and compares.
+class SelfCheck:
+    """Three short sequences, as a model computes them plainly before anything in it is replaced."""
 
-    `state.kv_cache` needs `num_blocks_needed` blocks.
+    def __init__(self, model: Any, state: AttentionState, block_size: int, name: str) -> None:
+        """`state.kv_cache` needs `num_blocks_needed` blocks.
 
-    Raises:
-        ConfigurationError: they differ, or one of them fails; names the model and the reason.
-    """
-    try:
-        shapes, errors = _run(model, state, forward, block_size)
-    # Whatever an unknown model raises on packed input means that it can't be served.
-    except Exception as error:
-        raise ConfigurationError(
-            f"LORELAY_MODEL: {name} can't be served: its forward pass over packed sequences fails: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    problem = _call_problem(model, state) or _logits_problem(errors, model.dtype)
-    if problem:
-        raise ConfigurationError(f"LORELAY_MODEL: {name} can't be served: {problem}")
-    return shapes
+        Raises:
+            ConfigurationError: the model's plain forward pass fails.
+        """
+        self._model = model
+        self._state = state
+        self._block_size = block_size
+        self._name = name
+        generator = torch.Generator().manual_seed(0)
+        vocab = model.config.get_text_config().vocab_size
+        self._ids = [torch.randint(vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+        with self._refused_on_error("its plain forward pass fails"):
+            self._plain = [_plain_logits(model, sequence) for sequence in self._ids]
 
+    def run(self, forward: Callable[[Batch], Tensor]) -> InputShapes:
+        """Runs them packed with `forward`, and compares.
 
-def _run(
-    model: Any, state: AttentionState, forward: Callable[[Batch], Tensor], block_size: int
-) -> tuple[InputShapes, list[float]]:
-    generator = torch.Generator().manual_seed(0)
-    vocab = model.config.get_text_config().vocab_size
-    ids = [torch.randint(vocab, (length,), generator=generator).tolist() for length in LENGTHS]
-    plain = [_plain_logits(model, sequence) for sequence in ids]
-    sequences = _sequences(block_size)
-    shapes, errors = InputShapes(), []
-    state.calls.clear()
-    for counts in STEPS:
-        batch = _schedule(sequences, ids, counts)
-        with _watched(model, sum(counts), len(batch), shapes):
-            logits = forward(batch)
-        rows = [plain[sequences.index(item.seq)][len(item.seq.token_ids) - 1] for item in batch]
-        for packed_row, plain_row in zip(logits, rows[: len(logits)], strict=True):
-            errors.append(_error(packed_row, plain_row))
-        for item in batch:
-            item.seq.num_computed_tokens += item.num_tokens
-    return shapes, errors
+        Raises:
+            ConfigurationError: they differ, or it fails; names the model and the reason.
+        """
+        with self._refused_on_error("its forward pass over packed sequences fails"):
+            shapes, errors = self._run(forward)
+        problem = _call_problem(self._model, self._state) or _logits_problem(errors, self._model.dtype)
+        if problem:
+            raise ConfigurationError(f"LORELAY_MODEL: {self._name} can't be served: {problem}")
+        return shapes
+
+    @contextmanager
+    def _refused_on_error(self, what: str) -> Iterator[None]:
+        """Whatever an unknown model raises on such input means that it can't be served."""
+        try:
+            yield
+        except Exception as error:
+            raise ConfigurationError(
+                f"LORELAY_MODEL: {self._name} can't be served: {what}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _run(self, forward: Callable[[Batch], Tensor]) -> tuple[InputShapes, list[float]]:
+        sequences = _sequences(self._block_size)
+        shapes, errors = InputShapes(), []
+        self._state.calls.clear()
+        for counts in STEPS:
+            batch = _schedule(sequences, self._ids, counts)
+            with _watched(self._model, sum(counts), len(batch), shapes):
+                logits = forward(batch)
+            rows = [self._plain[sequences.index(item.seq)][len(item.seq.token_ids) - 1] for item in batch]
+            for packed_row, plain_row in zip(logits, rows[: len(logits)], strict=True):
+                errors.append(_error(packed_row, plain_row))
+            for item in batch:
+                item.seq.num_computed_tokens += item.num_tokens
+        return shapes, errors
 
 
 def _sequences(block_size: int) -> list[Sequence]:

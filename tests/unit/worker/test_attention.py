@@ -76,7 +76,9 @@ def run_paged(
     if has_kernels:
         need_kernels()
     layer = Layer()
-    state = AttentionState(PagedKVCache(10, BLOCK_SIZE), has_kernels=has_kernels)
+    state = AttentionState(PagedKVCache(10, BLOCK_SIZE))
+    if has_kernels:
+        state.use(kernels.new_state())
     attach(layer, state)
     sequences = make_sequences()
     outputs: list[list[Tensor]] = [[], [], []]
@@ -90,7 +92,7 @@ def run_paged(
             torch.cat([inputs[n][kind][:, span] for (n, _), span in zip(step, spans, strict=True)], dim=1)
             for kind in range(3)
         ]
-        state.layout = lay_out(batch, BLOCK_SIZE, torch.device("cpu"))
+        state.begin_step(lay_out(batch, BLOCK_SIZE, torch.device("cpu")))
         output, _ = paged_attention(layer, *(part[None] for part in packed), None, **options)
         pieces = output[0].split([count for _, count in step])
         for (n, count), piece in zip(step, pieces, strict=True):

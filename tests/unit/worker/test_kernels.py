@@ -56,7 +56,7 @@ def test_a_broken_file_is_removed_so_that_the_next_start_builds_anew(
 ) -> None:
     need_kernels()
     monkeypatch.setattr(kernels, "_are_loaded", lambda: False)
-    broken = tmp_path / f"kernels-{kernels._fingerprint()}.so"
+    broken = tmp_path / f"kernels-{kernels.fingerprint()}.so"
     broken.write_bytes(b"cut off")
     assert not kernels.make_callable(CPU, tmp_path)
     assert broken.name in caplog.text

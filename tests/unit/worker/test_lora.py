@@ -16,10 +16,11 @@ from torch import nn
 from shared.errors import AdapterError
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.tiny_models import build_adapter, build_model, change_json
-from worker import adapter_files, lora
+from worker import adapter_files, kernels, lora
 from worker.adapter_files import LayerWeights, LoadedAdapter, load_adapter
 from worker.adapter_store import AdapterStore
 from worker.lora import BASE, LoraStack
+from worker.packed import replace_product
 
 torch.set_num_threads(1)
 
@@ -244,15 +245,25 @@ def make_adapter(rank: int, seed: int, layer: str = "one", scaling: float = 0.5)
 
 class Stacked:
     def __init__(self, has_kernels: bool = False) -> None:
+        self.one, self.head = (nn.Linear(6, 5, dtype=torch.float64) for _ in range(2))
+        self.operators = None
         if has_kernels:
             need_kernels()
-        self.one, self.head = (nn.Linear(6, 5, dtype=torch.float64) for _ in range(2))
-        self.stack = LoraStack({"one": self.one}, {"head": self.head}, torch.float64, has_kernels=has_kernels)
+            self.operators = kernels.new_state()
+            replace_product(self.one, sees_kept_rows=False, operators=self.operators, number=0)
+            replace_product(self.head, sees_kept_rows=True, operators=self.operators, number=1)
+        self.stack = LoraStack({"one": self.one}, {"head": self.head}, torch.float64, self.operators)
         self.x = torch.randn(1, 7, 6, dtype=torch.float64)
+
+    def begin_step(self, spans: list[tuple[str | None, int]], kept: tuple[int, ...] = ()) -> None:
+        self.stack.set_rows([(self.stack.slot(name), count) for name, count in spans], kept)
+        if self.operators is not None:
+            none = torch.empty(0, dtype=torch.long)
+            self.operators.begin_step(none, none, none, none, False)
 
     @torch.inference_mode()
     def run(self, names: list[str | None], kept: tuple[int, ...] = ()) -> torch.Tensor:
-        self.stack.set_rows([(self.stack.slot(name), 1) for name in names], kept)
+        self.begin_step([(name, 1) for name in names], kept)
         return self.one(self.x)[0]
 
     @torch.inference_mode()
@@ -294,7 +305,7 @@ def test_long_spans_get_their_own_adapter_beside_single_rows(
     for name, adapter in adapters.items():
         layer.stack.add(name, adapter)
     spans = [("b", 1), ("a", 8), (None, 9), ("b", 2), (None, 1), ("a", 4)]
-    layer.stack.set_rows([(layer.stack.slot(name), count) for name, count in spans], ())
+    layer.begin_step(spans)
     with torch.inference_mode():
         output = layer.one(layer.x)[0]
     wanted = [adapters[name] if name else None for name, count in spans for _ in range(count)]

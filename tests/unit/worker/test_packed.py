@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from worker.packed import can_pack, pack
+from worker.packed import can_pack, replace_product
 
 torch.set_num_threads(1)
 
@@ -24,7 +24,7 @@ def test_a_packed_linear_computes_what_it_did(shape: tuple[int, ...], bias: bool
         pytest.skip("no bfloat16 products of oneDNN here")
     plain = deepcopy(linear)
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert pack([linear], keeps_weights=False) == 1
+    assert replace_product(linear, sees_kept_rows=False)
     assert linear.weight.numel() == 0
     torch.testing.assert_close(linear(rows), plain(rows))
 
@@ -32,7 +32,7 @@ def test_a_packed_linear_computes_what_it_did(shape: tuple[int, ...], bias: bool
 def test_other_precisions_stay_as_they_are() -> None:
     linear = make_linear(torch.float64, bias=True)
     weight = linear.weight
-    assert pack([linear], keeps_weights=False) == 0
+    assert not replace_product(linear, sees_kept_rows=False)
     assert linear.weight is weight
     assert weight.numel() == 48 * 33
 
@@ -40,5 +40,5 @@ def test_other_precisions_stay_as_they_are() -> None:
 def test_a_weight_that_is_read_elsewhere_is_kept() -> None:
     linear = make_linear(torch.bfloat16, bias=False)
     weight = linear.weight
-    pack([linear], keeps_weights=True)
+    replace_product(linear, sees_kept_rows=True)
     assert linear.weight is weight

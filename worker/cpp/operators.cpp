@@ -1,0 +1,164 @@
+// The operators of a forward pass on the CPU, for PyTorch as it is and for a compiled graph of a model. Built and
+// described by kernels.py.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "attention.h"
+#include "lora.h"
+
+namespace lorelay {
+namespace {
+
+struct Linear {
+  Tensor weight;
+  std::optional<Tensor> bias;
+  bool is_packed = false, sees_kept_rows = false;
+  Tensor a, b, ranks;  // of all its adapters; undefined while there was none
+};
+
+struct AdapterRows {
+  Tensor index, runs;  // as add_lora takes them
+  Tensor chunks;       // (n, 3): slot, first row, number of rows
+  bool is_empty() const { return !runs.defined() || (runs.size(0) == 0 && chunks.size(0) == 0); }
+};
+
+struct Layout {
+  Tensor slots, rows, tables, positions;  // as paged_attention takes them
+  bool has_chunks = false;
+};
+
+// What the operators of a model need beside their arguments, so that a graph compiled once serves whatever adapters
+// and sequences a step has.
+struct OperatorState : torch::CustomClassHolder {
+  std::vector<Linear> linears;
+  std::vector<std::pair<Tensor, Tensor>> caches;
+  AdapterRows token_rows, kept_rows;
+  Layout layout;
+
+  void set_linear(int64_t number, Tensor weight, std::optional<Tensor> bias, bool is_packed, bool sees_kept_rows) {
+    linears.resize(std::max<size_t>(linears.size(), number + 1));
+    linears[number] = {std::move(weight), std::move(bias), is_packed, sees_kept_rows, {}, {}, {}};
+  }
+
+  void set_adapters(int64_t number, Tensor a, Tensor b, Tensor ranks) {
+    Linear& linear = linears.at(number);
+    linear.a = std::move(a), linear.b = std::move(b), linear.ranks = std::move(ranks);
+  }
+
+  void set_cache(int64_t layer, Tensor keys, Tensor values) {
+    caches.resize(std::max<size_t>(caches.size(), layer + 1));
+    caches[layer] = {std::move(keys), std::move(values)};
+  }
+
+  void set_adapter_rows(bool kept, Tensor index, Tensor runs, Tensor chunks) {
+    (kept ? kept_rows : token_rows) = {std::move(index), std::move(runs), std::move(chunks)};
+  }
+};
+
+// That of the forward pass which this thread is in: a compiled graph has no place to name it.
+thread_local c10::weak_intrusive_ptr<OperatorState> current{c10::intrusive_ptr<OperatorState>()};
+
+void begin_step(const c10::intrusive_ptr<OperatorState>& state, Tensor slots, Tensor rows, Tensor tables,
+                Tensor positions, bool has_chunks) {
+  state->layout = {std::move(slots), std::move(rows), std::move(tables), std::move(positions), has_chunks};
+  current = c10::weak_intrusive_ptr<OperatorState>(state);
+}
+
+c10::intrusive_ptr<OperatorState> current_state() {
+  c10::intrusive_ptr<OperatorState> state = current.lock();
+  TORCH_CHECK(state, "an operator of Lorelay was called outside of a step");
+  return state;
+}
+
+Tensor multiply_packed(const Tensor& rows, const Linear& linear) {
+  using Scalars = c10::List<std::optional<at::Scalar>>;
+  static const auto product =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
+          .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view, Scalars,
+                        std::optional<std::string_view>)>();
+  return product.call(rows, linear.weight, linear.bias, "none", Scalars(), "");
+}
+
+void add_to_chunks(Tensor output, const Tensor& input, const Linear& linear, const Tensor& chunks) {
+  const auto chunk = chunks.accessor<int64_t, 2>();
+  const auto rank = linear.ranks.accessor<int64_t, 2>();
+  for (int64_t n = 0; n < chunk.size(0); ++n) {
+    const int64_t slot = chunk[n][0];
+    if (slot < rank.size(0) && rank[slot][1] > 0) {
+      const Tensor a = linear.a.narrow(0, rank[slot][0], rank[slot][1]);
+      const Tensor b = linear.b.narrow(0, rank[slot][0], rank[slot][1]);
+      Tensor part = output.narrow(0, chunk[n][1], chunk[n][2]);
+      part.add_(at::mm(at::mm(input.narrow(0, chunk[n][1], chunk[n][2]), a.t()), b));
+    }
+  }
+}
+
+Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs: for shapes alone */) {
+  const auto state = current_state();
+  const Linear& linear = state->linears.at(number);
+  Tensor output = linear.is_packed ? multiply_packed(rows, linear) : at::linear(rows, linear.weight, linear.bias);
+  const AdapterRows& owners = linear.sees_kept_rows ? state->kept_rows : state->token_rows;
+  if (linear.a.defined() && !owners.is_empty()) {
+    const Tensor y = output.view({-1, output.size(-1)}), x = rows.reshape({-1, rows.size(-1)});
+    add_to_chunks(y, x, linear, owners.chunks);
+    add_lora(y, x, linear.a, linear.b, owners.index, owners.runs, linear.ranks);
+  }
+  return output;
+}
+
+Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& sinks,
+                 int64_t layer, double scaling, std::optional<int64_t> window, std::optional<double> softcap) {
+  const auto state = current_state();
+  const Layout& layout = state->layout;
+  if (layout.has_chunks || sinks || softcap) {
+    static const auto attend = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("lorelay::attend_in_groups", "")
+                                   .typed<decltype(attention)>();
+    return attend.call(query, key, value, sinks, layer, scaling, window, softcap);
+  }
+  const auto& [keys, values] = state->caches.at(layer);
+  return paged_attention(query[0], key[0], value[0], layout.slots, keys, values, layout.rows, layout.tables,
+                         layout.positions, scaling, window.value_or(0))
+      .unsqueeze(0);
+}
+
+}  // namespace
+}  // namespace lorelay
+
+TORCH_LIBRARY(lorelay, library) {
+  using lorelay::OperatorState;
+  library.class_<OperatorState>("OperatorState")
+      .def(torch::init<>())
+      .def("set_linear", &OperatorState::set_linear)
+      .def("set_adapters", &OperatorState::set_adapters)
+      .def("set_cache", &OperatorState::set_cache)
+      .def("set_adapter_rows", &OperatorState::set_adapter_rows)
+      .def("begin_step", &lorelay::begin_step);
+  library.def("linear(Tensor rows, int number, int num_outputs) -> Tensor");
+  library.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, int layer, float scaling, int? window, "
+      "float? softcap) -> Tensor");
+  library.def(
+      "attend_in_groups(Tensor query, Tensor key, Tensor value, Tensor? sinks, int layer, float scaling, "
+      "int? window, float? softcap) -> Tensor");
+  library.def(
+      "paged_attention(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor rows, Tensor tables, Tensor positions, float scaling, int window) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(lorelay, CPU, library) {
+  library.impl("linear", &lorelay::linear);
+  library.impl("attention", &lorelay::attention);
+  library.impl("paged_attention", &lorelay::paged_attention);
+}
