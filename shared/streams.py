@@ -8,7 +8,7 @@ import base64
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ class WorkerStreams:
                 self._stream_ttl_ms,
                 SCHEMA_VERSION,
                 json.dumps(running),
-                json.dumps(list(queues)),
+                _pack_queues(tuple(queues)),
                 self._pack_slots(slots),
                 *execution_ids,
             ]
@@ -277,6 +277,12 @@ class WorkerStreams:
 def _exception_text(error: LorelayError) -> str:
     """An error as RQ's results store exceptions."""
     return base64.b64encode(zlib.compress(f"{error.code}: {error.message}".encode())).decode()
+
+
+@lru_cache(maxsize=1)
+def _pack_queues(queues: tuple[str, ...]) -> str:
+    """Thousands of names, the same at each claim of a worker."""
+    return json.dumps(queues)
 
 
 def _pack_held(held: Iterable[Held]) -> bytes:

@@ -12,7 +12,7 @@
 -- (append.lua).
 local base, worker, k = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease_ms, stream_ttl_ms, schema_version = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local running, served, slots = cjson.decode(ARGV[7]), cjson.decode(ARGV[8]), cjson.decode(ARGV[9])
+local running, slots = cjson.decode(ARGV[7]), cjson.decode(ARGV[9])
 local MAX_HEADS = 32
 local JOB_FIELDS = { 'request', 'schema_version', 'crashes_alone', 'suspect', 'has_ended' }
 
@@ -52,8 +52,9 @@ push_out()
 local since = {}
 local function waiting_queues()
   local is_served, queues, num_others = {}, {}, 0
-  for _, queue in ipairs(served) do is_served[queue] = true end
   local entries = redis.call('ZRANGE', waiting_key(base), 0, -1, 'WITHSCORES')
+  if #entries == 0 then return {} end
+  for _, queue in ipairs(cjson.decode(ARGV[8])) do is_served[queue] = true end
   for i = 1, #entries, 2 do
     local queue = entries[i]
     if is_served[queue] and (is_resident[queue] or num_others < MAX_HEADS) then
