@@ -18,7 +18,7 @@ from shared import embedded
 from shared.devices import num_usable_cores, visible_gpus, worker_environments
 from shared.serve import is_http_ready
 from shared.settings import WorkerSettings
-from shared.status import live_workers
+from shared.status import COMPILING, live_workers
 from shared.supervisor import ChildSpec, start_process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +147,7 @@ class Deployment:
         self.worker_pids = [worker.pid for worker in workers.values()]
         wanted = {(socket.gethostname(), pid) for pid in self.worker_pids}
         with self.connect() as connection:
-            wait_until(lambda: wanted <= live_workers(connection, settings.base_name), workers)
+            wait_until(lambda: _are_ready(connection, settings.base_name, wanted), workers)
 
     def _start(self, spec: ChildSpec) -> subprocess.Popen[bytes]:
         """Starts a process that ends with the deployment."""
@@ -157,6 +157,12 @@ class Deployment:
 
     def _log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
+
+
+def _are_ready(connection: redis.Redis, base: str, wanted: set[tuple[str, int]]) -> bool:
+    """Whether these workers serve, and as fast as they will."""
+    live = live_workers(connection, base)
+    return all(key in live and live[key].forward not in ("", COMPILING) for key in wanted)
 
 
 def start_logged(spec: ChildSpec, log: Path) -> subprocess.Popen[bytes]:

@@ -66,6 +66,7 @@ class ScriptedRunner:
     num_blocks = NUM_BLOCKS
     max_model_len = MAX_MODEL_LEN
     model_version = "script"
+    forward_state = "scripted"
 
     def __init__(self, settings: WorkerSettings, step_s: float) -> None:
         self.tokenizer = Tokenizer.load(settings.model)
@@ -83,6 +84,9 @@ class ScriptedRunner:
             time.sleep(self._step_s)
         words = self._words
         return [words[item.seq.num_output_tokens % len(words)] for item in batch if item.samples]
+
+    def close(self) -> None:
+        """Nothing goes on in the background."""
 
 
 class ScriptedWorker(LoraWorker):

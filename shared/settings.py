@@ -222,8 +222,9 @@ class WorkerSettings(Settings):
     """Adapters kept in host memory; by default a tenth of what is free at the start. Others are on disk."""
     max_wait_s: Seconds = 1
     """Time after which a request may push the adapter of others out of its slot."""
-    compile: bool = True
-    """Whether the machine's C++ compiler builds kernels for decoding on a CPU, where there is one."""
+    compile: Literal["off", "kernels", "graph"] = "graph"
+    """What the machine's C++ compiler builds, where there is one: nothing, the operators of a forward pass on
+    the CPU, or these and, in the background, the whole pass."""
     num_threads: Count | None = None
     """CPU threads of the forward pass; by default torch's own choice."""
     lease_s: Seconds = 4

@@ -13,6 +13,10 @@ from shared import keys, registry
 from shared.messages import ModelCard
 from shared.queues import queue_name, slug
 
+COMPILING = "compiling"
+FORWARD_FIELD = "forward"
+"""What a worker adds to its hash of RQ's: see `WorkerStatus.forward`."""
+
 
 class WorkerStatus(msgspec.Struct, frozen=True):
     """A worker that RQ or the registry knows."""
@@ -27,6 +31,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     num_running: int
     alive: bool
     """Whether it renewed its lease lately. A worker that still loads its model has none."""
+    forward: str
+    """How it computes: `eager`, `compiled`, or eager while it is `compiling`; empty at first."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -76,18 +82,18 @@ def read_status(connection: redis.Redis) -> Status:
     )
 
 
-def live_workers(connection: redis.Redis, base: str) -> set[tuple[str, int]]:
-    """(host, pid) of the workers that serve a base now."""
+def live_workers(connection: redis.Redis, base: str) -> dict[tuple[str, int], WorkerStatus]:
+    """The workers that serve a base now, by host and process id."""
     alive = (name for name, is_alive in _leases(connection, base).items() if is_alive)
     workers = (_worker(connection, name, base, True) for name in alive)
-    return {(worker.host, worker.pid) for worker in workers if worker.pid is not None}
+    return {(worker.host, worker.pid): worker for worker in workers if worker.pid is not None}
 
 
 def to_text(status: Status) -> str:
     """The status as tables for a terminal."""
     sections = [
         _table(
-            "WORKER,HOST,PID,BASE,STATE,RUNNING,ALIVE",
+            "WORKER,HOST,PID,BASE,STATE,RUNNING,ALIVE,FORWARD",
             (
                 (
                     worker.name,
@@ -97,6 +103,7 @@ def to_text(status: Status) -> str:
                     worker.state or "-",
                     worker.num_running,
                     "yes" if worker.alive else "no",
+                    worker.forward or "-",
                 )
                 for worker in status.workers
             ),
@@ -145,9 +152,10 @@ def _workers(connection: redis.Redis, leases: dict[str, dict[str, bool]]) -> lis
 
 def _worker(connection: redis.Redis, name: str, base: str | None, is_alive: bool) -> WorkerStatus:
     key = f"{RQ_KEY_PREFIX}:worker:{name}"
-    host, pid, state = (_text(value) for value in connection.hmget(key, "hostname", "pid", "state"))
+    names = ("hostname", "pid", "state", FORWARD_FIELD)
+    host, pid, state, forward = (_text(value) for value in connection.hmget(key, *names))
     num_running = connection.scard(f"{key}:executions")
-    return WorkerStatus(name, base, host, int(pid) if pid else None, state, num_running, is_alive)
+    return WorkerStatus(name, base, host, int(pid) if pid else None, state, num_running, is_alive, forward)
 
 
 def _queues(connection: redis.Redis, cards: Sequence[ModelCard]) -> list[QueueStatus]:

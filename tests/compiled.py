@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from worker import kernels
+from worker.compiled import COMPILED, CompiledForward
+from worker.model_runner import ModelRunner
 
 WITH_AND_WITHOUT_KERNELS = pytest.mark.parametrize("has_kernels", [False, True], ids=["torch", "kernels"])
 
@@ -13,6 +15,13 @@ WITH_AND_WITHOUT_KERNELS = pytest.mark.parametrize("has_kernels", [False, True],
 @cache
 def _are_built() -> bool:
     return kernels.make_callable(torch.device("cpu"))
+
+
+def wait_until_compiled(runner: ModelRunner) -> None:
+    """Returns when a runner that can compile its forward pass uses the graph; at once for others."""
+    if isinstance(runner._run_model, CompiledForward):
+        runner._run_model.wait()
+        assert runner.forward_state == COMPILED
 
 
 def need_kernels() -> None:

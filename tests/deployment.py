@@ -19,6 +19,7 @@ from tests.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 START_LIMIT_S = 60
+DEFAULTS = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "LORELAY_COMPILE": "kernels"}
 BIN = Path(sys.executable).parent
 
 
@@ -31,7 +32,7 @@ class Process:
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
                 command,
-                env=inherited | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | environment,
+                env=inherited | DEFAULTS | environment,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

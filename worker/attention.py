@@ -231,7 +231,6 @@ def paged_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if state.operators is not None:
-        state.kv_cache.layer(layer, key[0], value[0])
         output = kernels.attention(
             query, key, value, sinks, layer, scaling=scaling, window=window, softcap=softcap
         )
@@ -272,7 +271,10 @@ def _attend(
 
 @cache
 def _let_operators_call_back() -> None:
-    """Lets `kernels.attention` call `_attend` for what its C++ doesn't do: chunks, capped scores, sinks."""
+    """Lets `kernels.attention` call `_attend` for what its C++ doesn't do.
+
+    That is chunks, capped scores, sinks, and a layer's very first call, which shows the shape of its cache.
+    """
     torch.library.impl("lorelay::attend_in_groups", "CPU", _attend_in_groups)
 
 

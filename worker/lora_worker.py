@@ -22,6 +22,7 @@ from shared.logs import fields
 from shared.messages import ModelCard
 from shared.queues import queue_name
 from shared.settings import ENV_PREFIX, WorkerSettings
+from shared.status import FORWARD_FIELD
 from shared.streams import Slots, WorkerStreams
 from worker.adapter_cache import AdapterCache
 from worker.block_manager import BlockManager
@@ -155,13 +156,16 @@ class LoraWorker(BaseWorker):
             consumer,
             settings,
             queues=_served_queues(settings, [ALL_QUEUES]),
-            on_beat=lambda: self._beat(cards),
+            on_beat=lambda: self._beat(cards, model_runner.forward_state),
             watch_engine=lambda: self._end_if_hung(loop.step_age_s(), settings.step_limit_s),
         )
         heartbeat.turn()
         self.set_state(WorkerStatus.IDLE)
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
-        self._run(loop, consumer, heartbeat, settings, burst)
+        try:
+            self._run(loop, consumer, heartbeat, settings, burst)
+        finally:
+            model_runner.close()
         self.log.info("Worker %s: ended with %s", self.name, engine.remains)
         return consumer.num_claimed > 0
 
@@ -216,7 +220,7 @@ class LoraWorker(BaseWorker):
             return
         super().handle_payload(message)  # type: ignore[no-untyped-call]
 
-    def _beat(self, cards: Sequence[ModelCard]) -> None:
+    def _beat(self, cards: Sequence[ModelCard], forward_state: str) -> None:
         """RQ's own heartbeat, for `rq info` and the dashboard. A Redis that came back empty is told anew."""
         with connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection:
             if not connection.exists(self.key):
@@ -225,6 +229,7 @@ class LoraWorker(BaseWorker):
                 registry.register(connection, cards)
             with connection.pipeline() as pipeline:
                 self.heartbeat(pipeline=pipeline)
+                pipeline.hset(self.key, FORWARD_FIELD, forward_state)
                 pipeline.execute()
 
     def _end_if_hung(self, step_age_s: float, step_limit_s: float) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from shared.errors import AdapterError, ConfigurationError
 from shared.logs import fields
 from shared.settings import AdapterSource, WorkerSettings
-from worker import kernels, loading
+from worker import compiled, kernels, loading
 from worker.adapter_cache import AdapterCache
 from worker.adapter_store import AdapterStore
 from worker.attention import AttentionState, PagedKVCache, QueryGroup, StepLayout, attach
+from worker.compiled import CompiledForward, Forward
 from worker.kernels import OperatorState
 from worker.lora import LoraStack, SlotWeights
 from worker.packed import replace_product
@@ -48,6 +50,7 @@ class ModelRunner:
         self.block_size = settings.block_size
         self.model_version = ""
         self._model = model
+        self._run_model: Forward = self._run_eagerly
         self._lora = LoraStack({}, {}, model.dtype)
         self._state = AttentionState(PagedKVCache(num_blocks_needed(self.block_size), self.block_size))
         attach(model, self._state)
@@ -81,12 +84,32 @@ class ModelRunner:
         tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
         # A first build of the kernels takes some seconds: the model loads meanwhile.
         with ThreadPoolExecutor(1, "kernels") as executor:
-            has_kernels = executor.submit(kernels.make_callable, device) if settings.compile else None
+            has_kernels = (
+                None if settings.compile == "off" else executor.submit(kernels.make_callable, device)
+            )
             model = loading.load_model(folder, settings, device)
         runner = cls(model, tokenizer, settings, has_kernels=bool(has_kernels and has_kernels.result()))
         runner.model_version = loading.model_version(folder)
         runner._load_adapters(settings.adapters)
+        if has_kernels and has_kernels.result() and settings.compile == "graph":
+            runner._compile(folder, settings)
         return runner
+
+    def _compile(self, folder: Path, settings: WorkerSettings) -> None:
+        job = compiled.describe_job(
+            folder, self._model, self._lora.layer_names, trust_remote_code=settings.trust_remote_code
+        )
+        self._run_model = CompiledForward(self._run_eagerly, self._model, job)
+
+    @property
+    def forward_state(self) -> str:
+        """Whether the forward pass is `eager`, `compiled`, or eager and `compiling`."""
+        return self._run_model.state if isinstance(self._run_model, CompiledForward) else compiled.EAGER
+
+    def close(self) -> None:
+        """Ends what goes on in the background."""
+        if isinstance(self._run_model, CompiledForward):
+            self._run_model.close()
 
     @property
     def num_blocks(self) -> int:
@@ -156,11 +179,15 @@ class ModelRunner:
                 kept.append(len(token_ids) - 1)
         self._lora.set_rows(spans, kept)
         self._state.begin_step(lay_out(batch, self.block_size, device))
+        return self._run_model(
+            torch.tensor([token_ids], device=device),
+            torch.tensor([positions], device=device),
+            torch.tensor(kept, dtype=torch.long, device=device),
+        )
+
+    def _run_eagerly(self, token_ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
         output = self._model(
-            input_ids=torch.tensor([token_ids], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(kept, dtype=torch.long, device=device),
+            input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=kept
         )
         return output.logits[0]  # type: ignore[no-any-return]
 

@@ -47,12 +47,17 @@ def replace_product(
     used = pack(weight) if is_packed else weight
     if operators is not None:
         operators.set_linear(number, used, bias, is_packed, sees_kept_rows)
-        linear.forward = partial(kernels.linear, number, linear.out_features)  # type: ignore[method-assign]
+        call_operator(linear, number)
     elif is_packed:
         linear.forward = partial(_multiply, used, bias)  # type: ignore[method-assign]
     if is_packed and not sees_kept_rows:
         linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
     return is_packed
+
+
+def call_operator(linear: nn.Linear, number: int) -> None:
+    """Lets a Linear call the operator that has its weight."""
+    linear.forward = partial(kernels.linear, number, linear.out_features)  # type: ignore[method-assign]
 
 
 def _multiply(packed: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class SelfCheck:
                 logits = forward(batch)
             rows = [self._plain[sequences.index(item.seq)][len(item.seq.token_ids) - 1] for item in batch]
             for packed_row, plain_row in zip(logits, rows[: len(logits)], strict=True):
-                errors.append(_error(packed_row, plain_row))
+                errors.append(relative_error(packed_row, plain_row))
             for item in batch:
                 item.seq.num_computed_tokens += item.num_tokens
         return shapes, errors
@@ -167,7 +167,7 @@ def _watched(model: nn.Module, num_tokens: int, num_kept: int, shapes: InputShap
             handle.remove()
 
 
-def _error(packed: Tensor, plain: Tensor) -> float:
+def relative_error(packed: Tensor, plain: Tensor) -> float:
     """The difference of two rows of logits, as a share of the spread of the second."""
     packed, plain = packed.double(), plain.double()
     return float((packed - plain).norm() / (plain - plain.mean()).norm())

@@ -15,6 +15,8 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from shared.queues import queue_name
+from shared.status import read_status
+from tests.compiled import need_kernels
 from tests.deployment import BIN, ROOT, Deployment
 from tests.redis_server import RedisServer
 from tests.streams import BlockingApi, make_request
@@ -103,6 +105,25 @@ def test_32_streams_over_base_and_adapters_get_what_each_gets_alone_from_one_wor
         second = served.start_worker()
         assert ask_together() == alone
     assert second.stop() == 0
+
+
+def test_a_worker_that_has_compiled_its_forward_pass_answers_as_before(
+    served: Deployment, connection: redis.Redis, deploy: Deploy
+) -> None:
+    need_kernels()
+    plain = served.client()
+    work = [(MODELS[i % 3], f"compiled {i}") for i in range(6)]
+    answers = [ask(plain, model, prompt) for model, prompt in work]
+    deployment = deploy(compile="graph")
+    worker = deployment.start_worker()
+    deployment.start_api()
+    worker.wait_for("forward pass: compiled")
+    client = deployment.client()
+    wait_until(lambda: [found.forward for found in read_status(connection).workers] == ["compiled"])
+    with ThreadPoolExecutor(len(work)) as pool:
+        assert list(pool.map(lambda item: ask_streaming(client, *item), work)) == answers
+    assert "not compiled" not in worker.output
+    assert worker.stop() == 0
 
 
 def test_a_seeded_sample_is_the_same_again_and_another_seed_differs(served: Deployment) -> None:

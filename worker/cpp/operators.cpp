@@ -121,13 +121,14 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
                  int64_t layer, double scaling, std::optional<int64_t> window, std::optional<double> softcap) {
   const auto state = current_state();
   const Layout& layout = state->layout;
-  if (layout.has_chunks || sinks || softcap) {
+  const bool has_cache = layer < static_cast<int64_t>(state->caches.size()) && state->caches[layer].first.defined();
+  if (!has_cache || layout.has_chunks || sinks || softcap) {
     static const auto attend = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("lorelay::attend_in_groups", "")
                                    .typed<decltype(attention)>();
     return attend.call(query, key, value, sinks, layer, scaling, window, softcap);
   }
-  const auto& [keys, values] = state->caches.at(layer);
+  const auto& [keys, values] = state->caches[layer];
   return paged_attention(query[0], key[0], value[0], layout.slots, keys, values, layout.rows, layout.tables,
                          layout.positions, scaling, window.value_or(0))
       .unsqueeze(0);

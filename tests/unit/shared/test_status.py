@@ -71,7 +71,7 @@ def test_a_queue_without_a_registered_model_is_shown_too(api: BlockingApi, conne
 def test_a_worker_is_shown_as_rq_and_its_lease_have_it(api: BlockingApi, connection: redis.Redis) -> None:
     worker = BaseWorker([BASE], name="w1", connection=connection)
     worker.register_birth()
-    connection.hset(worker.key, "state", "idle")
+    connection.hset(worker.key, mapping={"state": "idle", "forward": "compiling"})
     api.enqueue(make_request())
     streams = worker_streams(connection, "w1")
     streams.renew([])
@@ -81,7 +81,8 @@ def test_a_worker_is_shown_as_rq_and_its_lease_have_it(api: BlockingApi, connect
 
     assert (shown.name, shown.base, shown.host, shown.pid) == ("w1", BASE, worker.hostname, worker.pid)
     assert (shown.state, shown.num_running, shown.alive) == ("busy", 1, True)
-    assert live_workers(connection, BASE) == {(worker.hostname, worker.pid)}
+    assert shown.forward == "compiling"
+    assert live_workers(connection, BASE) == {(worker.hostname, worker.pid): shown}
     worker.register_death()
 
 
@@ -90,7 +91,7 @@ def test_a_worker_that_still_loads_is_shown_without_a_base(api: BlockingApi, con
     worker.register_birth()
     (shown,) = read_status(connection).workers
     assert (shown.name, shown.base, shown.alive) == ("w2", None, False)
-    assert live_workers(connection, BASE) == set()
+    assert live_workers(connection, BASE) == {}
     worker.register_death()
 
 
@@ -107,6 +108,7 @@ def test_the_command_prints_tables_for_people(
     api.enqueue(make_request("pirate"))
     assert main(["status", "--redis-url", redis_server.url]) == 0
     printed = capsys.readouterr().out
+    assert "FORWARD" in printed
     row = next(line.split() for line in printed.splitlines() if line.startswith("tiny-pirate "))
     assert row[:4] == ["tiny-pirate", "pirate", "1", "0"]
     assert SECRET not in printed

@@ -65,6 +65,7 @@ class Service:
             max_batch_size=3,
             max_resident_adapters=2,
             max_cached_adapter_bytes=12_000,
+            compile="kernels",
         )
         self.runner = ModelRunner.load(settings)
         self.cache = self.runner.adapter_cache

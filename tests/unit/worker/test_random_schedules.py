@@ -19,7 +19,7 @@ from shared.messages import GenerationRequest, SamplingParams, StreamEvent
 from shared.settings import WorkerSettings
 from shared.streams import Append, Held
 from tests.block_checks import check_blocks
-from tests.compiled import need_kernels
+from tests.compiled import need_kernels, wait_until_compiled
 from tests.fakes import FakeDetokenizer, unpaced
 from tests.streams import make_request
 from tests.tiny_models import build_adapter, build_model, generate_with_peft
@@ -73,11 +73,11 @@ def _generate(folder: Path, adapter: Path | None, prompt: tuple[int, ...]) -> li
 
 
 @pytest.fixture(
-    scope="module", params=[("llama", True), ("gemma2", False)], ids=["llama-kernels", "gemma2-torch"]
+    scope="module", params=[("llama", "graph"), ("gemma2", "off")], ids=["llama-compiled", "gemma2-torch"]
 )
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    architecture, has_kernels = request.param
-    if has_kernels:
+    architecture, compile = request.param
+    if compile == "graph":
         need_kernels()
     root = tmp_path_factory.mktemp(architecture)
     folder = build_model(root / "model", architecture)
@@ -93,9 +93,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             dtype="float64",
             block_size=BLOCK_SIZE,
             session_len=64,
-            compile=has_kernels,
+            compile=compile,
         )
     )
+    wait_until_compiled(runner)
     return Model(runner, folder, adapters)
 
 
