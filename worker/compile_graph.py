@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from worker import attention, kernels
-from worker.attention import AttentionState, PagedKVCache
+from worker.attention import AttentionState
+from worker.kv_cache import PagedKVCache
 from worker.packed import call_operator
 
 PREFIX = "model."

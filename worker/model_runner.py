@@ -15,9 +15,10 @@ from shared.settings import AdapterSource, WorkerSettings
 from worker import compiled, kernels, loading
 from worker.adapter_cache import AdapterCache
 from worker.adapter_store import AdapterStore
-from worker.attention import AttentionState, PagedKVCache, QueryGroup, StepLayout, attach
+from worker.attention import AttentionState, QueryGroup, StepLayout, attach
 from worker.compiled import CompiledForward, Forward
 from worker.kernels import OperatorState
+from worker.kv_cache import PagedKVCache
 from worker.lora import LoraStack, SlotWeights
 from worker.packed import replace_product
 from worker.sampler import SamplingRow, sample

@@ -9,7 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from shared.messages import SamplingParams
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from worker import kernels
-from worker.attention import AttentionState, PagedKVCache, attach, paged_attention
+from worker.attention import AttentionState, attach, paged_attention
+from worker.kv_cache import PagedKVCache
 from worker.model_runner import lay_out
 from worker.sequence import ScheduledSequence, Sequence
 
