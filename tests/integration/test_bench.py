@@ -54,7 +54,7 @@ def test_the_memory_of_a_worker_is_watched_while_adapters_come_and_go(
         tmp_path,
         str(tiny_model),
         num_adapters=6,
-        duration_s=3,
+        duration_s=5,
         interval_s=0.5,
         max_cached_adapter_bytes="1",
     )
