@@ -7,6 +7,8 @@ one file serves any number of tokens and whatever adapters come and go, and hold
 
 import fcntl
 import os
+import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -48,10 +50,14 @@ class Job(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Does the job on stdin, after others; nothing if its output is there already."""
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exit that cleans up
     os.nice(19)  # it has time: the model is being served without it
-    with _turn(Path(job.output).with_suffix(".lock")):
-        if not Path(job.output).exists():
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    output = Path(job.output)
+    with _turn(output.with_suffix(".lock")):
+        if not output.exists():
+            for left in output.parent.glob(f"{output.stem}-*"):  # of one that was killed
+                shutil.rmtree(left)
             compile_graph(job)
 
 
@@ -63,7 +69,8 @@ def compile_graph(job: Job) -> None:
     for name, shape in (("linear", _shape_of_linear), ("attention", _shape_of_attention)):
         torch.library.register_fake(f"lorelay::{name}", shape)
     graph = _export(_ForwardPass(_load_without_weights(job)))
-    with tempfile.TemporaryDirectory(prefix="compiling-", dir=Path(job.output).parent) as scratch:
+    output = Path(job.output)
+    with tempfile.TemporaryDirectory(prefix=f"{output.stem}-", dir=output.parent) as scratch:
         # Its own intermediate files are large and of no use later.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
         written = torch._inductor.aoti_compile_and_package(
@@ -71,7 +78,7 @@ def compile_graph(job: Job) -> None:
             package_path=f"{scratch}/graph.pt2",
             inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.dynamic_threads": True},
         )
-        Path(written).replace(job.output)
+        Path(written).replace(output)
 
 
 class _ForwardPass(nn.Module):

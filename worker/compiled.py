@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +30,8 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Token ids and positions (1, T) and the kept rows (n,) to logits (n, vocab)."""
 
 EAGER, COMPILED = "eager", "compiled"
+STOP_LIMIT_S = 5.0
+"""The compiler's, to clean up."""
 
 
 class CompiledForward:
@@ -74,8 +78,9 @@ class CompiledForward:
         """Stops compiling."""
         with self._lock:
             self._is_closed = True
-            if self._process is not None:
-                self._process.kill()
+        self._signal(signal.SIGTERM)
+        self._thread.join(STOP_LIMIT_S)
+        self._signal(signal.SIGKILL)
         self._thread.join()
 
     def _prepare(self) -> None:
@@ -102,12 +107,17 @@ class CompiledForward:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # with the compilers that it starts; Ctrl-C is not for them
             )
         with self._process as process:
             output, _ = process.communicate(msgspec.json.encode(self._job))
         if process.returncode:
             lines = output.decode(errors="replace").strip().splitlines()
             raise RuntimeError(f"{lines[-1] if lines else 'no output'} (exit code {process.returncode})")
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, number)
 
     def _load(self) -> Forward:
         graph = torch._inductor.aoti_load_package(self._job.output)

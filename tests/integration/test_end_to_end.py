@@ -144,10 +144,12 @@ def test_a_seeded_sample_is_the_same_again_and_another_seed_differs(served: Depl
 
 
 def test_rq_shows_the_worker_busy_and_counts_right_while_it_works(
-    served: Deployment,
+    deploy: Deploy, connection: redis.Redis
 ) -> None:
-    connection = redis.Redis.from_url(served.redis_url)
-    client = served.client()
+    deployment = deploy(step_delay_s="0.05")  # so that the request doesn't end before it is looked at
+    deployment.start_worker()
+    deployment.start_api()
+    client = deployment.client()
     stream = client.chat.completions.create(
         model="b",
         messages=[{"role": "user", "content": "hi"}],
@@ -163,14 +165,13 @@ def test_rq_shows_the_worker_busy_and_counts_right_while_it_works(
     job = Job.fetch(execution.job_id, connection, JSONSerializer)
     assert (job.get_status(), job.origin) == ("started", "tiny-b")
     info = subprocess.run(
-        [BIN / "rq", "info", "-u", served.redis_url, "--raw"], capture_output=True, text=True, check=True
+        [BIN / "rq", "info", "-u", deployment.redis_url, "--raw"], capture_output=True, text=True, check=True
     ).stdout
     assert "busy" in info
     assert "queue tiny-b 0" in info
     stream.close()
     wait_until(lambda: job.get_status() == "canceled", what="the end of the aborted job")
     wait_until(lambda: worker.refresh() or worker.get_state() == "idle", what="an idle worker")
-    connection.close()
 
 
 def test_a_worker_given_a_model_name_serves_only_its_queue(
