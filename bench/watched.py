@@ -56,6 +56,7 @@ class WatchedWorker(LoraWorker):
 def _holdings(model_runner: Any) -> Holdings:
     import torch
 
+    gc.unfreeze()  # what is frozen would not be counted
     gc.collect()
     # Not isinstance: it would ask lazy modules, and those would load.
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]

@@ -5,8 +5,8 @@ from collections.abc import MutableMapping
 
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Of oneDNN's own cache, and of the one that PyTorch has in front of it."""
-_NUM_PRODUCTS = 256
-"""All those of decode steps with up to 32 rows; another one takes a quarter of a millisecond to prepare."""
+_NUM_PRODUCTS = 128
+"""All those of decode steps with up to 25 rows; another one takes a quarter of a millisecond to prepare."""
 
 
 def bound_caches(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -37,7 +37,7 @@ print(num_bytes() - before >> 20)
 def test_the_caches_of_onednn_are_bounded_unless_an_operator_chose_otherwise() -> None:
     environ = {"LRU_CACHE_CAPACITY": "9"}
     bound_caches(environ)
-    assert environ == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "9"}
+    assert environ == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "9"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc to give back what is free")
