@@ -88,12 +88,14 @@ class CompiledForward:
         try:
             if not Path(self._job.output).exists():
                 self._compile()
-            self._graph = self._load()
+            graph = self._load()
         # Whatever it is, there is a forward pass that works.
         except Exception as error:
             self._fall_back(f"{type(error).__name__}: {error}")
             return
+        # In this order: a step that finds the graph may find it wrong at once.
         self.state = COMPILED
+        self._graph = graph
         took_s = time.monotonic() - started_s
         logger.info("forward pass: compiled, after %.0f s", took_s, extra=fields("compile"))
 

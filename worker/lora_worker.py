@@ -1,5 +1,6 @@
 """`rq worker -w worker.LoraWorker`: RQ's worker that holds many requests at once."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -127,8 +128,11 @@ class LoraWorker(BaseWorker):
         return settings
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
+        with contextlib.closing(self._load_model_runner(settings)) as model_runner:
+            return self._serve(model_runner, settings, burst)
+
+    def _serve(self, model_runner: "ModelRunner", settings: WorkerSettings, burst: bool) -> bool:
         faults = Faults(settings.faults)
-        model_runner = self._load_model_runner(settings)
         # Libraries and model are here to stay: a collection that goes through them takes all streams 0.2 s.
         gc.freeze()
         engine = build_engine(model_runner, settings, faults)
@@ -165,10 +169,7 @@ class LoraWorker(BaseWorker):
         heartbeat.turn()
         self.set_state(WorkerStatus.IDLE)
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
-        try:
-            self._run(loop, consumer, heartbeat, settings, burst)
-        finally:
-            model_runner.close()
+        self._run(loop, consumer, heartbeat, settings, burst)
         self.log.info("Worker %s: ended with %s", self.name, engine.remains)
         return consumer.num_claimed > 0
 
