@@ -72,6 +72,22 @@ class StepLayout:
     decodes: QueryGroup | None
     """The sequences with one token each."""
 
+    def as_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        """As the operators take it."""
+        none = self.slots.new_empty(0, 0)
+        decodes = self.decodes
+        rows = (
+            (none, none, none)
+            if decodes is None
+            else (decodes.row_numbers, decodes.block_tables, decodes.positions)
+        )
+        places = [
+            (int(group.row_numbers[0]), group.positions.numel(), int(group.positions[0, 0]))
+            for group in self.chunks
+        ]
+        chunks = torch.tensor(places, dtype=torch.long).view(-1, 3)
+        return self.slots, *rows, chunks, [group.block_tables[0] for group in self.chunks]
+
 
 @dataclass(eq=False)
 class AttentionState:
@@ -98,14 +114,7 @@ class AttentionState:
         self.layout = layout
         if self.operators is not None:
             _step.state = self
-            none = layout.slots[:0]
-            decodes = layout.decodes
-            rows = (
-                (none, none, none)
-                if decodes is None
-                else (decodes.row_numbers, decodes.block_tables, decodes.positions)
-            )
-            self.operators.begin_step(layout.slots, *rows, bool(layout.chunks))
+            self.operators.begin_step(*layout.as_tensors())
 
 
 class _Options(NamedTuple):
@@ -180,27 +189,9 @@ def _attend(
     """The attention of one layer, group by group."""
     layout = state.layout
     assert layout is not None, "a forward pass without a layout"
-    groups, decodes = layout.chunks, layout.decodes
-    if state.operators is not None and decodes is not None and options.are_plain:
-        keys, values = state.kv_cache.layer(layer, key[0], value[0])
-        output = kernels.paged_attention(
-            query[0],
-            key[0],
-            value[0],
-            layout.slots,
-            (keys, values),
-            (decodes.row_numbers, decodes.block_tables, decodes.positions),
-            scaling=options.scaling,
-            window=options.window,
-        )
-    else:
-        keys, values = state.kv_cache.write(
-            layer, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1)
-        )
-        output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # (T, num_heads, head_dim)
-        if decodes is not None:
-            groups += (decodes,)
-    for group in groups:
+    keys, values = state.kv_cache.write(layer, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # (T, num_heads, head_dim)
+    for group in (*layout.chunks, *([layout.decodes] if layout.decodes else [])):
         output[group.rows] = _attend_group(query[0], keys, values, group, options)
     return output[None]
 
@@ -209,7 +200,7 @@ def _attend(
 def _let_operators_call_back() -> None:
     """Lets `kernels.attention` call `_attend` for what its C++ doesn't do.
 
-    That is chunks, capped scores, sinks, and a layer's very first call, which shows the shape of its cache.
+    That is capped scores, sinks, and a layer's very first call, which shows the shape of its cache.
     """
     torch.library.impl("lorelay::attend_in_groups", "CPU", _attend_in_groups)
 

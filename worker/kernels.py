@@ -76,12 +76,19 @@ class OperatorState(Protocol):
         """Whose rows the next step has: of all tokens, or of the kept ones; see `worker.lora.StepRows`."""
 
     def begin_step(
-        self, slots: Tensor, rows: Tensor, tables: Tensor, positions: Tensor, has_chunks: bool
+        self,
+        slots: Tensor,
+        rows: Tensor,
+        tables: Tensor,
+        positions: Tensor,
+        chunks: Tensor,
+        chunk_tables: list[Tensor],
     ) -> None:
         """Makes this the state of the operators that this thread calls from now on.
 
-        `slots`: where the entries of all tokens go in the cache. `rows`, `tables`, `positions`: of the
-        sequences that decode, as `paged_attention` takes them. `has_chunks`: whether the step has others.
+        `slots` (T,): where the entries of all tokens go in the cache. Of the sequences that decode, row
+        `rows[n]` stands at `positions[n]` of the one whose blocks are `tables[n]`. The others have chunks
+        `chunks[n]` = (first row, number of rows, first position), and blocks `chunk_tables[n]`.
         """
 
 
@@ -113,30 +120,6 @@ def attention(
     return output
 
 
-def paged_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: Tensor,
-    cache: tuple[Tensor, Tensor],
-    decodes: tuple[Tensor, Tensor, Tensor],
-    *,
-    scaling: float,
-    window: int | None,
-) -> Tensor:
-    """Stores all keys and values, and attends from those query rows that decode.
-
-    `query` (num_heads, T, head_dim), `key` and `value` (num_kv_heads, T, head_dim); `slots` (T,), where they
-    go in the layer's `cache`. `decodes` is (rows, block_tables, positions): row `rows[n]` stands at
-    `positions[n]` of the sequence whose blocks are `block_tables[n]`. The output is (T, num_heads, head_dim),
-    undefined in other rows.
-    """
-    output: Tensor = torch.ops.lorelay.paged_attention(
-        query, key, value, slots, *cache, *decodes, scaling, window or 0
-    )
-    return output
-
-
 def _build(path: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -162,7 +145,7 @@ def _load(path: Path) -> None:
 
 def _are_loaded() -> bool:
     """Whether this process has them already; PyTorch would refuse to register the same names twice."""
-    return hasattr(torch.ops.lorelay, "paged_attention")
+    return hasattr(torch.ops.lorelay, "attention")
 
 
 def fingerprint() -> str:

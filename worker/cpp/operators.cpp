@@ -32,18 +32,13 @@ struct AdapterRows {
   bool is_empty() const { return !runs.defined() || (runs.size(0) == 0 && chunks.size(0) == 0); }
 };
 
-struct Layout {
-  Tensor slots, rows, tables, positions;  // as paged_attention takes them
-  bool has_chunks = false;
-};
-
 // What the operators of a model need beside their arguments, so that a graph compiled once serves whatever adapters
 // and sequences a step has.
 struct OperatorState : torch::CustomClassHolder {
   std::vector<Linear> linears;
   std::vector<std::pair<Tensor, Tensor>> caches;
   AdapterRows token_rows, kept_rows;
-  Layout layout;
+  StepLayout layout;
 
   void set_linear(int64_t number, Tensor weight, std::optional<Tensor> bias, bool is_packed, bool sees_kept_rows) {
     linears.resize(std::max<size_t>(linears.size(), number + 1));
@@ -69,8 +64,9 @@ struct OperatorState : torch::CustomClassHolder {
 thread_local c10::weak_intrusive_ptr<OperatorState> current{c10::intrusive_ptr<OperatorState>()};
 
 void begin_step(const c10::intrusive_ptr<OperatorState>& state, Tensor slots, Tensor rows, Tensor tables,
-                Tensor positions, bool has_chunks) {
-  state->layout = {std::move(slots), std::move(rows), std::move(tables), std::move(positions), has_chunks};
+                Tensor positions, Tensor chunks, std::vector<Tensor> chunk_tables) {
+  state->layout = {std::move(slots),     std::move(rows),   std::move(tables),
+                   std::move(positions), std::move(chunks), std::move(chunk_tables)};
   current = c10::weak_intrusive_ptr<OperatorState>(state);
 }
 
@@ -120,17 +116,15 @@ Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs: for sh
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& sinks,
                  int64_t layer, double scaling, std::optional<int64_t> window, std::optional<double> softcap) {
   const auto state = current_state();
-  const Layout& layout = state->layout;
   const bool has_cache = layer < static_cast<int64_t>(state->caches.size()) && state->caches[layer].first.defined();
-  if (!has_cache || layout.has_chunks || sinks || softcap) {
+  if (!has_cache || sinks || softcap) {
     static const auto attend = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow("lorelay::attend_in_groups", "")
                                    .typed<decltype(attention)>();
     return attend.call(query, key, value, sinks, layer, scaling, window, softcap);
   }
   const auto& [keys, values] = state->caches[layer];
-  return paged_attention(query[0], key[0], value[0], layout.slots, keys, values, layout.rows, layout.tables,
-                         layout.positions, scaling, window.value_or(0))
+  return paged_attention(query[0], key[0], value[0], keys, values, state->layout, scaling, window.value_or(0))
       .unsqueeze(0);
 }
 
@@ -153,13 +147,9 @@ TORCH_LIBRARY(lorelay, library) {
   library.def(
       "attend_in_groups(Tensor query, Tensor key, Tensor value, Tensor? sinks, int layer, float scaling, "
       "int? window, float? softcap) -> Tensor");
-  library.def(
-      "paged_attention(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor(a!) keys, "
-      "Tensor(b!) values, Tensor rows, Tensor tables, Tensor positions, float scaling, int window) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lorelay, CPU, library) {
   library.impl("linear", &lorelay::linear);
   library.impl("attention", &lorelay::attention);
-  library.impl("paged_attention", &lorelay::paged_attention);
 }

@@ -155,30 +155,54 @@ def test_what_is_not_finite_reaches_no_later_owner_of_a_block() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 40])
-def test_the_kernel_attends_as_pytorch_does_in_every_precision(head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_kernels_attend_as_pytorch_does_in_every_precision(
+    head_dim: int, dtype: torch.dtype, window: int | None
+) -> None:
     need_kernels()
-    num_heads, num_kv_heads, num_blocks, num_rows = 6, 2, 12, 3
+    num_heads, num_kv_heads = 6, 2
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
+    num_queries = [1, 1, 100, 45]  # two decodes, two chunks
+    first_positions = [10, 2, 0, 31]
+    tables, num_used = [], 0
+    for first, count in zip(first_positions, num_queries, strict=True):
+        num_blocks = -(-(first + count) // BLOCK_SIZE)
+        tables.append(torch.arange(num_used, num_used + num_blocks).flip(0))
+        num_used += num_blocks
     cache = (
-        draw(num_blocks, BLOCK_SIZE, num_kv_heads, head_dim),
-        draw(num_blocks, BLOCK_SIZE, num_kv_heads, head_dim),
+        draw(num_used, BLOCK_SIZE, num_kv_heads, head_dim),
+        draw(num_used, BLOCK_SIZE, num_kv_heads, head_dim),
     )
+    num_rows = sum(num_queries)
     query, key, value = (draw(n, num_rows, head_dim) for n in (num_heads, num_kv_heads, num_kv_heads))
-    tables, positions = torch.tensor([[3, 1, 8], [5, 5, 5], [0, 2, 11]]), torch.tensor([10, 2, 7])
-    slots = torch.tensor([8 * 4 + 2, 5 * 4 + 2, 2 * 4 + 3])
-    decodes = (torch.arange(num_rows), tables, positions)
-    output = kernels.paged_attention(query, key, value, slots, cache, decodes, scaling=0.3, window=None)
-    for row in range(num_rows):
-        keys, values = (
-            layer[tables[row]].flatten(0, 1)[: positions[row] + 1].transpose(0, 1).double() for layer in cache
-        )
+    places = [
+        (table, first + n)
+        for table, first, count in zip(tables, first_positions, num_queries, strict=True)
+        for n in range(count)
+    ]
+    slots = [int(table[place // BLOCK_SIZE]) * BLOCK_SIZE + place % BLOCK_SIZE for table, place in places]
+    operators = kernels.new_state()
+    operators.set_cache(0, *cache)
+    operators.begin_step(
+        torch.tensor(slots),
+        torch.arange(2),
+        torch.nn.utils.rnn.pad_sequence(tables[:2], batch_first=True),
+        torch.tensor(first_positions[:2]),
+        torch.tensor([(2, 100, 0), (102, 45, 31)]),
+        tables[2:],
+    )
+    options: dict[str, Any] = {"scaling": 0.3, "window": window, "softcap": None}
+    output = kernels.attention(query[None], key[None], value[None], None, 0, **options)[0]
+    for row, (table, place) in enumerate(places):
+        keys, values = (layer[table].flatten(0, 1)[: place + 1].transpose(0, 1).double() for layer in cache)
         assert torch.equal(keys[:, -1], key[:, row].double())
+        seen = slice(0 if window is None else max(0, place + 1 - window), place + 1)
         expected = scaled_dot_product_attention(
-            query[:, row].double().view(num_kv_heads, -1, head_dim), keys, values, scale=0.3
+            query[:, row].double().view(num_kv_heads, -1, head_dim), keys[:, seen], values[:, seen], scale=0.3
         )
         tolerance = max(4 * torch.finfo(dtype).eps, 1e-5)
         torch.testing.assert_close(
@@ -195,10 +219,22 @@ def test_what_is_not_finite_spoils_its_own_row_only_and_is_not_stored() -> None:
     assert output[1][-1].isnan().all()
     torch.testing.assert_close(output[1][:-1], plain[1][:-1])
     torch.testing.assert_close(output[2], plain[2])
+    for part in spoiled[0]:
+        part[:, 7] = torch.nan  # the last query of a chunk
+    output = run_paged(spoiled, has_kernels=True)
+    assert output[0][7].isnan().all()
+    torch.testing.assert_close(output[0][:7], plain[0][:7])
+
+
+def test_a_kernel_stores_what_is_not_finite_as_numbers() -> None:
+    need_kernels()
     cache = (torch.zeros(2, BLOCK_SIZE, 1, 2), torch.zeros(2, BLOCK_SIZE, 1, 2))
-    entry = torch.tensor([[[torch.nan, torch.inf]]])
-    decodes = (torch.tensor([0]), torch.tensor([[1]]), torch.tensor([0]))
-    kernels.paged_attention(entry, entry, -entry, torch.tensor([4]), cache, decodes, scaling=1.0, window=None)
+    entry = torch.tensor([[[[torch.nan, torch.inf]]]])
+    operators = kernels.new_state()
+    operators.set_cache(0, *cache)
+    one = torch.tensor([[1]])
+    operators.begin_step(torch.tensor([4]), one[0] - 1, one, one - 1, torch.empty(0, 3, dtype=torch.long), [])
+    kernels.attention(entry, entry, -entry, None, 0, scaling=1.0, window=None, softcap=None)
     largest = torch.finfo(torch.float32).max
     assert cache[0][1, 0, 0].tolist() == [0, largest]
     assert cache[1][1, 0, 0].tolist() == [0, -largest]

@@ -259,7 +259,7 @@ class Stacked:
         self.stack.set_rows([(self.stack.slot(name), count) for name, count in spans], kept)
         if self.operators is not None:
             none = torch.empty(0, dtype=torch.long)
-            self.operators.begin_step(none, none, none, none, False)
+            self.operators.begin_step(none, none, none[None], none[None], none.view(0, 3), [])
 
     @torch.inference_mode()
     def run(self, names: list[str | None], kept: tuple[int, ...] = ()) -> torch.Tensor:
