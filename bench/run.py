@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -18,12 +19,10 @@ from bench.deployment import ROOT, StartFailed
 from bench.load import IGNORE_EOS, LoadFailed
 from bench.own import STAGES, Context, OwnSizes, Stage
 from bench.report import draw, to_text
-from bench.yardstick import Figure, Row, goals
+from bench.yardstick import Figure, Goal, Row, goals
 from shared.devices import num_usable_cores
 from shared.settings import parse_adapters
 
-ALL_GOALS = goals(has_compiler=shutil.which("g++") is not None)
-GOALS = {goal.key: goal for goal in ALL_GOALS}
 SMOKE = OwnSizes(
     concurrency=2,
     num_requests=4,
@@ -53,24 +52,29 @@ TABLE, ROWS, CHART = "table.txt", "rows.json", "chart.png"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    args = _parser().parse_args(words)
+    all_goals = {goal.key: goal for goal in goals(has_compiler=has_compiler(os.environ))}
+    args = _parser(list(all_goals)).parse_args(words)
     model = args.model or _demo_model()
-    wanted = frozenset(args.only) or frozenset(goal.key for goal in ALL_GOALS)
+    wanted = frozenset(args.only) or frozenset(all_goals)
     with tempfile.TemporaryDirectory(prefix="lorelay-bench-") as folder:
         settings = {"model": model, "device": args.device, "dtype": args.dtype}
         context = Context(Path(folder), settings, _sizes(args), wanted, dict(parse_adapters(args.adapters)))
         stages = [_served_stage(args)] if args.base_url else STAGES
-        figures = {figure.key: figure for figure in _measure(context, stages)}
-        heading = _heading(words, model, context.floors)
-    rows = [Row(goal, figures[goal.key]) for goal in ALL_GOALS if goal.key in figures]
+        figures = {figure.key: figure for figure in _measure(context, stages, all_goals)}
+        heading = _heading(words, f"{Path(model).name} on {args.device}", context.floors)
+    rows = [Row(goal, figures[key]) for key, goal in all_goals.items() if key in figures]
     _write(rows, heading, args.out)
     return 1 if any(figure.failed for figure in figures.values()) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def has_compiler(environ: Mapping[str, str]) -> bool:
+    """Whether the workers of this machine compile: there is a `g++`, and it is not left out."""
+    return environ.get("LORELAY_COMPILE") != "off" and shutil.which("g++") is not None
+
+
+def _parser(keys: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     add = parser.add_argument
-    keys = [goal.key for goal in ALL_GOALS]
     add("--only", nargs="+", choices=keys, default=[], metavar="ROW", help=f"these rows: {', '.join(keys)}")
     add("--model", default="", metavar="MODEL", help="folder or Hugging Face id [default: the demo model]")
     add("--adapters", nargs="*", default=[], metavar="NAME=PATH", help="yours, in place of the random ones")
@@ -80,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, metavar="N", help="tokens of one answer [default: 64]")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 … [default: %(default)s]")
     add("--dtype", default="bfloat16", help="of the model [default: %(default)s]")
-    add("--base-url", metavar="URL", help="measure the server there (without /v1) instead of one's own")
+    add("--base-url", metavar="URL", help="measure the server there (without /v1); F is measured here")
     add("--models", type=lambda names: names.split(","), metavar="BASE,ADAPTER,…", help="what it serves")
     add("--api-key", default="none", help="of that server")
     add("--extra", type=json.loads, default=IGNORE_EOS, metavar="JSON", help="more for the body of a request")
@@ -108,6 +112,8 @@ def _served_stage(args: argparse.Namespace) -> Stage:
     """The rows of a server that is there already."""
     if not args.models:
         raise SystemExit("scripts/bench: --base-url needs --models")
+    if not args.model:
+        _say(f"F is that of the demo model on {args.device} here; --model and --device name what is served")
     base, *adapters = args.models
     server = served.Server(args.base_url, base, adapters, args.api_key, args.extra)
     return Stage(
@@ -115,7 +121,7 @@ def _served_stage(args: argparse.Namespace) -> Stage:
     )
 
 
-def _measure(context: Context, stages: Iterable[Stage]) -> Iterator[Figure]:
+def _measure(context: Context, stages: Iterable[Stage], all_goals: Mapping[str, Goal]) -> Iterator[Figure]:
     """The figures of the wanted rows; a stage that fails gives its reason instead."""
     for stage in stages:
         missing = stage.keys & context.wanted
@@ -126,20 +132,21 @@ def _measure(context: Context, stages: Iterable[Stage]) -> Iterator[Figure]:
             for figure in stage.measure(context):
                 if figure.key in missing:
                     missing -= {figure.key}
-                    _say(f"{figure.key}: {Row(GOALS[figure.key], figure).shown}")
+                    _say(f"{figure.key}: {Row(all_goals[figure.key], figure).shown}")
                     yield figure
         except (LoadFailed, StartFailed, subprocess.SubprocessError, TimeoutError) as error:
             _say(f"failed: {error}")
             yield from (Figure(key, None, f"failed: {error}".splitlines()[0], True) for key in missing)
 
 
-def _heading(words: Sequence[str], model: str, floors: Mapping[int, float]) -> list[str]:
+def _heading(words: Sequence[str], weights: str, floors: Mapping[int, float]) -> list[str]:
+    """`weights`: what F was measured with, and where."""
     now = datetime.datetime.now().astimezone()
     floor = ", ".join(f"F({batch}) = {speed:.0f} tokens/s" for batch, speed in sorted(floors.items()))
     return [
         f"{now:%Y-%m-%d %H:%M %Z}, {_processor()}, {num_usable_cores()} cores",
         f"scripts/bench {shlex.join(words)}".strip(),
-        f"{Path(model).name}{'; ' if floor else ''}{floor}",
+        f"{weights}{'; ' if floor else ''}{floor}",
     ]
 
 
