@@ -112,6 +112,7 @@ def _split_words(value: Any) -> Any:
 Adapters = Annotated[tuple[AdapterSource, ...], NoDecode, BeforeValidator(parse_adapters)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
 class Settings(BaseSettings):
@@ -164,7 +165,7 @@ class ServeSettings(Settings):
 class ApiSettings(Settings):
     """The HTTP side."""
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: LogLevel = "INFO"
     api_keys: Words = ()
     """Without any, requests need no key."""
     max_queue_depth: Count = 1_000
@@ -189,6 +190,8 @@ class ApiSettings(Settings):
 class WorkerSettings(Settings):
     """The model, its adapters, and the engine."""
 
+    log_level: LogLevel = "INFO"
+    """`rq worker`'s own `--logging_level`, `-v` and `-q` win."""
     model: str
     """Folder or Hugging Face id of the base model."""
     model_name: str = ""

@@ -83,16 +83,17 @@ class LoraWorker(BaseWorker):
             max_idle_time=max_idle_time,
             with_scheduler=with_scheduler,
         )
-        for package in ("rq.worker", "worker"):
-            setup_loghandlers(logging_level or "INFO", date_format, log_format, package)
+        _log_to_streams(logging_level or "INFO", date_format, log_format)
         try:
             settings = self._prepare()
         except LorelayError as error:
             self.log.error("%s", error.message)
             raise SystemExit(2) from error
+        level = logging_level or settings.log_level
+        _log_to_streams(level, date_format, log_format)
         self._install_signal_handlers()
         try:
-            self.bootstrap(logging_level or "INFO", date_format, log_format)
+            self.bootstrap(level, date_format, log_format)
             return self._work(settings, burst)
         except LorelayError as error:
             self.log.error("%s", error.message)
@@ -265,6 +266,12 @@ class LoraWorker(BaseWorker):
     def _install_signal_handlers(self) -> None:
         signal.signal(signal.SIGINT, self.request_stop)
         signal.signal(signal.SIGTERM, self.request_stop)
+
+
+def _log_to_streams(level: str, date_format: str, log_format: str) -> None:
+    """Adds RQ's handlers where there are none yet; sets the level in any case."""
+    for package in ("rq.worker", "worker"):
+        setup_loghandlers(level, date_format, log_format, package)
 
 
 def _refuse_options(**options: Any) -> None:

@@ -237,6 +237,16 @@ def test_options_of_rq_that_make_no_sense_here_are_refused(deploy: Deploy) -> No
     assert "LoraWorker does not take --with-scheduler" in worker.output
 
 
+def test_the_log_level_holds_for_workers_and_their_own_flags_win(deploy: Deploy) -> None:
+    deployment = deploy(log_level="WARNING")
+    quiet = deployment.start_worker("--burst", wait=False)
+    loud = deployment.start_worker("--burst", "--logging_level", "INFO", wait=False)
+    assert [quiet.wait(60), loud.wait(60)] == [0, 0]
+    assert "serving" not in quiet.output
+    assert "KV cache" not in quiet.output
+    assert "serving" in loud.output
+
+
 def test_sigterm_lets_running_streams_finish_and_exits_with_0(deploy: Deploy) -> None:
     deployment = deploy()
     deployment.start_api()
