@@ -106,6 +106,11 @@ def test_every_variable_that_compose_sets_is_a_setting(services: Any) -> None:
         assert {key.removeprefix("LORELAY_").lower() for key in variables} <= fields
 
 
+def test_every_setting_of_the_env_file_reaches_api_and_workers(services: Any) -> None:
+    for name in ("api", "worker"):
+        assert services[name]["env_file"] == [{"path": ".env", "required": False}]
+
+
 def test_the_example_settings_are_those_that_compose_reads() -> None:
     text = "".join((ROOT / file).read_text() for file in FILES)
     lines = (ROOT / ".env.example").read_text().splitlines()
