@@ -16,7 +16,9 @@ def run(redis_url: str, host: str, port: int) -> None:
         ConfigurationError: rq-dashboard is not installed.
     """
     if importlib.util.find_spec("rq_dashboard") is None:
-        raise ConfigurationError("rq-dashboard is not installed: pip install 'lorelay[dashboard]'")
+        raise ConfigurationError(
+            "rq-dashboard is not installed: pip install -e '.[dashboard]' in the checkout"
+        )
     import rq.serializers
 
     # Some of its pages fetch jobs without naming a serializer; Lorelay's jobs are JSON, and pickle from Redis

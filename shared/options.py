@@ -201,7 +201,8 @@ def _add_serve(commands: Any) -> None:
         help="serve a model: queue, workers and HTTP API on this machine",
         description="Serve a model and its adapters: an embedded queue server (unless --redis-url names "
         "one), workers and the HTTP API. What dies is started again; Ctrl-C or SIGTERM lets running requests "
-        "finish, a second Ctrl-C hurries. Every flag has a variable, named in brackets; the flag wins.",
+        "finish, a second Ctrl-C hurries. Every flag but --ssl has a variable, named in brackets; the flag "
+        "wins.",
         allow_abbrev=False,
     )
     serve.add_argument(

@@ -84,7 +84,9 @@ def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ss
     gpus = visible_gpus(os.environ) if worker.device != "cpu" else []
     worker_variables = worker_environments(worker, serve.workers, gpus, num_usable_cores())
     if importlib.util.find_spec("torch") is None:
-        raise ConfigurationError("the worker's packages are not installed: pip install 'lorelay[worker]'")
+        raise ConfigurationError(
+            "the worker's packages are not installed: pip install -e '.[worker]' in the checkout"
+        )
     check_port_free(serve.server_name, serve.server_port)
     resolved = {
         "LORELAY_MODEL": worker.model,

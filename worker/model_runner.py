@@ -242,7 +242,8 @@ class ModelRunner:
             needed = per_sequence * self._state.kv_cache.num_bytes_per_block
             raise ConfigurationError(
                 f"LORELAY_SESSION_LEN: the KV cache of one sequence of {self.max_model_len} tokens needs "
-                f"{needed / 2**20:.1f} MiB and may take {num_bytes / 2**20:.1f}; set a shorter one"
+                f"{needed / 2**20:.1f} MiB and may take {num_bytes / 2**20:.1f}; set a shorter one, "
+                "or give the cache more: LORELAY_CACHE_MAX_BYTES, LORELAY_CACHE_MAX_ENTRY_COUNT"
             )
         num_batches = 1 + NUM_BATCHES_TO_KEEP * settings.prefix_cache
         return min(num_blocks, num_batches * settings.max_batch_size * per_sequence)

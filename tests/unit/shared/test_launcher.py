@@ -222,4 +222,4 @@ def test_missing_worker_packages_stop_the_start(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'lorelay[worker]'" in refusal(capsys, "smol")
+    assert "pip install -e '.[worker]'" in refusal(capsys, "smol")
