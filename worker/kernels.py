@@ -3,6 +3,7 @@
 Built once per machine, while the model loads; without a compiler PyTorch's own calls do the same, slower.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -20,7 +21,7 @@ from shared.logs import fields
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "cpp" / "operators.cpp"
-_COMPILER = "g++"
+COMPILER = "g++"
 """Its OpenMP is that of PyTorch: another one's threads would fight with PyTorch's for the cores."""
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
@@ -32,12 +33,12 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
     """
     if device.type != "cpu":
         return False
-    folder = folder or cache_folder()
     try:
-        path = folder / f"kernels-{fingerprint()}.so"
+        path = (folder or cache_folder()) / f"kernels-{fingerprint()}.so"
         if not path.exists():
             _build(path)
         _load(path)
+        mark_used(path)
     except OSError as error:
         # Many machines have no compiler; one that fails should be looked at.
         level = logging.INFO if isinstance(error, FileNotFoundError) else logging.WARNING
@@ -51,8 +52,21 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where what is built is kept, by default: `$XDG_CACHE_HOME/lorelay` or `~/.cache/lorelay`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorelay"
+    """Where what is built is kept, by default: `$XDG_CACHE_HOME/lorelay` or `~/.cache/lorelay`.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorelay"
+    except RuntimeError:
+        raise OSError("this user has no home folder: set XDG_CACHE_HOME") from None
+
+
+def mark_used(path: Path) -> None:
+    """Keeps something in the cache folder from being dropped for a while."""
+    with contextlib.suppress(OSError):  # it may be another user's
+        os.utime(path)
 
 
 class OperatorState(Protocol):
@@ -154,16 +168,16 @@ def fingerprint() -> str:
     Raises:
         OSError: there is no compiler.
     """
-    target = _run_compiler("-Q", "--help=target")
-    sources = b"".join(file.read_bytes() for file in sorted(_SOURCE.parent.glob("*.[ch]*")))
-    parts = (sources, target, torch.__version__.encode(), platform.platform().encode())
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    compiler = _run_compiler("-dumpfullversion") + _run_compiler("-Q", "--help=target")
+    sources = [file.read_bytes() for file in sorted(_SOURCE.parent.glob("*.[ch]*"))]
+    parts = (sources, COMPILER, _FLAGS, compiler, torch.__version__, platform.platform())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _run_compiler(*arguments: str) -> bytes:
     """What it prints. Raises `OSError`: there is none, or it fails."""
-    done = subprocess.run([_COMPILER, *_FLAGS, *arguments], capture_output=True, check=False)
+    done = subprocess.run([COMPILER, *_FLAGS, *arguments], capture_output=True, check=False)
     if done.returncode:
         errors = done.stderr.decode(errors="replace").strip()
-        raise OSError(f"{_COMPILER} failed: {errors[:500]}")
+        raise OSError(f"{COMPILER} failed: {errors[:500]}")
     return done.stdout

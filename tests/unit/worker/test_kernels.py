@@ -1,6 +1,7 @@
 """Building the kernels; `test_attention` and `test_lora` say what they compute."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,18 @@ def test_kernels_are_built_once_and_found_again(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     assert kernels.make_callable(CPU, folder)
     (built,) = folder.iterdir()
-    made_ns = built.stat().st_mtime_ns
+    made = built.stat().st_ino
+    os.utime(built, (0, 0))
     assert kernels.make_callable(CPU, folder)
-    assert [file.stat().st_mtime_ns for file in folder.iterdir()] == [made_ns]
+    assert [file.stat().st_ino for file in folder.iterdir()] == [made]
+    assert built.stat().st_mtime > 0  # so that it is known to be in use
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_that_works_the_log_says_so(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels, "_COMPILER", compiler)
+    monkeypatch.setattr(kernels, "COMPILER", compiler)
     caplog.set_level(logging.INFO)
     assert not kernels.make_callable(CPU, tmp_path)
     assert compiler in caplog.text
@@ -61,6 +64,28 @@ def test_a_broken_file_is_removed_so_that_the_next_start_builds_anew(
     assert not kernels.make_callable(CPU, tmp_path)
     assert broken.name in caplog.text
     assert not broken.exists()
+
+
+def test_without_a_folder_to_keep_them_the_log_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    assert not kernels.make_callable(CPU)
+    assert "XDG_CACHE_HOME" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("_FLAGS", ("-O0",)), ("COMPILER", "c++")])
+def test_another_compiler_or_other_flags_build_anew(
+    name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_kernels()
+    before = kernels.fingerprint()
+    monkeypatch.setattr(kernels, name, value)
+    assert kernels.fingerprint() != before
 
 
 def test_a_gpu_has_no_use_for_them(tmp_path: Path) -> None:
