@@ -1,18 +1,17 @@
-"""`python -m worker.compile_graph < job`: compiles a model's forward pass to a file, in a process of its own.
+"""`python -m worker.compile_graph`: compiles a model's forward pass, in a process of its own.
 
 The graph is transformers' own model. Its Linears and its attention are operators of `worker.kernels`, which
 know the weights, the adapters and the cache of whoever runs them; what stands between them becomes C++. So
-one file serves any number of tokens and whatever adapters come and go, and holds no weights.
+one graph serves any number of tokens and whatever adapters come and go, and holds no weights.
 """
 
-import fcntl
+import contextlib
 import os
-import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,15 @@ PREFIX = "model."
 """Before the names of the model's own tensors in the graph."""
 SMALL = 8
 """Inductor takes such tensors for constants; it reads larger ones when the graph runs."""
+SCRATCH_PREFIX = "compiling-"
+"""Of folders beside the output that a compiler which was killed leaves."""
 _EXAMPLE_NUM_TOKENS = 16
 _MAX_NUM_TOKENS = 1 << 20
+_INDUCTOR_OPTIONS = {
+    "aot_inductor.package_constants_in_so": False,
+    "cpp.cxx": (None, kernels.COMPILER),  # not the one that $CXX names
+    "cpp.dynamic_threads": True,
+}
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -44,21 +50,26 @@ class Job(msgspec.Struct, frozen=True):
     """Those that are the operators', in the order of their numbers."""
     small_tensors: dict[str, list[float]]
     """The values of the model's other tensors of up to `SMALL` elements: they become part of the graph."""
+    layouts: dict[str, str]
+    """What `layout` says of the model's other tensors."""
     output: str
-    """Of the graph; its folder must exist."""
+    """The folder of the graph, which must not exist; the one around it must."""
 
 
 def main() -> None:
-    """Does the job on stdin, after others; nothing if its output is there already."""
+    """Does the job on the first line of stdin; stops when stdin ends, which it does when the worker does."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exit that cleans up
     os.nice(19)  # it has time: the model is being served without it
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    output = Path(job.output)
-    with _turn(output.with_suffix(".lock")):
-        if not output.exists():
-            for left in output.parent.glob(f"{output.stem}-*"):  # of one that was killed
-                shutil.rmtree(left)
-            compile_graph(job)
+    with contextlib.suppress(OSError):  # Linux alone has it
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, the worker goes last
+    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
+    threading.Thread(target=_stop_with_worker, daemon=True).start()
+    compile_graph(job)
+
+
+def _stop_with_worker() -> None:
+    os.read(sys.stdin.fileno(), 1)
+    os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 @torch.no_grad()
@@ -70,15 +81,17 @@ def compile_graph(job: Job) -> None:
         torch.library.register_fake(f"lorelay::{name}", shape)
     graph = _export(_ForwardPass(_load_without_weights(job)))
     output = Path(job.output)
-    with tempfile.TemporaryDirectory(prefix=f"{output.stem}-", dir=output.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
         # Its own intermediate files are large and of no use later.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
-        written = torch._inductor.aoti_compile_and_package(
-            graph,
-            package_path=f"{scratch}/graph.pt2",
-            inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.dynamic_threads": True},
+        package = torch._inductor.aoti_compile_and_package(
+            graph, package_path=f"{scratch}/graph.pt2", inductor_configs=_INDUCTOR_OPTIONS
         )
-        Path(written).replace(output)
+        # Unpacked once: PyTorch would do it at every load, and leave it in /tmp when the worker is killed.
+        unpacked = Path(scratch, "graph")
+        with zipfile.ZipFile(package) as archive:
+            archive.extractall(unpacked)
+        unpacked.replace(output)
 
 
 class _ForwardPass(nn.Module):
@@ -96,6 +109,11 @@ class _ForwardPass(nn.Module):
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model by name."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def layout(tensor: Tensor) -> str:
+    """What the graph takes for granted of a tensor."""
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 def _load_without_weights(job: Job) -> nn.Module:
@@ -120,6 +138,8 @@ def _load_without_weights(job: Job) -> nn.Module:
     # Real memory for the rest, since the graph is one for the CPU; nothing reads what is in the large ones.
     model.to_empty(device="cpu")
     for name, tensor in tensors(model).items():
+        if job.layouts.get(name, layout(tensor)) != layout(tensor):
+            raise SystemExit(f"{name} is {job.layouts[name]}, and {layout(tensor)} by the model's config")
         if name in job.small_tensors:
             tensor.copy_(torch.tensor(job.small_tensors[name]).view_as(tensor))
     return model.eval()
@@ -147,14 +167,6 @@ def _shape_of_linear(rows: Tensor, number: int, num_outputs: int) -> Tensor:
 
 def _shape_of_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-
-
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Of several processes with the same job, one at a time."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """The forward pass as a compiled graph, which takes over from PyTorch's eager one once it is there."""
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import torch
@@ -26,12 +28,16 @@ from worker.self_check import TOLERANCES, relative_error
 
 logger = logging.getLogger(__name__)
 
+Inputs = tuple[Tensor, Tensor, Tensor]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Token ids and positions (1, T) and the kept rows (n,) to logits (n, vocab)."""
 
 EAGER, COMPILED = "eager", "compiled"
 STOP_LIMIT_S = 5.0
 """The compiler's, to clean up."""
+LOCK_POLL_S = 0.2
+KEPT_UNUSED_S = 30 * 24 * 3600
+"""A graph or a build of the kernels that no worker has loaded for so long goes."""
 
 
 class CompiledForward:
@@ -47,28 +53,27 @@ class CompiledForward:
         self._eager = eager
         self._model = model
         self._job = job
+        self._output = Path(job.output)
+        self._refused = self._output.with_name(f"{self._output.name}.bad")
+        """Where a graph is put that does not do what the eager pass does."""
         self._graph: Forward | None = None
         self._is_checked = {True: False, False: False}
         """For single tokens, and for several."""
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._prepare, name="compile", daemon=True)
         self._thread.start()
 
     def __call__(self, token_ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
         """The logits of a step."""
-        graph = self._graph
-        if graph is None:
-            return self._eager(token_ids, positions, kept)
-        logits = graph(token_ids, positions, kept)
-        is_single = token_ids.shape[1] == 1
-        if self._is_checked[is_single] or not len(kept):
-            return logits
-        expected = self._eager(token_ids, positions, kept)
-        self._check(logits, expected)
-        self._is_checked[is_single] = True
-        return expected
+        inputs = token_ids, positions, kept
+        graph, is_single = self._graph, token_ids.shape[1] == 1
+        if graph is not None and self._is_checked[is_single]:
+            return graph(*inputs)
+        if graph is not None and len(kept):
+            return self._compare(graph, inputs)
+        return self._eager(*inputs)
 
     def wait(self) -> None:
         """Returns when it compiles no more."""
@@ -77,17 +82,54 @@ class CompiledForward:
     def close(self) -> None:
         """Stops compiling."""
         with self._lock:
-            self._is_closed = True
-        self._signal(signal.SIGTERM)
-        self._thread.join(STOP_LIMIT_S)
-        self._signal(signal.SIGKILL)
-        self._thread.join()
+            self._is_closed.set()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self._signal(number)
+            self._thread.join(STOP_LIMIT_S)
+
+    def _compare(self, graph: Forward, inputs: Inputs) -> Tensor:
+        """The eager pass's logits. It comes second: what the graph left in the KV cache is overwritten."""
+        logits: Tensor | Exception
+        try:
+            logits = graph(*inputs)
+        except Exception as error:
+            logits = error
+        expected = self._eager(*inputs)
+        if isinstance(logits, Exception):
+            self._refuse(f"it fails ({type(logits).__name__}: {logits})")
+        elif logits.shape != expected.shape:
+            self._refuse(f"the shape of its logits is {list(logits.shape)}, not {list(expected.shape)}")
+        else:
+            rows = expected.isfinite().all(dim=-1)
+            pairs = zip(logits[rows], expected[rows], strict=True)
+            self._judge([relative_error(*pair) for pair in pairs], inputs[0].shape[1] == 1, expected.dtype)
+        return expected
+
+    def _judge(self, errors: list[float], is_single: bool, dtype: torch.dtype) -> None:
+        """Decides by the errors of those rows of logits that could be compared."""
+        # An error that is no number admits nothing.
+        if not all(error <= TOLERANCES[dtype] for error in errors):
+            shown = ", ".join(f"{error:.2g}" for error in errors)
+            self._refuse(f"its logits differ from the eager ones (by {shown} of their spread)")
+        elif errors:
+            self._is_checked[is_single] = True
+
+    def _refuse(self, problem: str) -> None:
+        """Stays eager, at the next starts too."""
+        with contextlib.suppress(OSError):  # another worker was first, or only they may write there
+            self._output.replace(self._refused)
+        self._fall_back(f"{self._output}: {problem}")
 
     def _prepare(self) -> None:
         started_s = time.monotonic()
         try:
-            if not Path(self._job.output).exists():
-                self._compile()
+            if self._refused.exists():
+                raise RuntimeError(f"its graph was wrong before; remove {self._refused} to try anew")
+            if not self._output.exists():
+                logger.info("forward pass: eager, compiling in the background", extra=fields("compile"))
+                with self._turn():
+                    if not self._output.exists():
+                        self._compile()
             graph = self._load()
         # Whatever it is, there is a forward pass that works.
         except Exception as error:
@@ -99,46 +141,96 @@ class CompiledForward:
         took_s = time.monotonic() - started_s
         logger.info("forward pass: compiled, after %.0f s", took_s, extra=fields("compile"))
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Of all workers with this folder, one at a time: a compiler takes half a gigabyte."""
+        with self._output.with_name("compile.lock").open("w") as file:
+            while not _try_to_lock(file):
+                if self._is_closed.wait(LOCK_POLL_S):
+                    raise RuntimeError("the worker ends")
+            yield
+
     def _compile(self) -> None:
-        logger.info("forward pass: eager, compiling in the background", extra=fields("compile"))
-        with self._lock:
-            if self._is_closed:
+        folder = self._output.parent
+        drop_unused(folder)
+        log = folder / f"{self._output.name}.log"
+        with log.open("wb") as output, self._lock:
+            if self._is_closed.is_set():
                 raise RuntimeError("the worker ends")
             self._process = subprocess.Popen(
                 [sys.executable, "-m", compile_graph.__name__],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # with the compilers that it starts; Ctrl-C is not for them
             )
-        with self._process as process:
-            output, _ = process.communicate(msgspec.json.encode(self._job))
-        if process.returncode:
-            lines = output.decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"{lines[-1] if lines else 'no output'} (exit code {process.returncode})")
+        with contextlib.suppress(BrokenPipeError), self._process as process:  # its exit code says more
+            assert process.stdin is not None
+            process.stdin.write(msgspec.json.encode(self._job) + b"\n")
+            process.stdin.flush()
+            process.wait()
+        if self._process.returncode:
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise RuntimeError(
+                f"{lines[-1] if lines else 'no output'} (exit code {self._process.returncode}; "
+                f"all that the compiler said: {log})"
+            )
+        log.unlink()
 
     def _signal(self, number: int) -> None:
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, number)
+        # One that ends meanwhile is what is wanted.
+        with contextlib.suppress(ProcessLookupError):
+            if self._process is not None and self._process.poll() is None:
+                os.killpg(self._process.pid, number)
 
     def _load(self) -> Forward:
-        graph = torch._inductor.aoti_load_package(self._job.output)
-        own = compile_graph.tensors(self._model)
-        names = graph.get_constant_fqns()
-        constants = {name: own[name.removeprefix(compile_graph.PREFIX)] for name in names}
-        graph.load_constants(constants, check_full_update=True, user_managed=True)
-        return graph
-
-    def _check(self, logits: Tensor, expected: Tensor) -> None:
-        rows = expected.isfinite().all(dim=-1)
-        errors = [relative_error(*pair) for pair in zip(logits[rows], expected[rows], strict=True)]
-        if errors and not mean(errors) <= TOLERANCES[expected.dtype]:
-            self._fall_back(f"its logits differ from the eager ones (by {mean(errors):.2g} of their spread)")
+        try:
+            (library,) = self._output.rglob("*.so")
+            graph = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+            own = compile_graph.tensors(self._model)
+            names = graph.get_constant_names_to_original_fqns()
+            constants = {name: own[path.removeprefix(compile_graph.PREFIX)] for name, path in names.items()}
+            graph.update_constant_buffer(
+                constants, use_inactive=False, validate_full_updates=True, user_managed=True
+            )
+        except Exception:
+            shutil.rmtree(self._output, ignore_errors=True)  # the next start compiles anew
+            raise
+        kernels.mark_used(self._output)
+        return lambda *inputs: graph.run(list(inputs))[0]
 
     def _fall_back(self, reason: str) -> None:
         self._graph, self.state = None, EAGER
-        if not self._is_closed:
-            logger.warning("forward pass: eager, not compiled: %s", reason, extra=fields("compile"))
+        if not self._is_closed.is_set():
+            logger.warning(
+                "forward pass: eager, not compiled: %s (LORELAY_COMPILE=kernels: it is not tried)",
+                reason,
+                extra=fields("compile"),
+            )
+
+
+def drop_unused(folder: Path) -> None:
+    """Removes what killed compilers left in a cache folder, and what no worker has loaded for long.
+
+    To be called by one process at a time.
+    """
+    oldest_s = time.time() - KEPT_UNUSED_S
+    built = [*folder.glob("graph-*"), *folder.glob("kernels-*")]
+    left = [*folder.glob(f"{compile_graph.SCRATCH_PREFIX}*")]
+    for path in left + [path for path in built if path.stat().st_mtime < oldest_s]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _try_to_lock(file: IO[str]) -> bool:
+    """Whether this process is the only one that has the file locked now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def describe_job(folder: Path, model: Any, linears: Iterable[str], *, trust_remote_code: bool) -> Job:
@@ -147,16 +239,20 @@ def describe_job(folder: Path, model: Any, linears: Iterable[str], *, trust_remo
     Its output's name changes with whatever the graph depends on.
     """
     names, dtype = list(linears), str(model.dtype).removeprefix("torch.")
-    small = {
-        name: tensor.flatten().tolist()
+    others = {
+        name: tensor
         for name, tensor in compile_graph.tensors(model).items()
-        if 0 < tensor.numel() <= SMALL and name.rpartition(".")[0] not in names
+        if name.rpartition(".")[0] not in names
     }
-    sources = [Path(str(module.__file__)) for module in (attention, compile_graph, packed)]
+    small = {
+        name: tensor.flatten().tolist() for name, tensor in others.items() if 0 < tensor.numel() <= SMALL
+    }
+    layouts = {name: compile_graph.layout(tensor) for name, tensor in others.items()}
+    sources = [Path(str(module.__file__)) for module in (attention, compile_graph, kernels, packed)]
     sources += [folder / "config.json", *sorted(folder.glob("*.py"))]
-    parts = (kernels.fingerprint(), transformers.__version__, dtype, names, small)
+    parts = (kernels.fingerprint(), transformers.__version__, dtype, names, small, layouts)
     digest = hashlib.sha256(repr(parts).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    output = kernels.cache_folder() / f"graph-{digest.hexdigest()[:16]}.pt2"
-    return Job(str(folder), dtype, trust_remote_code, names, small, str(output))
+    output = kernels.cache_folder() / f"graph-{digest.hexdigest()[:16]}"
+    return Job(str(folder), dtype, trust_remote_code, names, small, layouts, str(output))

@@ -1,20 +1,28 @@
 """The compiled forward pass beside the eager one; `test_random_schedules` says what it computes."""
 
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from shared.messages import SamplingParams
 from shared.settings import WorkerSettings
 from shared.status import COMPILING
 from tests.compiled import need_kernels, wait_until_compiled
 from tests.tiny_models import build_adapter, build_model, generate_with_peft
+from tests.waiting import wait_until
 from worker.compile_graph import Job
-from worker.compiled import COMPILED, EAGER, CompiledForward, describe_job
+from worker.compiled import COMPILED, EAGER, CompiledForward, Forward, describe_job, drop_unused
 from worker.model_runner import ModelRunner
 from worker.sequence import ScheduledSequence, Sequence
 
@@ -23,6 +31,12 @@ torch.set_num_threads(1)
 INPUTS = (torch.tensor([[3, 4]]), torch.tensor([[0, 1]]), torch.tensor([1]))
 SINGLE = (torch.tensor([[5]]), torch.tensor([[2]]), torch.tensor([0]))
 LOGITS = torch.tensor([[1.0, 2.0, 4.0]])
+WORKER = """
+import sys, msgspec
+from torch import nn
+from worker.compiled import CompiledForward, Job
+CompiledForward(None, nn.Module(), msgspec.json.decode(sys.argv[1], type=Job)).wait()
+"""
 
 
 def eager(token_ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
@@ -30,7 +44,16 @@ def eager(token_ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
 
 
 def impossible_job(folder: Path) -> Job:
-    return Job(str(folder), "float32", False, [], {}, str(folder / "graph.pt2"))
+    return Job(str(folder), "float32", False, [], {}, {}, str(folder / "graph"))
+
+
+def job_for_a_real_model(folder: Path) -> Job:
+    """Its output goes to `folder`."""
+    need_kernels()
+    path = build_model(folder / "model", "llama")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    job = describe_job(path, model, [], trust_remote_code=False)
+    return msgspec.structs.replace(job, output=str(folder / "graph"))
 
 
 @pytest.fixture
@@ -80,14 +103,73 @@ def test_while_it_compiles_it_is_eager_and_closing_ends_the_compiler(
     assert "not compiled" not in caplog.text
 
 
-def test_a_graph_that_computes_something_else_is_dropped(
-    fallen_back: CompiledForward, caplog: pytest.LogCaptureFixture
+def test_what_a_compiler_that_failed_said_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    forward = CompiledForward(eager, nn.Module(), impossible_job(tmp_path))
+    forward.wait()
+    assert str(tmp_path / "graph.log") in caplog.text
+    assert "Traceback" in (tmp_path / "graph.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("graph", "problem"),
+    [
+        (lambda *inputs: LOGITS.flip(-1), "differ from the eager ones"),
+        (lambda *inputs: LOGITS * torch.nan, "differ from the eager ones"),
+        (lambda *inputs: LOGITS.T, "shape"),
+        (lambda *inputs: 1 // 0, "ZeroDivisionError"),
+    ],
+    ids=["other", "nan", "shape", "error"],
+)
+def test_a_graph_that_computes_something_else_or_nothing_is_dropped_for_this_start_and_later_ones(
+    graph: Forward, problem: str, fallen_back: CompiledForward, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fallen_back._graph, fallen_back.state = lambda *inputs: LOGITS.flip(-1), COMPILED
+    Path(fallen_back._job.output).mkdir()
+    fallen_back._graph, fallen_back.state = graph, COMPILED
     assert fallen_back(*INPUTS) is LOGITS
-    assert fallen_back.state == EAGER
+    assert (fallen_back.state, fallen_back._graph) == (EAGER, None)
+    assert problem in caplog.text
+    assert fallen_back._job.output in caplog.text
+    caplog.clear()
+    again = CompiledForward(eager, nn.Module(), fallen_back._job)
+    again.wait()
+    assert again.state == EAGER
+    assert again._process is None
+    assert f"{fallen_back._job.output}.bad" in caplog.text
+
+
+def test_the_eager_pass_has_the_last_word_in_the_cache_until_a_graph_is_checked(
+    fallen_back: CompiledForward,
+) -> None:
+    written = []
+    fallen_back._eager = lambda *inputs: written.append("eager") or LOGITS
+    fallen_back._graph = lambda *inputs: written.append("graph") or LOGITS
+    nothing_kept = torch.tensor([], dtype=torch.long)
+    fallen_back(*INPUTS[:2], nothing_kept)
+    assert written == ["eager"]
+    fallen_back(*INPUTS)
+    assert written == ["eager", "graph", "eager"]
+    fallen_back(*INPUTS[:2], nothing_kept)
+    assert written == ["eager", "graph", "eager", "graph"]
+
+
+def test_one_wrong_row_of_many_is_enough(fallen_back: CompiledForward) -> None:
+    expected = LOGITS.repeat(16, 1)
+    wrong = expected.clone()
+    wrong[7] = LOGITS.flip(-1)
+    fallen_back._eager = lambda *inputs: expected
+    fallen_back._graph = lambda *inputs: wrong
+    fallen_back(*INPUTS)
     assert fallen_back._graph is None
-    assert "differ from the eager ones" in caplog.text
+
+
+def test_an_error_of_the_eager_pass_itself_says_nothing_of_the_graph(fallen_back: CompiledForward) -> None:
+    def fail(*inputs: Tensor) -> Tensor:
+        raise MemoryError
+
+    fallen_back._graph = fallen_back._eager = fail
+    with pytest.raises(MemoryError):
+        fallen_back(*INPUTS)
+    assert fallen_back._graph is fail
 
 
 def test_a_graph_is_compared_once_for_single_tokens_and_once_for_several(
@@ -99,28 +181,106 @@ def test_a_graph_is_compared_once_for_single_tokens_and_once_for_several(
     assert [output is close for output in outputs] == [False, True, False, True]
 
 
-def test_a_step_without_logits_proves_nothing(fallen_back: CompiledForward) -> None:
-    fallen_back._graph = lambda *inputs: LOGITS.flip(-1)
-    fallen_back(*INPUTS[:2], torch.tensor([], dtype=torch.long))
-    assert fallen_back(*INPUTS) is LOGITS
-
-
-def test_rows_that_are_not_finite_anyway_are_not_compared(fallen_back: CompiledForward) -> None:
-    broken = torch.stack([LOGITS[0], LOGITS[0] * torch.nan])
+def test_rows_that_are_not_finite_anyway_are_not_compared_and_prove_nothing(
+    fallen_back: CompiledForward,
+) -> None:
+    broken = LOGITS * torch.nan
     fallen_back._eager = lambda *inputs: broken
-    fallen_back._graph = lambda *inputs: broken.nan_to_num()
+    fallen_back._graph = lambda *inputs: LOGITS.flip(-1)
     fallen_back(*INPUTS)
     assert fallen_back._graph is not None
+    fallen_back._eager = eager
+    assert fallen_back(*INPUTS) is LOGITS
+    assert fallen_back._graph is None
 
 
 def test_a_graph_is_kept_for_the_next_start(runner: ModelRunner) -> None:
     output = Path(forward_of(runner)._job.output)
-    made_ns = output.stat().st_mtime_ns
+    made = output.stat().st_ino
+    os.utime(output, (0, 0))
     again = CompiledForward(eager, runner._model, forward_of(runner)._job)
     again.wait()
     assert again.state == COMPILED
     assert again._process is None
-    assert output.stat().st_mtime_ns == made_ns
+    assert output.stat().st_ino == made
+    assert output.stat().st_mtime > 0  # so that it is known to be in use
+
+
+def test_a_damaged_graph_is_compiled_anew_by_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = impossible_job(tmp_path)
+    damaged = Path(job.output) / "graph.so"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"cut off")
+    forward = CompiledForward(eager, nn.Module(), job)
+    forward.wait()
+    assert forward.state == EAGER
+    assert str(damaged) in caplog.text
+    assert not Path(job.output).exists()
+
+
+def test_loading_a_graph_leaves_nothing_in_the_temporary_folder(runner: ModelRunner) -> None:
+    found = set(Path(tempfile.gettempdir()).glob("aotinductor_*"))
+    again = CompiledForward(eager, runner._model, forward_of(runner)._job)
+    again.wait()
+    assert again.state == COMPILED
+    assert set(Path(tempfile.gettempdir()).glob("aotinductor_*")) <= found
+
+
+def test_a_tensor_whose_precision_the_config_does_not_tell_is_not_compiled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = job_for_a_real_model(tmp_path)
+    name = "model.norm.weight"
+    forward = CompiledForward(
+        eager, nn.Module(), msgspec.structs.replace(job, layouts=job.layouts | {name: "torch.float64 [32]"})
+    )
+    forward.wait()
+    assert forward.state == EAGER
+    assert f"{name} is torch.float64" in caplog.text
+
+
+def test_a_killed_worker_leaves_no_compiler_behind(tmp_path: Path) -> None:
+    """Neither ours nor the g++ that it has started, nor what they have written so far."""
+    job = job_for_a_real_model(tmp_path)
+    environment = os.environ | {"CXX": "no-such-compiler"}  # PyTorch would take it
+    command = [sys.executable, "-c", WORKER, msgspec.json.encode(job)]
+    worker = subprocess.Popen(command, env=environment)
+    started: list[psutil.Process] = []
+
+    def is_compiling() -> bool:
+        assert worker.poll() is None
+        started[:] = psutil.Process(worker.pid).children(recursive=True)
+        return any(process.name() == "cc1plus" for process in started)
+
+    wait_until(is_compiling, 60)
+    worker.kill()
+    worker.wait()
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert not left
+    assert not list(tmp_path.glob("compiling-*"))
+
+
+def test_workers_compile_one_at_a_time_and_one_that_waits_can_end(tmp_path: Path) -> None:
+    with (tmp_path / "compile.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        forward = CompiledForward(eager, nn.Module(), impossible_job(tmp_path))
+        forward.close()
+        assert not forward._thread.is_alive()
+        assert forward._process is None
+
+
+def test_what_was_not_used_for_long_is_dropped(tmp_path: Path) -> None:
+    for name in ("graph-old", "graph-new", "compiling-killed", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    for name in ("kernels-old.so", "kernels-new.so"):
+        (tmp_path / name).touch()
+    for name in ("graph-old", "kernels-old.so", "model"):
+        os.utime(tmp_path / name, (0, 0))
+    drop_unused(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"graph-new", "kernels-new.so", "model"}
 
 
 def test_another_config_or_precision_is_another_graph(runner: ModelRunner, tmp_path: Path) -> None:
