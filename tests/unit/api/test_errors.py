@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ from api.errors import MAPPING, error_response, queue_errors
 from api.main import create_app
 from shared.errors import (
     ERRORS_BY_CODE,
+    ConfigurationError,
     InvalidRequest,
     LorelayError,
     QueueFull,
@@ -27,6 +29,12 @@ RETRYABLE = {408, 409, 429, *range(500, 600)}
 
 def test_every_exception_of_lorelay_has_a_mapping_of_its_own() -> None:
     assert set(MAPPING) == set(ERRORS_BY_CODE.values())
+
+
+@pytest.mark.parametrize("cls", MAPPING, ids=lambda cls: cls.__name__)
+def test_every_code_that_a_client_may_get_is_documented(cls: type[LorelayError]) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "design.md").read_text().split("## 9. Errors")[1]
+    assert issubclass(cls, ConfigurationError) or f"`{cls.code}`" in page
 
 
 @pytest.mark.parametrize("cls", MAPPING, ids=lambda cls: cls.__name__)
