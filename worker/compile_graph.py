@@ -46,8 +46,8 @@ class Job(msgspec.Struct, frozen=True):
     """The folder; its config is all that is read."""
     dtype: str
     trust_remote_code: bool
-    linears: list[str]
-    """Those that are the operators', in the order of their numbers."""
+    products: list[list[str]]
+    """The Linears that are the operators', in the order of their numbers, those together that are one."""
     small_tensors: dict[str, list[float]]
     """The values of the model's other tensors of up to `SMALL` elements: they become part of the graph."""
     layouts: dict[str, str]
@@ -128,10 +128,13 @@ def _load_without_weights(job: Job) -> nn.Module:
             attn_implementation=attention.NAME,
             trust_remote_code=job.trust_remote_code,
         )
-    for number, name in enumerate(job.linears):
-        linear: Any = model.get_submodule(name)
-        call_operator(linear, number)
-        linear.weight = linear.bias = None
+    number = 0
+    for names in job.products:
+        linears: list[Any] = [model.get_submodule(name) for name in names]
+        call_operator(linears, number)
+        number += len(names)
+        for linear in linears:
+            linear.weight = linear.bias = None
     state = AttentionState(PagedKVCache(0, 1))
     state.use(kernels.new_state())
     attention.attach(model, state)

@@ -233,12 +233,13 @@ def _try_to_lock(file: IO[str]) -> bool:
     return True
 
 
-def describe_job(folder: Path, model: Any, linears: Iterable[str], *, trust_remote_code: bool) -> Job:
-    """The job for a model that `worker.kernels` serve; `linears` are the operators', in their order.
+def describe_job(folder: Path, model: Any, products: Iterable[list[str]], *, trust_remote_code: bool) -> Job:
+    """The job for a model that `worker.kernels` serve; `products` are the operators', in their order.
 
     Its output's name changes with whatever the graph depends on.
     """
-    names, dtype = list(linears), str(model.dtype).removeprefix("torch.")
+    groups, dtype = list(products), str(model.dtype).removeprefix("torch.")
+    names = {name for group in groups for name in group}
     others = {
         name: tensor
         for name, tensor in compile_graph.tensors(model).items()
@@ -250,9 +251,9 @@ def describe_job(folder: Path, model: Any, linears: Iterable[str], *, trust_remo
     layouts = {name: compile_graph.layout(tensor) for name, tensor in others.items()}
     sources = [Path(str(module.__file__)) for module in (attention, compile_graph, kernels, packed)]
     sources += [folder / "config.json", *sorted(folder.glob("*.py"))]
-    parts = (kernels.fingerprint(), transformers.__version__, dtype, names, small, layouts)
+    parts = (kernels.fingerprint(), transformers.__version__, dtype, groups, small, layouts)
     digest = hashlib.sha256(repr(parts).encode())
     for source in sources:
         digest.update(source.read_bytes())
     output = kernels.cache_folder() / f"graph-{digest.hexdigest()[:16]}"
-    return Job(str(folder), dtype, trust_remote_code, names, small, layouts, str(output))
+    return Job(str(folder), dtype, trust_remote_code, groups, small, layouts, str(output))

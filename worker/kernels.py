@@ -72,10 +72,19 @@ def mark_used(path: Path) -> None:
 class OperatorState(Protocol):
     """What the operators of one model need beside their arguments."""
 
-    def set_linear(
-        self, number: int, weight: Tensor, bias: Tensor | None, is_packed: bool, sees_kept_rows: bool
+    def set_linears(
+        self,
+        number: int,
+        sizes: list[int],
+        weight: Tensor,
+        bias: Tensor | None,
+        is_packed: bool,
+        sees_kept_rows: bool,
     ) -> None:
-        """A Linear's weight (out, in), or what `worker.packed` made of it; which of a step's rows it sees."""
+        """Linears that are one product: `number` has `sizes[0]` outputs, `number + 1` has `sizes[1]`, ...
+
+        `weight` (sum of sizes, in), or what `worker.packed` made of it; which of a step's rows they see.
+        """
 
     def set_adapters(self, number: int, a: Tensor, b: Tensor, ranks: Tensor) -> None:
         """The adapters of a Linear: `a` (sum of ranks, in) and `b` (sum of ranks, out), scaled.
@@ -113,7 +122,10 @@ def new_state() -> OperatorState:
 
 
 def linear(number: int, num_outputs: int, rows: Tensor) -> Tensor:
-    """W x + b of the Linear with this number, and B (A x) of each row's adapter; `rows` is (..., in)."""
+    """W x + b, and B (A x) of each row's adapter, of the Linears whose product has this number.
+
+    `rows` is (..., in), the output (..., num_outputs).
+    """
     output: Tensor = torch.ops.lorelay.linear(rows, number, num_outputs)
     return output
 

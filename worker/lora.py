@@ -217,11 +217,6 @@ class LoraStack:
         self._layers: dict[str, LoraLayer] = {}
         self._slots: dict[str, int] = {}
 
-    @property
-    def layer_names(self) -> list[str]:
-        """The Linears that adapters may change, in the order of their numbers."""
-        return list(self._linears)
-
     def prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
         """An adapter as `put` takes it; may be called in any thread.
 

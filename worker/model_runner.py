@@ -1,13 +1,13 @@
 """The only code that touches the device: one forward pass over a batch, and the tokens sampled from it."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.errors import AdapterError, ConfigurationError
 from shared.logs import fields
@@ -56,14 +56,15 @@ class ModelRunner:
         self._state = AttentionState(PagedKVCache(num_blocks_needed(self.block_size), self.block_size))
         attach(model, self._state)
         self_check = SelfCheck(model, self._state, self.block_size, settings.model)
-        shapes = self_check.run(self._forward)
+        calls = self_check.run(self._forward)
         operators = kernels.new_state() if has_kernels else None
-        token_layers, kept_layers = shapes.select(model)
+        token_layers, kept_layers = calls.select(model)
         self._lora = LoraStack(token_layers, kept_layers, model.dtype, operators)
         self._adapters = AdapterStore(model, settings.model, self._lora)
         if operators is not None:
             self._state.use(operators)
-        is_packed = self._replace_products(token_layers.values(), kept_layers.values(), operators)
+        self._products = calls.group(token_layers) + [[name] for name in kept_layers]
+        is_packed = self._replace_products(frozenset(kept_layers), operators)
         if has_kernels or is_packed:
             self_check.run(self._forward)
         self.max_model_len = loading.max_model_len(model.config, settings.session_len)
@@ -98,7 +99,7 @@ class ModelRunner:
 
     def _compile(self, folder: Path, settings: WorkerSettings) -> None:
         job = compiled.describe_job(
-            folder, self._model, self._lora.layer_names, trust_remote_code=settings.trust_remote_code
+            folder, self._model, self._products, trust_remote_code=settings.trust_remote_code
         )
         self._run_model = CompiledForward(self._run_eagerly, self._model, job)
 
@@ -211,20 +212,26 @@ class ModelRunner:
         if self.adapter_versions:
             logger.info("adapters: %s", self.adapter_cache.summary, extra=fields("load_adapters"))
 
-    def _replace_products(
-        self,
-        token_layers: Iterable[nn.Linear],
-        kept_layers: Iterable[nn.Linear],
-        operators: OperatorState | None,
-    ) -> bool:
+    def _replace_products(self, kept_layers: Container[str], operators: OperatorState | None) -> bool:
         """Whether this machine has a layout of its own for weights; they are in it then."""
-        layers = [(linear, False) for linear in token_layers] + [(linear, True) for linear in kept_layers]
-        num_packed = sum(
-            replace_product(linear, sees_kept_rows=is_kept, operators=operators, number=number)
-            for number, (linear, is_kept) in enumerate(layers)
+        number = num_packed = 0
+        for names in self._products:
+            num_packed += replace_product(
+                [self._model.get_submodule(name) for name in names],
+                sees_kept_rows=names[0] in kept_layers,
+                operators=operators,
+                number=number,
+            )
+            number += len(names)
+        layout = "packed for oneDNN" if num_packed else "plain weights"
+        logger.info(
+            "forward pass: %s, %s; %d Linears in %d products",
+            self._model.dtype,
+            layout,
+            number,
+            len(self._products),
+            extra=fields("load_model"),
         )
-        layout = f"{num_packed} Linears packed for oneDNN" if num_packed else "plain weights"
-        logger.info("forward pass: %s, %s", self._model.dtype, layout, extra=fields("load_model"))
         return num_packed > 0
 
     def _affordable_blocks(self, settings: WorkerSettings) -> int:

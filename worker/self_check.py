@@ -4,9 +4,10 @@ Not a list of model families: some never call the attention function, some keep 
 parameters from the whole pack. All that shows as other logits or other calls, and the model is refused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,11 +40,15 @@ def num_blocks_needed(block_size: int) -> int:
 
 
 @dataclass
-class InputShapes:
-    """Which Linears saw, at every call, one row per token of the step, or one per kept row of it."""
+class LinearCalls:
+    """What the Linears of a model saw at every step."""
 
     see_tokens: dict[str, bool] = field(default_factory=dict)
+    """Whether one row per token of the step, ..."""
     see_kept: dict[str, bool] = field(default_factory=dict)
+    """... or one per kept row of it."""
+    neighbours: set[tuple[str, str]] | None = None
+    """Those called one after the other with the same rows; None before the first step."""
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
         """The model's Linears that see all tokens, and those that see the kept rows."""
@@ -53,6 +58,28 @@ class InputShapes:
             name: module for name, module in modules.items() if name not in tokens and self.see_kept.get(name)
         }
         return tokens, kept
+
+    def group(self, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
+        """The names of `layers` in their order, those side by side that one product can compute."""
+        groups: list[list[str]] = []
+        for name, linear in layers.items():
+            former = groups[-1][-1] if groups else ""
+            if (former, name) in (self.neighbours or ()) and _are_alike(layers[former], linear):
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        return groups
+
+    def end_step(self, calls: Iterable[tuple[str, Tensor]]) -> None:
+        """Notes which Linears were called with which rows, in the order of the calls."""
+        pairs = {
+            (name, next_name) for (name, rows), (next_name, next_rows) in pairwise(calls) if rows is next_rows
+        }
+        self.neighbours = pairs if self.neighbours is None else self.neighbours & pairs
+
+
+def _are_alike(one: nn.Linear, other: nn.Linear) -> bool:
+    return one.weight.dtype == other.weight.dtype and (one.bias is None) == (other.bias is None)
 
 
 class SelfCheck:
@@ -74,18 +101,18 @@ class SelfCheck:
         with self._refused_on_error("its plain forward pass fails"):
             self._plain = [_plain_logits(model, sequence) for sequence in self._ids]
 
-    def run(self, forward: Callable[[Batch], Tensor]) -> InputShapes:
+    def run(self, forward: Callable[[Batch], Tensor]) -> LinearCalls:
         """Runs them packed with `forward`, and compares.
 
         Raises:
             ConfigurationError: they differ, or it fails; names the model and the reason.
         """
         with self._refused_on_error("its forward pass over packed sequences fails"):
-            shapes, errors = self._run(forward)
+            calls, errors = self._run(forward)
         problem = _call_problem(self._model, self._state) or _logits_problem(errors, self._model.dtype)
         if problem:
             raise ConfigurationError(f"LORELAY_MODEL: {self._name} can't be served: {problem}")
-        return shapes
+        return calls
 
     @contextmanager
     def _refused_on_error(self, what: str) -> Iterator[None]:
@@ -97,20 +124,20 @@ class SelfCheck:
                 f"LORELAY_MODEL: {self._name} can't be served: {what}: {type(error).__name__}: {error}"
             ) from error
 
-    def _run(self, forward: Callable[[Batch], Tensor]) -> tuple[InputShapes, list[float]]:
+    def _run(self, forward: Callable[[Batch], Tensor]) -> tuple[LinearCalls, list[float]]:
         sequences = _sequences(self._block_size)
-        shapes, errors = InputShapes(), []
+        calls, errors = LinearCalls(), []
         self._state.calls.clear()
         for counts in STEPS:
             batch = _schedule(sequences, self._ids, counts)
-            with _watched(self._model, sum(counts), len(batch), shapes):
+            with _watched(self._model, sum(counts), len(batch), calls):
                 logits = forward(batch)
             rows = [self._plain[sequences.index(item.seq)][len(item.seq.token_ids) - 1] for item in batch]
             for packed_row, plain_row in zip(logits, rows[: len(logits)], strict=True):
                 errors.append(relative_error(packed_row, plain_row))
             for item in batch:
                 item.seq.num_computed_tokens += item.num_tokens
-        return shapes, errors
+        return calls, errors
 
 
 def _sequences(block_size: int) -> list[Sequence]:
@@ -148,15 +175,17 @@ def _plain_logits(model: Any, token_ids: list[int]) -> Tensor:
 
 
 @contextmanager
-def _watched(model: nn.Module, num_tokens: int, num_kept: int, shapes: InputShapes) -> Iterator[None]:
-    """Notes the number of rows that each Linear sees meanwhile."""
+def _watched(model: nn.Module, num_tokens: int, num_kept: int, calls: LinearCalls) -> Iterator[None]:
+    """Notes the rows that each Linear sees meanwhile."""
     handles = []
+    rows: list[tuple[str, Tensor]] = []
     for name, module in linears(model).items():
 
         def note(linear: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            rows.append((name, inputs[0]))
             num_rows = inputs[0].shape[:-1].numel()
             is_packed = inputs[0].dim() == 2 or inputs[0].shape[-2] == num_rows
-            for seen, expected in ((shapes.see_tokens, num_tokens), (shapes.see_kept, num_kept)):
+            for seen, expected in ((calls.see_tokens, num_tokens), (calls.see_kept, num_kept)):
                 seen[name] = seen.get(name, True) and is_packed and num_rows == expected
 
         handles.append(module.register_forward_pre_hook(note))
@@ -165,6 +194,7 @@ def _watched(model: nn.Module, num_tokens: int, num_kept: int, shapes: InputShap
     finally:
         for handle in handles:
             handle.remove()
+    calls.end_step(rows)
 
 
 def relative_error(packed: Tensor, plain: Tensor) -> float:

@@ -19,11 +19,15 @@
 namespace lorelay {
 namespace {
 
-struct Linear {
+struct Product {  // of Linears that see the same rows
+  std::vector<int64_t> sizes;  // the number of outputs of each
   Tensor weight;
   std::optional<Tensor> bias;
   bool is_packed = false, sees_kept_rows = false;
-  Tensor a, b, ranks;  // of all its adapters; undefined while there was none
+};
+
+struct Adapters {
+  Tensor a, b, ranks;  // of all adapters of a Linear; undefined while there was none
 };
 
 struct AdapterRows {
@@ -35,19 +39,21 @@ struct AdapterRows {
 // What the operators of a model need beside their arguments, so that a graph compiled once serves whatever adapters
 // and sequences a step has.
 struct OperatorState : torch::CustomClassHolder {
-  std::vector<Linear> linears;
+  std::vector<Product> products;   // by the number of their first Linear
+  std::vector<Adapters> adapters;  // by the number of the Linear
   std::vector<std::pair<Tensor, Tensor>> caches;
   AdapterRows token_rows, kept_rows;
   StepLayout layout;
 
-  void set_linear(int64_t number, Tensor weight, std::optional<Tensor> bias, bool is_packed, bool sees_kept_rows) {
-    linears.resize(std::max<size_t>(linears.size(), number + 1));
-    linears[number] = {std::move(weight), std::move(bias), is_packed, sees_kept_rows, {}, {}, {}};
+  void set_linears(int64_t number, std::vector<int64_t> sizes, Tensor weight, std::optional<Tensor> bias,
+                   bool is_packed, bool sees_kept_rows) {
+    const size_t end = std::max<size_t>(adapters.size(), number + sizes.size());
+    products.resize(end), adapters.resize(end);
+    products[number] = {std::move(sizes), std::move(weight), std::move(bias), is_packed, sees_kept_rows};
   }
 
   void set_adapters(int64_t number, Tensor a, Tensor b, Tensor ranks) {
-    Linear& linear = linears.at(number);
-    linear.a = std::move(a), linear.b = std::move(b), linear.ranks = std::move(ranks);
+    adapters.at(number) = {std::move(a), std::move(b), std::move(ranks)};
   }
 
   void set_cache(int64_t layer, Tensor keys, Tensor values) {
@@ -76,24 +82,24 @@ c10::intrusive_ptr<OperatorState> current_state() {
   return state;
 }
 
-Tensor multiply_packed(const Tensor& rows, const Linear& linear) {
+Tensor multiply_packed(const Tensor& rows, const Product& linears) {
   using Scalars = c10::List<std::optional<at::Scalar>>;
   static const auto product =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
           .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view, Scalars,
                         std::optional<std::string_view>)>();
-  return product.call(rows, linear.weight, linear.bias, "none", Scalars(), "");
+  return product.call(rows, linears.weight, linears.bias, "none", Scalars(), "");
 }
 
-void add_to_chunks(Tensor output, const Tensor& input, const Linear& linear, const Tensor& chunks) {
+void add_to_chunks(const Tensor& output, const Tensor& input, const Adapters& adapters, const Tensor& chunks) {
   const auto chunk = chunks.accessor<int64_t, 2>();
-  const auto rank = linear.ranks.accessor<int64_t, 2>();
+  const auto rank = adapters.ranks.accessor<int64_t, 2>();
   for (int64_t n = 0; n < chunk.size(0); ++n) {
     const int64_t slot = chunk[n][0];
     if (slot < rank.size(0) && rank[slot][1] > 0) {
-      const Tensor a = linear.a.narrow(0, rank[slot][0], rank[slot][1]);
-      const Tensor b = linear.b.narrow(0, rank[slot][0], rank[slot][1]);
+      const Tensor a = adapters.a.narrow(0, rank[slot][0], rank[slot][1]);
+      const Tensor b = adapters.b.narrow(0, rank[slot][0], rank[slot][1]);
       Tensor part = output.narrow(0, chunk[n][1], chunk[n][2]);
       part.add_(at::mm(at::mm(input.narrow(0, chunk[n][1], chunk[n][2]), a.t()), b));
     }
@@ -102,13 +108,22 @@ void add_to_chunks(Tensor output, const Tensor& input, const Linear& linear, con
 
 Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs: for shapes alone */) {
   const auto state = current_state();
-  const Linear& linear = state->linears.at(number);
-  Tensor output = linear.is_packed ? multiply_packed(rows, linear) : at::linear(rows, linear.weight, linear.bias);
-  const AdapterRows& owners = linear.sees_kept_rows ? state->kept_rows : state->token_rows;
-  if (linear.a.defined() && !owners.is_empty()) {
-    const Tensor y = output.view({-1, output.size(-1)}), x = rows.reshape({-1, rows.size(-1)});
-    add_to_chunks(y, x, linear, owners.chunks);
-    add_lora(y, x, linear.a, linear.b, owners.index, owners.runs, linear.ranks);
+  const Product& product = state->products.at(number);
+  Tensor output = product.is_packed ? multiply_packed(rows, product) : at::linear(rows, product.weight, product.bias);
+  const AdapterRows& owners = product.sees_kept_rows ? state->kept_rows : state->token_rows;
+  if (owners.is_empty()) {
+    return output;
+  }
+  const Tensor x = rows.reshape({-1, rows.size(-1)});
+  int64_t first = 0;
+  for (const int64_t size : product.sizes) {
+    const Adapters& adapters = state->adapters[number++];
+    if (adapters.a.defined()) {
+      const Tensor y = output.view({-1, output.size(-1)}).narrow(1, first, size);
+      add_to_chunks(y, x, adapters, owners.chunks);
+      add_lora(y, x, adapters.a, adapters.b, owners.index, owners.runs, adapters.ranks);
+    }
+    first += size;
   }
   return output;
 }
@@ -135,7 +150,7 @@ TORCH_LIBRARY(lorelay, library) {
   using lorelay::OperatorState;
   library.class_<OperatorState>("OperatorState")
       .def(torch::init<>())
-      .def("set_linear", &OperatorState::set_linear)
+      .def("set_linears", &OperatorState::set_linears)
       .def("set_adapters", &OperatorState::set_adapters)
       .def("set_cache", &OperatorState::set_cache)
       .def("set_adapter_rows", &OperatorState::set_adapter_rows)

@@ -250,8 +250,8 @@ class Stacked:
         if has_kernels:
             need_kernels()
             self.operators = kernels.new_state()
-            replace_product(self.one, sees_kept_rows=False, operators=self.operators, number=0)
-            replace_product(self.head, sees_kept_rows=True, operators=self.operators, number=1)
+            replace_product([self.one], sees_kept_rows=False, operators=self.operators, number=0)
+            replace_product([self.head], sees_kept_rows=True, operators=self.operators, number=1)
         self.stack = LoraStack({"one": self.one}, {"head": self.head}, torch.float64, self.operators)
         self.x = torch.randn(1, 7, 6, dtype=torch.float64)
 

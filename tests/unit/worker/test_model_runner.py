@@ -444,6 +444,17 @@ def test_half_precision_passes_the_self_check(models: Mapping[str, Path], dtype:
     assert len(output) == NUM_TOKENS
 
 
+def test_linears_that_a_model_calls_with_the_same_rows_are_one_product(llama: ModelRunner) -> None:
+    layer = "model.layers.0"
+    products = [names for names in llama._products if names[0].startswith(layer)]
+    assert products == [
+        [f"{layer}.self_attn.{name}_proj" for name in "qkv"],
+        [f"{layer}.self_attn.o_proj"],
+        [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"],
+        [f"{layer}.mlp.down_proj"],
+    ]
+
+
 def test_an_empty_batch_gives_no_tokens(llama: ModelRunner) -> None:
     assert llama.run([]) == []
 

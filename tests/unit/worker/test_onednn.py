@@ -20,7 +20,7 @@ from torch import nn
 from worker.packed import replace_product
 
 linear = nn.Linear(64, 64, dtype=torch.bfloat16).requires_grad_(False)
-replace_product(linear, sees_kept_rows=False)
+replace_product([linear], sees_kept_rows=False)
 
 def num_bytes():
     ctypes.CDLL(None).malloc_trim(0)
