@@ -35,6 +35,8 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 EAGER, COMPILED = "eager", "compiled"
 STOP_LIMIT_S = 5.0
 """The compiler's, to clean up."""
+MAX_NUM_DIFFERING_STEPS = 8
+"""A row of bfloat16 now and then depends on rounding alone; a graph that is wrong is so in every step."""
 LOCK_POLL_S = 0.2
 KEPT_UNUSED_S = 30 * 24 * 3600
 """A graph or a build of the kernels that no worker has loaded for so long goes."""
@@ -59,6 +61,7 @@ class CompiledForward:
         self._graph: Forward | None = None
         self._is_checked = {True: False, False: False}
         """For single tokens, and for several."""
+        self._num_differing_steps = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._is_closed = threading.Event()
@@ -107,12 +110,16 @@ class CompiledForward:
 
     def _judge(self, errors: list[float], is_single: bool, dtype: torch.dtype) -> None:
         """Decides by the errors of those rows of logits that could be compared."""
-        # An error that is no number admits nothing.
-        if not all(error <= TOLERANCES[dtype] for error in errors):
-            shown = ", ".join(f"{error:.2g}" for error in errors)
-            self._refuse(f"its logits differ from the eager ones (by {shown} of their spread)")
-        elif errors:
-            self._is_checked[is_single] = True
+        differing = [error for error in errors if not error <= TOLERANCES[dtype]]  # NaN is one
+        if not differing:
+            self._is_checked[is_single] = bool(errors)
+            return
+        self._num_differing_steps += 1
+        if self._num_differing_steps == MAX_NUM_DIFFERING_STEPS:
+            self._refuse(
+                f"its logits differ from the eager ones in {len(differing)} of {len(errors)} rows (by "
+                f"{differing[0]:.2g} of their spread), as in {MAX_NUM_DIFFERING_STEPS - 1} steps before"
+            )
 
     def _refuse(self, problem: str) -> None:
         """Stays eager, at the next starts too."""
