@@ -45,7 +45,8 @@ class PagedKVCache:
         """Stores keys and values (T, num_kv_heads, head_dim) at `slots` (T,); returns the layer's tensors.
 
         Slot = block x block_size + offset. Entries that are not finite are stored as numbers: a later owner
-        of the block masks them, and 0 x NaN would be NaN. The row's own logits show the NaN all the same.
+        of the block masks them, and 0 x NaN would be NaN. Where such a token's logits are computed, they
+        show the NaN all the same.
         """
         tensors = self.layer(layer, key.transpose(0, 1), value.transpose(0, 1))
         for stored, new in zip(tensors, (key, value), strict=True):
