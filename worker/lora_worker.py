@@ -135,6 +135,7 @@ class LoraWorker(BaseWorker):
     def _serve(self, model_runner: "ModelRunner", settings: WorkerSettings, burst: bool) -> bool:
         faults = Faults(settings.faults)
         # Libraries and model are here to stay: a collection that goes through them takes all streams 0.2 s.
+        gc.collect()
         gc.freeze()
         engine = build_engine(model_runner, settings, faults)
         cards = _cards(settings, model_runner)
