@@ -97,13 +97,16 @@ class AdapterCache(Generic[W]):
         )
 
     def keep(self, name: str, weights: W) -> None:
-        """Takes in an adapter that was read before the start, as far as there is room for it."""
+        """Takes in an adapter that was read before the start, if host memory has room for it."""
         self._num_known += 1
         self._fit_slots(weights.num_bytes)
-        if self._num_free_slots > 0:
-            self._fill_slot(name, weights)
         if self.num_cached_bytes + weights.num_bytes <= self._max_num_bytes:
             self._cache(name, weights)
+
+    def fill_slots(self) -> None:
+        """Makes those that were kept resident, as far as there are slots: their number is known by now."""
+        for name in list(self._cached)[: self._num_free_slots]:
+            self._fill_slot(name, self._cached[name])
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
         """Whether an adapter is resident now.
@@ -166,8 +169,6 @@ class AdapterCache(Generic[W]):
         if self._max_num_slot_bytes is not None and self._largest_num_bytes:
             num_affordable = max(1, self._max_num_slot_bytes // self._largest_num_bytes)
             self.num_slots = min(self._num_wanted_slots, num_affordable)
-        while self._num_free_slots < 0:
-            self._make_room(())
 
     def _make_room(self, in_use: Collection[str | None]) -> bool:
         if self._num_free_slots > 0:

@@ -204,11 +204,12 @@ class ModelRunner:
 
     def _load_adapters(self, sources: Iterable[AdapterSource]) -> None:
         """Checks all adapters; keeps as many as there is room for."""
-        for source in sources:
-            try:
+        try:
+            for source in sources:
                 self.adapter_cache.keep(source.name, self._adapters.register(source.name, source.path))
-            except AdapterError as error:
-                raise ConfigurationError(f"LORELAY_ADAPTERS: {error.message}") from error
+            self.adapter_cache.fill_slots()
+        except AdapterError as error:
+            raise ConfigurationError(f"LORELAY_ADAPTERS: {error.message}") from error
         if self.adapter_versions:
             logger.info("adapters: %s", self.adapter_cache.summary, extra=fields("load_adapters"))
 

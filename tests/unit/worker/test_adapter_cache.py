@@ -126,6 +126,7 @@ def test_at_the_start_as_many_are_kept_as_fit() -> None:
     bench = Bench(num_slots=2, max_num_bytes=30)
     for name in NAMES:
         bench.cache.keep(name, FakeWeights(name))
+    bench.cache.fill_slots()
     assert bench.store.slots == {"a", "b"}
     assert bench.cache.num_cached_bytes == 30
     assert bench.cache.summary == (
@@ -141,6 +142,8 @@ def test_there_are_no_more_slots_than_memory_has_for_the_largest_adapter() -> No
     )
     for name, size in zip(NAMES, (2, 5, 10, 3), strict=False):
         cache.keep(name, FakeWeights(name, size * mib))
+        assert not store.slots  # what leaves a slot leaves its memory only when another takes it
+    cache.fill_slots()
     assert cache.num_slots == 2
     assert store.slots == set(cache.resident)
     assert len(store.slots) == 2
@@ -151,8 +154,9 @@ def test_there_are_no_more_slots_than_memory_has_for_the_largest_adapter() -> No
 
 
 def test_an_adapter_larger_than_the_memory_for_slots_gets_one_all_the_same() -> None:
-    cache = AdapterCache(FakeStore(1), ManualExecutor(), num_slots=4, max_num_bytes=0, max_num_slot_bytes=9)
+    cache = AdapterCache(FakeStore(1), ManualExecutor(), num_slots=4, max_num_bytes=99, max_num_slot_bytes=9)
     cache.keep("a", FakeWeights("a"))
+    cache.fill_slots()
     assert (cache.num_slots, cache.resident) == (1, ("a",))
 
 
