@@ -76,8 +76,12 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
     """
     try:
         folder = _find(path)
+        stamps = _stamps(folder)
         config, weight_file = _read_config(folder), _weight_file(folder)
         layers = _read_layers(folder, _read_weights(weight_file), config, model)
+        version = _version((folder / CONFIG_FILE, weight_file))
+        if _stamps(folder) != stamps:
+            raise _Problem("its files changed while they were read")
     except _Problem as problem:
         raise AdapterError(f"adapter {name!r} at {path}: {problem}") from problem
     declared = str(config.get("base_model_name_or_path") or "")
@@ -90,7 +94,7 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
             base_name,
             extra=fields("load_adapter", adapter_name=name),
         )
-    return LoadedAdapter(path, _version((folder / CONFIG_FILE, weight_file)), layers)
+    return LoadedAdapter(path, version, layers)
 
 
 def _find(path: str) -> Path:
@@ -258,6 +262,13 @@ def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer
             (rank,), (scaling,) = module.r.values(), module.scaling.values()
             found[layer] = _ExpectedLayer(rank, base.in_features, base.out_features, float(scaling))
     return found
+
+
+def _stamps(folder: Path) -> list[tuple[int, int, int]]:
+    """Other ones where a file was written to or replaced meanwhile."""
+    files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
+    found = [file.stat() for file in files if file.exists()]
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 def _version(files: Iterable[Path]) -> str:

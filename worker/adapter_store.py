@@ -1,5 +1,7 @@
 """Adapters on disk and in the device's slots: what moves the tensors for `AdapterCache`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +29,9 @@ class AdapterStore:
         Raises:
             AdapterError: it can't be served; the message has name, path and reason.
         """
-        adapter = load_adapter(name, path, self._model, self._base_name)
-        weights = self._lora.prepare(name, adapter)
+        with _reading(name, path):
+            adapter = load_adapter(name, path, self._model, self._base_name)
+            weights = self._lora.prepare(name, adapter)
         self._paths[name] = path
         self.versions[name] = adapter.version
         return weights
@@ -46,18 +49,15 @@ class AdapterStore:
             AdapterError: it can't be served any more, or is another one by now.
         """
         path = self._paths[name]
-        try:
+        with _reading(name, path):
             adapter = load_adapter(name, path, self._model)
-        # torch's own errors, of a lack of memory for one, are RuntimeErrors.
-        except (OSError, MemoryError, RuntimeError) as error:
-            raise AdapterError(f"adapter {name!r} at {path}: {error}") from error
-        if adapter.version != self.versions[name]:
-            # The registry, and the prefix cache, know it by the version.
-            raise AdapterError(
-                f"adapter {name!r} at {path}: its files have changed since this worker started; "
-                "serve them under another name, or start all workers anew"
-            )
-        return self._lora.prepare(name, adapter)
+            if adapter.version != self.versions[name]:
+                # The registry, and the prefix cache, know it by the version.
+                raise AdapterError(
+                    f"adapter {name!r} at {path}: its files have changed since this worker started; "
+                    "serve them under another name, or start all workers anew"
+                )
+            return self._lora.prepare(name, adapter)
 
     def put(self, name: str, weights: SlotWeights) -> None:
         """Makes an adapter resident: it can be used from the next step on.
@@ -74,3 +74,12 @@ class AdapterStore:
     def remove(self, name: str) -> None:
         """Frees an adapter's slot."""
         self._lora.remove(name)
+
+
+@contextmanager
+def _reading(name: str, path: str) -> Iterator[None]:
+    """Whatever a file or a lack of memory raises is an `AdapterError`; torch's own are RuntimeErrors."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as error:
+        raise AdapterError(f"adapter {name!r} at {path}: {error}") from error
