@@ -106,6 +106,13 @@ def test_every_variable_that_compose_sets_is_a_setting(services: Any) -> None:
         assert {key.removeprefix("LORELAY_").lower() for key in variables} <= fields
 
 
+def test_what_a_worker_fetches_and_builds_outlives_its_container(services: Any) -> None:
+    worker = services["worker"]
+    folders = [volume.split(":")[1] for volume in worker["volumes"]]
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        assert worker["environment"][name] in folders
+
+
 def test_every_setting_of_the_env_file_reaches_api_and_workers(services: Any) -> None:
     for name in ("api", "worker"):
         assert services[name]["env_file"] == [{"path": ".env", "required": False}]
