@@ -64,9 +64,8 @@ class ModelRunner:
         if operators is not None:
             self._state.use(operators)
         self._products = calls.group(token_layers) + [[name] for name in kept_layers]
-        is_packed = self._replace_products(frozenset(kept_layers), operators)
-        if has_kernels or is_packed:
-            self_check.run(self._forward)
+        self._replace_products(frozenset(kept_layers), operators)
+        self_check.run_again(self._forward)
         self.max_model_len = loading.max_model_len(model.config, settings.session_len)
         self._state.kv_cache.resize(self._affordable_blocks(settings))
         self._log_cache()
@@ -213,8 +212,8 @@ class ModelRunner:
         if self.adapter_versions:
             logger.info("adapters: %s", self.adapter_cache.summary, extra=fields("load_adapters"))
 
-    def _replace_products(self, kept_layers: Container[str], operators: OperatorState | None) -> bool:
-        """Whether this machine has a layout of its own for weights; they are in it then."""
+    def _replace_products(self, kept_layers: Container[str], operators: OperatorState | None) -> None:
+        """Lets the Linears compute as fast as this machine can."""
         number = num_packed = 0
         for names in self._products:
             num_packed += replace_product(
@@ -233,7 +232,6 @@ class ModelRunner:
             len(self._products),
             extra=fields("load_model"),
         )
-        return num_packed > 0
 
     def _affordable_blocks(self, settings: WorkerSettings) -> int:
         """How many blocks the cache gets: what memory admits, at most what is of use.

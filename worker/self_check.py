@@ -114,6 +114,20 @@ class SelfCheck:
             raise ConfigurationError(f"LORELAY_MODEL: {self._name} can't be served: {problem}")
         return calls
 
+    def run_again(self, forward: Callable[[Batch], Tensor]) -> None:
+        """The same, when the products and the attention of a model that passed were replaced by our own.
+
+        Raises:
+            ConfigurationError: says so, since then it is our fault.
+        """
+        try:
+            self.run(forward)
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{error.message} (with PyTorch's own calls it can: a fault of Lorelay's products or C++ "
+                "operators; LORELAY_COMPILE=off leaves the latter out)"
+            ) from error
+
     @contextmanager
     def _refused_on_error(self, what: str) -> Iterator[None]:
         """Whatever an unknown model raises on such input means that it can't be served."""

@@ -15,7 +15,7 @@ from shared.settings import WorkerSettings
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.tiny_models import build_adapter, build_model, change_json, generate_with_peft
 from tests.waiting import wait_until
-from worker import model_runner, self_check
+from worker import model_runner, packed, self_check
 from worker.model_runner import ModelRunner
 from worker.sequence import ScheduledSequence, Sequence
 
@@ -316,6 +316,14 @@ def test_a_model_whose_packed_logits_differ_is_refused_by_name(
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", of_the_whole_pack)
     with pytest.raises(ConfigurationError, match=r"llama can't be served: its logits .* differ"):
         load(models["llama"])
+
+
+def test_a_model_that_only_our_own_products_spoil_is_refused_with_the_way_out(
+    models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_multiply", lambda weight, bias, rows: rows @ weight.T * 1.5)
+    with pytest.raises(ConfigurationError, match=r"llama can't be served: .*LORELAY_COMPILE=off"):
+        load(models["llama"], dtype="float64", compile="off")
 
 
 def test_a_model_that_asks_for_an_unknown_kind_of_attention_is_refused_by_name(
