@@ -24,6 +24,7 @@ from shared.supervisor import ChildSpec, start_process
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 START_LIMIT_S = 300.0
+COMPILE_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
 POLL_S = 0.05
 
@@ -111,6 +112,13 @@ class Deployment:
         """A client of its server; close it."""
         return redis.Redis.from_url(self._state.url, socket_timeout=5)
 
+    def forward_states(self) -> set[str]:
+        """How its workers compute now, as `lorelay status` shows it; empty for one that doesn't serve yet."""
+        with self.connect() as connection:
+            live = live_workers(connection, self.base_name)
+        keys = [(socket.gethostname(), pid) for pid in self.worker_pids]
+        return {live[key].forward if key in live else "" for key in keys}
+
     def __enter__(self) -> Self:
         try:
             self._folder.mkdir(parents=True)
@@ -145,9 +153,8 @@ class Deployment:
         ]
         workers = {self._log(spec.name): self._start(spec) for spec in specs}
         self.worker_pids = [worker.pid for worker in workers.values()]
-        wanted = {(socket.gethostname(), pid) for pid in self.worker_pids}
-        with self.connect() as connection:
-            wait_until(lambda: _are_ready(connection, settings.base_name, wanted), workers)
+        wait_until(lambda: "" not in self.forward_states(), workers)
+        wait_until(lambda: COMPILING not in self.forward_states(), workers, COMPILE_LIMIT_S)
 
     def _start(self, spec: ChildSpec) -> subprocess.Popen[bytes]:
         """Starts a process that ends with the deployment."""
@@ -159,25 +166,23 @@ class Deployment:
         return self._folder / f"{name}.log"
 
 
-def _are_ready(connection: redis.Redis, base: str, wanted: set[tuple[str, int]]) -> bool:
-    """Whether these workers serve, and as fast as they will."""
-    live = live_workers(connection, base)
-    return all(key in live and live[key].forward not in ("", COMPILING) for key in wanted)
-
-
 def start_logged(spec: ChildSpec, log: Path) -> subprocess.Popen[bytes]:
     """Starts a process whose output goes to a file."""
     with log.open("wb") as output:
         return start_process(spec, output)
 
 
-def wait_until(condition: Callable[[], bool], needed: Mapping[Path, subprocess.Popen[bytes]]) -> None:
+def wait_until(
+    condition: Callable[[], bool],
+    needed: Mapping[Path, subprocess.Popen[bytes]],
+    limit_s: float = START_LIMIT_S,
+) -> None:
     """Returns when the condition holds. `needed`: what must run for it, by log.
 
     Raises:
         StartFailed: one of these has ended, or the time is over.
     """
-    deadline = time.monotonic() + START_LIMIT_S
+    deadline = time.monotonic() + limit_s
     while not condition():
         ended = [log for log, process in needed.items() if process.poll() is not None]
         if ended or time.monotonic() > deadline:

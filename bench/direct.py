@@ -8,6 +8,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import msgspec
@@ -88,11 +89,14 @@ def main() -> None:
     bound_caches()
     from worker.model_runner import ModelRunner
 
-    engine = build_engine(ModelRunner.load(settings), settings, Faults())
-    warm_up = replace(load, num_requests=max(load.concurrency, len(load.models)), max_tokens=4, seed=1)
-    run(engine, warm_up, settings.base_name)
-    result = run(engine, load, settings.base_name)
-    fields = msgspec.structs.asdict(result) | {"tokens_per_s": result.tokens_per_s}
+    with closing(ModelRunner.load(settings)) as runner:
+        runner.wait()
+        engine = build_engine(runner, settings, Faults())
+        warm_up = replace(load, num_requests=max(load.concurrency, len(load.models)), max_tokens=4, seed=1)
+        run(engine, warm_up, settings.base_name)
+        result = run(engine, load, settings.base_name)
+        forward = runner.forward_state
+    fields = msgspec.structs.asdict(result) | {"tokens_per_s": result.tokens_per_s, "forward": forward}
     sys.stdout.write(msgspec.json.encode(fields).decode() + "\n")
 
 

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,8 @@ class Context:
     given_adapters: Mapping[str, str] = field(default_factory=dict)
     """The user's, in place of random ones."""
     floors: dict[int, float] = field(default_factory=dict)
+    forward_states: set[str] = field(default_factory=set)
+    """How the workers that were measured computed."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def floor(self, batch: int) -> float:
@@ -87,12 +90,18 @@ class Context:
             self.floors[batch] = max(self.ask("bench.floor", *options, *way)["tokens_per_s"] for way in ways)
         return self.floors[batch]
 
-    def deploy(self, worker_class: str = LORA_WORKER, *, num_workers: int = 1, **settings: str) -> Deployment:
-        """A deployment, not started yet."""
+    @contextmanager
+    def deploy(
+        self, worker_class: str = LORA_WORKER, *, num_workers: int = 1, **settings: str
+    ) -> Iterator[Deployment]:
+        """A deployment that runs meanwhile."""
         folder = self.folder / f"deployment-{next(self._numbers)}"
-        return Deployment(
+        with Deployment(
             folder, {**self.settings, **settings}, num_workers=num_workers, worker_class=worker_class
-        )
+        ) as deployment:
+            yield deployment
+            # Not before: what was compiled may turn out to be wrong.
+            self.forward_states |= deployment.forward_states()
 
     def make_adapters(self, count: int, rank: int, targets: Sequence[str]) -> dict[str, str]:
         """Random adapters on disk: name and folder."""
@@ -170,6 +179,7 @@ def _direct_speed(context: Context, settings: Mapping[str, str], server: Server)
     options += ["--requests", str(sizes.num_requests), "--max-tokens", str(sizes.max_tokens)]
     options += ["--prompt-words", str(sizes.num_prompt_words)]
     result = context.ask("bench.direct", *options, **{**context.settings, **settings})
+    context.forward_states.add(result["forward"])
     return float(result["tokens_per_s"])
 
 

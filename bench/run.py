@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = Context(Path(folder), settings, _sizes(args), wanted, dict(parse_adapters(args.adapters)))
         stages = [_served_stage(args)] if args.base_url else STAGES
         figures = {figure.key: figure for figure in _measure(context, stages, all_goals)}
-        heading = _heading(words, f"{Path(model).name} on {args.device}", context.floors)
+        heading = _heading(words, f"{Path(model).name} on {args.device}", context)
     rows = [Row(goal, figures[key]) for key, goal in all_goals.items() if key in figures]
     _write(rows, heading, args.out)
     return 1 if any(figure.failed for figure in figures.values()) else 0
@@ -139,14 +139,16 @@ def _measure(context: Context, stages: Iterable[Stage], all_goals: Mapping[str, 
             yield from (Figure(key, None, f"failed: {error}".splitlines()[0], True) for key in missing)
 
 
-def _heading(words: Sequence[str], weights: str, floors: Mapping[int, float]) -> list[str]:
+def _heading(words: Sequence[str], weights: str, context: Context) -> list[str]:
     """`weights`: what F was measured with, and where."""
     now = datetime.datetime.now().astimezone()
-    floor = ", ".join(f"F({batch}) = {speed:.0f} tokens/s" for batch, speed in sorted(floors.items()))
+    floors = sorted(context.floors.items())
+    facts = [weights, ", ".join(f"F({batch}) = {speed:.0f} tokens/s" for batch, speed in floors)]
+    facts += [f"forward pass {state}" for state in sorted(context.forward_states)]
     return [
         f"{now:%Y-%m-%d %H:%M %Z}, {_processor()}, {num_usable_cores()} cores",
         f"scripts/bench {shlex.join(words)}".strip(),
-        f"{weights}{'; ' if floor else ''}{floor}",
+        "; ".join(fact for fact in facts if fact),
     ]
 
 

@@ -20,7 +20,7 @@ def _are_built() -> bool:
 def wait_until_compiled(runner: ModelRunner) -> None:
     """Returns when a runner that can compile its forward pass uses the graph; at once for others."""
     if isinstance(runner._run_model, CompiledForward):
-        runner._run_model.wait()
+        runner.wait()
         assert runner.forward_state == COMPILED
 
 

@@ -107,6 +107,11 @@ class ModelRunner:
         """Whether the forward pass is `eager`, `compiled`, or eager and `compiling`."""
         return self._run_model.state if isinstance(self._run_model, CompiledForward) else compiled.EAGER
 
+    def wait(self) -> None:
+        """Returns when nothing goes on in the background any more."""
+        if isinstance(self._run_model, CompiledForward):
+            self._run_model.wait()
+
     def close(self) -> None:
         """Ends what goes on in the background."""
         if isinstance(self._run_model, CompiledForward):

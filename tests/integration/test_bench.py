@@ -1,6 +1,8 @@
 """`scripts/bench` on the tiny model: every row comes, whatever its figure."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from bench import memory, run
 from bench.served import KEYS
 from tests.deployment import Deployment
+from worker.compiled import COMPILED, EAGER
 
 PNG = b"\x89PNG"
 
@@ -32,6 +35,8 @@ def test_the_costs_of_redis_are_measured_on_a_deployment_of_its_own(tiny_model: 
 def test_adapters_come_from_where_the_rows_say(tiny_model: Path, tmp_path: Path) -> None:
     rows = bench(tmp_path, "--model", str(tiny_model), "--only", "cached", "disk")
     assert {"cached", "disk"} == rows.keys()
+    states = re.findall(r"; forward pass (\w+)", (tmp_path / "table.txt").read_text())
+    assert states == [COMPILED if shutil.which("g++") else EAGER]
 
 
 def test_any_server_can_be_measured(served: Deployment, tiny_model: Path, tmp_path: Path) -> None:
