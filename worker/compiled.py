@@ -222,9 +222,9 @@ def drop_unused(folder: Path) -> None:
     To be called by one process at a time.
     """
     oldest_s = time.time() - KEPT_UNUSED_S
-    built = [*folder.glob("graph-*"), *folder.glob("kernels-*")]
-    left = [*folder.glob(f"{compile_graph.SCRATCH_PREFIX}*")]
-    for path in left + [path for path in built if path.stat().st_mtime < oldest_s]:
+    left = list(folder.glob(f"{compile_graph.SCRATCH_PREFIX}*"))
+    others = [path for kind in ("building-", "graph-", "kernels-") for path in folder.glob(f"{kind}*")]
+    for path in left + [path for path in others if path.stat().st_mtime < oldest_s]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -287,12 +287,12 @@ def test_workers_compile_one_at_a_time_and_one_that_waits_can_end(tmp_path: Path
 
 
 def test_what_was_not_used_for_long_is_dropped(tmp_path: Path) -> None:
-    for name in ("graph-old", "graph-new", "compiling-killed", "model"):
+    for name in ("graph-old", "graph-new", "compiling-killed", "building-killed", "model"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     for name in ("kernels-old.so", "kernels-new.so"):
         (tmp_path / name).touch()
-    for name in ("graph-old", "kernels-old.so", "model"):
+    for name in ("graph-old", "building-killed", "kernels-old.so", "model"):
         os.utime(tmp_path / name, (0, 0))
     drop_unused(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"graph-new", "kernels-new.so", "model"}
