@@ -56,8 +56,6 @@ class CompiledForward:
         self._model = model
         self._job = job
         self._output = Path(job.output)
-        self._refused = self._output.with_name(f"{self._output.name}.bad")
-        """Where a graph is put that does not do what the eager pass does."""
         self._graph: Forward | None = None
         self._is_checked = {True: False, False: False}
         """For single tokens, and for several."""
@@ -99,9 +97,9 @@ class CompiledForward:
             logits = error
         expected = self._eager(*inputs)
         if isinstance(logits, Exception):
-            self._refuse(f"it fails ({type(logits).__name__}: {logits})")
+            self._refuse(f"fails ({type(logits).__name__}: {logits})")
         elif logits.shape != expected.shape:
-            self._refuse(f"the shape of its logits is {list(logits.shape)}, not {list(expected.shape)}")
+            self._refuse(f"gives logits of shape {list(logits.shape)}, not {list(expected.shape)}")
         else:
             rows = expected.isfinite().all(dim=-1)
             pairs = zip(logits[rows], expected[rows], strict=True)
@@ -117,21 +115,17 @@ class CompiledForward:
         self._num_differing_steps += 1
         if self._num_differing_steps == MAX_NUM_DIFFERING_STEPS:
             self._refuse(
-                f"its logits differ from the eager ones in {len(differing)} of {len(errors)} rows (by "
+                f"gives other logits than the eager pass in {len(differing)} of {len(errors)} rows (off by "
                 f"{differing[0]:.2g} of their spread), as in {MAX_NUM_DIFFERING_STEPS - 1} steps before"
             )
 
     def _refuse(self, problem: str) -> None:
-        """Stays eager, at the next starts too."""
-        with contextlib.suppress(OSError):  # another worker was first, or only they may write there
-            self._output.replace(self._refused)
-        self._fall_back(f"{self._output}: {problem}")
+        """Keeps the graph: the next start need not compile to find the same."""
+        self._fall_back(f"the graph {problem}; remove {self._output} to compile anew")
 
     def _prepare(self) -> None:
         started_s = time.monotonic()
         try:
-            if self._refused.exists():
-                raise RuntimeError(f"its graph was wrong before; remove {self._refused} to try anew")
             if not self._output.exists():
                 logger.info("forward pass: eager, compiling in the background", extra=fields("compile"))
                 with self._turn():
