@@ -8,7 +8,10 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worker.model_runner import ModelRunner
 
 EOS = "<|im_end|>"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", EOS, "<|pad|>")
@@ -218,3 +221,13 @@ def _randomize(model: Any) -> None:
             parameter.data += 0.1 * torch.randn_like(parameter)
     # Logits of 0 beside ones of about ±2: never the largest.
     model.get_output_embeddings().weight.data[: len(SPECIAL_TOKENS)] = 0
+
+
+def add_adapter(runner: "ModelRunner", name: str, folder: Path) -> None:
+    """Makes an adapter usable from the next step on, past the cache; one of that name is replaced."""
+    runner._adapters.put(name, runner._adapters.register(name, str(folder)))
+
+
+def remove_adapter(runner: "ModelRunner", name: str) -> None:
+    """Takes one away again; no sequence of a later step may name it."""
+    runner._adapters.remove(name)

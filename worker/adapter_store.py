@@ -36,12 +36,6 @@ class AdapterStore:
         self.versions[name] = adapter.version
         return weights
 
-    def forget(self, name: str) -> None:
-        """Drops an adapter; no sequence of a later step may name it."""
-        self._lora.remove(name)
-        self._paths.pop(name, None)
-        self.versions.pop(name, None)
-
     def read(self, name: str) -> SlotWeights:
         """Reads a registered adapter again; may be called in any thread.
 

@@ -132,18 +132,6 @@ class ModelRunner:
         """The adapters that can be used, and their versions."""
         return self._adapters.versions
 
-    def add_adapter(self, name: str, path: str) -> None:
-        """Reads an adapter and makes it usable from the next step on; one of that name is replaced.
-
-        Raises:
-            AdapterError: it can't be served; the message has name, path and reason.
-        """
-        self._lora.put(name, self._adapters.register(name, path))
-
-    def remove_adapter(self, name: str) -> None:
-        """Forgets an adapter; no sequence of a later step may name it."""
-        self._adapters.forget(name)
-
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[int | None]:
         """One forward pass; the next token of each sequence that `samples`, in batch order.

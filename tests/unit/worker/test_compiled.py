@@ -19,7 +19,7 @@ from shared.messages import SamplingParams
 from shared.settings import WorkerSettings
 from shared.status import COMPILING
 from tests.compiled import need_kernels, wait_until_compiled
-from tests.tiny_models import build_adapter, build_model, generate_with_peft
+from tests.tiny_models import add_adapter, build_adapter, build_model, generate_with_peft
 from tests.waiting import wait_until
 from worker.compile_graph import Job
 from worker.compiled import (
@@ -309,7 +309,7 @@ def test_adapters_that_come_after_the_graph_are_used_by_it(runner: ModelRunner, 
     adapter = build_adapter(tmp_path / "late", folder, seed=1, rank=4)
     prompt = list(range(5, 16))
     answers: dict[str | None, list[int]] = {None: generate(runner, prompt, None)}
-    runner.add_adapter("late", str(adapter))
+    add_adapter(runner, "late", adapter)
     answers["late"] = generate(runner, prompt, "late")
     assert runner.forward_state == COMPILED
     assert all(forward_of(runner)._is_checked.values())

@@ -13,7 +13,14 @@ from shared.errors import AdapterError, ConfigurationError
 from shared.messages import SamplingParams
 from shared.settings import WorkerSettings
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
-from tests.tiny_models import build_adapter, build_model, change_json, generate_with_peft
+from tests.tiny_models import (
+    add_adapter,
+    build_adapter,
+    build_model,
+    change_json,
+    generate_with_peft,
+    remove_adapter,
+)
 from tests.waiting import wait_until
 from worker import model_runner, packed, self_check
 from worker.model_runner import ModelRunner
@@ -142,7 +149,7 @@ def adapters(
 def llama(models: Mapping[str, Path], adapters: Mapping[str, Mapping[str, Path]]) -> ModelRunner:
     runner = load(models["llama"])
     for name, folder in adapters["llama"].items():
-        runner.add_adapter(name, str(folder))
+        add_adapter(runner, name, folder)
     return runner
 
 
@@ -249,7 +256,7 @@ def test_an_adapter_that_overflows_ends_its_own_sequences_only(
     save_file({key: weight * 1e30 for key, weight in weights.items()}, huge / "adapter_model.safetensors")
     runner = load(models["llama"], dtype="float32", cache_max_bytes=200_000)
     for name, folder in {"huge": huge, "good": adapters["llama"]["rank4"]}.items():
-        runner.add_adapter(name, str(folder))
+        add_adapter(runner, name, folder)
     texts = prompts(8)
     names = ["huge", "good", None, "huge", "huge", "good", None, "good"]
     outputs = HandScheduler(runner).run(
@@ -271,13 +278,12 @@ def test_adapters_can_be_added_replaced_and_removed_between_steps(
     (text,) = prompts(1)
     before = HandScheduler(runner).run([sequence(text)])
     for name in ("rank4", "rank8-all"):
-        runner.add_adapter("mine", str(known[name]))
+        add_adapter(runner, "mine", known[name])
         assert HandScheduler(runner).run([sequence(text, "mine")]) == [
             generate_with_peft(models["llama"], known[name], text, NUM_TOKENS)
         ]
     assert list(runner.adapter_versions) == ["mine"]
-    runner.remove_adapter("mine")
-    assert runner.adapter_versions == {}
+    remove_adapter(runner, "mine")
     assert HandScheduler(runner).run([sequence(text)]) == before
     with pytest.raises(AdapterError, match="'mine' is not loaded"):
         HandScheduler(runner).run([sequence(text, "mine")])
