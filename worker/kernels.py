@@ -95,7 +95,7 @@ class OperatorState(Protocol):
     def set_cache(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """A layer's part of the KV cache."""
 
-    def set_adapter_rows(self, kept: bool, index: Tensor, runs: Tensor, chunks: Tensor) -> None:
+    def set_adapter_rows(self, kept: bool, index: Tensor, runs: Tensor, long_spans: Tensor) -> None:
         """Whose rows the next step has: of all tokens, or of the kept ones; see `worker.lora.StepRows`."""
 
     def begin_step(

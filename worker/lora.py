@@ -1,6 +1,6 @@
 """LoRA in a mixed batch: each row of a layer's input gets the adapter of its own sequence.
 
-y = W x + scale · B (A x). The A and B of all adapters of a layer stand stacked. A long chunk of a
+y = W x + scale · B (A x). The A and B of all adapters of a layer stand stacked. A long span of a
 prompt is multiplied with those of its own adapter. All other rows are computed together: by a kernel, where
 there is one, else in one product with all adapters that they use, of which each row keeps its own part.
 """
@@ -19,7 +19,7 @@ from worker.kernels import OperatorState
 
 BASE = -1
 """The slot of rows without an adapter."""
-MIN_CHUNK_ROWS = 256
+MIN_LONG_ROWS = 256
 """So many rows of one sequence are worth products of their own: these are hundreds of further calls."""
 
 
@@ -29,14 +29,14 @@ class StepRows:
     def __init__(self, spans: Iterable[tuple[int, int]], device: torch.device) -> None:
         """`spans`: (slot, number of rows) of each sequence, in the order of the rows."""
         self._device = device
-        self.chunks: list[tuple[int, slice]] = []
-        """Slot and rows of each long span."""
+        self.long_spans: list[tuple[int, slice]] = []
+        """Slot and rows of each."""
         numbers: list[int] = []
         slots: list[int] = []
         first = 0
         for slot, num_rows in spans:
-            if num_rows >= MIN_CHUNK_ROWS:
-                self.chunks += [(slot, slice(first, first + num_rows))] if slot != BASE else []
+            if num_rows >= MIN_LONG_ROWS:
+                self.long_spans += [(slot, slice(first, first + num_rows))] if slot != BASE else []
             else:
                 numbers += range(first, first + num_rows)
                 slots += [slot] * num_rows
@@ -57,7 +57,7 @@ class StepRows:
     @property
     def has_adapters(self) -> bool:
         """Whether any row has one."""
-        return bool(self.used or self.chunks)
+        return bool(self.used or self.long_spans)
 
     def foreign(self, rank_slots: tuple[int, ...]) -> Tensor:
         """(number of single rows, sum of ranks): whether a rank belongs to another adapter than the row.
@@ -71,9 +71,9 @@ class StepRows:
         return self._masks[rank_slots]
 
     def as_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For the operators: the single rows with an adapter in order of their slots; runs; chunks.
+        """For the operators: the single rows with an adapter in order of their slots; runs; long spans.
 
-        A run (slot, first, number) is a slot's part of those rows, a chunk (slot, first, number) a long span.
+        A run (slot, first, number) is a slot's part of those rows; a long span has the same fields.
         """
         index: list[int] = []
         runs: list[tuple[int, int, int]] = []
@@ -81,8 +81,8 @@ class StepRows:
             rows = [row for row, owner in zip(self._numbers, self._slots, strict=True) if owner == slot]
             runs.append((slot, len(index), len(rows)))
             index += rows
-        chunks = [(slot, rows.start, rows.stop - rows.start) for slot, rows in self.chunks]
-        return _integers(index), _integers(runs).view(-1, 3), _integers(chunks).view(-1, 3)
+        long_spans = [(slot, rows.start, rows.stop - rows.start) for slot, rows in self.long_spans]
+        return _integers(index), _integers(runs).view(-1, 3), _integers(long_spans).view(-1, 3)
 
 
 def _integers(values: Sequence[Any]) -> Tensor:
@@ -149,7 +149,7 @@ class LoraLayer:
             return
         # The output is fresh, no need of another.
         x, y = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
-        for slot, part in rows.chunks:
+        for slot, part in rows.long_spans:
             a, b, rank_slots = self._select((slot,))
             if rank_slots:
                 y[part].add_(x[part] @ a.T @ b)

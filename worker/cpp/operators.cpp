@@ -32,8 +32,8 @@ struct Adapters {
 
 struct AdapterRows {
   Tensor index, runs;  // as add_lora takes them
-  Tensor chunks;       // (n, 3): slot, first row, number of rows
-  bool is_empty() const { return !runs.defined() || (runs.size(0) == 0 && chunks.size(0) == 0); }
+  Tensor long_spans;   // (n, 3): slot, first row, number of rows
+  bool is_empty() const { return !runs.defined() || (runs.size(0) == 0 && long_spans.size(0) == 0); }
 };
 
 // What the operators of a model need beside their arguments, so that a graph compiled once serves whatever adapters
@@ -61,8 +61,8 @@ struct OperatorState : torch::CustomClassHolder {
     caches[layer] = {std::move(keys), std::move(values)};
   }
 
-  void set_adapter_rows(bool kept, Tensor index, Tensor runs, Tensor chunks) {
-    (kept ? kept_rows : token_rows) = {std::move(index), std::move(runs), std::move(chunks)};
+  void set_adapter_rows(bool kept, Tensor index, Tensor runs, Tensor long_spans) {
+    (kept ? kept_rows : token_rows) = {std::move(index), std::move(runs), std::move(long_spans)};
   }
 };
 
@@ -92,16 +92,17 @@ Tensor multiply_packed(const Tensor& rows, const Product& linears) {
   return product.call(rows, linears.weight, linears.bias, "none", Scalars(), "");
 }
 
-void add_to_chunks(const Tensor& output, const Tensor& input, const Adapters& adapters, const Tensor& chunks) {
-  const auto chunk = chunks.accessor<int64_t, 2>();
+void add_to_long_spans(const Tensor& output, const Tensor& input, const Adapters& adapters,
+                       const Tensor& long_spans) {
+  const auto span = long_spans.accessor<int64_t, 2>();
   const auto rank = adapters.ranks.accessor<int64_t, 2>();
-  for (int64_t n = 0; n < chunk.size(0); ++n) {
-    const int64_t slot = chunk[n][0];
+  for (int64_t n = 0; n < span.size(0); ++n) {
+    const int64_t slot = span[n][0];
     if (slot < rank.size(0) && rank[slot][1] > 0) {
       const Tensor a = adapters.a.narrow(0, rank[slot][0], rank[slot][1]);
       const Tensor b = adapters.b.narrow(0, rank[slot][0], rank[slot][1]);
-      Tensor part = output.narrow(0, chunk[n][1], chunk[n][2]);
-      part.add_(at::mm(at::mm(input.narrow(0, chunk[n][1], chunk[n][2]), a.t()), b));
+      Tensor part = output.narrow(0, span[n][1], span[n][2]);
+      part.add_(at::mm(at::mm(input.narrow(0, span[n][1], span[n][2]), a.t()), b));
     }
   }
 }
@@ -120,7 +121,7 @@ Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs: for sh
     const Adapters& adapters = state->adapters[number++];
     if (adapters.a.defined()) {
       const Tensor y = output.view({-1, output.size(-1)}).narrow(1, first, size);
-      add_to_chunks(y, x, adapters, owners.chunks);
+      add_to_long_spans(y, x, adapters, owners.long_spans);
       add_lora(y, x, adapters.a, adapters.b, owners.index, owners.runs, adapters.ranks);
     }
     first += size;

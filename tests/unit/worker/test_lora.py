@@ -298,7 +298,7 @@ def test_each_row_gets_its_own_adapter_and_no_other(has_kernels: bool) -> None:
 def test_long_spans_get_their_own_adapter_beside_single_rows(
     has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora, "MIN_CHUNK_ROWS", 8)
+    monkeypatch.setattr(lora, "MIN_LONG_ROWS", 8)
     layer = Stacked(has_kernels)
     layer.x = torch.randn(1, 25, 6, dtype=torch.float64)
     adapters = {"a": make_adapter(2, 0), "b": make_adapter(4, 1)}
