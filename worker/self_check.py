@@ -21,6 +21,10 @@ from worker.sequence import Batch, ScheduledSequence, Sequence
 
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 """Largest admitted error of a row of logits, as a share of the row's spread; a wrong one is around 1."""
+MAX_NUM_NOISY_ROWS = 2
+"""In half precision a row in a hundred depends on rounding alone: SmolLM2-135M in bfloat16 is then as far
+from itself in float32. A wrong kind of step shows in three of the ten rows at least, by what it leaves in the
+cache."""
 
 LENGTHS = (17, 7, 12)
 """Tokens of the three check sequences."""
@@ -236,7 +240,10 @@ def _call_problem(model: Any, state: AttentionState) -> str | None:
 
 
 def _logits_problem(errors: list[float], dtype: torch.dtype) -> str | None:
-    worst = max(errors)
-    if worst <= TOLERANCES.get(dtype, 1e-3):
+    differing = [error for error in errors if not error <= TOLERANCES.get(dtype, 1e-3)]  # NaN is one
+    if len(differing) <= (MAX_NUM_NOISY_ROWS if dtype.itemsize == 2 else 0):
         return None
-    return f"its logits over packed sequences differ from the plain ones (by {worst:.2g} of their spread)"
+    return (
+        f"its logits over packed sequences differ from the plain ones in {len(differing)} of {len(errors)} "
+        f"rows (by {max(differing):.2g} of their spread)"
+    )
