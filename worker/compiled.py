@@ -187,18 +187,17 @@ class CompiledForward:
     def _load(self) -> Forward:
         try:
             (library,) = self._output.rglob("*.so")
-            graph = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+            graph = kernels.load_graph(library)
             own = compile_graph.tensors(self._model)
-            names = graph.get_constant_names_to_original_fqns()
-            constants = {name: own[path.removeprefix(compile_graph.PREFIX)] for name, path in names.items()}
-            graph.update_constant_buffer(
-                constants, use_inactive=False, validate_full_updates=True, user_managed=True
+            paths = graph.tensor_paths()
+            graph.set_tensors(
+                {name: own[path.removeprefix(compile_graph.PREFIX)] for name, path in paths.items()}
             )
         except Exception:
             shutil.rmtree(self._output, ignore_errors=True)  # the next start compiles anew
             raise
         kernels.mark_used(self._output)
-        return lambda *inputs: graph.run(list(inputs))[0]
+        return graph.run
 
     def _fall_back(self, reason: str) -> None:
         self._graph, self.state = None, EAGER

@@ -121,6 +121,29 @@ def new_state() -> OperatorState:
     return state
 
 
+class CompiledGraph(Protocol):
+    """A compiled forward pass; other threads of Python go on while it runs."""
+
+    def tensor_paths(self) -> dict[str, str]:
+        """The path in the exported model of each tensor that the graph takes, by its name in the graph."""
+
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Gives it all tensors by their names; it reads them where they are."""
+
+    def run(self, token_ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
+        """Token ids and positions (1, T) and the kept rows (n,) to logits (n, vocab)."""
+
+
+def load_graph(library: Path) -> CompiledGraph:
+    """The graph in a library that `worker.compile_graph` made.
+
+    Raises:
+        RuntimeError: it is none, or damaged.
+    """
+    graph: CompiledGraph = torch.classes.lorelay.CompiledGraph(str(library))
+    return graph
+
+
 def linear(number: int, num_outputs: int, rows: Tensor) -> Tensor:
     """W x + b, and B (A x) of each row's adapter, of the Linears whose product has this number.
 

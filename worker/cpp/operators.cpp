@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "graph.h"
 #include "lora.h"
 
 namespace lorelay {
@@ -148,6 +149,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
 }  // namespace lorelay
 
 TORCH_LIBRARY(lorelay, library) {
+  using lorelay::CompiledGraph;
   using lorelay::OperatorState;
   library.class_<OperatorState>("OperatorState")
       .def(torch::init<>())
@@ -156,6 +158,11 @@ TORCH_LIBRARY(lorelay, library) {
       .def("set_cache", &OperatorState::set_cache)
       .def("set_adapter_rows", &OperatorState::set_adapter_rows)
       .def("begin_step", &lorelay::begin_step);
+  library.class_<CompiledGraph>("CompiledGraph")
+      .def(torch::init<std::string>())
+      .def("tensor_paths", &CompiledGraph::tensor_paths)
+      .def("set_tensors", &CompiledGraph::set_tensors)
+      .def("run", &CompiledGraph::run);
   library.def("linear(Tensor rows, int number, int num_outputs) -> Tensor");
   library.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, int layer, float scaling, int? window, "
