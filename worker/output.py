@@ -41,8 +41,10 @@ class RequestOutput:
             self._next_event_no = event.event_no + 1
             self.seq.num_cached_tokens = 0  # its prompt was computed for it once, elsewhere
             for token_id in event.token_ids:
-                self._stop_checker.add(self._detokenizer.add(token_id))
                 self.seq.token_ids.append(token_id)
+                text = self._detokenizer.add(token_id)
+                if self._may_end:
+                    self._stop_checker.add(text)
 
     def add(self, token_id: int | None) -> Append:
         """The event of one sampled token, which stands in `seq.token_ids` already; None is a failure."""
@@ -71,16 +73,19 @@ class RequestOutput:
         limit_s = self._request.generation_limit_s
         return limit_s is not None and self._clock() - self._started_s > limit_s
 
+    @property
+    def _may_end(self) -> bool:
+        """Whether the newest token is behind `min_tokens`: stop strings are looked for from there on only."""
+        return self.seq.num_output_tokens > self.seq.sampling.min_tokens
+
     def _release(self, token_id: int) -> tuple[str, FinishReason | None]:
         """The text that a token releases, and whether it ends the sequence."""
-        sampling = self.seq.sampling
         text = self._detokenizer.add(token_id)
-        may_end = self.seq.num_output_tokens > sampling.min_tokens
-        if may_end:
+        if self._may_end:
             text, stopped = self._stop_checker.add(text)
             if stopped:
                 return text, FinishReason.STOP
-        if may_end and not sampling.ignore_eos and token_id in self._eos_token_ids:
+        if self._may_end and not self.seq.sampling.ignore_eos and token_id in self._eos_token_ids:
             return text + self._stop_checker.flush(), FinishReason.STOP
         if self.seq.num_output_tokens >= self.seq.max_tokens:
             return text + self._stop_checker.flush(), FinishReason.LENGTH

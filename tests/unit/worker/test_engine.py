@@ -144,6 +144,18 @@ def test_a_resumed_request_goes_on_where_its_log_ends() -> None:
         assert bench.finish()["r"] == whole[num_written:]
 
 
+def test_a_resumed_request_sends_nothing_again_of_what_min_tokens_let_pass() -> None:
+    params = sampling(min_tokens=4, stop=("abSTOP", "c"))
+    whole_bench = Bench(FakeModelRunner(spell("xcabd ab")))
+    whole_bench.add(sampling=params)
+    whole = whole_bench.finish()["r"]
+    assert text_of(whole) == "xcabd ab"
+    for num_written in range(1, len(whole)):
+        bench = Bench(FakeModelRunner(spell("xcabd ab")))
+        bench.add(events=tuple(whole[:num_written]), sampling=params)
+        assert bench.finish()["r"] == whole[num_written:]
+
+
 def test_the_usage_tells_how_much_of_a_prompt_was_cached() -> None:
     bench = Bench()
     bench.add("first", text="hello, my friend")
