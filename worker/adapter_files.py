@@ -84,6 +84,11 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
             raise _Problem("its files changed while they were read")
     except _Problem as problem:
         raise AdapterError(f"adapter {name!r} at {path}: {problem}") from problem
+    # Files that nobody checked before, in the hands of PEFT, pickle and json: each raises what it likes.
+    except Exception as error:
+        raise AdapterError(
+            f"adapter {name!r} at {path}: can't be read: {type(error).__name__}: {error}"
+        ) from error
     declared = str(config.get("base_model_name_or_path") or "")
     if declared and base_name and _last_part(declared) != _last_part(base_name):
         logger.warning(

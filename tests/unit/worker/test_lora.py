@@ -125,7 +125,7 @@ def test_a_folder_that_is_no_adapter_is_refused(model: Any, base: Path) -> None:
     assert "is not an adapter: it has no adapter_config.json" in refusal(base, model)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "[" * 100_000], ids=("cut", "list", "empty", "deep"))
 def test_a_config_that_is_none_is_refused(folder: Path, model: Any, content: str) -> None:
     (folder / "adapter_config.json").write_text(content)
     refusal(folder, model)
@@ -149,6 +149,10 @@ def test_a_config_that_is_none_is_refused(folder: Path, model: Any, content: str
         ({"target_modules": ["embed_tokens", "q_proj", "v_proj"]}, "changes model.embed_tokens"),
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "no lora_A weights for .*k_proj"),
         ({"target_modules": ["q_proj"]}, "weights for .*v_proj.* which its config doesn't name"),
+        ({"target_modules": "["}, "can't be read: .*unterminated character set"),
+        ({"target_modules": ["q_proj", 1]}, "can't be read: TypeError"),
+        ({"rank_pattern": {"(": 4}}, "can't be read: .*unterminated subpattern"),
+        ({"lora_alpha": 10**400}, "can't be read: OverflowError"),
         ({"r": 4}, r"shape of .*q_proj.lora_A is \(8, 48\), this model's is \(4, 48\)"),
     ],
     ids=str,
@@ -169,6 +173,17 @@ def test_missing_weights_are_refused(folder: Path, model: Any) -> None:
 
 def test_damaged_weights_are_refused(folder: Path, model: Any) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"no weights")
+    assert "can't be read" in refusal(folder, model)
+
+
+@pytest.mark.parametrize(
+    "content", [{3: torch.zeros(1)}, {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": 3}]
+)
+def test_pickled_weights_that_are_no_tensors_by_name_are_refused(
+    folder: Path, model: Any, content: Any
+) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(content, folder / "adapter_model.bin")
     assert "can't be read" in refusal(folder, model)
 
 
