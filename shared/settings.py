@@ -18,7 +18,9 @@ from shared.errors import ConfigurationError
 
 ENV_PREFIX = "LORELAY_"
 
-Seconds = Annotated[float, Field(gt=0)]
+MAX_DURATION = 1e9
+"""Thirty years of seconds. Redis takes no infinite ones."""
+Seconds = Annotated[float, Field(gt=0, le=MAX_DURATION)]
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -207,7 +209,7 @@ class WorkerSettings(Settings):
     max_batch_size: Count = 32
     max_prefill_tokens: Count = 2048
     """Most prompt tokens of one step, however fast the device is."""
-    step_target_ms: Annotated[float, Field(gt=0)] = 100
+    step_target_ms: Annotated[float, Field(gt=0, le=MAX_DURATION)] = 100
     """How long a step with prompt tokens should take: chunks of long prompts are sized by it."""
     cache_max_entry_count: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the free device memory that the KV cache may take."""
@@ -245,7 +247,7 @@ class WorkerSettings(Settings):
     """Crashes of its worker, without company, after which a request has failed."""
     drain_s: Seconds = 30
     """How long running requests may finish after SIGTERM before they are handed back."""
-    step_delay_s: Annotated[float, Field(ge=0)] = 0
+    step_delay_s: Annotated[float, Field(ge=0, le=MAX_DURATION)] = 0
     """A pause after each step, for tests."""
     faults: str = ""
     """Faults on purpose, for tests: `worker/faults.py`."""
