@@ -176,14 +176,9 @@ def test_damaged_weights_are_refused(folder: Path, model: Any) -> None:
     assert "can't be read" in refusal(folder, model)
 
 
-@pytest.mark.parametrize(
-    "content", [{3: torch.zeros(1)}, {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": 3}]
-)
-def test_pickled_weights_that_are_no_tensors_by_name_are_refused(
-    folder: Path, model: Any, content: Any
-) -> None:
+def test_pickled_weights_without_names_are_refused(folder: Path, model: Any) -> None:
     (folder / "adapter_model.safetensors").unlink()
-    torch.save(content, folder / "adapter_model.bin")
+    torch.save({3: torch.zeros(1)}, folder / "adapter_model.bin")
     assert "can't be read" in refusal(folder, model)
 
 
