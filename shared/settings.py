@@ -257,6 +257,15 @@ class WorkerSettings(Settings):
     failure_ttl_s: Count = 24 * 3600
 
     @model_validator(mode="after")
+    def _leases_are_renewed_in_time(self) -> Self:
+        if self.heartbeat_s >= self.lease_s:
+            raise ValueError(
+                f"{ENV_PREFIX}HEARTBEAT_S ({self.heartbeat_s:g}) must be shorter than {ENV_PREFIX}LEASE_S "
+                f"({self.lease_s:g}): a healthy worker would lose its requests"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_are_apart(self) -> Self:
         _check_name(self.base_name)
         if self.base_name in (source.name for source in self.adapters):

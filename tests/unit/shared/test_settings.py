@@ -21,6 +21,11 @@ def test_adapters_are_read_as_names_with_paths(monkeypatch: pytest.MonkeyPatch) 
     assert settings.adapters == (AdapterSource("a", "/some/where"), AdapterSource("b", "org/name"))
 
 
+def test_a_lease_that_runs_out_before_it_is_renewed_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"HEARTBEAT_S \(4\) must be shorter than LORELAY_LEASE_S"):
+        WorkerSettings.load(model="m", heartbeat_s=4, lease_s=4)
+
+
 def test_one_bare_path_is_named_by_its_folder() -> None:
     assert WorkerSettings.load(adapters="adapters/pirate").adapters == (
         AdapterSource("pirate", "adapters/pirate"),
