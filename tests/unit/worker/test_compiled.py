@@ -255,7 +255,7 @@ def test_other_threads_go_on_while_a_graph_runs(runner: ModelRunner) -> None:
             before = num_turns
             with torch.inference_mode():
                 graph(*inputs)
-            if num_turns > before:
+            if num_turns > before + 10:  # PyTorch gives the lock away for a moment when a call begins or ends
                 break
         else:
             pytest.fail("the graph kept Python's lock")
