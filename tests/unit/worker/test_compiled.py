@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,40 +227,6 @@ def test_a_damaged_graph_is_compiled_anew_by_the_next_start(
     assert forward.state == EAGER
     assert str(damaged) in caplog.text
     assert not Path(job.output).exists()
-
-
-def test_other_threads_go_on_while_a_graph_runs(runner: ModelRunner) -> None:
-    graph = forward_of(runner)._graph
-    assert graph is not None
-    prompt = list(range(40))
-    seq = Sequence("r", 0, None, SamplingParams(), prompt, len(prompt), 1, block_table=list(range(40)))
-    runner.run([ScheduledSequence(seq, len(prompt))])
-    inputs = torch.tensor([prompt]), torch.tensor([prompt]), torch.tensor([len(prompt) - 1])
-    num_turns, is_over = 0, threading.Event()
-
-    def go_on() -> None:
-        nonlocal num_turns
-        while not is_over.is_set():
-            num_turns += 1
-            time.sleep(0)  # gives the lock away
-
-    other = threading.Thread(target=go_on)
-    interval_s = sys.getswitchinterval()
-    sys.setswitchinterval(60)  # no thread is interrupted: the other one gets its turn from the graph or never
-    try:
-        other.start()
-        for _ in range(1000):
-            before = num_turns
-            with torch.inference_mode():
-                graph(*inputs)
-            if num_turns > before + 10:  # PyTorch gives the lock away for a moment when a call begins or ends
-                break
-        else:
-            pytest.fail("the graph kept Python's lock")
-    finally:
-        is_over.set()
-        sys.setswitchinterval(interval_s)
-        other.join()
 
 
 def test_loading_a_graph_leaves_nothing_in_the_temporary_folder(runner: ModelRunner) -> None:
