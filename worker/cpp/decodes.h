@@ -16,6 +16,7 @@
 namespace lorelay {
 
 constexpr int64_t KEYS_AT_ONCE = 4;
+constexpr int64_t KEYS_AHEAD = 16;  // so far ahead the memory is asked for entries: blocks lie anywhere
 
 template <typename T, typename Acc>
 [[gnu::always_inline]] inline Acc dot(const Acc* left, const T* right, int64_t size) {
@@ -25,6 +26,14 @@ template <typename T, typename Acc>
     sum += left[i] * static_cast<Acc>(right[i]);
   }
   return sum;
+}
+
+template <typename T>
+[[gnu::always_inline]] inline void prefetch(const T* entry, int64_t size) {
+  constexpr int64_t CACHE_LINE_BYTES = 64;
+  for (int64_t i = 0; i < size; i += CACHE_LINE_BYTES / sizeof(T)) {
+    __builtin_prefetch(entry + i);
+  }
 }
 
 template <typename Acc>
@@ -61,7 +70,17 @@ void attend(const T* query, const T* keys, const T* values, const int64_t* table
   for (int64_t head = 0; head < group; ++head) {
     convert(query + head * sizes.query_head_stride, head_dim, queries + head * head_dim);
   }
+  // Inlined always: GCC finds that such a function has no effect, and drops its calls.
+  const auto prefetch_entries = [&](int64_t key) __attribute__((always_inline)) {
+    const int64_t slot = sizes.slot(table, first + std::min(key, num_keys - 1));
+    prefetch(keys + slot * sizes.num_kv_heads * head_dim, head_dim);
+    prefetch(values + slot * sizes.num_kv_heads * value_dim, value_dim);
+  };
+  for (int64_t key = 0; key < KEYS_AHEAD; ++key) {
+    prefetch_entries(key);
+  }
   for (int64_t key = 0; key < num_keys; ++key) {
+    prefetch_entries(key + KEYS_AHEAD);
     const T* stored = keys + sizes.slot(table, first + key) * sizes.num_kv_heads * head_dim;
     for (int64_t head = 0; head < group; ++head) {
       scores[head * num_keys + key] = scaling * dot(queries + head * head_dim, stored, head_dim);
