@@ -13,7 +13,7 @@ from shared.errors import (
     GenerationTimeout,
     LorelayError,
 )
-from shared.messages import GenerationRequest, StreamEvent
+from shared.messages import GenerationRequest, SamplingParams, StreamEvent
 from shared.streams import Append, Held
 from worker.adapter_cache import AdapterCache
 from worker.detokenizer import Detokenizer
@@ -188,21 +188,24 @@ class Engine:
             sampling=request.sampling,
             token_ids=prompt,
             num_prompt_tokens=len(prompt),
-            max_tokens=self._num_tokens_to_generate(len(prompt), request.sampling.max_tokens),
+            max_tokens=self._num_tokens_to_generate(len(prompt), request.sampling),
             adapter_version=adapter_name and self._model_runner.adapter_versions[adapter_name],
         )
         eos_token_ids = self._tokenizer.eos_token_ids
         return RequestOutput(held, request, seq, self._tokenizer.detokenizer(), eos_token_ids, self._clock)
 
-    def _num_tokens_to_generate(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+    def _num_tokens_to_generate(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
         context = self._model_runner.max_model_len
-        if num_prompt_tokens + (max_tokens or 1) > context:
-            completion = f" and {max_tokens} for the completion" if max_tokens else ""
+        asked = sampling.max_tokens or sampling.min_tokens
+        if num_prompt_tokens + (asked or 1) > context:
+            completion = f" and {asked} for the completion" if asked else ""
+            is_minimum = not sampling.max_tokens and num_prompt_tokens < context
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {context} tokens, but {num_prompt_tokens} tokens "
-                f"were given in the messages{completion}."
+                f"were given in the messages{completion}{' (min_tokens)' if is_minimum else ''}.",
+                param="min_tokens" if is_minimum else None,
             )
-        return max_tokens or context - num_prompt_tokens
+        return sampling.max_tokens or context - num_prompt_tokens
 
     def _emit(self, seq: Sequence, token_id: int | None) -> Append:
         output = self._outputs[seq.request_id]

@@ -206,8 +206,24 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers() -> None:
 
 def test_a_prompt_that_fills_the_context_leaves_no_room_to_answer() -> None:
     bench = Bench(FakeModelRunner(max_model_len=5))
-    (append,) = bench.add(sampling=sampling(max_tokens=None))
-    assert append.event.error.code == "context_length_exceeded"
+    for min_tokens in (0, 1):
+        (append,) = bench.add(sampling=sampling(max_tokens=None, min_tokens=min_tokens))
+        assert (append.event.error.code, append.event.error.param) == ("context_length_exceeded", "messages")
+
+
+def test_more_min_tokens_than_the_context_leaves_are_refused_by_name() -> None:
+    bench = Bench(FakeModelRunner(max_model_len=8))
+    (append,) = bench.add(sampling=sampling(max_tokens=None, min_tokens=4))
+    assert (append.event.error.code, append.event.error.param) == ("context_length_exceeded", "min_tokens")
+    assert "8 tokens" in append.event.error.message
+    assert "5 tokens" in append.event.error.message
+    assert "4 for the completion (min_tokens)" in append.event.error.message
+
+
+def test_as_many_min_tokens_as_the_context_leaves_are_served() -> None:
+    bench = Bench(FakeModelRunner(max_model_len=8))
+    assert bench.add(sampling=sampling(max_tokens=None, min_tokens=3)) == []
+    assert bench.finish()["r"][-1].usage == Usage(prompt_tokens=5, completion_tokens=3)
 
 
 def test_what_the_chat_template_refuses_ends_as_an_invalid_request() -> None:
