@@ -1,5 +1,6 @@
 """How request bodies are checked: strict pydantic models, and their failures as our exceptions."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -41,10 +42,11 @@ def neutral(*values: Any) -> AfterValidator:
     None and `values` mean what leaving it out means, and pass; any other value of the right type is refused
     as unsupported. Serving the field one day means taking the mark away.
     """
+    served = " or ".join(json.dumps(value) for value in values or (None,))
 
     def check(value: Any) -> Any:
         if value is not None and value not in values:
-            raise unsupported("this value is not served here")
+            raise unsupported(f"only {served} is served here")
         return value
 
     return AfterValidator(check)

@@ -163,6 +163,13 @@ def test_a_known_field_that_is_not_served_passes_at_its_neutral_values_only(fiel
     for value in refused:
         error = refusal(**{field: value})
         assert (type(error), error.param) == (UnsupportedParameter, field)
+        assert error.message.endswith(f"only {_either(neutral)} is served here.")
+
+
+def _either(neutral: list[Any]) -> str:
+    """The values as JSON, each once: 0.0 is another spelling of 0."""
+    distinct = [value for place, value in enumerate(neutral) if value not in neutral[:place]]
+    return " or ".join(map(json.dumps, distinct or [None]))
 
 
 @pytest.mark.parametrize(
