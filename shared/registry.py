@@ -14,6 +14,8 @@ from shared.errors import ModelNotFound, RegistryConflict
 from shared.messages import ModelCard, decode_card
 from shared.queues import queue_name, slug
 
+MAX_SHOWN_LENGTH = 100
+
 
 def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
     """Adds cards; one that stands there already with the same base and version stays as it is.
@@ -58,7 +60,8 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
     """
     value = await connection.hget(keys.MODELS, name)
     if value is None:
-        raise ModelNotFound(f"The model '{name}' does not exist.")
+        shown = name if len(name) <= MAX_SHOWN_LENGTH else f"{name[:MAX_SHOWN_LENGTH]}…"
+        raise ModelNotFound(f"The model '{shown}' does not exist.")
     return decode_card(value)
 
 

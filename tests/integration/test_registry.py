@@ -49,6 +49,8 @@ async def test_the_api_reads_what_workers_wrote(redis_server: RedisServer, conne
         assert await registry.fetch_card(client, "a") == adapter("a")
         with pytest.raises(ModelNotFound, match=r"The model 'x' does not exist."):
             await registry.fetch_card(client, "x")
+        with pytest.raises(ModelNotFound, match=r"^The model 'x{100}…' does not exist.$"):
+            await registry.fetch_card(client, "x" * 101)
 
 
 async def test_a_worker_is_alive_while_it_renews(redis_server: RedisServer, connection: redis.Redis) -> None:
