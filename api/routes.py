@@ -124,11 +124,13 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
             raise ModelNotFound
         return _json(_to_model(await relay.fetch_card(model_id, relay.patience())))
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Is the process up?", tags=["probes"])
     async def health() -> Response:
         """Answers as long as the process does."""
         return _json(Status("ok"))
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", summary="Can it take requests?", tags=["probes"])
     async def ready() -> Response:
         """503 while Redis can't be reached."""

@@ -122,6 +122,12 @@ def test_unknown_paths_and_methods_are_refused_in_the_same_form(api: ApiServer) 
     assert wrong_method.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_answer_head(api: ApiServer, path: str) -> None:
+    answer = httpx.head(api.url + path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer sk-two", f"Basic {KEY}", KEY, "Bearer \xff"])
 def test_a_wrong_key_or_none_is_refused(
     redis_server: RedisServer, worker: ScriptedWorker, header: str | None
