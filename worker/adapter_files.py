@@ -161,11 +161,16 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             # Not PEFT, which lets safetensors open the file: 0.8.0 leaks two objects per tensor then.
-            return load(file.read_bytes())
-        return dict(load_peft_weights(str(file.parent), device="cpu"))
+            weights = load(file.read_bytes())
+        else:
+            weights = dict(load_peft_weights(str(file.parent), device="cpu"))
     # A damaged file: safetensors and pickle have exceptions of their own, which share no base class.
     except Exception as error:
         raise _Problem(f"its weights can't be read: {error}") from error
+    for key, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise _Problem(f"{file.name}: {key} is {tensor.dtype}; only floating-point weights are served")
+    return weights
 
 
 def _read_layers(

@@ -17,7 +17,7 @@ from shared.errors import AdapterError
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.tiny_models import build_adapter, build_model, change_json
 from worker import adapter_files, kernels, lora
-from worker.adapter_files import LayerWeights, LoadedAdapter, load_adapter
+from worker.adapter_files import WEIGHT_FILES, LayerWeights, LoadedAdapter, load_adapter
 from worker.adapter_store import AdapterStore
 from worker.lora import BASE, LoraStack
 from worker.packed import replace_product
@@ -201,6 +201,19 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, model: Any, side:
 
     change_weights(folder, spoil)
     assert f".lora_{side} has NaN or infinite weights" in refusal(folder, model)
+
+
+@pytest.mark.parametrize("file_name", WEIGHT_FILES)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
+def test_weights_that_are_no_real_numbers_are_refused(
+    folder: Path, model: Any, dtype: torch.dtype, file_name: str
+) -> None:
+    weights = load_file(folder / "adapter_model.safetensors")
+    key = next(iter(weights))
+    weights[key] = weights[key].to(dtype)
+    (folder / "adapter_model.safetensors").unlink()
+    (save_file if file_name.endswith(".safetensors") else torch.save)(weights, folder / file_name)
+    assert f"{file_name}: {key} is {dtype}" in refusal(folder, model)
 
 
 def test_an_adapter_for_another_base_is_refused_with_both_shapes(model: Any, tmp_path: Path) -> None:
