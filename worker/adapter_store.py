@@ -1,13 +1,11 @@
 """Adapters on disk and in the device's slots: what moves the tensors for `AdapterCache`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from shared.errors import AdapterError
-from worker.adapter_files import load_adapter
+from worker.adapter_files import LoadedAdapter, load_adapter
 from worker.lora import LoraStack, SlotWeights
 
 
@@ -29,9 +27,8 @@ class AdapterStore:
         Raises:
             AdapterError: it can't be served; the message has name, path and reason.
         """
-        with _reading(name, path):
-            adapter = load_adapter(name, path, self._model, self._base_name)
-            weights = self._lora.prepare(name, adapter)
+        adapter = load_adapter(name, path, self._model, self._base_name)
+        weights = self._prepare(name, adapter)
         self._paths[name] = path
         self.versions[name] = adapter.version
         return weights
@@ -43,15 +40,14 @@ class AdapterStore:
             AdapterError: it can't be served any more, or is another one by now.
         """
         path = self._paths[name]
-        with _reading(name, path):
-            adapter = load_adapter(name, path, self._model)
-            if adapter.version != self.versions[name]:
-                # The registry, and the prefix cache, know it by the version.
-                raise AdapterError(
-                    f"adapter {name!r} at {path}: its files have changed since this worker started; "
-                    "serve them under another name, or start all workers anew"
-                )
-            return self._lora.prepare(name, adapter)
+        adapter = load_adapter(name, path, self._model)
+        if adapter.version != self.versions[name]:
+            # The registry, and the prefix cache, know it by the version.
+            raise AdapterError(
+                f"adapter {name!r} at {path}: its files have changed since this worker started; "
+                "serve them under another name, or start all workers anew"
+            )
+        return self._prepare(name, adapter)
 
     def put(self, name: str, weights: SlotWeights) -> None:
         """Makes an adapter resident: it can be used from the next step on.
@@ -69,11 +65,9 @@ class AdapterStore:
         """Frees an adapter's slot."""
         self._lora.remove(name)
 
-
-@contextmanager
-def _reading(name: str, path: str) -> Iterator[None]:
-    """Whatever a file or a lack of memory raises is an `AdapterError`; torch's own are RuntimeErrors."""
-    try:
-        yield
-    except (OSError, MemoryError, RuntimeError) as error:
-        raise AdapterError(f"adapter {name!r} at {path}: {error}") from error
+    def _prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
+        try:
+            return self._lora.prepare(name, adapter)
+        # A lack of memory; torch's own is a RuntimeError.
+        except (MemoryError, RuntimeError) as error:
+            raise AdapterError(f"adapter {name!r} at {adapter.path}: {error}") from error

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load
@@ -41,6 +42,17 @@ def test_a_file_that_cannot_be_read_is_told_with_the_adapters_name_at_the_start_
     (folder / CONFIG_FILE).rmdir()
     (folder / CONFIG_FILE).write_bytes(config)
     store.read("good")
+
+
+def test_a_lack_of_memory_is_told_with_the_adapters_name_at_the_start_and_later(
+    store: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.register("good", str(folder))
+    monkeypatch.setattr(store._lora, "prepare", Mock(side_effect=RuntimeError("can't allocate memory")))
+    with pytest.raises(AdapterError, match=r"'bad' at .*can't allocate memory"):
+        store.register("bad", str(folder))
+    with pytest.raises(AdapterError, match=r"'good' at .*can't allocate memory"):
+        store.read("good")
 
 
 def test_weights_that_are_replaced_while_they_are_read_are_refused(
