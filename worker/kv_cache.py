@@ -48,12 +48,12 @@ class PagedKVCache:
         of the block masks them, and 0 x NaN would be NaN. Where such a token's logits are computed, they
         show the NaN all the same.
         """
-        tensors = self.layer(layer, key.transpose(0, 1), value.transpose(0, 1))
+        tensors = self._layer(layer, key.transpose(0, 1), value.transpose(0, 1))
         for stored, new in zip(tensors, (key, value), strict=True):
             stored.flatten(0, 1).index_copy_(0, slots, new.nan_to_num())
         return tensors
 
-    def layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's tensors, for entries like `key` and `value` (num_kv_heads, T, head_dim)."""
         if layer not in self._layers:
             keys, values = (
