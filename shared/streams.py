@@ -90,7 +90,9 @@ class News(NamedTuple):
     aborted: list[str]
     lost: list[str]
     in_time: bool = True
-    """Whether the worker's own lease had held until it was renewed."""
+    """Of `renew`: whether the worker's own lease had held until then."""
+    num_waiting: int = 0
+    """Of `append`: how many of the base's queues wait; with 0 there is nothing to claim."""
 
 
 class Reaped(NamedTuple):
@@ -162,7 +164,7 @@ class WorkerStreams:
                 *execution_ids,
             ]
         )
-        self._closed = [queue.decode() for queue in closed]
+        self._closed = _decode_all(closed)
         return [
             Claim(
                 Held(request_id.decode(), execution_id.decode()),
@@ -189,7 +191,7 @@ class WorkerStreams:
         ]
         reply = self._append(
             args=[
-                self._worker_name,
+                self._base,
                 self._lease_ms,
                 self._stream_ttl_ms,
                 _pack_held(held),
@@ -198,7 +200,8 @@ class WorkerStreams:
                 isolated,
             ]
         )
-        return _news(reply)
+        aborted, lost, num_waiting = reply
+        return News(_decode_all(aborted), _decode_all(lost), num_waiting=num_waiting)
 
     def renew(self, held: Iterable[Held], *, judge_readers: bool = False) -> News:
         """Extends this worker's own entry and the leases of all it holds.
@@ -215,7 +218,8 @@ class WorkerStreams:
                 int(judge_readers),
             ]
         )
-        return _news(reply)
+        aborted, lost, in_time = reply
+        return News(_decode_all(aborted), _decode_all(lost), in_time=bool(in_time))
 
     def hand_back(self, held: Sequence[Held]) -> int:
         """Returns requests (`held`: oldest first) to the front of their queues; how many were still owned."""
@@ -239,7 +243,7 @@ class WorkerStreams:
                 self._worker_name,
             ]
         )
-        return Reaped([item.decode() for item in requeued], [item.decode() for item in dead])
+        return Reaped(_decode_all(requeued), _decode_all(dead))
 
     def sweep(self, queues: Iterable[str]) -> int:
         """Notices what was put on these queues, or taken from them, by others; how many of them wait."""
@@ -289,6 +293,5 @@ def _pack_held(held: Iterable[Held]) -> bytes:
     return _pack([item for pair in held for item in pair])
 
 
-def _news(reply: list[Any]) -> News:
-    aborted, lost, *in_time = reply
-    return News([item.decode() for item in aborted], [item.decode() for item in lost], in_time != [0])
+def _decode_all(items: Iterable[bytes]) -> list[str]:
+    return [item.decode() for item in items]

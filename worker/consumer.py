@@ -203,10 +203,13 @@ class Consumer:
     def turn(self) -> None:
         """One round: append what came, learn what was aborted or lost, claim what fits."""
         self._collect(self._poll_s if self._held else 0)
+        may_claim = True
         if self._held or self._unsent:
-            self._send()
+            may_claim = self._send()
         self._shed()
-        self._claim()
+        # One whose reply was lost may have claimed something.
+        if may_claim or self._execution_ids:
+            self._claim()
         self.is_idle = not self._held
         if self.is_idle and not self._stopped.is_set():
             self._streams.wait_for_doorbell(IDLE_WAIT_S)
@@ -254,7 +257,8 @@ class Consumer:
         except queue.Empty:
             return
 
-    def _send(self) -> None:
+    def _send(self) -> bool:
+        """Writes the collected events, or just asks for news; whether there is anything to claim."""
         appends = self._unsent
         self._faults.appending(appends)
         isolated = self._held.isolated
@@ -269,6 +273,7 @@ class Consumer:
         ended = {append.held.request_id for append in appends if append.event.is_terminal}
         self._held.remove(ended)
         self._pass_on(news, ended)
+        return news.num_waiting > 0
 
     def _pass_on(self, news: News, ended: set[str]) -> None:
         """Tells the engine what to abort and to drop; a repeated append may call what it ended lost."""

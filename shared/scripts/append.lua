@@ -1,13 +1,13 @@
 -- The events of one engine step into the logs, and to the APIs that read them; a terminal event ends its job.
 -- Fenced: only the owner's events count. What stands in a log already succeeds, once.
--- ARGV: worker, lease (ms), stream ttl (ms), held = {id, execution, ...} of all requests the worker holds,
+-- ARGV: base, lease (ms), stream ttl (ms), held = {id, execution, ...} of all requests the worker holds,
 --       appends = {{id, execution, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
 --       return value, exception text, ttl (s)}, the middle two encoded as RQ's results have them; events after
 --       which a request is cleared of the crashes it was near, id of the one whose steps run alone from now on or ''.
--- Returns {aborted ids, lost ids}.
-local worker, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+-- Returns {aborted ids, lost ids, number of the base's queues that wait: with 0 there is nothing to claim}.
+local base, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])
-local num_events_to_clear = tonumber(ARGV[6])
+local num_events_to_clear, isolated = tonumber(ARGV[6]), ARGV[7]
 local REMOVED = '{"event_no":%d,"finish_reason":"error","error":{"code":"generation_failed",'
   .. '"message":"The request was removed by an operator."}}'
 
@@ -23,7 +23,7 @@ for i = 1, #held, 2 do
   end
 end
 
-if owners[ARGV[7]] then redis.call('HSET', owner_key(ARGV[7]), 'alone', 1) end
+if owners[isolated] then redis.call('HSET', owner_key(isolated), 'alone', 1) end
 
 local lines = {}
 local function write(id, event_no, event)
@@ -65,4 +65,4 @@ end
 for reader, batch in pairs(lines) do
   redis.call('PUBLISH', reader, table.concat(batch, '\n'))
 end
-return { aborted, lost }
+return { aborted, lost, redis.call('ZCARD', waiting_key(base)) }

@@ -14,7 +14,7 @@ from rq.suspension import resume, suspend
 from shared import keys
 from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
 from shared.settings import WorkerSettings
-from shared.streams import NUM_EVENTS_TO_CLEAR, Append, Held, WorkerStreams
+from shared.streams import NUM_EVENTS_TO_CLEAR, Append, Claim, Held, WorkerStreams
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
 from tests.redis_server import RedisServer
 from tests.streams import BASE, QUEUES, BlockingApi, claim, last, make_request, token, worker_streams
@@ -529,6 +529,51 @@ def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
     consumer._claim()
     arrivals = consumer.commands.get_nowait().add
     assert [arrival.claim.held.request_id for arrival in arrivals] == ids
+
+
+def test_a_running_worker_asks_for_more_only_while_something_waits(
+    connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldRequests()
+    consumer = Consumer(worker_streams(connection), held, queues=QUEUES, max_num_requests=3, poll_s=0.01)
+    num_held: list[int] = []
+    claim_once = WorkerStreams.claim
+
+    def counted(*args: object) -> list[Claim]:
+        num_held.append(len(held))
+        return claim_once(*args)
+
+    monkeypatch.setattr(WorkerStreams, "claim", counted)
+    api.enqueue(make_request())
+    for _ in range(3):
+        consumer.turn()
+    api.enqueue(make_request())
+    for _ in range(3):
+        consumer.turn()
+    assert num_held == [0, 1]
+    assert len(held) == 2
+
+
+def test_a_claim_whose_reply_was_lost_is_repeated_though_nothing_waits_any_more(
+    connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldRequests()
+    consumer = Consumer(worker_streams(connection), held, queues=QUEUES, max_num_requests=2, poll_s=0.01)
+    api.enqueue(make_request())
+    consumer.turn()
+    second = api.enqueue(make_request())
+    claim_once = WorkerStreams.claim
+
+    def loses_the_reply(*args: object) -> None:
+        claim_once(*args)
+        raise redis.ConnectionError("broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerStreams, "claim", loses_the_reply)
+        with pytest.raises(redis.ConnectionError):
+            consumer.turn()
+    consumer.turn()
+    assert [entry.request_id for entry in held.snapshot()][1:] == [second]
 
 
 def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
