@@ -71,7 +71,7 @@ class ApiStreams:
         if reply[0] == b"full":
             raise QueueFull(
                 f"{reply[1]} requests are waiting already; try again later.",
-                retry_after_s=_retry_after_s(num_drained_per_minute=reply[2]),
+                retry_after_s=_retry_after_s(num_ended=reply[2], over_s=reply[3] / 1000),
             )
 
     async def abort(self, request_id: str, *, only_queued: bool = False, ttl_s: int = 60) -> str:
@@ -123,9 +123,11 @@ class ApiStreams:
         return [[decode_event(entry) for entry in entries] for entries in await pipeline.execute()]
 
 
-def _retry_after_s(num_drained_per_minute: int) -> int:
-    """When a client of a full queue should come back: when a few places will be free, within a minute."""
-    if num_drained_per_minute == 0:
-        return MAX_RETRY_AFTER_S
-    seconds_per_place = 60 / num_drained_per_minute
-    return max(1, min(MAX_RETRY_AFTER_S, math.ceil(NUM_PLACES_TO_AWAIT * seconds_per_place)))
+def _retry_after_s(num_ended: int, over_s: float) -> int:
+    """When a client of a full queue should come back: when a few places will be free, within a minute.
+
+    Where nothing has ended while somebody waited, that is told by how long (`over_s`): in a burst on an idle
+    deployment soon, later and later where nothing moves.
+    """
+    wait_s = NUM_PLACES_TO_AWAIT * over_s / num_ended if num_ended else over_s
+    return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s)))

@@ -55,7 +55,7 @@ def reaped(worker_name: str) -> str:
 
 
 def drained(base: str, ten_seconds: int) -> str:
-    """string, requests that ended in one slice of 10 s. Kept by append; enqueue tells the rate. 60 s."""
+    """string, requests that ended in one slice of 10 s. Kept by append; enqueue measures by it. 60 s."""
     return f"{PREFIX}:drained:{base}:{ten_seconds}"
 
 

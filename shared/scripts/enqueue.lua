@@ -1,15 +1,19 @@
 -- Admission and enqueue in one step; the same id again is a success that changes nothing.
 -- ARGV: id, base, queue, max depth of the queue, max depth in all, reader channel, stream ttl (ms), then the
 --       job hash as field, value, ...
--- Returns {'queued'}, or {'full', depth, requests of the base that ended in the last minute or so}.
+-- Returns {'queued'}, or {'full', depth, num_ended, over_ms}: so many requests of the base ended since the oldest
+-- that waits came, or in the last minute or so.
 local id, base, queue = ARGV[1], ARGV[2], ARGV[3]
 
-local function num_drained()
-  local sum = 0
-  for bucket = math.floor(now_ms / 10000) - 5, math.floor(now_ms / 10000) do
-    sum = sum + tonumber(redis.call('GET', OURS .. ':drained:' .. base .. ':' .. bucket) or 0)
+local function full(depth)
+  local oldest = redis.call('ZRANGE', waiting_key(base), 0, 0, 'WITHSCORES')
+  local since_ms = tonumber(oldest[2] or now_ms)
+  local slice = math.floor(now_ms / 10000)
+  local first, num_ended = math.max(slice - 5, math.floor(since_ms / 10000)), 0
+  for number = first, slice do
+    num_ended = num_ended + tonumber(redis.call('GET', OURS .. ':drained:' .. base .. ':' .. number) or 0)
   end
-  return sum
+  return { 'full', depth, num_ended, now_ms - math.max(first * 10000, since_ms) }
 end
 
 if redis.call('EXISTS', job_key(id)) == 1 then
@@ -18,14 +22,14 @@ end
 
 local depth = redis.call('LLEN', queue_key(queue))
 if depth >= tonumber(ARGV[4]) then
-  return { 'full', depth, num_drained() }
+  return full(depth)
 end
 local total = 0
 for _, other in ipairs(redis.call('ZRANGE', waiting_key(base), 0, -1)) do
   total = total + redis.call('LLEN', queue_key(other))
 end
 if total >= tonumber(ARGV[5]) then
-  return { 'full', total, num_drained() }
+  return full(total)
 end
 
 for i = 8, #ARGV, 2 do

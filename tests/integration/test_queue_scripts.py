@@ -661,16 +661,35 @@ def test_a_stopped_request_is_a_stopped_job(connection: redis.Redis, api: Blocki
     assert FailedJobRegistry(BASE, connection).get_job_ids() == [request_id]
 
 
-@pytest.mark.parametrize(("num_ended", "retry_after_s"), [(0, 60), (10, 30), (300, 1)])
+@pytest.mark.parametrize(
+    ("waits_s", "num_ended_by_slice", "expected_s"),
+    [
+        (0, {}, (1, 1)),  # a burst at a server that just started, or was idle
+        (0, {5: 1}, (1, 1)),
+        (20, {}, (20, 24)),  # nothing moves: perhaps no worker is there
+        (300, {}, (50, 60)),
+        (60, {4: 4, 2: 3, 0: 3}, (25, 30)),  # 10 in 50 to 60 s
+        (20, {5: 100, 1: 4}, (25, 30)),  # 4 in 20 s: what ended before anyone waited tells nothing
+        (60, {0: 300}, (1, 1)),
+    ],
+)
 def test_a_full_queue_says_when_to_come_back_from_how_fast_it_drains(
-    connection: redis.Redis, api: BlockingApi, num_ended: int, retry_after_s: int
+    connection: redis.Redis,
+    api: BlockingApi,
+    waits_s: int,
+    num_ended_by_slice: dict[int, int],
+    expected_s: tuple[int, int],
 ) -> None:
+    """Slices are of 10 s, counted back from now."""
     seconds, _ = connection.time()
-    connection.set(keys.drained(BASE, seconds // 10), num_ended)
+    for back, num_ended in num_ended_by_slice.items():
+        connection.set(keys.drained(BASE, seconds // 10 - back), num_ended)
     api.enqueue(make_request())
+    connection.zadd(keys.waiting(BASE), {BASE: (seconds - waits_s) * 1000})
     with pytest.raises(QueueFull) as refused:
         api.enqueue(make_request(), max_queue_depth=1)
-    assert refused.value.retry_after_s == retry_after_s
+    least_s, most_s = expected_s
+    assert least_s <= refused.value.retry_after_s <= most_s
 
 
 def test_every_ended_request_counts_for_the_drain_rate(connection: redis.Redis, api: BlockingApi) -> None:
