@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 MIN_STRETCH = 2.0
-MAX_STRETCH = 3.0
+MAX_STRETCH = 2.5
 """A step with prompt tokens takes this many times as long as one without: at least, so that prompts get on
 beside streams that are slow anyway, and at most, so that the readers of fast ones don't notice."""
 FIRST_CHUNK_TOKENS = 128
@@ -16,7 +16,9 @@ MAX_NUM_CHUNK_STEPS = 32
 _GATHER_TOKENS = 8
 """To fetch the tokens that a chunk attends to costs as much as the attention of so many of its own."""
 _GAIN = 0.3
-_MAX_SURPRISE = 2.0
+_MAX_ROWS_SURPRISE, _MAX_CHUNKS_SURPRISE = 1.2, 2.0
+"""A measurement counts as so many times the estimate at most. What makes steps longer is learned quickly of
+chunks, which get smaller by it, and slowly of rows: they would get larger, just when the machine is busy."""
 
 
 class Chunk(NamedTuple):
@@ -45,8 +47,8 @@ class StepPace:
         self._step_target_ms = step_target_ms
         self._clock = clock
         self._started_s = 0.0
-        self._rows = _Cost(units=(1, 16), guess_ms=(0, 0))
-        self._chunks = _Cost(units=(1, FIRST_CHUNK_TOKENS, 1 << 16), guess_ms=(0, step_target_ms, 0))
+        self._rows = _Cost((1, 16), (0, 0), _MAX_ROWS_SURPRISE)
+        self._chunks = _Cost((1, FIRST_CHUNK_TOKENS, 1 << 16), (0, step_target_ms, 0), _MAX_CHUNKS_SURPRISE)
         self._num_chunk_steps = 0
         """Since the last one without prompt tokens."""
 
@@ -95,10 +97,11 @@ class StepPace:
 class _Cost:
     """Milliseconds that are a sum of amounts, each times its own price; learned by least mean squares."""
 
-    def __init__(self, units: Sequence[float], guess_ms: Sequence[float]) -> None:
+    def __init__(self, units: Sequence[float], guess_ms: Sequence[float], max_surprise: float) -> None:
         """`units`: typical amounts, whose prices move alike; `guess_ms`: what such a unit costs."""
         self._units = units
         self._unit_ms = list(guess_ms)
+        self._max_surprise = max_surprise
         self._is_guess = True
 
     def ms(self, amounts: Sequence[float]) -> float:
@@ -108,8 +111,8 @@ class _Cost:
     def learn(self, amounts: Sequence[float], measured_ms: float) -> None:
         """Moves the estimate for these amounts a part of the way, the first time all of it.
 
-        A measurement far above it counts as twice as much: what else the machine did in that step says little
-        about the next one.
+        A measurement far above it counts as `max_surprise` times as much: what else the machine did in that
+        step says little about the next one.
         """
         estimate_ms, is_guess = self.ms(amounts), self._is_guess
         self._is_guess = False
@@ -119,7 +122,7 @@ class _Cost:
         change_ms = measured_ms
         if estimate_ms:
             # Half of the change as if the whole device had become slower or faster, ...
-            change_ms = _GAIN / 2 * (min(measured_ms, _MAX_SURPRISE * estimate_ms) - estimate_ms)
+            change_ms = _GAIN / 2 * (min(measured_ms, self._max_surprise * estimate_ms) - estimate_ms)
             self._unit_ms = [ms * (1 + change_ms / estimate_ms) for ms in self._unit_ms]
         # ... half as if the amounts' prices had other proportions.
         shares = self._shares(amounts)

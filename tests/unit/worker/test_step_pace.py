@@ -95,6 +95,14 @@ def test_one_slow_step_without_prompt_tokens_changes_little() -> None:
     assert device.step(16) == pytest.approx(before, rel=0.25)
 
 
+def test_a_burst_of_prompts_that_takes_the_cores_of_some_steps_does_not_lengthen_those_that_follow() -> None:
+    device = Device(lambda rows, tokens: 8 + rows + 0.5 * tokens)
+    before = device.settle(16)
+    for _ in range(3):
+        device.decode(16, slower=2.3)
+    assert device.step(16) < 1.25 * before
+
+
 def test_a_device_that_becomes_slower_gets_smaller_chunks_within_a_few_steps() -> None:
     device = Device()
     device.settle(16)
@@ -112,7 +120,7 @@ def test_a_device_that_becomes_faster_gets_larger_chunks() -> None:
     assert device.settle(0, num_decodes=0) == pytest.approx(100, rel=0.1)
 
 
-def test_a_fast_stream_is_slowed_to_a_third_at_most() -> None:
+def test_a_fast_stream_is_slowed_by_the_largest_stretch_at_most() -> None:
     device = Device(lambda rows, tokens: 5 + tokens / 50)
     assert device.settle(4) == pytest.approx(5 * MAX_STRETCH, rel=0.1)
 
