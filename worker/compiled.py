@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -222,6 +223,34 @@ def drop_unused(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def drop_cut_off(folder: Path) -> None:
+    """Removes libraries of a cache folder whose end is missing: loading one would kill the process."""
+    for library in (*folder.glob("kernels-*.so"), *folder.glob("graph-*/**/*.so")):
+        try:
+            if not _is_cut_off(library):
+                continue
+            built = folder / library.relative_to(folder).parts[0]
+            shutil.rmtree(built) if built.is_dir() else built.unlink()
+        except OSError as error:
+            logger.warning("can't look after %s: %s", library, error, extra=fields("compile"))
+            continue
+        logger.warning("%s was cut off, and is removed", library, extra=fields("compile"))
+
+
+def _is_cut_off(library: Path) -> bool:
+    """Whether it ends before its table of sections does, which stands last; False if it is no such file.
+
+    The header of a 64-bit little-endian library: man 5 elf.
+    """
+    with library.open("rb") as file:
+        header = file.read(64)
+        size = file.seek(0, os.SEEK_END)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\2\1"):
+        return False
+    table, entry_size, num_entries = struct.unpack("<40xQ10xHH2x", header)
+    return bool(size < table + entry_size * num_entries)
 
 
 def _try_to_lock(file: IO[str]) -> bool:

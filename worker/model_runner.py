@@ -1,5 +1,6 @@
 """The only code that touches the device: one forward pass over a batch, and the tokens sampled from it."""
 
+import contextlib
 import logging
 from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -85,9 +86,7 @@ class ModelRunner:
         tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
         # A first build of the kernels takes some seconds: the model loads meanwhile.
         with ThreadPoolExecutor(1, "kernels") as executor:
-            has_kernels = (
-                None if settings.compile == "off" else executor.submit(kernels.make_callable, device)
-            )
+            has_kernels = None if settings.compile == "off" else executor.submit(_make_kernels, device)
             model = loading.load_model(folder, settings, device)
         runner = cls(model, tokenizer, settings, has_kernels=bool(has_kernels and has_kernels.result()))
         runner.model_version = loading.model_version(folder)
@@ -258,6 +257,13 @@ class ModelRunner:
             self.max_model_len,
             extra=fields("allocate_cache"),
         )
+
+
+def _make_kernels(device: torch.device) -> bool:
+    """`kernels.make_callable`, after a look at what earlier builds left."""
+    with contextlib.suppress(OSError):  # no cache folder, as `make_callable` tells
+        compiled.drop_cut_off(kernels.cache_folder())
+    return kernels.make_callable(device)
 
 
 def _adapter_share(device: torch.device) -> int:

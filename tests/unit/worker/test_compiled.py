@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+import safetensors
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -21,6 +22,7 @@ from shared.status import COMPILING
 from tests.compiled import need_kernels, wait_until_compiled
 from tests.tiny_models import add_adapter, build_adapter, build_model, generate_with_peft
 from tests.waiting import wait_until
+from worker import kernels
 from worker.compile_graph import Job
 from worker.compiled import (
     COMPILED,
@@ -29,6 +31,7 @@ from worker.compiled import (
     CompiledForward,
     Forward,
     describe_job,
+    drop_cut_off,
     drop_unused,
 )
 from worker.model_runner import ModelRunner
@@ -290,6 +293,41 @@ def test_what_was_not_used_for_long_is_dropped(tmp_path: Path) -> None:
         os.utime(tmp_path / name, (0, 0))
     drop_unused(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"graph-new", "kernels-new.so", "model"}
+
+
+def test_what_was_cut_off_is_dropped_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that lost power leaves such files; to load a library that ends early kills the process."""
+    folder = tmp_path / "lorelay"
+    whole = Path(safetensors._safetensors_rust.__file__).read_bytes()
+    for name, content in {
+        "kernels-whole.so": whole,
+        "kernels-cut.so": whole[: len(whole) // 2],
+        "kernels-other.so": b"no library: loading it says so",
+        "graph-whole/data/graph.so": whole,
+        "graph-cut/data/graph.so": whole[:-1],
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    found: set[str] = set()
+
+    def make_callable(device: torch.device) -> bool:
+        found.update(path.name for path in folder.iterdir())
+        return False
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "make_callable", make_callable)
+    model = build_model(tmp_path / "model")
+    ModelRunner.load(WorkerSettings(model=str(model), device="cpu", cache_max_bytes=1 << 20))
+    assert found == {"kernels-whole.so", "kernels-other.so", "graph-whole"}
+    assert str(folder / "kernels-cut.so") in caplog.text
+
+
+def test_a_cache_folder_that_is_not_there_or_cannot_be_read_stops_nothing(tmp_path: Path) -> None:
+    drop_cut_off(tmp_path / "none")
+    (tmp_path / "kernels-folder.so").mkdir()
+    drop_cut_off(tmp_path)
 
 
 def test_another_config_or_precision_is_another_graph(runner: ModelRunner, tmp_path: Path) -> None:
