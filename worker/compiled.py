@@ -226,7 +226,10 @@ def drop_unused(folder: Path) -> None:
 
 
 def drop_cut_off(folder: Path) -> None:
-    """Removes libraries of a cache folder whose end is missing: loading one would kill the process."""
+    """Removes libraries of a cache folder whose end was never written, as after a loss of power.
+
+    Loading one would kill the process.
+    """
     for library in (*folder.glob("kernels-*.so"), *folder.glob("graph-*/**/*.so")):
         try:
             if not _is_cut_off(library):
@@ -240,17 +243,18 @@ def drop_cut_off(folder: Path) -> None:
 
 
 def _is_cut_off(library: Path) -> bool:
-    """Whether it ends before its table of sections does, which stands last; False if it is no such file.
+    """Whether its table of sections, which stands last, is not there; False if it is no such file.
 
     The header of a 64-bit little-endian library: man 5 elf.
     """
     with library.open("rb") as file:
         header = file.read(64)
-        size = file.seek(0, os.SEEK_END)
-    if len(header) < 64 or not header.startswith(b"\x7fELF\2\1"):
-        return False
-    table, entry_size, num_entries = struct.unpack("<40xQ10xHH2x", header)
-    return bool(size < table + entry_size * num_entries)
+        if len(header) < 64 or not header.startswith(b"\x7fELF\2\1"):
+            return False
+        offset, entry_size, num_entries = struct.unpack("<40xQ10xHH2x", header)
+        file.seek(offset)
+        table = file.read(entry_size * num_entries)
+    return len(table) < entry_size * num_entries or (bool(table) and not any(table))
 
 
 def _try_to_lock(file: IO[str]) -> bool:

@@ -304,6 +304,7 @@ def test_what_was_cut_off_is_dropped_before_it_is_loaded(
     for name, content in {
         "kernels-whole.so": whole,
         "kernels-cut.so": whole[: len(whole) // 2],
+        "kernels-unwritten.so": whole[: len(whole) // 2].ljust(len(whole), b"\0"),
         "kernels-other.so": b"no library: loading it says so",
         "graph-whole/data/graph.so": whole,
         "graph-cut/data/graph.so": whole[:-1],
