@@ -137,14 +137,14 @@ class Relay:
         async with queue_errors(self.patience()):
             return await registry.fetch_cards(self._connection)
 
-    async def has_live_worker(self, base: str) -> bool:
-        """Whether a worker of this base is up.
+    async def has_live_worker(self, request: GenerationRequest) -> bool:
+        """Whether a worker that serves this request's model is up.
 
         Raises:
             QueueUnavailable: Redis did not answer.
         """
         async with queue_errors(self.patience()):
-            return await registry.has_live_worker(self._connection, base)
+            return await registry.has_live_worker(self._connection, request.base, request.adapter_name)
 
     @contextlib.contextmanager
     def open_inbox(self, request_id: str) -> Iterator[Inbox]:

@@ -70,13 +70,13 @@ class EventSource:
 
     async def _queue_timeout(self) -> QueueTimeout:
         try:
-            has_worker = await self._relay.has_live_worker(self._request.base)
+            has_worker = await self._relay.has_live_worker(self._request)
         except QueueUnavailable:
             has_worker = True
         waited = f"within the queue time limit of {self._queue_time_limit_s:g} s"
         if has_worker:
             return QueueTimeout(f"The request was not started {waited}; try again later.")
-        return NoWorker(f"No worker serves '{self._request.base}' at the moment: none came {waited}.")
+        return NoWorker(f"No worker serves '{self._request.model}' at the moment: none came {waited}.")
 
 
 def error_of(event: StreamEvent) -> LorelayError | None:

@@ -5,9 +5,11 @@ Cards outlive the workers that wrote them: a request for a model whose workers a
 
 import time
 from collections.abc import Iterable
+from typing import cast
 
 import redis
 import redis.asyncio
+from rq.defaults import RQ_KEY_PREFIX
 
 from shared import keys
 from shared.errors import ModelNotFound, RegistryConflict
@@ -65,10 +67,16 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
     return decode_card(value)
 
 
-async def has_live_worker(connection: redis.asyncio.Redis, base: str) -> bool:
-    """Whether a worker of this base renewed its lease lately (by the server's clock)."""
+async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_name: str | None) -> bool:
+    """Whether a worker that serves this model renewed its lease lately (by the server's clock)."""
     seconds, _ = await connection.time()
-    return await connection.zcount(keys.workers(slug(base)), seconds * 1000, "+inf") > 0
+    live = cast(
+        "list[bytes]", await connection.zrangebyscore(keys.workers(slug(base)), seconds * 1000, "+inf")
+    )
+    # By RQ's record, since a worker may have other adapters than the next one, or only some of its queues.
+    serving = f"{RQ_KEY_PREFIX}:workers:{queue_name(base, adapter_name)}"
+    names = [f"{RQ_KEY_PREFIX}:worker:{name.decode()}" for name in live]
+    return bool(names) and any(await connection.smismember(serving, names))
 
 
 def created_now() -> int:

@@ -149,7 +149,8 @@ class ScriptedWorker:
         registry.register(connection, [BASE, ADAPTER])
 
     def report(self) -> None:
-        """Tells the registry that this worker lives."""
+        """Tells that this worker lives and serves the base, as `rq worker` does."""
+        self.connection.sadd(f"rq:workers:{queue_name(BASE.base, None)}", "rq:worker:scripted")
         self.streams.renew([])
 
     def try_claim(self) -> Claim | None:

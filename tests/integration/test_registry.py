@@ -53,14 +53,29 @@ async def test_the_api_reads_what_workers_wrote(redis_server: RedisServer, conne
             await registry.fetch_card(client, "x" * 101)
 
 
-async def test_a_worker_is_alive_while_it_renews(redis_server: RedisServer, connection: redis.Redis) -> None:
+async def test_a_model_has_a_live_worker_while_one_that_serves_it_renews(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
     async with redis.asyncio.Redis.from_url(redis_server.url) as client:
-        assert not await registry.has_live_worker(client, "tiny")
-        worker_streams(connection).renew([])
-        assert await registry.has_live_worker(client, "tiny")
-        assert not await registry.has_live_worker(client, "other")
-        worker_streams(connection, lease_s=-1).renew([])
-        assert not await registry.has_live_worker(client, "tiny")
+
+        async def served() -> list[str]:
+            models = [("tiny", None), ("tiny", "a"), ("tiny", "b"), ("other", None)]
+            return [
+                f"{base} {name}"
+                for base, name in models
+                if await registry.has_live_worker(client, base, name)
+            ]
+
+        for worker_name, queues in {"w1": ("tiny", "tiny-a"), "w2": ("tiny-b",)}.items():
+            for queue in queues:
+                connection.sadd(f"rq:workers:{queue}", f"rq:worker:{worker_name}")
+        assert await served() == []
+        worker_streams(connection, "w1").renew([])
+        assert await served() == ["tiny None", "tiny a"]
+        worker_streams(connection, "w2").renew([])
+        assert await served() == ["tiny None", "tiny a", "tiny b"]
+        worker_streams(connection, "w1", lease_s=-1).renew([])
+        assert await served() == ["tiny b"]
 
 
 def test_a_server_without_the_commands_of_6_2_is_refused(

@@ -55,7 +55,7 @@ class FakeRelay:
             raise state
         return state
 
-    async def has_live_worker(self, base: str) -> bool:
+    async def has_live_worker(self, request: GenerationRequest) -> bool:
         if isinstance(self.live_worker, Exception):
             raise self.live_worker
         return self.live_worker
