@@ -184,7 +184,7 @@ def test_a_worker_given_a_model_name_serves_only_its_queue(
         assert ask(client, "a", "hi")
         with pytest.raises(openai.InternalServerError) as refused:
             ask(client, "tiny", "hi")
-        assert refused.value.code == "queue_timeout"
+        assert refused.value.code == "no_worker"
         assert rq_queues()["tiny"] == 0
 
 
