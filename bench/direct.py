@@ -21,7 +21,7 @@ from worker.engine import Engine
 from worker.faults import Faults
 from worker.lora_worker import build_engine
 from worker.onednn import bound_caches
-from worker.threads import sleep_while_waiting
+from worker.threads import sleep_while_waiting, stays_eager
 
 
 class DirectResult(msgspec.Struct, frozen=True):
@@ -85,7 +85,7 @@ def main() -> None:
         max_tokens=args.max_tokens,
         num_prompt_words=args.prompt_words,
     )
-    sleep_while_waiting()
+    sleep_while_waiting(is_eager=stays_eager(settings.compile))
     bound_caches()
     from worker.model_runner import ModelRunner
 

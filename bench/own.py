@@ -75,20 +75,21 @@ class Context:
     wanted: frozenset[str]
     given_adapters: Mapping[str, str] = field(default_factory=dict)
     """The user's, in place of random ones."""
-    floors: dict[int, float] = field(default_factory=dict)
+    floors: dict[int, list[float]] = field(default_factory=dict)
+    """F by batch, tokens/s, each time that it was measured."""
     forward_states: set[str] = field(default_factory=set)
     """How the workers that were measured computed."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def floor(self, batch: int) -> float:
-        """F(batch), tokens/s; measured once."""
-        if batch not in self.floors:
-            device = self.settings["device"].replace("auto", "cpu")
-            options = ["--model", self.settings["model"], "--batch", str(batch), "--device", device]
-            # On a quiet machine threads that spin are faster, beside other work those that sleep.
-            ways: tuple[list[str], ...] = ([], ["--sleep"])
-            self.floors[batch] = max(self.ask("bench.floor", *options, *way)["tokens_per_s"] for way in ways)
-        return self.floors[batch]
+        """F(batch), tokens/s: on a CPU as it is now, on a GPU as it was before a worker filled it."""
+        device = self.settings["device"].replace("auto", "cpu")
+        if device != "cpu" and batch in self.floors:
+            return self.floors[batch][-1]
+        options = ["--model", self.settings["model"], "--batch", str(batch), "--device", device]
+        speed = float(self.ask("bench.floor", *options)["tokens_per_s"])
+        self.floors.setdefault(batch, []).append(speed)
+        return speed
 
     @contextmanager
     def deploy(
@@ -140,7 +141,7 @@ def mixed_batches(context: Context) -> Iterator[Figure]:
     sizes = context.sizes
     for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
         if keys & context.wanted:
-            context.floor(batch)  # Before anything else runs on this machine.
+            context.floor(batch)
     adapters = context.given_adapters or context.make_adapters(
         sizes.num_adapters, sizes.rank, ALL_PROJECTIONS
     )

@@ -143,13 +143,17 @@ def _heading(words: Sequence[str], weights: str, context: Context) -> list[str]:
     """`weights`: what F was measured with, and where."""
     now = datetime.datetime.now().astimezone()
     floors = sorted(context.floors.items())
-    facts = [weights, ", ".join(f"F({batch}) = {speed:.0f} tokens/s" for batch, speed in floors)]
+    facts = [weights, ", ".join(f"F({batch}) = {_range(speeds)} tokens/s" for batch, speeds in floors)]
     facts += [f"forward pass {state}" for state in sorted(context.forward_states)]
     return [
         f"{now:%Y-%m-%d %H:%M %Z}, {_processor()}, {num_usable_cores()} cores",
         f"scripts/bench {shlex.join(words)}".strip(),
         "; ".join(fact for fact in facts if fact),
     ]
+
+
+def _range(speeds: Sequence[float]) -> str:
+    return " to ".join(sorted({f"{min(speeds):.0f}", f"{max(speeds):.0f}"}, key=int))
 
 
 def _processor() -> str:

@@ -29,7 +29,7 @@ class Sizes:
     num_requests: int = 64
     max_tokens: int = 64
     num_prompt_words: int = 90
-    num_alone: int = 4
+    num_alone: int = 8
     """Requests one after the other, for the speed of one stream."""
     num_long_prompts: int = 16
     num_long_prompt_words: int = 960
@@ -66,23 +66,31 @@ class Server:
 def rows(
     server: Server, sizes: Sizes, wanted: AbstractSet[str], floor: Callable[[int], float]
 ) -> Iterator[Figure]:
-    """The rows that any server can have; `floor` gives F(batch) in tokens/s.
+    """The rows that any server can have; `floor` measures F(batch), in tokens/s.
+
+    It does so before and after each row that F divides, which takes the mean: what neighbours leave of this
+    machine's memory bandwidth changes F(1) by a third within minutes.
 
     Raises:
         LoadFailed: a request failed.
     """
     warm_up(server, [server.base, *server.adapters], sizes)
     if wanted & SPEED_KEYS:
+        before = floor(sizes.concurrency)
         base = measure(server, server.load([server.base], sizes)).tokens_per_s
-        yield share("base", base, floor(sizes.concurrency))
+        after = floor(sizes.concurrency)
+        yield share("base", base, statistics.mean((before, after)))
         if server.adapters:
             mixed = measure(server, server.load(server.adapters, sizes))
-            yield share("mixed", mixed.tokens_per_s, floor(sizes.concurrency))
+            before, after = after, floor(sizes.concurrency)
+            yield share("mixed", mixed.tokens_per_s, statistics.mean((before, after)))
             yield share("mixed-base", mixed.tokens_per_s, base)
             yield Figure("ttft", mixed.first_text_p50_s, f"then a token every {mixed.gap_p50_s * 1e3:.0f} ms")
     if "stream" in wanted:
         alone = replace(server.load([server.base], sizes), concurrency=1, num_requests=sizes.num_alone)
-        yield share("stream", measure(server, alone).tokens_per_s, floor(1))
+        before = floor(1)
+        speed = measure(server, alone).tokens_per_s
+        yield share("stream", speed, statistics.mean((before, floor(1))))
     if "gap" in wanted:
         gaps = measure_gaps(server, sizes)
         detail = f"{gaps.longest_s * 1e3:.0f} ms, {gaps.median_before_s * 1e3:.0f} ms before"

@@ -23,6 +23,7 @@ from worker import attention, kernels
 from worker.attention import AttentionState
 from worker.kv_cache import PagedKVCache
 from worker.packed import call_operator
+from worker.threads import COMPILER
 
 PREFIX = "model."
 """Before the names of the model's own tensors in the graph."""
@@ -34,7 +35,7 @@ _EXAMPLE_NUM_TOKENS = 16
 _MAX_NUM_TOKENS = 1 << 20
 _INDUCTOR_OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
-    "cpp.cxx": (None, kernels.COMPILER),  # not the one that $CXX names
+    "cpp.cxx": (None, COMPILER),  # not the one that $CXX names
     "cpp.dynamic_threads": True,
 }
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from shared.logs import fields
+from worker.threads import COMPILER
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "cpp" / "operators.cpp"
-COMPILER = "g++"
-"""Its OpenMP is that of PyTorch: another one's threads would fight with PyTorch's for the cores."""
 _REORDERED_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 """Sums of many numbers need vectors; NaN and infinity stay what they are."""
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", *_REORDERED_SUMS)

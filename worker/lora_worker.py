@@ -36,7 +36,7 @@ from worker.heartbeat import Heartbeat
 from worker.onednn import bound_caches
 from worker.scheduler import Scheduler
 from worker.step_pace import StepPace
-from worker.threads import sleep_while_waiting
+from worker.threads import sleep_while_waiting, stays_eager
 
 if TYPE_CHECKING:
     from worker.model_runner import ModelRunner
@@ -176,7 +176,7 @@ class LoraWorker(BaseWorker):
         return consumer.num_claimed > 0
 
     def _load_model_runner(self, settings: WorkerSettings) -> "ModelRunner":
-        sleep_while_waiting()
+        sleep_while_waiting(is_eager=stays_eager(settings.compile))
         bound_caches()
         from worker.model_runner import ModelRunner
 
