@@ -109,10 +109,10 @@ def _scale(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow], group: 
     if len(group) < len(rows):
         index = torch.tensor(group, device=logits.device)
         logits, largest = logits[index], largest[index]
-    if logits.dtype != torch.float64:
-        logits, largest = logits.float(), largest.float()
-    temperatures = logits.new_tensor([max(rows[n].params.temperature, MIN_TEMPERATURE) for n in group])
-    return (logits - largest[:, None]).div_(temperatures[:, None])
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scaled = logits.to(dtype, copy=True).sub_(largest.to(dtype)[:, None])
+    temperatures = scaled.new_tensor([max(rows[n].params.temperature, MIN_TEMPERATURE) for n in group])
+    return scaled.div_(temperatures[:, None])
 
 
 def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
