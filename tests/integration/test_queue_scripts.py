@@ -681,11 +681,11 @@ def test_a_full_queue_says_when_to_come_back_from_how_fast_it_drains(
     expected_s: tuple[int, int],
 ) -> None:
     """Slices are of 10 s, counted back from now."""
-    seconds, _ = connection.time()
+    seconds, microseconds = connection.time()
     for back, num_ended in num_ended_by_slice.items():
         connection.set(keys.drained(BASE, seconds // 10 - back), num_ended)
     api.enqueue(make_request())
-    connection.zadd(keys.waiting(BASE), {BASE: (seconds - waits_s) * 1000})
+    connection.zadd(keys.waiting(BASE), {BASE: (seconds - waits_s) * 1000 + microseconds // 1000})
     with pytest.raises(QueueFull) as refused:
         api.enqueue(make_request(), max_queue_depth=1)
     least_s, most_s = expected_s
