@@ -206,7 +206,7 @@ class Consumer:
         may_claim = True
         if self._held or self._unsent:
             may_claim = self._send()
-        self._shed()
+        may_claim |= self._shed()
         # One whose reply was lost may have claimed something.
         if may_claim or self._execution_ids:
             self._claim()
@@ -285,7 +285,9 @@ class Consumer:
         if lost:
             self.commands.put(Commands(drop=lost))
 
-    def _shed(self) -> None:
+    def _shed(self) -> bool:
+        """Hands back what does not fit; whether there was any, which now waits."""
+        has_shed = False
         while not self._to_shed.empty():
             held = self._to_shed.get()
             try:
@@ -295,6 +297,8 @@ class Consumer:
                 raise
             self._held.remove([held.request_id])
             logger.warning("request %s handed back: out of memory", held.request_id, extra=fields("shed"))
+            has_shed = True
+        return has_shed
 
     def _claim(self) -> None:
         room = self._capacity.num_requests - len(self._held)

@@ -576,6 +576,21 @@ def test_a_claim_whose_reply_was_lost_is_repeated_though_nothing_waits_any_more(
     assert [entry.request_id for entry in held.snapshot()][1:] == [second]
 
 
+def test_what_is_handed_back_while_all_else_ends_is_claimed_in_the_same_turn(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    held = HeldRequests()
+    consumer = Consumer(worker_streams(connection), held, queues=QUEUES, max_num_requests=2, poll_s=0.01)
+    ids = [api.enqueue(make_request()) for _ in range(2)]
+    consumer.turn()
+    first, second = (arrival.claim for arrival in consumer.commands.get_nowait().add)
+    consumer.shed(second.held)
+    consumer.outbox.put([last(first, 0)])
+    consumer.turn()
+    assert [entry.request_id for entry in held.snapshot()] == ids[1:]
+    assert not consumer.is_idle
+
+
 def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
