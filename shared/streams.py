@@ -201,6 +201,9 @@ class WorkerStreams:
             ]
         )
         aborted, lost, num_waiting = reply
+        if num_waiting == 0:
+            # As a claim would find now, which need not be made.
+            self._closed = []
         return News(_decode_all(aborted), _decode_all(lost), num_waiting=num_waiting)
 
     def renew(self, held: Iterable[Held], *, judge_readers: bool = False) -> News:

@@ -202,3 +202,24 @@ def test_the_request_behind_an_overdue_one_is_not_overdue(connection: redis.Redi
     worker = SlotWorker(connection, 1, 1)
     worker.resident = ["tiny-a"]
     assert worker.turn() == ["tiny-a"]
+
+
+def test_what_was_closed_before_the_last_wait_was_over_is_not_preferred_when_another_begins(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    streams, slots = worker_streams(connection), Slots(2, ["tiny-a", "tiny-b"], MAX_WAIT_S)
+    served = [queue(name) for name in ("a", "b", "c")]
+
+    def claim_beside_an_overdue_head(running: dict[str, int]) -> list[str]:
+        age(connection, api.enqueue(make_request("c")), MAX_WAIT_S + 1)
+        for name in ("a", "b"):
+            api.enqueue(make_request(name))
+        claims = streams.claim([uuid4().hex for _ in range(3)], running, served, slots)
+        return [queue(claim.request.adapter_name) for claim in claims]
+
+    assert claim_beside_an_overdue_head({"tiny-a": 1, "tiny-b": 2}) == ["tiny-b"]
+    for name in served:
+        connection.delete(f"rq:queue:{name}")
+    streams.sweep(served)
+    streams.append([], [])
+    assert claim_beside_an_overdue_head({"tiny-a": 2, "tiny-b": 1}) == ["tiny-a"]
