@@ -18,8 +18,10 @@ import msgspec
 from worker.threads import sleep_while_waiting
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-NUM_STEPS = 25
+MIN_NUM_STEPS = 25
 NUM_WARM_UP_STEPS = 5
+DURATION_S = 2.0
+"""That of quick steps, since what neighbours leave of the memory's speed changes within a second."""
 
 Shape = tuple[int, int]
 """(out, in) of a weight."""
@@ -53,7 +55,9 @@ def measure(model: str, batch: int, *, device: str = "cpu", num_threads: int | N
             for width in {shape[1] for shape in shapes}
         }
         how, step = _pack(weights, inputs)
-        times_s = [_time(step, device) for _ in range(NUM_STEPS)]
+        times_s: list[float] = []
+        while len(times_s) < MIN_NUM_STEPS or sum(times_s) < DURATION_S:
+            times_s.append(_time(step, device))
     num_weights = sum(out * width for out, width in shapes)
     return Floor(batch, how, num_weights, statistics.median(times_s[NUM_WARM_UP_STEPS:]))
 

@@ -81,12 +81,16 @@ class Context:
     """How the workers that were measured computed."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
+    @property
+    def device(self) -> str:
+        """Where F is measured."""
+        return self.settings["device"].replace("auto", "cpu")
+
     def floor(self, batch: int) -> float:
-        """F(batch), tokens/s: on a CPU as it is now, on a GPU as it was before a worker filled it."""
-        device = self.settings["device"].replace("auto", "cpu")
-        if device != "cpu" and batch in self.floors:
+        """F(batch), tokens/s: on a CPU as it is now, on a GPU as it was at first."""
+        if self.device != "cpu" and batch in self.floors:
             return self.floors[batch][-1]
-        options = ["--model", self.settings["model"], "--batch", str(batch), "--device", device]
+        options = ["--model", self.settings["model"], "--batch", str(batch), "--device", self.device]
         speed = float(self.ask("bench.floor", *options)["tokens_per_s"])
         self.floors.setdefault(batch, []).append(speed)
         return speed
@@ -139,9 +143,10 @@ class Stage(NamedTuple):
 def mixed_batches(context: Context) -> Iterator[Figure]:
     """Eight adapters on all projections."""
     sizes = context.sizes
-    for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
-        if keys & context.wanted:
-            context.floor(batch)
+    if context.device != "cpu":  # before a worker takes the device's memory
+        for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
+            if keys & context.wanted:
+                context.floor(batch)
     adapters = context.given_adapters or context.make_adapters(
         sizes.num_adapters, sizes.rank, ALL_PROJECTIONS
     )

@@ -22,6 +22,7 @@ from bench.report import draw, to_text
 from bench.yardstick import Figure, Goal, Row, goals
 from shared.devices import num_usable_cores
 from shared.settings import parse_adapters
+from worker.threads import COMPILER
 
 SMOKE = OwnSizes(
     concurrency=2,
@@ -29,6 +30,7 @@ SMOKE = OwnSizes(
     max_tokens=4,
     num_prompt_words=4,
     num_alone=1,
+    num_alone_rounds=1,
     num_long_prompts=2,
     num_long_prompt_words=20,
     max_running_tokens=300,
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def has_compiler(environ: Mapping[str, str]) -> bool:
     """Whether the workers of this machine compile: there is a `g++`, and it is not left out."""
-    return environ.get("LORELAY_COMPILE") != "off" and shutil.which("g++") is not None
+    return environ.get("LORELAY_COMPILE") != "off" and shutil.which(COMPILER) is not None
 
 
 def _parser(keys: Sequence[str]) -> argparse.ArgumentParser:

@@ -72,15 +72,17 @@ void attend(const T* query, const T* keys, const T* values, const int64_t* table
   }
   // Inlined always: GCC finds that such a function has no effect, and drops its calls.
   const auto prefetch_entries = [&](int64_t key) __attribute__((always_inline)) {
-    const int64_t slot = sizes.slot(table, first + std::min(key, num_keys - 1));
+    const int64_t slot = sizes.slot(table, first + key);
     prefetch(keys + slot * sizes.num_kv_heads * head_dim, head_dim);
     prefetch(values + slot * sizes.num_kv_heads * value_dim, value_dim);
   };
-  for (int64_t key = 0; key < KEYS_AHEAD; ++key) {
+  for (int64_t key = 0; key < std::min(KEYS_AHEAD, num_keys); ++key) {
     prefetch_entries(key);
   }
   for (int64_t key = 0; key < num_keys; ++key) {
-    prefetch_entries(key + KEYS_AHEAD);
+    if (key + KEYS_AHEAD < num_keys) {
+      prefetch_entries(key + KEYS_AHEAD);
+    }
     const T* stored = keys + sizes.slot(table, first + key) * sizes.num_kv_heads * head_dim;
     for (int64_t head = 0; head < group; ++head) {
       scores[head * num_keys + key] = scaling * dot(queries + head * head_dim, stored, head_dim);
