@@ -236,6 +236,8 @@ def drop_cut_off(folder: Path) -> None:
                 continue
             built = folder / library.relative_to(folder).parts[0]
             shutil.rmtree(built) if built.is_dir() else built.unlink()
+        except FileNotFoundError:  # another worker was faster
+            continue
         except OSError as error:
             logger.warning("can't look after %s: %s", library, error, extra=fields("compile"))
             continue
