@@ -174,8 +174,10 @@ def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _blocks(weights: Tensor) -> Tensor:
     """Rows cut into blocks, (num_rows, num_blocks, _BLOCK_SIZE), the last one filled up with zeros."""
-    padded = functional.pad(weights, (0, -weights.shape[-1] % _BLOCK_SIZE))
-    return padded.view(len(weights), -1, _BLOCK_SIZE)
+    # Padding by nothing would be a copy.
+    missing = -weights.shape[-1] % _BLOCK_SIZE
+    padded = functional.pad(weights, (0, missing)) if missing else weights
+    return padded.reshape(len(weights), -1, _BLOCK_SIZE)
 
 
 def _mass(weights: Tensor) -> Tensor:
