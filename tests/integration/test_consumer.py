@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -508,6 +509,20 @@ def test_a_request_that_moved_away_while_its_prompt_was_encoded_does_not_run_her
     assert runner.batches == []
 
 
+@contextmanager
+def lost_replies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Claims reach the server meanwhile, and their replies don't come back."""
+    claim = WorkerStreams.claim
+
+    def loses_the_reply(*args: object) -> None:
+        claim(*args)
+        raise redis.ConnectionError("broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerStreams, "claim", loses_the_reply)
+        yield
+
+
 def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,16 +530,8 @@ def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
     consumer = Consumer(
         worker_streams(connection), HeldRequests(), queues=QUEUES, max_num_requests=2, poll_s=0.01
     )
-    claim_once = WorkerStreams.claim
-
-    def loses_the_reply(*args: object) -> None:
-        claim_once(*args)
-        raise redis.ConnectionError("broke")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkerStreams, "claim", loses_the_reply)
-        with pytest.raises(redis.ConnectionError):
-            consumer._claim()
+    with lost_replies(monkeypatch), pytest.raises(redis.ConnectionError):
+        consumer._claim()
     assert consumer.commands.empty()
     consumer._claim()
     arrivals = consumer.commands.get_nowait().add
@@ -562,16 +569,8 @@ def test_a_claim_whose_reply_was_lost_is_repeated_though_nothing_waits_any_more(
     api.enqueue(make_request())
     consumer.turn()
     second = api.enqueue(make_request())
-    claim_once = WorkerStreams.claim
-
-    def loses_the_reply(*args: object) -> None:
-        claim_once(*args)
-        raise redis.ConnectionError("broke")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkerStreams, "claim", loses_the_reply)
-        with pytest.raises(redis.ConnectionError):
-            consumer.turn()
+    with lost_replies(monkeypatch), pytest.raises(redis.ConnectionError):
+        consumer.turn()
     consumer.turn()
     assert [entry.request_id for entry in held.snapshot()][1:] == [second]
 
