@@ -212,7 +212,8 @@ class Cluster:
 
     def known_ids(self) -> set[str]:
         """The requests that wait or run now."""
-        return self.owned_ids() | self.queued_ids()
+        # Queues twice: one that is claimed or handed back meanwhile is seen on one of its sides.
+        return self.queued_ids() | self.owned_ids() | self.queued_ids()
 
     def live_workers(self) -> list[ChaosWorker]:
         """Those whose process is there."""
