@@ -54,6 +54,7 @@ MAPPING: dict[type[LorelayError], Mapped] = {
     errors.QueueUnavailable: Mapped(503, SERVER_TYPE, retry_after_s=1),
     errors.QueueOutOfMemory: Mapped(503, SERVER_TYPE, retry_after_s=5),
     errors.AdapterError: Mapped(500, SERVER_TYPE, permanent=True),
+    errors.AdapterVersionGone: Mapped(503, SERVER_TYPE, retry_after_s=1),
     errors.GenerationFailed: Mapped(500, SERVER_TYPE, permanent=True),
     errors.GenerationStopped: Mapped(500, SERVER_TYPE, permanent=True),
     errors.GenerationTimeout: Mapped(504, SERVER_TYPE, permanent=True),

@@ -31,7 +31,7 @@ STREAM_MARGIN_S = 60
 """How much longer than its limits a request's log lives."""
 CLOSE_WAIT_S = 2.0
 CANCEL_AGAIN_S = 0.1
-UNREADABLE = "The worker's answer can't be read: it runs a newer version than this API."
+UNREADABLE = "The answer can't be read: its log is damaged, or its worker runs a newer version than this API."
 
 
 class Relay:
@@ -274,8 +274,9 @@ class Relay:
                 continue
             try:
                 inbox.put(decode_event(encoded))
-            except msgspec.DecodeError:
-                inbox.fail(GenerationFailed(UNREADABLE))
+            except (msgspec.DecodeError, RecursionError):
+                # The log tells whether the event itself can't be read, or just what was published.
+                inbox.fall_behind()
 
     def _on_subscribed(self) -> None:
         """What was published while nobody listened stands in the logs only."""
@@ -309,22 +310,15 @@ class Relay:
             await asyncio.sleep(self._settings.max_silence_s / 2)
             for inbox in inboxes:
                 inbox.fall_behind()
-        except msgspec.DecodeError:
-            await self._fail_unreadable(inboxes)
         except Exception as error:
             log_unexpected(error)
         else:
             self._note_recovery("log reader")
             for inbox, events in zip(inboxes, logs, strict=True):
-                inbox.put_log(events, is_all=len(events) < page)
-
-    async def _fail_unreadable(self, inboxes: list[Inbox]) -> None:
-        """One log can't be decoded: finds it, so that it harms no other request."""
-        if len(inboxes) == 1:
-            inboxes[0].fail(GenerationFailed(UNREADABLE))
-            return
-        for inbox in inboxes:
-            await self._read_logs([inbox])
+                if events is None:
+                    inbox.fail(GenerationFailed(UNREADABLE))
+                else:
+                    inbox.put_log(events, is_all=len(events) < page)
 
     def _note_outage(self, part: str, error: BaseException) -> None:
         """Logs the first failure only, whichever part of the relay meets it."""

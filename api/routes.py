@@ -152,6 +152,7 @@ def _to_generation_request(
         sampling=body.to_sampling(),
         adapter_name=card.adapter_name,
         adapter_version=card.version if card.adapter_name is not None else None,
+        base_version=(card.version if card.adapter_name is None else card.base_version) or None,
         created=int(time.time()),
         generation_limit_s=settings.generation_limit_s,
         detached=detached,

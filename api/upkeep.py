@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from api.errors import log_unexpected, queue_errors
 from api.inbox import Inbox
 from shared.api_streams import ApiStreams
-from shared.errors import GenerationFailed, QueueUnavailable
+from shared.errors import QueueUnavailable
 from shared.settings import ApiSettings
 
 VANISH_CHECK_S = 2.0
@@ -48,5 +48,5 @@ async def fail_vanished_forever(
             if not isinstance(error, QueueUnavailable):
                 log_unexpected(error)
             continue
-        for request_id in vanished:
-            quiet[request_id].fail(GenerationFailed("The request was removed from the queue."))
+        for request_id, reason in vanished.items():
+            quiet[request_id].fail(reason)

@@ -15,8 +15,8 @@ import msgspec
 
 from bench.load import Load, prompts
 from shared.messages import GenerationRequest, SamplingParams
+from shared.records import Held
 from shared.settings import WorkerSettings
-from shared.streams import Held
 from worker.engine import Engine
 from worker.faults import Faults
 from worker.lora_worker import build_engine

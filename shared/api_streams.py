@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import redis.asyncio
 from rq.job import Job
 
 from shared import keys
-from shared.errors import QueueFull, RequestNotFound
+from shared.claims import UnreadableRecord, read_request
+from shared.connections import is_wrong_type
+from shared.errors import GenerationFailed, QueueFull, RequestNotFound
 from shared.jobs import job_fields
-from shared.messages import GenerationRequest, StreamEvent, decode_event, decode_request
+from shared.messages import GenerationRequest, StreamEvent, decode_event
 from shared.queues import queue_name, slug
-from shared.streams import script_source
+from shared.script_source import script_source
 
 MAX_RETRY_AFTER_S = 60
 NUM_PLACES_TO_AWAIT = 5
@@ -84,14 +87,18 @@ class ApiStreams:
 
         Raises:
             RequestNotFound: there is none of this id, or another client sent it.
+            UnreadableRecord: its job or its log can't be read.
         """
         pipeline = self._connection.pipeline()
         pipeline.hmget(Job.key_for(request_id), ["request", "client", "has_ended"])
         pipeline.llen(keys.log(request_id))
-        (encoded, sender, has_ended), num_events = await pipeline.execute()
+        job, num_events = _unless_fatal(await pipeline.execute(raise_on_error=False))
+        if is_wrong_type(job) or is_wrong_type(num_events):
+            raise UnreadableRecord("a key of another type")
+        encoded, sender, has_ended = job
         if encoded is None or sender != client.encode():
             raise RequestNotFound
-        return FoundRequest(decode_request(encoded), num_events, has_ended is not None)
+        return FoundRequest(read_request(encoded), num_events, has_ended is not None)
 
     async def attach(self, request_id: str, stream_ttl_s: float) -> None:
         """From now on this API is told of a request's events, and no other."""
@@ -101,26 +108,58 @@ class ApiStreams:
         """Tells the workers that this API reads on for `lease_s`."""
         await self._connection.set(self._channel, 1, px=int(lease_s * 1000))
 
-    async def find_vanished(self, request_ids: Sequence[str]) -> list[str]:
-        """Those requests whose job is gone, or was canceled in its queue."""
+    async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
+        """Those requests that are no more and whose log does not tell, each with the reason.
+
+        Their job is gone, was canceled in its queue, or was set aside with a log that can't be read.
+        """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in request_ids:
-            pipeline.hget(Job.key_for(request_id), "status")
-        statuses = await pipeline.execute()
-        return [
-            request_id
-            for request_id, status in zip(request_ids, statuses, strict=True)
-            if status in (None, b"canceled")
-        ]
+            pipeline.hmget(Job.key_for(request_id), ["status", "unreadable"])
+        found = zip(request_ids, _unless_fatal(await pipeline.execute(raise_on_error=False)), strict=True)
+        reasons = {request_id: _why_vanished(reply) for request_id, reply in found}
+        return {request_id: reason for request_id, reason in reasons.items() if reason is not None}
 
     async def read_logs(
         self, positions: Sequence[tuple[str, int]], *, max_num_events: int
-    ) -> list[list[StreamEvent]]:
-        """The events of each (request id, first event_no) in the logs now, at most so many of each."""
+    ) -> list[list[StreamEvent] | None]:
+        """The events of each (request id, first event_no) in the logs now, at most so many of each.
+
+        None for a log that can't be read.
+        """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id, first in positions:
             pipeline.lrange(keys.log(request_id), first, first + max_num_events - 1)
-        return [[decode_event(entry) for entry in entries] for entries in await pipeline.execute()]
+        return [_decode_log(reply) for reply in _unless_fatal(await pipeline.execute(raise_on_error=False))]
+
+
+def _unless_fatal(replies: list[Any]) -> list[Any]:
+    """Replies of a pipeline, with those that say `WRONGTYPE`; any other error concerns all, and is raised."""
+    for reply in replies:
+        if isinstance(reply, Exception) and not is_wrong_type(reply):
+            raise reply
+    return replies
+
+
+def _why_vanished(reply: Any) -> GenerationFailed | None:
+    """What became of a request, by the status of its job and the reason why it was set aside."""
+    if is_wrong_type(reply):
+        return UnreadableRecord("job: a key of another type")
+    status, unreadable = reply
+    if unreadable is not None:
+        return UnreadableRecord(unreadable.decode(errors="replace"))
+    return (
+        GenerationFailed("The request was removed from the queue.") if status in (None, b"canceled") else None
+    )
+
+
+def _decode_log(reply: Any) -> list[StreamEvent] | None:
+    if is_wrong_type(reply):
+        return None
+    try:
+        return [decode_event(entry) for entry in reply]
+    except (msgspec.DecodeError, RecursionError):
+        return None
 
 
 def _retry_after_s(num_ended: int, over_s: float) -> int:

@@ -113,6 +113,11 @@ def is_passing(error: redis.RedisError) -> bool:
     )
 
 
+def is_wrong_type(error: object) -> bool:
+    """Whether a reply says that a key has another type than the command needs."""
+    return isinstance(error, redis.ResponseError) and str(error).startswith("WRONGTYPE")
+
+
 def same_server(url: str, connection: redis.Redis) -> bool:
     """Whether a URL leads to the server and database that a client uses."""
 

@@ -14,6 +14,7 @@ LorelayError
 ├── QueueUnavailable
 │   └── QueueOutOfMemory
 ├── AdapterError
+├── AdapterVersionGone
 ├── GenerationFailed
 │   └── GenerationStopped
 ├── GenerationTimeout
@@ -128,6 +129,12 @@ class AdapterError(LorelayError):
     """The adapter can't be served."""
 
     code = "adapter_error"
+
+
+class AdapterVersionGone(LorelayError):
+    """The weights that the request was accepted for were replaced or removed; send it again."""
+
+    code = "adapter_version_gone"
 
 
 class GenerationFailed(LorelayError):

@@ -20,7 +20,7 @@ def _unconnected() -> Redis:
 def job_fields(
     request: GenerationRequest, queue: str, client: str, result_ttl_s: int, failure_ttl_s: int
 ) -> dict[str, bytes | str | int | float]:
-    """The job hash of a request: RQ's own fields, and four of ours."""
+    """The job hash of a request: RQ's own fields, and six of ours."""
     job = Job.create(
         FUNCTION,
         id=request.request_id,
@@ -37,5 +37,7 @@ def job_fields(
         "request": request.encode(),
         "client": client,
         "schema_version": request.schema_version,
+        "model": request.model,
+        "version": request.weights_version,
         "detached": int(request.detached),
     }

@@ -31,6 +31,25 @@ def workers(base: str) -> str:
     return f"{PREFIX}:workers:{base}"
 
 
+def served(worker_name: str) -> str:
+    """hash, queue → version of the weights that a worker has for it; one field more, with an empty name.
+
+    Written by the worker's heartbeat; read by claim, and by end_unserved to tell what no live worker serves.
+    10 min after the last renewal.
+    """
+    return f"{PREFIX}:served:{worker_name}"
+
+
+def judged(base: str) -> str:
+    """string, when (ms) a worker last looked for requests that no live worker can serve. Below a second."""
+    return f"{PREFIX}:judged:{base}"
+
+
+def unreadable(key: str) -> str:
+    """A key that had a type it should not have, as it was. Renamed by the script that met it. A day."""
+    return f"{PREFIX}:unreadable:{key}"
+
+
 def owner(request_id: str) -> str:
     """hash: execution, worker, base, queue, aborted, watched_from, alone. From claim to end or reap."""
     return f"{PREFIX}:owner:{request_id}"

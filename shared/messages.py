@@ -50,6 +50,11 @@ class SamplingParams(Message, frozen=True):
     """How many alternatives to report per token; None reports none."""
 
 
+def weights_version(base_version: str, adapter_version: str | None) -> str:
+    """One name for the weights that answer a request: those of the base and, of an adapter, its own."""
+    return base_version if adapter_version is None else f"{base_version}+{adapter_version}"
+
+
 class GenerationRequest(Message, frozen=True):
     """One request on the queue: one job, `n` sequences."""
 
@@ -61,6 +66,8 @@ class GenerationRequest(Message, frozen=True):
     sampling: SamplingParams
     adapter_name: str | None = None
     adapter_version: str | None = None
+    base_version: str | None = None
+    """The base's version when the request was accepted; None from an API of an earlier release."""
     created: int = 0
     """Unix seconds, by the API's clock; shown to the client."""
     n: int = 1
@@ -69,6 +76,11 @@ class GenerationRequest(Message, frozen=True):
     detached: bool = False
     """Whether it runs on when its client has gone."""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def weights_version(self) -> str:
+        """The weights that the client was promised; empty if they are not known."""
+        return weights_version(self.base_version, self.adapter_version) if self.base_version else ""
 
 
 class Usage(Message, frozen=True, omit_defaults=False):
@@ -139,6 +151,15 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
     max_model_len: int
     adapter_name: str | None = None
     """None for the base model itself."""
+    base_version: str = ""
+    """Of an adapter: the version of the base that it was checked with; empty from an earlier release."""
+
+    @property
+    def weights_version(self) -> str:
+        """The weights that answer a request for this model; empty if they are not known."""
+        if self.adapter_name is None:
+            return self.version
+        return weights_version(self.base_version, self.version) if self.base_version else ""
 
 
 decode_request = msgspec.json.Decoder(GenerationRequest).decode

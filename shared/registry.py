@@ -3,18 +3,24 @@
 Cards outlive the workers that wrote them: a request for a model whose workers are away waits in its queue.
 """
 
+import logging
 import time
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
+import msgspec
 import redis
 import redis.asyncio
 from rq.defaults import RQ_KEY_PREFIX
 
 from shared import keys
-from shared.errors import ModelNotFound, RegistryConflict
+from shared.errors import LorelayError, ModelNotFound, RegistryConflict
+from shared.logs import fields
 from shared.messages import ModelCard, decode_card
 from shared.queues import queue_name, slug
+from shared.script_source import mend
+
+logger = logging.getLogger(__name__)
 
 MAX_SHOWN_LENGTH = 100
 
@@ -22,10 +28,13 @@ MAX_SHOWN_LENGTH = 100
 def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
     """Adds cards; one that stands there already with the same base and version stays as it is.
 
+    An entry that can't be read is replaced.
+
     Raises:
         RegistryConflict: a name is known with another base or version, or two names share a queue.
     """
     cards = list(cards)
+    mend(connection, {keys.MODELS: "hash"})
     _refuse_shared_queues([*list_cards(connection), *cards])
     with connection.pipeline() as pipeline:
         for card in cards:
@@ -33,8 +42,11 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
         for card in cards:
             pipeline.hget(keys.MODELS, card.name)
         replies = pipeline.execute()
-    for card, stored in zip(cards, replies[len(cards) :], strict=True):
-        _refuse_other_version(card, decode_card(stored))
+    for card, encoded in zip(cards, replies[len(cards) :], strict=True):
+        if (stored := _read(card.name, encoded)) is not None:
+            _refuse_other_version(card, stored)
+        else:
+            connection.hset(keys.MODELS, card.name, card.encode())
 
 
 def drop(connection: redis.Redis, names: Iterable[str]) -> None:
@@ -45,13 +57,13 @@ def drop(connection: redis.Redis, names: Iterable[str]) -> None:
 
 
 def list_cards(connection: redis.Redis) -> list[ModelCard]:
-    """All cards, oldest first, a base before its adapters."""
-    return _sorted(connection.hvals(keys.MODELS))
+    """All cards that can be read, oldest first, a base before its adapters."""
+    return _sorted(connection.hgetall(keys.MODELS))
 
 
 async def fetch_cards(connection: redis.asyncio.Redis) -> list[ModelCard]:
-    """All cards, oldest first, a base before its adapters."""
-    return _sorted(await connection.hvals(keys.MODELS))
+    """All cards that can be read, oldest first, a base before its adapters."""
+    return _sorted(await connection.hgetall(keys.MODELS))
 
 
 async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
@@ -59,12 +71,15 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
 
     Raises:
         ModelNotFound: no model has this name.
+        LorelayError: its entry can't be read.
     """
     value = await connection.hget(keys.MODELS, name)
     if value is None:
         shown = name if len(name) <= MAX_SHOWN_LENGTH else f"{name[:MAX_SHOWN_LENGTH]}…"
         raise ModelNotFound(f"The model '{shown}' does not exist.")
-    return decode_card(value)
+    if (card := _read(name, value)) is None:
+        raise LorelayError("The registry's entry of this model can't be read; a worker's start replaces it.")
+    return card
 
 
 async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_name: str | None) -> bool:
@@ -84,13 +99,31 @@ def created_now() -> int:
     return int(time.time())
 
 
-def _sorted(values: Iterable[bytes | str]) -> list[ModelCard]:
-    cards = (decode_card(value) for value in values)
+def _read(name: str, encoded: bytes | str) -> ModelCard | None:
+    """The card of a name; None if it can't be read, or is another model's."""
+    try:
+        card = decode_card(encoded)
+    except (msgspec.DecodeError, RecursionError) as error:
+        logger.error("registry entry %r can't be read: %s", name, error, extra=fields("unreadable"))
+        return None
+    if card.name != name:
+        logger.error("registry entry %r is that of %r", name, card.name, extra=fields("unreadable"))
+        return None
+    return card
+
+
+def _sorted(entries: Mapping[Any, bytes | str]) -> list[ModelCard]:
+    read = (_read(name.decode(errors="replace"), encoded) for name, encoded in entries.items())
+    cards = (card for card in read if card is not None)
     return sorted(cards, key=lambda card: (card.base, card.adapter_name is not None, card.created, card.name))
 
 
 def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
-    if (stored.base, stored.version) != (card.base, card.version):
+    # The versions of both are compared if both are known: an adapter's card may be of an earlier release.
+    has_other_base = bool(stored.weights_version and card.weights_version) and (
+        stored.weights_version != card.weights_version
+    )
+    if has_other_base or (stored.base, stored.version) != (card.base, card.version):
         raise RegistryConflict(
             f"model {card.name!r} is registered as {_describe(stored)}, this worker has {_describe(card)}; "
             f"give one of them another name, or remove the registered one: "
@@ -114,4 +147,5 @@ def _queue(card: ModelCard) -> str:
 
 
 def _describe(card: ModelCard) -> str:
-    return f"version {card.version[:12]} of base {card.base!r} from {card.source}"
+    base_version = f" in version {card.base_version[:12]}" if card.base_version else ""
+    return f"version {card.version[:12]} of base {card.base!r}{base_version} from {card.source}"

@@ -6,100 +6,28 @@ repeats a call whose reply it lost.
 
 import base64
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache
-from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import redis
-from rq.defaults import RQ_KEY_PREFIX
 
 from shared import keys
+from shared.claims import UnreadableRecord, read_claim
 from shared.errors import (
+    AdapterVersionGone,
     GenerationFailed,
     GenerationStopped,
     LorelayError,
     from_info,
 )
-from shared.messages import (
-    SCHEMA_VERSION,
-    FinishReason,
-    GenerationRequest,
-    StreamEvent,
-    decode_event,
-    decode_request,
-)
+from shared.messages import SCHEMA_VERSION, FinishReason, StreamEvent
 from shared.queues import slug
+from shared.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Reaped, Slots
+from shared.script_source import exception_text, log_unreadable, script_source
 
 _pack = msgspec.msgpack.encode
 """For the scripts' `cmsgpack`, which reads strings but no binary type."""
-
-
-@cache
-def script_source(name: str) -> str:
-    """The text of `shared/scripts/<name>.lua` behind the prelude, on RQ's key prefix."""
-    folder = resources.files("shared") / "scripts"
-    prelude = (folder / "prelude.lua").read_text().replace("@RQ@", RQ_KEY_PREFIX)
-    return prelude + (folder / f"{name}.lua").read_text()
-
-
-class Held(NamedTuple):
-    """A request that a worker believes it owns, under the execution of its claim."""
-
-    request_id: str
-    execution_id: str
-
-
-class Claim(NamedTuple):
-    """A request handed to a worker: what to run, and what its log holds already."""
-
-    held: Held
-    request: GenerationRequest
-    events: tuple[StreamEvent, ...]
-    alone: bool = False
-    """It was near crashes: its steps must run without company until it is cleared."""
-
-
-class Slots(NamedTuple):
-    """Where the adapters that run find room on a worker."""
-
-    num: int
-    resident: Sequence[str]
-    """Queues whose adapters have a slot now, in use or not, least recently used first."""
-    max_wait_s: float
-    """How long the head of a queue waits at most before its adapter may push another out."""
-
-
-UNLIMITED_SLOTS = Slots(1 << 30, (), 1.0)
-
-
-class Append(NamedTuple):
-    """One event for one request's log."""
-
-    held: Held
-    event: StreamEvent
-    meta: Mapping[str, Any] | None = None
-    """With the terminal event: what `job.meta` shows (usage, timings, adapter; never text)."""
-
-
-class News(NamedTuple):
-    """What the scripts tell a worker about the requests it named."""
-
-    aborted: list[str]
-    lost: list[str]
-    in_time: bool = True
-    """Of `renew`: whether the worker's own lease had held until then."""
-    num_waiting: int = 0
-    """Of `append`: how many of the base's queues wait; with 0 there is nothing to claim."""
-
-
-class Reaped(NamedTuple):
-    """Requests whose worker was lost: back on their queues, or dead-lettered."""
-
-    requeued: list[str]
-    dead: list[str]
 
 
 NUM_EVENTS_TO_CLEAR = 16
@@ -107,6 +35,10 @@ NUM_EVENTS_TO_CLEAR = 16
 NUM_QUEUES_PER_SWEEP = 100
 MAX_NUM_REAPED = 1000
 """Requests that one call of `reap` takes from their workers."""
+MAX_NUM_JUDGED = 1000
+"""Waiting requests after which one call of `end_unserved` looks at no further queue."""
+SERVED_TTL_MS = 600_000
+"""Life of the record of what a worker serves, after its last heartbeat."""
 
 
 class WorkerStreams:
@@ -138,19 +70,31 @@ class WorkerStreams:
         self._hand_back = connection.register_script(script_source("hand_back"))
         self._reap = connection.register_script(script_source("reap"))
         self._sweep = connection.register_script(script_source("sweep"))
+        self._end_unserved = connection.register_script(script_source("end_unserved"))
+
+    def serve(self, served: Mapping[str, str]) -> None:
+        """Tells Redis which queues this worker serves, and the version of the weights that it has for each.
+
+        Claims follow it, and so does the end of requests that no live worker can serve. An empty version
+        answers any request.
+        """
+        key = keys.served(self._worker_name)
+        # A field with an empty name: the hash exists, and so is known, also where nothing is served.
+        mapping: dict[Any, Any] = {**served, "": ""}
+        with self._connection.pipeline() as pipeline:
+            pipeline.delete(key)
+            pipeline.hset(key, mapping=mapping)
+            pipeline.pexpire(key, SERVED_TTL_MS)
+            pipeline.execute()
 
     def claim(
-        self,
-        execution_ids: Sequence[str],
-        running: Mapping[str, int],
-        queues: Sequence[str],
-        slots: Slots = UNLIMITED_SLOTS,
+        self, execution_ids: Sequence[str], running: Mapping[str, int], slots: Slots = UNLIMITED_SLOTS
     ) -> list[Claim]:
         """Claims at most one request per execution id; the same ids again bring the same requests.
 
-        `running` counts this worker's requests per queue; `queues` are those it serves.
+        `running` counts this worker's requests per queue. Requests whose records can't be read end here.
         """
-        claimed, closed = self._claim(
+        claimed, closed, unreadable = self._claim(
             args=[
                 self._base,
                 self._worker_name,
@@ -159,21 +103,24 @@ class WorkerStreams:
                 self._stream_ttl_ms,
                 SCHEMA_VERSION,
                 json.dumps(running),
-                _pack_queues(tuple(queues)),
                 self._pack_slots(slots),
                 *execution_ids,
             ]
         )
         self._closed = _decode_all(closed)
-        return [
-            Claim(
-                Held(request_id.decode(), execution_id.decode()),
-                decode_request(request),
-                tuple(decode_event(entry) for entry in log),
-                bool(alone),
-            )
-            for request_id, execution_id, request, log, alone in claimed
-        ]
+        log_unreadable(unreadable)
+        claims: list[Claim] = []
+        refused: list[Append] = []
+        for request_id, execution_id, request, log, alone in claimed:
+            held = Held(request_id.decode(), execution_id.decode())
+            try:
+                claims.append(read_claim(held, self._base, request, log, alone=bool(alone)))
+            except UnreadableRecord as error:
+                log_unreadable([(request_id, error.reason.encode())])
+                refused.append(_refusal(held, error, len(log)))
+        if refused:
+            self.append([append.held for append in refused], refused)
+        return claims
 
     def append(self, held: Iterable[Held], appends: Iterable[Append], isolated: str = "") -> News:
         """Writes events to the logs and publishes them; a terminal event ends its job in the same step.
@@ -200,9 +147,10 @@ class WorkerStreams:
                 isolated,
             ]
         )
-        aborted, lost, num_waiting = reply
+        aborted, lost, num_waiting, unreadable = reply
+        log_unreadable(unreadable)
         if num_waiting == 0:
-            # As a claim would find now, which need not be made.
+            # Nothing waits, so no queue needs to stay closed. A claim would find the same; this saves it.
             self._closed = []
         return News(_decode_all(aborted), _decode_all(lost), num_waiting=num_waiting)
 
@@ -219,14 +167,18 @@ class WorkerStreams:
                 self._lease_ms,
                 _pack_held(held),
                 int(judge_readers),
+                SERVED_TTL_MS,
             ]
         )
-        aborted, lost, in_time = reply
-        return News(_decode_all(aborted), _decode_all(lost), in_time=bool(in_time))
+        aborted, lost, in_time, unreadable, is_known = reply
+        log_unreadable(unreadable)
+        return News(_decode_all(aborted), _decode_all(lost), in_time=bool(in_time), is_known=bool(is_known))
 
     def hand_back(self, held: Sequence[Held]) -> int:
         """Returns requests (`held`: oldest first) to the front of their queues; how many were still owned."""
-        return int(self._hand_back(args=[_pack_held(reversed(held))]))
+        num_handed_back, unreadable = self._hand_back(args=[self._base, _pack_held(reversed(held))])
+        log_unreadable(unreadable)
+        return int(num_handed_back)
 
     def reap(self, max_crashes_alone: int = 3) -> Reaped:
         """Puts requests with an expired lease back on their queues; nothing if its own lease has run out.
@@ -234,19 +186,46 @@ class WorkerStreams:
         One that had no company when it lost its worker, so many times, ends as failed instead.
         """
         reason = GenerationFailed(f"The request crashed its worker {max_crashes_alone} times.")
-        event = StreamEvent(event_no=-1, finish_reason=FinishReason.ERROR, error=reason.to_info())
-        requeued, dead = self._reap(
+        requeued, dead, unreadable = self._reap(
             args=[
                 self._base,
                 MAX_NUM_REAPED,
                 max_crashes_alone,
                 self._failure_ttl_s,
-                event.encode().decode().replace("%", "%%").replace('"event_no":-1', '"event_no":%d'),
-                _exception_text(reason),
+                _event_format(reason),
+                exception_text(reason),
                 self._worker_name,
             ]
         )
+        log_unreadable(unreadable)
         return Reaped(_decode_all(requeued), _decode_all(dead))
+
+    def end_unserved(self, min_pause_s: float) -> list[str]:
+        """Ends the requests that wait for weights which no live worker has; their ids.
+
+        Nothing happens if any worker of the base did so less than `min_pause_s` ago, or if this worker's own
+        lease has run out.
+        """
+        reason = AdapterVersionGone()
+        ended: list[str] = []
+        rank = 0
+        # In parts, so that nobody waits long for the server meanwhile: it takes about 1 us a request.
+        while rank >= 0:
+            rank, ids, unreadable = self._end_unserved(
+                args=[
+                    self._base,
+                    self._worker_name,
+                    rank,
+                    MAX_NUM_JUDGED,
+                    int(min_pause_s * 1000),
+                    _event_format(reason),
+                    exception_text(reason),
+                    self._failure_ttl_s,
+                ]
+            )
+            log_unreadable(unreadable)
+            ended += _decode_all(ids)
+        return ended
 
     def sweep(self, queues: Iterable[str]) -> int:
         """Notices what was put on these queues, or taken from them, by others; how many of them wait."""
@@ -254,7 +233,12 @@ class WorkerStreams:
         # In parts, so that nobody waits long for the server meanwhile: it takes 10 us a queue.
         starts = range(0, len(names), NUM_QUEUES_PER_SWEEP)
         parts = [names[start : start + NUM_QUEUES_PER_SWEEP] for start in starts]
-        return sum(int(self._sweep(args=[self._base, *part])) for part in parts)
+        num_waiting = 0
+        for part in parts:
+            count, unreadable = self._sweep(args=[self._base, *part])
+            log_unreadable(unreadable)
+            num_waiting += int(count)
+        return num_waiting
 
     def wait_for_doorbell(self, timeout_s: float) -> bool:
         """Blocks until a request is enqueued for the base, at most `timeout_s`; whether one was."""
@@ -276,20 +260,20 @@ class WorkerStreams:
         if event.error is not None:
             error = from_info(event.error)
             status = "stopped" if isinstance(error, GenerationStopped) else "failed"
-            return status, meta, "", _exception_text(error), self._failure_ttl_s
+            return status, meta, "", exception_text(error), self._failure_ttl_s
         status = "canceled" if event.finish_reason == "abort" else "finished"
         return status, meta, base64.b64encode(meta.encode()).decode(), "", self._result_ttl_s
 
 
-def _exception_text(error: LorelayError) -> str:
-    """An error as RQ's results store exceptions."""
-    return base64.b64encode(zlib.compress(f"{error.code}: {error.message}".encode())).decode()
+def _refusal(held: Held, error: UnreadableRecord, event_no: int) -> Append:
+    event = StreamEvent(event_no=event_no, finish_reason=FinishReason.ERROR, error=error.to_info())
+    return Append(held, event, {"error": error.code, "unreadable": error.reason})
 
 
-@lru_cache(maxsize=1)
-def _pack_queues(queues: tuple[str, ...]) -> str:
-    """Thousands of names, the same at each claim of a worker."""
-    return json.dumps(queues)
+def _event_format(error: LorelayError) -> str:
+    """The terminal event of an error, with a %d in place of its number."""
+    event = StreamEvent(event_no=-1, finish_reason=FinishReason.ERROR, error=error.to_info())
+    return event.encode().decode().replace("%", "%%").replace('"event_no":-1', '"event_no":%d')
 
 
 def _pack_held(held: Iterable[Held]) -> bytes:

@@ -9,7 +9,8 @@ import redis.asyncio
 
 from shared.api_streams import ApiStreams
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
-from shared.streams import Append, Claim, WorkerStreams
+from shared.records import Append, Claim
+from shared.streams import WorkerStreams
 
 BASE = "tiny"
 QUEUES = [BASE, *(f"{BASE}-{name}" for name in ("a", "b", "c", "pirate", "not-loaded"))]
@@ -66,7 +67,7 @@ class BlockingApi:
 
 
 def worker_streams(connection: redis.Redis, name: str = "w1", **options: Any) -> WorkerStreams:
-    """A worker's end with short leases."""
+    """A worker's end with short leases; it serves `QUEUES`, unless given others, in any version."""
     defaults = {
         "base": BASE,
         "lease_s": 4,
@@ -74,7 +75,10 @@ def worker_streams(connection: redis.Redis, name: str = "w1", **options: Any) ->
         "result_ttl_s": 60,
         "failure_ttl_s": 120,
     }
-    return WorkerStreams(connection, worker_name=name, **(defaults | options))
+    served = options.pop("served", QUEUES)
+    streams = WorkerStreams(connection, worker_name=name, **(defaults | options))
+    streams.serve(served if isinstance(served, dict) else dict.fromkeys(served, ""))
+    return streams
 
 
 def reaper(connection: redis.Redis, name: str = "reaper") -> WorkerStreams:
@@ -87,7 +91,7 @@ def reaper(connection: redis.Redis, name: str = "reaper") -> WorkerStreams:
 def claim(streams: WorkerStreams, num_requests: int = 1, **options: Any) -> list[Claim]:
     """Claims up to `num_requests` under fresh execution ids."""
     ids = [uuid4().hex for _ in range(num_requests)]
-    return streams.claim(ids, options.get("running", {}), options.get("queues", QUEUES))
+    return streams.claim(ids, options.get("running", {}))
 
 
 def token(claimed: Claim, event_no: int, text: str = "x") -> Append:

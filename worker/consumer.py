@@ -17,16 +17,8 @@ import redis
 from shared.connections import is_passing
 from shared.logs import fields
 from shared.queues import queue_name
-from shared.streams import (
-    NUM_EVENTS_TO_CLEAR,
-    UNLIMITED_SLOTS,
-    Append,
-    Claim,
-    Held,
-    News,
-    Slots,
-    WorkerStreams,
-)
+from shared.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Slots
+from shared.streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from worker.capacity import Capacity
 from worker.faults import Faults
 from worker.prompt_encoder import Encode, Prompt, PromptEncoder
@@ -134,7 +126,6 @@ class Consumer:
         streams: WorkerStreams,
         held: HeldRequests,
         *,
-        queues: Sequence[str],
         max_num_requests: int,
         poll_s: float,
         slots: Callable[[], Slots] = lambda: UNLIMITED_SLOTS,
@@ -148,7 +139,6 @@ class Consumer:
         self._slots = slots
         self._streams = streams
         self._held = held
-        self._queues = queues
         self._capacity = Capacity(max_num_requests)
         self._poll_s = poll_s
         self._faults = faults or Faults()
@@ -181,6 +171,11 @@ class Consumer:
     def drain(self) -> None:
         """No new claims from now on."""
         self._draining.set()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it claims no more."""
+        return self._draining.is_set()
 
     def stop(self) -> None:
         """Ends `threads`, each after what it does now."""
@@ -306,9 +301,7 @@ class Consumer:
             return
         # Kept until there is a reply: a repeated call brings what one claimed whose reply was lost.
         self._execution_ids = self._execution_ids or [uuid4().hex for _ in range(room)]
-        claims = self._streams.claim(
-            self._execution_ids, self._held.num_per_queue(), self._queues, self._slots()
-        )
+        claims = self._streams.claim(self._execution_ids, self._held.num_per_queue(), self._slots())
         self._execution_ids = []
         for claim in claims:
             self._held.add(claim)

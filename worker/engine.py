@@ -1,5 +1,6 @@
 """The engine: requests in, events out, one step at a time. `Engine.step` is the architecture."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
@@ -7,14 +8,16 @@ from typing import Any, Protocol
 
 from shared.errors import (
     AdapterError,
+    AdapterVersionGone,
     ContextLengthExceeded,
     GenerationFailed,
     GenerationStopped,
     GenerationTimeout,
     LorelayError,
 )
+from shared.logs import fields
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent
-from shared.streams import Append, Held
+from shared.records import Append, Held
 from worker.adapter_cache import AdapterCache
 from worker.detokenizer import Detokenizer
 from worker.output import Clock, RequestOutput
@@ -22,12 +25,17 @@ from worker.prompt_encoder import Prompt
 from worker.scheduler import Scheduler
 from worker.sequence import Batch, Sequence, SequenceStatus
 
+logger = logging.getLogger(__name__)
+
 
 class ModelRunner(Protocol):
     """What the engine needs of the device; see `worker.model_runner`."""
 
     @property
     def max_model_len(self) -> int: ...
+
+    @property
+    def model_version(self) -> str: ...
 
     @property
     def adapter_versions(self) -> Mapping[str, str]: ...
@@ -104,11 +112,16 @@ class Engine:
         A request that can't run ends here: the list then holds its terminal error event, else it is empty.
         """
         self.drop_request(held.request_id)
+        events = tuple(events)
         try:
             output = self._prepare(held, request, prompt)
+            output.resume(events)
         except LorelayError as error:
-            return [_refusal(held, error, len(list(events)))]
-        output.resume(events)
+            return [_refusal(held, error, len(events))]
+        # Nothing but this request is at work here, so nothing else can be at fault.
+        except Exception:
+            logger.exception("request %s can't be taken in", held.request_id, extra=fields("add_request"))
+            return [_refusal(held, GenerationFailed(), len(events))]
         self._outputs[held.request_id] = output
         self._scheduler.add(output.seq)
         if alone:
@@ -177,6 +190,7 @@ class Engine:
         adapter_name = request.adapter_name
         if adapter_name is not None and adapter_name not in self._model_runner.adapter_versions:
             raise AdapterError(f"adapter {adapter_name!r} is not loaded on this worker")
+        self._check_version(request)
         if prompt is None:
             prompt = self._tokenizer.encode_chat(request.messages)
         if isinstance(prompt, LorelayError):
@@ -193,6 +207,19 @@ class Engine:
         )
         eos_token_ids = self._tokenizer.eos_token_ids
         return RequestOutput(held, request, seq, self._tokenizer.detokenizer(), eos_token_ids, self._clock)
+
+    def _check_version(self, request: GenerationRequest) -> None:
+        """Refuses other weights than the client was promised. Claims pass over such requests already.
+
+        Raises:
+            AdapterVersionGone: this worker has other weights under the same name.
+        """
+        versions = self._model_runner.adapter_versions
+        mine = self._model_runner.model_version, versions.get(request.adapter_name or "")
+        asked = request.base_version, request.adapter_version
+        # An API of an earlier release does not tell the base's version.
+        if any(version not in (None, own) for version, own in zip(asked, mine, strict=True)):
+            raise AdapterVersionGone
 
     def _num_tokens_to_generate(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
         context = self._model_runner.max_model_len

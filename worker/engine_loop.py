@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from shared.logs import fields
-from shared.streams import Append, Held
+from shared.records import Append, Held
 from worker.consumer import Arrival, Commands, Consumer, HeldRequests
 from worker.engine import Engine
 from worker.sequence import OutOfDeviceMemory

@@ -2,6 +2,7 @@
 
 Words, separated by spaces:
     kill=POINT:N    SIGKILL at the Nth pass of a named point: claimed, appending, appended, ending, ended
+    fail=POINT:N    an exception there, in the I/O thread
     poison=WORD     SIGKILL in the first step of a request whose messages contain WORD
     raise=WORD      an exception in the first step of such a request
     oom=N           out of device memory in a step of more than N sequences
@@ -12,9 +13,9 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from shared.streams import Append, Claim
+from shared.records import Append, Claim
 from worker.engine import ModelRunner
 from worker.sequence import Batch, OutOfDeviceMemory
 
@@ -28,7 +29,7 @@ class Faults:
         Raises:
             ValueError: a word that stands for no fault.
         """
-        self._kill_point, self._kill_pass = "", 0
+        self._deaths: dict[tuple[str, int], Callable[[], None]] = {}
         self._poison = ""
         self._raising = ""
         self._max_batch_size: int | None = None
@@ -40,9 +41,9 @@ class Faults:
             self._read(*word.partition("=")[::2])
 
     def _read(self, name: str, value: str) -> None:
-        if name == "kill":
+        if name in ("kill", "fail"):
             point, _, number = value.partition(":")
-            self._kill_point, self._kill_pass = point, int(number or 1)
+            self._deaths[point, int(number or 1)] = _die if name == "kill" else _fail
         elif name == "poison":
             self._poison = value
         elif name == "raise":
@@ -57,8 +58,8 @@ class Faults:
     def reach(self, point: str) -> None:
         """A named point of the consumer."""
         self._num_passes[point] += 1
-        if point == self._kill_point and self._num_passes[point] == self._kill_pass:
-            _die()
+        if death := self._deaths.get((point, self._num_passes[point])):
+            death()
 
     def claimed(self, claims: Iterable[Claim]) -> None:
         """Requests were claimed."""
@@ -88,7 +89,7 @@ class Faults:
         if any(item.seq.request_id in self._poisoned for item in batch):
             _die()
         if any(item.seq.request_id in self._raised_by for item in batch):
-            raise RuntimeError("a fault on purpose")
+            _fail()
         if self._max_batch_size is not None and len(batch) > self._max_batch_size:
             raise OutOfDeviceMemory(f"{len(batch)} sequences")
         if self._num_passes["step"] == self._hang_step:
@@ -108,6 +109,11 @@ class FaultyRunner:
         return self._model_runner.max_model_len
 
     @property
+    def model_version(self) -> str:
+        """As the runner's own."""
+        return self._model_runner.model_version
+
+    @property
     def adapter_versions(self) -> Mapping[str, str]:
         """As the runner's own."""
         return self._model_runner.adapter_versions
@@ -116,6 +122,10 @@ class FaultyRunner:
         """One step, unless a fault was asked for."""
         self._faults.before_step(batch)
         return self._model_runner.run(batch)
+
+
+def _fail() -> None:
+    raise RuntimeError("a fault on purpose")
 
 
 def _die() -> None:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import redis
 
@@ -31,16 +31,19 @@ class Heartbeat:
         consumer: Consumer,
         settings: WorkerSettings,
         *,
-        queues: Sequence[str],
+        served: Mapping[str, str],
         on_beat: Callable[[], None],
         watch_engine: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`served`: see `WorkerStreams.serve`; these queues are swept, too."""
         self._streams = streams
         self._held = held
         self._consumer = consumer
         self._settings = settings
-        self._queues = queues
+        self._served = served
+        self._told: Mapping[str, str] | None = None
+        """Queues and versions that Redis was told last."""
         self._on_beat = on_beat
         self._watch_engine = watch_engine
         self._clock = clock
@@ -75,17 +78,32 @@ class Heartbeat:
             self._connected_since = now
         if connected_s >= self._settings.lease_s:
             self._reap()
+        # Not after a whole lease, as for reaping: a live worker renews its own entry within a heartbeat.
+        if connected_s >= self._settings.heartbeat_s:
+            self._end_unserved()
         if now - self._swept_at >= self._settings.sweep_s:
-            self._streams.sweep(self._queues)
+            self._streams.sweep(self._served)
             self._swept_at = now
 
     def _renew(self, *, judge_readers: bool) -> None:
+        served = {} if self._consumer.is_draining else self._served
+        if self._told != served:
+            self._streams.serve(served)
+            self._told = served
         news = self._streams.renew(self._held.snapshot(), judge_readers=judge_readers)
+        if not news.is_known:
+            self._streams.serve(served)
         self._consumer.abort(news.aborted)
         if not news.in_time:
             # The server, or this process, was paused: others must have the time to renew theirs first.
             self._connected_since = self._clock()
         self._on_beat()
+
+    def _end_unserved(self) -> None:
+        for request_id in self._streams.end_unserved(min_pause_s=self._settings.reap_s):
+            logger.warning(
+                "request %s ended: no live worker has its weights", request_id, extra=fields("version_gone")
+            )
 
     def _reap(self) -> None:
         reaped = self._streams.reap(self._settings.max_crashes_alone)

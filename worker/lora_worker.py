@@ -9,24 +9,24 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import msgspec
+import redis
 from rq.command import parse_payload
+from rq.defaults import RQ_KEY_PREFIX
 from rq.logutils import setup_loghandlers
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker
 from rq.worker.base import DequeueStrategy, WorkerStatus
 
-from shared import registry
+from shared import keys, registry
 from shared.connections import check_server, connect_like, retry_briefly, same_server
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
 from shared.messages import ModelCard
-from shared.queues import queue_name
+from shared.script_source import mend
 from shared.settings import ENV_PREFIX, WorkerSettings
 from shared.status import FORWARD_FIELD
-from shared.streams import Slots, WorkerStreams
-from worker.adapter_cache import AdapterCache
+from shared.streams import WorkerStreams
 from worker.block_manager import BlockManager
 from worker.consumer import IO, Consumer, HeldRequests
 from worker.engine import Engine
@@ -35,14 +35,13 @@ from worker.faults import Faults, FaultyRunner
 from worker.heartbeat import Heartbeat
 from worker.onednn import bound_caches
 from worker.scheduler import Scheduler
+from worker.served import adapter_slots, model_cards, served_queues, served_versions
 from worker.step_pace import StepPace
 from worker.threads import sleep_while_waiting, stays_eager
 
 if TYPE_CHECKING:
     from worker.model_runner import ModelRunner
 
-ALL_QUEUES = "default"
-"""What `rq worker` passes without a queue argument."""
 SOCKET_TIMEOUT_S = 5.0
 HUNG_EXIT_CODE = 70
 HEARTBEAT = "heartbeat"
@@ -93,6 +92,7 @@ class LoraWorker(BaseWorker):
         _log_to_streams(level, date_format, log_format)
         self._install_signal_handlers()
         try:
+            mend(self.connection, self._rq_keys())
             self.bootstrap(level, date_format, log_format)
             return self._work(settings, burst)
         except LorelayError as error:
@@ -112,6 +112,11 @@ class LoraWorker(BaseWorker):
             self.log.info("Worker %s: draining", self.name, extra=fields("drain"))
         self._loop.drain()
 
+    def _rq_keys(self) -> dict[str, str]:
+        """The keys that RQ's registration writes to, with the type that each must have."""
+        sets = [f"{RQ_KEY_PREFIX}:workers:{name}" for name in self.queue_names()]
+        return {self.key: "hash", **dict.fromkeys([f"{RQ_KEY_PREFIX}:workers", *sets], "set")}
+
     def _prepare(self) -> WorkerSettings:
         """Settings, and the queues this worker registers for."""
         check_server(self.connection)
@@ -123,7 +128,7 @@ class LoraWorker(BaseWorker):
         settings = WorkerSettings.load()
         self.queues = [
             Queue(name, connection=self.connection, serializer=JSONSerializer)
-            for name in _served_queues(settings, self.queue_names())
+            for name in served_queues(settings, self.queue_names())
         ]
         self._ordered_queues = self.queues[:]
         return settings
@@ -138,16 +143,14 @@ class LoraWorker(BaseWorker):
         gc.collect()
         gc.freeze()
         engine = build_engine(model_runner, settings, faults)
-        cards = _cards(settings, model_runner)
-        registry.register(self.connection, cards)
+        cards = model_cards(settings, model_runner)
         held = HeldRequests()
         consumer = Consumer(
             self._streams(settings),
             held,
-            queues=self.queue_names(),
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
-            slots=lambda: _slots(settings, model_runner.adapter_cache),
+            slots=lambda: adapter_slots(settings, model_runner.adapter_cache),
             faults=faults,
             encode=model_runner.tokenizer.encode_chat,
         )
@@ -164,11 +167,13 @@ class LoraWorker(BaseWorker):
             held,
             consumer,
             settings,
-            queues=_served_queues(settings, [ALL_QUEUES]),
+            served=served_versions(cards, self.queue_names()),
             on_beat=lambda: self._beat(cards, model_runner.forward_state),
             watch_engine=lambda: self._end_if_hung(loop.step_age_s(), settings.step_limit_s),
         )
+        # First the lease, then the cards: a request for these weights finds a live worker that has them.
         heartbeat.turn()
+        registry.register(self.connection, cards)
         self.set_state(WorkerStatus.IDLE)
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
         self._run(loop, consumer, heartbeat, settings, burst)
@@ -200,7 +205,8 @@ class LoraWorker(BaseWorker):
         has_crashed, num_handed_back = True, 0
         try:
             loop.run(lambda: self._failure is not None or (burst and consumer.is_idle))
-            has_crashed = False
+            # A reply of Redis is no request's fault.
+            has_crashed = not (self._failure is None or isinstance(self._failure, redis.RedisError))
         finally:
             consumer.stop()
             threads[IO].join()
@@ -219,16 +225,20 @@ class LoraWorker(BaseWorker):
 
     def handle_payload(self, message: Any) -> None:
         """RQ's commands; `stop-job` and `stop-execution` end one of many running requests."""
-        payload = parse_payload(message)
-        if payload["command"] in ("stop-job", "stop-execution"):
-            if self._consumer is not None:
+        try:
+            payload = parse_payload(message)
+            if payload["command"] not in ("stop-job", "stop-execution"):
+                super().handle_payload(message)  # type: ignore[no-untyped-call]
+            elif self._consumer is not None:
                 self._consumer.stop_request(payload["job_id"])
-            return
-        super().handle_payload(message)  # type: ignore[no-untyped-call]
+        except (ValueError, KeyError, TypeError) as error:
+            # Raised, it would end RQ's thread, and with it all obedience to commands.
+            self.log.error("Worker %s: a command can't be read: %r", self.name, error)
 
     def _beat(self, cards: Sequence[ModelCard], forward_state: str) -> None:
         """RQ's own heartbeat, for `rq info` and the dashboard. A Redis that came back empty is told anew."""
         with connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection:
+            mend(connection, {self.key: "hash", keys.MODELS: "hash"})
             if not connection.exists(self.key):
                 self.log.warning("Worker %s: Redis forgot this worker, registering again", self.name)
                 self.register_birth()  # type: ignore[no-untyped-call]
@@ -281,26 +291,6 @@ def _refuse_options(**options: Any) -> None:
             raise SystemExit(f"LoraWorker does not take --{name.replace('_', '-')}")
 
 
-def _served_queues(settings: WorkerSettings, arguments: Sequence[str]) -> list[str]:
-    """The queue names behind the arguments of `rq worker`, which are model names."""
-    base = settings.base_name
-    queues = {base: queue_name(base, None)}
-    queues |= {source.name: queue_name(base, source.name) for source in settings.adapters}
-    if list(arguments) == [ALL_QUEUES]:
-        return list(queues.values())
-    for argument in arguments:
-        if argument not in queues:
-            raise ConfigurationError(
-                f"rq worker was given {argument!r}, which is no model of this worker: {', '.join(queues)}"
-            )
-    return [queues[argument] for argument in arguments]
-
-
-def _slots(settings: WorkerSettings, adapters: AdapterCache[Any]) -> Slots:
-    resident = [queue_name(settings.base_name, name) for name in adapters.resident]
-    return Slots(adapters.num_slots, resident, settings.max_wait_s)
-
-
 def build_engine(model_runner: "ModelRunner", settings: WorkerSettings, faults: Faults) -> Engine:
     """The engine of a worker around what runs its batches."""
     blocks = BlockManager(
@@ -315,20 +305,3 @@ def build_engine(model_runner: "ModelRunner", settings: WorkerSettings, faults: 
     )
     runner = FaultyRunner(model_runner, faults)
     return Engine(runner, model_runner.tokenizer, scheduler, adapters=model_runner.adapter_cache)
-
-
-def _cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[ModelCard]:
-    """What this worker tells the registry: the base, then its adapters."""
-    base = ModelCard(
-        name=settings.base_name,
-        base=settings.base_name,
-        source=settings.model,
-        version=model_runner.model_version,
-        created=registry.created_now(),
-        max_model_len=model_runner.max_model_len,
-    )
-    versions = model_runner.adapter_versions
-    return [base] + [
-        msgspec.structs.replace(base, name=name, adapter_name=name, source=path, version=versions[name])
-        for name, path, _ in settings.adapters
-    ]

@@ -5,7 +5,7 @@ from typing import Any
 
 from shared.errors import GenerationFailed, LorelayError
 from shared.messages import FinishReason, GenerationRequest, StreamEvent, Usage
-from shared.streams import Append, Held
+from shared.records import Append, Held
 from worker.detokenizer import Detokenizer, StopChecker
 from worker.sequence import Sequence
 

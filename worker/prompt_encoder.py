@@ -6,7 +6,7 @@ from typing import Any
 
 from shared.errors import LorelayError
 from shared.messages import GenerationRequest
-from shared.streams import Claim
+from shared.records import Claim
 
 Encode = Callable[[list[dict[str, Any]]], list[int]]
 Prompt = list[int] | LorelayError

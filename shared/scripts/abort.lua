@@ -2,21 +2,28 @@
 -- ARGV: id, '1' to touch it only while it is queued, ttl (s) of the canceled job.
 -- Returns 'queued' (removed), 'running' or 'gone'.
 local id, only_queued, ttl = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
-local job = redis.call('HMGET', job_key(id), 'status', 'origin', 'base')
-local status, queue, base = job[1], job[2], job[3]
 
-if status == 'queued' then
+local function cancel(queue, base)
   redis.call('LREM', queue_key(queue), 0, id)
   redis.call('HSET', job_key(id), 'status', 'canceled', 'ended_at', iso(now_us))
   redis.call('EXPIRE', job_key(id), ttl)
-  redis.call('ZADD', RQ .. ':canceled:' .. queue, math.floor(now_ms / 1000) + ttl, id)
+  redis.call('ZADD', registry_key('canceled', queue), math.floor(now_ms / 1000) + ttl, id)
   redis.call('DEL', reader_key(id), log_key(id))
   update_waiting(base, queue)
-  return 'queued'
-elseif status == 'started' then
-  if not only_queued and redis.call('EXISTS', owner_key(id)) == 1 then
-    redis.call('HSET', owner_key(id), 'aborted', 1)
-  end
-  return 'running'
 end
-return 'gone'
+
+local function abort()
+  local status, queue, base = unpack(redis.call('HMGET', job_key(id), 'status', 'origin', 'base'))
+  if status == 'queued' then
+    cancel(queue, base)
+    return 'queued'
+  elseif status == 'started' then
+    if not only_queued and redis.call('EXISTS', owner_key(id)) == 1 then
+      redis.call('HSET', owner_key(id), 'aborted', 1)
+    end
+    return 'running'
+  end
+  return 'gone'
+end
+
+return guarded(id, '', nil, abort) or 'gone'

@@ -4,7 +4,7 @@
 --       appends = {{id, execution, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
 --       return value, exception text, ttl (s)}, the middle two encoded as RQ's results have them; events after
 --       which a request is cleared of the crashes it was near, id of the one whose steps run alone from now on or ''.
--- Returns {aborted ids, lost ids, number of the base's queues that wait: with 0 there is nothing to claim}.
+-- Returns {aborted ids, lost ids, number of the base's queues that wait: with 0 there is nothing to claim, unreadable}.
 local base, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])
 local num_events_to_clear, isolated = tonumber(ARGV[6]), ARGV[7]
@@ -13,12 +13,13 @@ local REMOVED = '{"event_no":%d,"finish_reason":"error","error":{"code":"generat
 
 local owners, aborted, lost = {}, {}, {}
 for i = 1, #held, 2 do
-  local id, owner = held[i], get_owner(held[i])
-  if owner.execution ~= held[i + 1] then
+  local id = held[i]
+  local owner = guarded(id, base, nil, function() return get_owner(id) end)
+  if not owner or owner.execution ~= held[i + 1] then
     lost[#lost + 1] = id
   else
     owners[id] = owner
-    redis.call('ZADD', leases_key(owner.base), 'XX', now_ms + lease_ms, id)
+    redis.call('ZADD', leases_key(base), 'XX', now_ms + lease_ms, id)
     if owner.aborted then aborted[#aborted + 1] = id end
   end
 end
@@ -34,35 +35,41 @@ local function write(id, event_no, event)
   end
 end
 
-for _, entry in ipairs(appends) do
-  local id, execution, event_no, event, outcome = unpack(entry, 1, 5)
-  local owner = owners[id]
-  if owner and owner.execution ~= execution then
-    -- From a claim of this worker that it lost and replaced by a newer one.
-    owner = nil
-  end
-  if owner and redis.call('EXISTS', job_key(id)) == 0 then
+local function append(id, owner, event_no, event, outcome)
+  if redis.call('EXISTS', job_key(id)) == 0 then
     -- Removed from outside: `rq empty`, a dashboard.
     write(id, event_no, REMOVED:format(event_no))
     redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
     drop_execution(id, owner)
+    return false
+  end
+  write(id, event_no, event)
+  if outcome then
+    finish(id, owner, outcome)
     owners[id] = nil
-    lost[#lost + 1] = id
-  elseif owner then
-    write(id, event_no, event)
-    if outcome then
-      finish(id, owner, outcome)
+  else
+    redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
+    if owner.watched_from and event_no >= owner.watched_from + num_events_to_clear then
+      redis.call('HDEL', job_key(id), 'crashes_alone', 'suspect')
+      redis.call('HDEL', owner_key(id), 'watched_from', 'alone')
+    end
+  end
+  return true
+end
+
+for _, entry in ipairs(appends) do
+  local id, execution, event_no, event, outcome = unpack(entry, 1, 5)
+  local owner = owners[id]
+  -- Of another execution: from a claim of this worker that it lost and replaced by a newer one.
+  if owner and owner.execution == execution then
+    local is_kept = guarded(id, base, nil, function() return append(id, owner, event_no, event, outcome) end)
+    if not is_kept then
       owners[id] = nil
-    else
-      redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
-      if owner.watched_from and event_no >= owner.watched_from + num_events_to_clear then
-        redis.call('HDEL', job_key(id), 'crashes_alone', 'suspect')
-        redis.call('HDEL', owner_key(id), 'watched_from', 'alone')
-      end
+      lost[#lost + 1] = id
     end
   end
 end
 for reader, batch in pairs(lines) do
   redis.call('PUBLISH', reader, table.concat(batch, '\n'))
 end
-return { aborted, lost, redis.call('ZCARD', waiting_key(base)) }
+return { aborted, lost, redis.call('ZCARD', waiting_key(base)), unreadable }

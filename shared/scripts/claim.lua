@@ -2,19 +2,22 @@
 -- head waits longest. Every adapter that runs has a slot on the worker, and no more adapters run than there are slots.
 -- One that would push another out of its slot comes after those that don't, until its head has waited for max_wait.
 -- If it then finds all slots in use, the queue with the fewest running is closed: it gets nothing more until it has
--- none running and gives its slot. A call whose reply was lost may be repeated: the same execution ids bring the same
--- requests.
--- ARGV: base, worker, k, lease (ms), stream ttl (ms), schema version, running per queue (JSON object), queues to
---       serve (JSON array), slots {num, resident, closed, max_wait_ms} (JSON; queues whose adapters are resident, least
---       recently used first, and those that the last call closed), then k fresh execution ids.
--- Returns {claimed, closed}. Per claimed request {id, execution, request, log, alone}: log is what was written so far,
--- alone says that the request was near crashes and that its steps must run without company, until it is cleared
--- (append.lua).
+-- none running and gives its slot. A request for weights that this worker does not have is passed over, and so is one
+-- of a newer schema: those behind it go on. A call whose reply was lost may be repeated: the same execution ids bring
+-- the same requests.
+-- ARGV: base, worker, k, lease (ms), stream ttl (ms), schema version, running per queue (JSON object), slots {num,
+--       resident, closed, max_wait_ms} (JSON; queues whose adapters are resident, least recently used first, and those
+--       that the last call closed), then k fresh execution ids. The queues that the worker serves, and the version of
+--       the weights that it has for each, stand in its `served` hash.
+-- Returns {claimed, closed, unreadable}. Per claimed request {id, execution, request, log, alone}: log is what was
+-- written so far, alone says that the request was near crashes and that its steps must run without company, until it
+-- is cleared (append.lua).
 local base, worker, k = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease_ms, stream_ttl_ms, schema_version = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local running, slots = cjson.decode(ARGV[7]), cjson.decode(ARGV[9])
+local running, slots = cjson.decode(ARGV[7]), cjson.decode(ARGV[8])
+local NUM_ARGS = 8
 local MAX_HEADS = 32
-local JOB_FIELDS = { 'request', 'schema_version', 'crashes_alone', 'suspect', 'has_ended' }
+local MAX_FIELDS = 1000
 
 -- The base needs no slot, and an adapter that runs has one.
 local has_slot = { [base] = true }
@@ -47,20 +50,25 @@ end
 
 push_out()
 
--- The queues that wait and that this worker serves, oldest head first, and since when. Of those whose adapters are
--- not resident, the oldest only: there may be thousands.
-local since = {}
+-- The queues that wait and that this worker serves, oldest head first, since when, and the weights it has for each. Of
+-- those whose adapters are not resident, the oldest only: there may be thousands. The others are spare.
+local since, weights, spare = {}, {}, {}
 local function waiting_queues()
-  local is_served, queues, num_others = {}, {}, 0
   local entries = redis.call('ZRANGE', waiting_key(base), 0, -1, 'WITHSCORES')
-  if #entries == 0 then return {} end
-  for _, queue in ipairs(cjson.decode(ARGV[8])) do is_served[queue] = true end
-  for i = 1, #entries, 2 do
-    local queue = entries[i]
-    if is_served[queue] and (is_resident[queue] or num_others < MAX_HEADS) then
-      if not is_resident[queue] then num_others = num_others + 1 end
-      queues[#queues + 1] = queue
-      since[queue] = tonumber(entries[i + 1])
+  local names, queues, num_others = {}, {}, 0
+  for i = 1, #entries, 2 do names[#names + 1] = entries[i] end
+  for first = 1, #names, MAX_FIELDS do
+    local last = math.min(first + MAX_FIELDS - 1, #names)
+    local served = redis.call('HMGET', served_key(worker), unpack(names, first, last))
+    for i = first, last do
+      local queue = names[i]
+      weights[queue], since[queue] = served[i - first + 1], tonumber(entries[2 * i])
+      if weights[queue] and (is_resident[queue] or num_others < MAX_HEADS) then
+        if not is_resident[queue] then num_others = num_others + 1 end
+        queues[#queues + 1] = queue
+      elseif weights[queue] then
+        spare[#spare + 1] = queue
+      end
     end
   end
   return queues
@@ -130,39 +138,76 @@ end
 
 -- Near one crash alone or two in company.
 local function must_run_alone(job)
-  return tonumber(job[3] or 0) >= 1 or tonumber(job[4] or 0) >= 2
+  return to_number(job.crashes_alone, 0) >= 1 or to_number(job.suspect, 0) >= 2
+end
+
+-- What stands in a job, but for the request itself, which may be megabytes.
+local JOB_FIELDS = { 'status', 'schema_version', 'version', 'enqueued_ms', 'crashes_alone', 'suspect', 'has_ended' }
+local function read_job(id)
+  local values, job = redis.call('HMGET', job_key(id), unpack(JOB_FIELDS)), {}
+  for i, field in ipairs(JOB_FIELDS) do job[field] = values[i] end
+  check_status(id, job.status)
+  job.schema_version = to_number(job.schema_version or 0) or refuse('its schema_version is no number')
+  return job
 end
 
 -- A job that had ended and was requeued by an operator begins anew, and without a client.
-local function start_anew(id)
+local function start_anew(id, job)
   redis.call('DEL', log_key(id), reader_key(id))
-  redis.call('HDEL', job_key(id), 'has_ended', 'crashes_alone', 'suspect')
+  redis.call('HDEL', job_key(id), 'has_ended', 'crashes_alone', 'suspect', 'unreadable')
   redis.call('HSET', job_key(id), 'detached', 1)
   redis.call('PERSIST', job_key(id))
+  job.crashes_alone, job.suspect = false, false
 end
 
 -- A job that is none of ours, put on our queue by somebody else.
 local function reject(id, queue)
-  redis.call('LPOP', queue_key(queue))
+  redis.call('LREM', queue_key(queue), 1, id)
   redis.call('HSET', job_key(id), 'status', 'failed', 'ended_at', iso(now_us))
-  redis.call('ZADD', RQ .. ':failed:' .. queue, '+inf', id)
+  redis.call('ZADD', registry_key('failed', queue), '+inf', id)
+end
+
+-- How many requests at the front of a queue this call has passed over.
+local num_passed = {}
+
+local function can_run(job, queue)
+  return job.schema_version <= schema_version
+    and (not job.version or job.version == '' or weights[queue] == '' or job.version == weights[queue])
+end
+
+-- The first request of a queue that this worker can run, and its job; none if there is none.
+local function next_request(queue)
+  while true do
+    local id = redis.call('LINDEX', queue_key(queue), num_passed[queue] or 0)
+    if not id then return nil end
+    local job = guarded(id, base, queue, function() return read_job(id) end)
+    if job and job.status ~= 'queued' then
+      redis.call('LREM', queue_key(queue), 1, id)
+    elseif job and not can_run(job, queue) then
+      num_passed[queue] = (num_passed[queue] or 0) + 1
+    elseif job and redis.call('HEXISTS', job_key(id), 'request') == 0 then
+      reject(id, queue)
+    elseif job then
+      return id, job
+    end
+  end
 end
 
 local function start(id, queue, execution, is_watched)
   local composite = id .. ':' .. execution
-  redis.call('LPOP', queue_key(queue))
+  redis.call('LREM', queue_key(queue), 1, id)
+  redis.call('HSET', owner_key(id), 'execution', execution, 'worker', worker, 'base', base, 'queue', queue)
   redis.call('HSET', job_key(id), 'status', 'started', 'worker_name', worker,
     'started_at', iso(now_us), 'last_heartbeat', iso(now_us))
-  redis.call('HSET', RQ .. ':execution:' .. composite, 'id', execution, 'job_id', id, 'worker_name', worker,
+  redis.call('HSET', execution_key(composite), 'id', execution, 'job_id', id, 'worker_name', worker,
     'created_at', now_us / 1000000, 'last_heartbeat', now_us / 1000000)
-  redis.call('PEXPIRE', RQ .. ':execution:' .. composite, stream_ttl_ms)
-  redis.call('ZADD', RQ .. ':executions:' .. id, math.floor((now_ms + stream_ttl_ms) / 1000), execution)
-  redis.call('PEXPIRE', RQ .. ':executions:' .. id, stream_ttl_ms)
-  redis.call('SADD', worker_key(worker) .. ':executions', composite)
-  redis.call('PEXPIRE', worker_key(worker) .. ':executions', stream_ttl_ms)
+  redis.call('PEXPIRE', execution_key(composite), stream_ttl_ms)
+  redis.call('ZADD', executions_key(id), math.floor((now_ms + stream_ttl_ms) / 1000), execution)
+  redis.call('PEXPIRE', executions_key(id), stream_ttl_ms)
+  redis.call('SADD', held_key(worker), composite)
+  redis.call('PEXPIRE', held_key(worker), stream_ttl_ms)
   -- Score +inf: RQ's own cleaners leave the entry alone; leases are reaped by reap.lua.
-  redis.call('ZADD', RQ .. ':wip:' .. queue, '+inf', composite)
-  redis.call('HSET', owner_key(id), 'execution', execution, 'worker', worker, 'base', base, 'queue', queue)
+  redis.call('ZADD', registry_key('wip', queue), '+inf', composite)
   if is_watched then
     redis.call('HSET', owner_key(id), 'watched_from', redis.call('LLEN', log_key(id)))
   end
@@ -170,64 +215,91 @@ local function start(id, queue, execution, is_watched)
 end
 
 local function describe(id, execution, job)
-  return { id, execution, job[1], redis.call('LRANGE', log_key(id), 0, -1), must_run_alone(job) and 1 or 0 }
+  local request, log = redis.call('HGET', job_key(id), 'request'), redis.call('LRANGE', log_key(id), 0, -1)
+  return { id, execution, request, log, must_run_alone(job) and 1 or 0 }
 end
 
 -- What this very call claimed before its reply was lost, but for what was removed since.
 local function claimed_already()
   local place, claimed = {}, {}
-  for i = 10, #ARGV do place[ARGV[i]] = i end
-  for _, composite in ipairs(redis.call('SMEMBERS', worker_key(worker) .. ':executions')) do
+  for i = NUM_ARGS + 1, #ARGV do place[ARGV[i]] = i end
+  for _, composite in ipairs(redis.call('SMEMBERS', held_key(worker))) do
     local id, execution = composite:match('^(.*):(.*)$')
-    local job = place[execution] and redis.call('HMGET', job_key(id), unpack(JOB_FIELDS))
-    if job and job[1] then
+    local described = id and place[execution] and guarded(id, base, nil, function()
+      return describe(id, execution, read_job(id))
+    end)
+    if described and described[3] then
       redis.call('ZADD', leases_key(base), 'XX', now_ms + lease_ms, id)
-      claimed[#claimed + 1] = describe(id, execution, job)
+      claimed[#claimed + 1] = described
     end
   end
   table.sort(claimed, function(one, other) return place[one[2]] < place[other[2]] end)
   return claimed
 end
 
+-- Two keys that nothing here reads: the worker is about to block on the one, `rq info` counts by the other.
+doorbell_key(base)
+shared_key('set', RQ .. ':queues')
+
 local claimed = claimed_already()
-if #claimed > 0 then return { claimed, slots.closed } end
-if redis.call('EXISTS', RQ .. ':suspended') == 1 then return { {}, {} } end
+if #claimed > 0 then return { claimed, slots.closed, unreadable } end
+if redis.call('EXISTS', RQ .. ':suspended') == 1 then return { {}, {}, unreadable } end
 
 local queues = waiting_queues()
-local closed = close(queues)
-for _, queue in ipairs(closed) do is_closed[queue] = true end
 local function skip(queue)
+  update_waiting(base, queue)
   for i, other in ipairs(queues) do
-    if other == queue then return table.remove(queues, i) end
+    if other == queue then
+      queues[i] = table.remove(spare, 1)
+      return queues[i] or table.remove(queues, i)
+    end
   end
 end
+
+-- The queue's first request that this worker can run. If it is not the head, it may have waited for less time: then
+-- `since` follows it, nothing is returned, and the queue has to be compared with the others again.
+local function look_at(queue)
+  local id, job = next_request(queue)
+  if not id then
+    skip(queue)
+    return nil
+  end
+  local waits_since = to_number(job.enqueued_ms, since[queue])
+  if waits_since > since[queue] then
+    since[queue] = waits_since
+    return nil
+  end
+  return id, job
+end
+
+-- Backwards, since a queue that is left out moves those behind it.
+for i = #queues, 1, -1 do
+  if not has_slot[queues[i]] and is_overdue(queues[i]) then look_at(queues[i]) end
+end
+local closed = close(queues)
+for _, queue in ipairs(closed) do is_closed[queue] = true end
 
 while #claimed < k and #queues > 0 do
   local queue = fairest(queues)
   if not queue then break end
-  update_waiting(base, queue)
-  local id = redis.call('LINDEX', queue_key(queue), 0)
-  local job = id and redis.call('HMGET', job_key(id), unpack(JOB_FIELDS))
-  if id and not job[1] then
-    reject(id, queue)
-    update_since(queue)
-  elseif not id or tonumber(job[2] or 0) > schema_version then
-    skip(queue)
-  else
-    if job[5] then
-      start_anew(id)
-      job[3], job[4] = false, false
+  local id, job = look_at(queue)
+  if id then
+    local execution = ARGV[NUM_ARGS + #claimed + 1]
+    local described = guarded(id, base, queue, function()
+      if job.has_ended then start_anew(id, job) end
+      start(id, queue, execution, job.crashes_alone or job.suspect)
+      return describe(id, execution, job)
+    end)
+    if described then
+      take_slot(queue)
+      running[queue] = (running[queue] or 0) + 1
+      claimed[#claimed + 1] = described
     end
-    local execution = ARGV[9 + #claimed + 1]
-    start(id, queue, execution, job[3] or job[4])
-    take_slot(queue)
-    running[queue] = (running[queue] or 0) + 1
     update_since(queue)
-    claimed[#claimed + 1] = describe(id, execution, job)
-    if must_run_alone(job) then break end
+    if described and must_run_alone(job) then break end
   end
 end
 if #claimed > 0 and redis.call('EXISTS', worker_key(worker)) == 1 then
   redis.call('HSET', worker_key(worker), 'state', 'busy')
 end
-return { claimed, closed }
+return { claimed, closed, unreadable }

@@ -11,7 +11,8 @@ local function full(depth)
   local slice = math.floor(now_ms / 10000)
   local first, num_ended = math.max(slice - 5, math.floor(since_ms / 10000)), 0
   for number = first, slice do
-    num_ended = num_ended + tonumber(redis.call('GET', OURS .. ':drained:' .. base .. ':' .. number) or 0)
+    local drained = shared_key('string', OURS .. ':drained:' .. base .. ':' .. number)
+    num_ended = num_ended + to_number(redis.call('GET', drained), 0)
   end
   return { 'full', depth, num_ended, now_ms - math.max(first * 10000, since_ms) }
 end
@@ -26,7 +27,7 @@ if depth >= tonumber(ARGV[4]) then
 end
 local total = 0
 for _, other in ipairs(redis.call('ZRANGE', waiting_key(base), 0, -1)) do
-  total = total + redis.call('LLEN', queue_key(other))
+  total = total + to_number(redis.pcall('LLEN', RQ .. ':queue:' .. other), 0)
 end
 if total >= tonumber(ARGV[5]) then
   return full(total)
@@ -37,7 +38,7 @@ for i = 8, #ARGV, 2 do
 end
 redis.call('HSET', job_key(id), 'status', 'queued', 'origin', queue,
   'created_at', iso(now_us), 'enqueued_at', iso(now_us), 'enqueued_ms', now_ms, 'base', base)
-redis.call('SADD', RQ .. ':queues', queue_key(queue))
+redis.call('SADD', shared_key('set', RQ .. ':queues'), queue_key(queue))
 redis.call('RPUSH', queue_key(queue), id)
 redis.call('ZADD', waiting_key(base), 'NX', now_ms, queue)
 redis.call('SET', reader_key(id), ARGV[6], 'PX', ARGV[7])

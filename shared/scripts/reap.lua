@@ -2,46 +2,48 @@
 -- often is dead-lettered. Needs no lock: the first reaper takes a lease away, the second finds none.
 -- ARGV: base, most requests in one call, crashes alone that end a request, ttl (s) of a failed job, event (a format
 --       with one %d, its number), exception text as RQ's results have it, the worker that reaps.
--- Returns {ids requeued, ids dead-lettered}.
+-- Returns {ids requeued, ids dead-lettered, unreadable}.
 local base, max_crashes_alone, failure_ttl, event = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
--- What a lost worker held when it was last alive, those reaped from it lately included: how many requests, and
--- whether its steps ran one of them alone.
+local function read_owner(id)
+  return guarded(id, base, nil, function() return get_owner(id) end) or {}
+end
+
+-- How many requests each worker held when it was last alive, those reaped from it lately included, and whether its
+-- steps ran one of them alone. Leases tell it: RQ's own record of what a worker runs is gone if it ended with an
+-- exception, and there if it was killed.
+local held = {}
 local function company(worker)
-  local num_held, has_lone = unpack(redis.call('HMGET', reaped_key(worker), 'num', 'lone'))
-  local composites = redis.call('SMEMBERS', worker_key(worker) .. ':executions')
-  for _, composite in ipairs(composites) do
-    has_lone = has_lone or get_owner(composite:match('^(.*):')).alone
+  if not held[worker] then
+    local num_reaped, has_lone = unpack(redis.call('HMGET', reaped_key(worker), 'num', 'lone'))
+    held[worker] = { num = to_number(num_reaped, 0), has_lone = has_lone }
   end
-  return { num_held = tonumber(num_held or 0) + #composites, has_lone = has_lone }
+  return held[worker]
 end
 
 -- Counts a crash against a request; returns how often it was alone, or false if it had company this time.
-local function count_crash(id, owner, held)
-  redis.call('HINCRBY', reaped_key(owner.worker), 'num', 1)
-  if owner.alone then redis.call('HSET', reaped_key(owner.worker), 'lone', 1) end
-  redis.call('EXPIRE', reaped_key(owner.worker), 60)
-  if owner.alone or held.num_held == 1 then return redis.call('HINCRBY', job_key(id), 'crashes_alone', 1) end
+local function count_crash(id, owner)
+  local reaped, others = reaped_key(owner.worker), company(owner.worker)
+  increment(reaped, 'num')
+  if owner.alone then redis.call('HSET', reaped, 'lone', 1) end
+  redis.call('EXPIRE', reaped, 60)
+  if owner.alone or others.num == 1 then return increment(job_key(id), 'crashes_alone') end
   -- Those that waited while another ran alone had no part in it.
-  if not held.has_lone then redis.call('HINCRBY', job_key(id), 'suspect', 1) end
+  if not others.has_lone then increment(job_key(id), 'suspect') end
   return false
 end
 
-if not may_judge(base, ARGV[7]) then return { {}, {} } end
-local requeued, dead, held = {}, {}, {}
-local expired = redis.call('ZRANGEBYSCORE', leases_key(base), '-inf', now_ms, 'LIMIT', 0, tonumber(ARGV[2]))
-for _, id in ipairs(expired) do
-  local worker = get_owner(id).worker
-  if worker then held[worker] = held[worker] or company(worker) end
-end
-for _, id in ipairs(expired) do
-  local owner = get_owner(id)
+local requeued, dead = {}, {}
+local function reap(id, owner)
   if not owner.execution then
+    -- Its owner's record was removed from outside. If it ran, it goes on elsewhere.
     redis.call('ZREM', leases_key(base), id)
+    local status, queue = unpack(redis.call('HMGET', job_key(id), 'status', 'origin'))
+    if status == 'started' then requeue(id, nobody(base, queue)) end
   elseif redis.call('EXISTS', job_key(id)) == 0 or owner.aborted then
     requeue(id, owner)
   else
-    local num_alone = count_crash(id, owner, held[owner.worker])
+    local num_alone = count_crash(id, owner)
     if num_alone and num_alone >= max_crashes_alone then
       finish_ownerless(id, owner, event, { 'failed', '{}', '', ARGV[6], failure_ttl })
       dead[#dead + 1] = id
@@ -51,4 +53,20 @@ for _, id in ipairs(expired) do
     end
   end
 end
-return { requeued, dead }
+
+if not may_judge(base, ARGV[7]) then return { {}, {}, unreadable } end
+local expired = redis.call('ZRANGEBYSCORE', leases_key(base), '-inf', now_ms, 'LIMIT', 0, tonumber(ARGV[2]))
+if #expired == 0 then return { {}, {}, unreadable } end
+
+local owners = {}
+for _, id in ipairs(redis.call('ZRANGE', leases_key(base), 0, -1)) do
+  owners[id] = read_owner(id)
+  if owners[id].worker then
+    local others = company(owners[id].worker)
+    others.num, others.has_lone = others.num + 1, others.has_lone or owners[id].alone
+  end
+end
+for _, id in ipairs(expired) do
+  guarded(id, base, nil, function() reap(id, owners[id]) end)
+end
+return { requeued, dead, unreadable }

@@ -1,7 +1,8 @@
 -- One heartbeat of a worker: its own entry and the leases of all it holds.
 -- ARGV: base, worker, lease (ms), held = {id, execution, ...} (msgpack), '1' to abort requests that nobody reads:
---       their API let its lease run out, and they are not detached.
--- Returns {aborted ids, lost ids, 1 if the worker's own lease held until now, else 0}.
+--       their API let its lease run out, and they are not detached; life (ms) of the record of what the worker serves.
+-- Returns {aborted ids, lost ids, 1 if the worker's own lease held until now, else 0, unreadable, 1 if Redis still
+-- knows what the worker serves, else 0}.
 local base, worker, lease_ms, held = ARGV[1], ARGV[2], tonumber(ARGV[3]), cmsgpack.unpack(ARGV[4])
 
 local was_in_time = may_judge(base, worker)
@@ -17,13 +18,17 @@ local function is_orphan(id)
 end
 
 local aborted, lost = {}, {}
-for i = 1, #held, 2 do
-  local id, owner = held[i], get_owner(held[i])
-  if owner.execution ~= held[i + 1] then
-    lost[#lost + 1] = id
-  else
-    redis.call('ZADD', leases_key(base), now_ms + lease_ms, id)
-    if owner.aborted or is_orphan(id) then aborted[#aborted + 1] = id end
-  end
+local function renew(id, execution)
+  local owner = get_owner(id)
+  if owner.execution ~= execution then return false end
+  redis.call('ZADD', leases_key(base), now_ms + lease_ms, id)
+  if owner.aborted or is_orphan(id) then aborted[#aborted + 1] = id end
+  return true
 end
-return { aborted, lost, was_in_time and 1 or 0 }
+
+for i = 1, #held, 2 do
+  local id, execution = held[i], held[i + 1]
+  if not guarded(id, base, nil, function() return renew(id, execution) end) then lost[#lost + 1] = id end
+end
+local is_known = redis.call('PEXPIRE', served_key(worker), ARGV[6])
+return { aborted, lost, was_in_time and 1 or 0, unreadable, is_known }

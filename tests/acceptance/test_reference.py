@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.messages import SamplingParams
+from shared.records import Held
 from shared.settings import WorkerSettings
-from shared.streams import Held
 from tests.acceptance.conftest import ADAPTERS
 from tests.fakes import unpaced
 from tests.streams import make_request

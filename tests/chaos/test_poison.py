@@ -51,6 +51,49 @@ def test_a_request_that_crashes_its_worker_alone_three_times_fails_and_its_neigh
         assert all("a fault on purpose" in complaint for complaint in cluster.take_complaints())
 
 
+@pytest.mark.parametrize("fault", ["poison", "raise"])
+def test_a_request_that_was_alone_from_the_beginning_fails_with_its_third_worker(
+    cluster: Cluster, recorder: Recorder, fault: str
+) -> None:
+    cluster.ensure_workers(0)
+    settings = {"faults": f"{fault}={WORD}"}
+    num_started = 0
+
+    def supervise() -> bool:
+        nonlocal num_started
+        if not cluster.live_workers():
+            cluster.start_worker(wait=False, **settings)
+            num_started += 1
+        return run.num_ended == 1
+
+    run = recorder.start(cluster.api.url, [Ask("a", f"a {WORD} prompt", max_tokens=24, stream=False)])
+    wait_until(supervise, 60, "the end of the request")
+    (answer,) = run.wait()
+    assert (answer.status, answer.error_code) == (500, "generation_failed")
+    # The fourth one reaps it; it does not run it.
+    assert num_started == 4
+    cluster.ensure_workers(0)
+    assert all("a fault on purpose" in complaint for complaint in cluster.take_complaints())
+
+
+def test_a_thread_that_fails_beside_the_engine_counts_as_a_crash_too(
+    cluster: Cluster, recorder: Recorder, reference: Reference
+) -> None:
+    ask = Ask("a", "hi", max_tokens=24)
+    reference.prepare([ask])
+    cluster.ensure_workers(0)
+    worker = cluster.start_worker(faults="fail=appended:4")
+    run = recorder.start(cluster.api.url, [ask])
+    assert worker.process.wait() == 1
+    (request_id,) = wait_until(cluster.known_ids, what="the request")
+    cluster.start_worker()
+    job = f"rq:job:{request_id}"
+    wait_until(lambda: cluster.connection.hget(job, "crashes_alone") == b"1", what="the crash to be counted")
+    check_complete(run.wait(), reference)
+    cluster.ensure_workers(0)
+    assert all("a fault on purpose" in complaint for complaint in cluster.take_complaints())
+
+
 def test_a_step_that_runs_out_of_memory_hands_the_newest_back_and_the_worker_lives(
     cluster: Cluster, recorder: Recorder, reference: Reference
 ) -> None:

@@ -17,8 +17,9 @@ from api.relay import Relay
 from shared import registry
 from shared.messages import ErrorInfo, FinishReason, ModelCard, StreamEvent, Usage
 from shared.queues import queue_name
+from shared.records import Append, Claim
 from shared.settings import ApiSettings, RedisSettings
-from shared.streams import Append, Claim, WorkerStreams
+from shared.streams import WorkerStreams
 from tests.waiting import wait_until
 
 DEADLINE_S = 10.0
@@ -145,6 +146,7 @@ class ScriptedWorker:
             result_ttl_s=60,
             failure_ttl_s=60,
         )
+        self.streams.serve(dict.fromkeys(QUEUES, ""))
         self._event_nos: dict[str, int] = {}
         registry.register(connection, [BASE, ADAPTER])
 
@@ -155,7 +157,7 @@ class ScriptedWorker:
 
     def try_claim(self) -> Claim | None:
         """The next request, if any waits."""
-        claims = self.streams.claim([uuid.uuid4().hex], {}, QUEUES)
+        claims = self.streams.claim([uuid.uuid4().hex], {})
         return claims[0] if claims else None
 
     def claim(self) -> Claim:

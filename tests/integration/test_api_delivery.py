@@ -15,7 +15,7 @@ import redis
 
 from api import responses, waiting
 from shared import keys
-from shared.streams import Claim
+from shared.records import Claim
 from tests.integration.api_harness import (
     CHAT,
     HELLO,

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from shared.messages import FinishReason
-from shared.streams import Claim
+from shared.records import Claim
 from tests.integration.api_harness import (
     CHAT,
     HELLO,

@@ -7,7 +7,8 @@ import pytest
 import redis
 
 from shared import keys
-from shared.streams import Claim, Slots, WorkerStreams
+from shared.records import Claim, Slots
+from shared.streams import WorkerStreams
 from tests.redis_server import RedisServer
 from tests.streams import BASE, BlockingApi, last, make_request, worker_streams
 
@@ -19,14 +20,14 @@ class SlotWorker:
     """A worker's claims over a few slots. A turn is one second: the heads that wait get older by it."""
 
     def __init__(self, connection: redis.Redis, num_slots: int, max_num_requests: int) -> None:
-        self.streams: WorkerStreams = worker_streams(connection)
+        served = [BASE, *(queue(name) for name in NAMES)]
+        self.streams: WorkerStreams = worker_streams(connection, served=served)
         self.max_num_requests = max_num_requests
         self.running: dict[str, tuple[Claim, int]] = {}
         self.resident: list[str] = []
         self.num_loads = 0
         self._connection = connection
         self._num_slots = num_slots
-        self._queues = [BASE, *(queue(name) for name in NAMES)]
 
     def turn(self, num_steps: int = 1) -> list[str]:
         """Ends what has run for so many turns, then claims; the queues of what was claimed."""
@@ -38,7 +39,6 @@ class SlotWorker:
         claims = self.streams.claim(
             [uuid4().hex for _ in range(room)],
             in_use,
-            self._queues,
             Slots(self._num_slots, self.resident, MAX_WAIT_S),
         )
         for claim in claims:
@@ -150,9 +150,10 @@ def test_a_resident_adapter_is_found_behind_any_number_of_older_heads_without_a_
     served = [queue(name) for name in (*names, "a")]
     running = {"tiny-b": 1, "tiny-c": 1}
     slots = Slots(2, ["tiny-a", "tiny-b"], MAX_WAIT_S)
-    assert worker_streams(connection).claim(["e1"], running, served, slots) == []
+    streams = worker_streams(connection, served=served)
+    assert streams.claim(["e1"], running, slots) == []
     del running["tiny-c"]
-    (claimed,) = worker_streams(connection).claim(["e2"], running, served, slots)
+    (claimed,) = streams.claim(["e2"], running, slots)
     assert claimed.request.adapter_name == "a"
 
 
@@ -182,7 +183,8 @@ def test_an_adapter_that_one_on_its_way_pushes_out_is_not_resident(
     for name, waited_s in (("a", 3), ("b", 2)):
         age(connection, api.enqueue(make_request(name)), waited_s)
     slots = Slots(2, ["tiny-a", "tiny-b"], MAX_WAIT_S)
-    (claimed,) = worker_streams(connection).claim(["e1"], {"tiny-c": 1}, ["tiny-a", "tiny-b"], slots)
+    streams = worker_streams(connection, served=["tiny-a", "tiny-b"])
+    (claimed,) = streams.claim(["e1"], {"tiny-c": 1}, slots)
     assert claimed.request.adapter_name == "b"
 
 
@@ -207,14 +209,14 @@ def test_the_request_behind_an_overdue_one_is_not_overdue(connection: redis.Redi
 def test_what_was_closed_before_the_last_wait_was_over_is_not_preferred_when_another_begins(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
-    streams, slots = worker_streams(connection), Slots(2, ["tiny-a", "tiny-b"], MAX_WAIT_S)
     served = [queue(name) for name in ("a", "b", "c")]
+    streams, slots = worker_streams(connection, served=served), Slots(2, ["tiny-a", "tiny-b"], MAX_WAIT_S)
 
     def claim_beside_an_overdue_head(running: dict[str, int]) -> list[str]:
         age(connection, api.enqueue(make_request("c")), MAX_WAIT_S + 1)
         for name in ("a", "b"):
             api.enqueue(make_request(name))
-        claims = streams.claim([uuid4().hex for _ in range(3)], running, served, slots)
+        claims = streams.claim([uuid4().hex for _ in range(3)], running, slots)
         return [queue(claim.request.adapter_name) for claim in claims]
 
     assert claim_beside_an_overdue_head({"tiny-a": 1, "tiny-b": 2}) == ["tiny-b"]

@@ -14,11 +14,12 @@ from rq.suspension import resume, suspend
 
 from shared import keys
 from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
+from shared.records import Append, Claim, Held
 from shared.settings import WorkerSettings
-from shared.streams import NUM_EVENTS_TO_CLEAR, Append, Claim, Held, WorkerStreams
+from shared.streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
 from tests.redis_server import RedisServer
-from tests.streams import BASE, QUEUES, BlockingApi, claim, last, make_request, token, worker_streams
+from tests.streams import BASE, BlockingApi, claim, last, make_request, token, worker_streams
 from tests.waiting import wait_until
 from worker import capacity
 from worker.block_manager import BlockManager
@@ -62,7 +63,6 @@ class ThreadedWorker:
         self.consumer = Consumer(
             worker_streams(self.connection, self.name),
             self.held,
-            queues=QUEUES,
             max_num_requests=max_num_requests,
             poll_s=0.02,
             encode=encode or FakeTokenizer().encode_chat,
@@ -298,6 +298,56 @@ def test_the_engine_pauses_while_too_many_steps_are_unsent(redis_server: RedisSe
     worker.connection.close()
 
 
+def make_heartbeat(
+    streams: WorkerStreams, consumer: Consumer, now_s: list[float], **served: str
+) -> Heartbeat:
+    """A heartbeat whose clock shows `now_s[0]`."""
+    return Heartbeat(
+        streams,
+        HeldRequests(),
+        consumer,
+        WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
+        served=served,
+        on_beat=lambda: None,
+        watch_engine=lambda: None,
+        clock=lambda: now_s[0],
+    )
+
+
+def test_a_heartbeat_tells_what_its_worker_serves_until_it_drains(connection: redis.Redis) -> None:
+    streams = worker_streams(connection, "w1")
+    consumer = Consumer(streams, HeldRequests(), max_num_requests=8, poll_s=0.02)
+    now_s = [0.0]
+    heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m1")
+    heartbeat.turn()
+    served = keys.served("w1")
+    assert connection.hgetall(served) == {b"tiny": b"m1", b"": b""}
+    connection.delete(served)
+    now_s[0] = 1.0
+    heartbeat.turn()
+    assert connection.hget(served, "tiny") == b"m1"
+    consumer.drain()
+    now_s[0] = 2.0
+    heartbeat.turn()
+    assert connection.hgetall(served) == {b"": b""}
+
+
+def test_a_heartbeat_ends_requests_for_weights_that_nobody_has_after_a_beat_of_its_own(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    streams = worker_streams(connection, "w1")
+    consumer = Consumer(streams, HeldRequests(), max_num_requests=8, poll_s=0.02)
+    now_s = [0.0]
+    heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m2")
+    request_id = api.enqueue(make_request(base_version="m1"))
+    for now_s[0] in (0.0, 0.5):
+        heartbeat.turn()
+    assert connection.llen(keys.log(request_id)) == 0
+    now_s[0] = 1.0
+    heartbeat.turn()
+    assert decode_event(connection.lindex(keys.log(request_id), -1)).error.code == "adapter_version_gone"
+
+
 def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
@@ -312,9 +362,9 @@ def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
     heartbeat = Heartbeat(
         streams,
         held,
-        Consumer(streams, held, queues=QUEUES, max_num_requests=8, poll_s=0.02),
+        Consumer(streams, held, max_num_requests=8, poll_s=0.02),
         WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
-        queues=[BASE],
+        served={BASE: ""},
         on_beat=lambda: beats.append(now_s[0]),
         watch_engine=lambda: None,
         clock=lambda: now_s[0],
@@ -527,9 +577,7 @@ def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [api.enqueue(make_request()) for _ in range(2)]
-    consumer = Consumer(
-        worker_streams(connection), HeldRequests(), queues=QUEUES, max_num_requests=2, poll_s=0.01
-    )
+    consumer = Consumer(worker_streams(connection), HeldRequests(), max_num_requests=2, poll_s=0.01)
     with lost_replies(monkeypatch), pytest.raises(redis.ConnectionError):
         consumer._claim()
     assert consumer.commands.empty()
@@ -542,7 +590,7 @@ def test_a_running_worker_asks_for_more_only_while_something_waits(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, queues=QUEUES, max_num_requests=3, poll_s=0.01)
+    consumer = Consumer(worker_streams(connection), held, max_num_requests=3, poll_s=0.01)
     num_held: list[int] = []
     claim_once = WorkerStreams.claim
 
@@ -565,7 +613,7 @@ def test_a_claim_whose_reply_was_lost_is_repeated_though_nothing_waits_any_more(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, queues=QUEUES, max_num_requests=2, poll_s=0.01)
+    consumer = Consumer(worker_streams(connection), held, max_num_requests=2, poll_s=0.01)
     api.enqueue(make_request())
     consumer.turn()
     second = api.enqueue(make_request())
@@ -579,7 +627,7 @@ def test_what_is_handed_back_while_all_else_ends_is_claimed_in_the_same_turn(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, queues=QUEUES, max_num_requests=2, poll_s=0.01)
+    consumer = Consumer(worker_streams(connection), held, max_num_requests=2, poll_s=0.01)
     ids = [api.enqueue(make_request()) for _ in range(2)]
     consumer.turn()
     first, second = (arrival.claim for arrival in consumer.commands.get_nowait().add)
@@ -596,7 +644,7 @@ def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     api.enqueue(make_request())
     held = HeldRequests()
     streams = worker_streams(connection)
-    consumer = Consumer(streams, held, queues=QUEUES, max_num_requests=1, poll_s=0.01)
+    consumer = Consumer(streams, held, max_num_requests=1, poll_s=0.01)
     consumer._claim()
     ((claimed, _),) = consumer.commands.get_nowait().add
     end: list[Append] = [last(claimed, 0)]

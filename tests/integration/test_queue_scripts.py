@@ -16,12 +16,13 @@ from rq.suspension import resume, suspend
 from shared import keys
 from shared.errors import GenerationFailed, GenerationStopped, QueueFull
 from shared.messages import SCHEMA_VERSION, FinishReason, decode_event
-from shared.streams import Claim, Held, WorkerStreams, script_source
+from shared.records import Claim, Held
+from shared.script_source import script_source
+from shared.streams import WorkerStreams
 from tests.redis_server import BINARIES, RedisServer
 from tests.streams import (
     BASE,
     CHANNEL,
-    QUEUES,
     SECRET,
     BlockingApi,
     claim,
@@ -158,7 +159,7 @@ def test_what_a_worker_runs_already_counts_for_fairness(connection: redis.Redis,
 def test_a_restricted_worker_claims_its_own_queues_only(connection: redis.Redis, api: BlockingApi) -> None:
     api.enqueue(make_request("a"))
     mine = api.enqueue(make_request("b"))
-    claimed = claim(worker_streams(connection), 5, queues=["tiny-b", "tiny-c"])
+    claimed = claim(worker_streams(connection, served=["tiny-b", "tiny-c"]), 5)
     assert [c.held.request_id for c in claimed] == [mine]
     assert waiting(connection) == ["tiny-a"]
 
@@ -177,13 +178,13 @@ def test_a_claim_repeated_after_a_lost_reply_returns_what_it_claimed_and_nothing
     streams = worker_streams(connection)
     (former,) = claim(streams)
     execution_ids = ["e2", "e3"]
-    claims = streams.claim(execution_ids, {}, QUEUES)
+    claims = streams.claim(execution_ids, {})
     suspend(connection)
-    assert streams.claim(execution_ids, {}, QUEUES) == claims
+    assert streams.claim(execution_ids, {}) == claims
     assert [c.held.request_id for c in [former, *claims]] == ids[:3]
     streams.hand_back([claims[0].held])
     Job.fetch(ids[2], connection, JSONSerializer).delete()
-    assert streams.claim(execution_ids, {}, QUEUES) == []
+    assert streams.claim(execution_ids, {}) == []
 
 
 def test_a_repeated_claim_renews_the_leases_and_says_again_what_must_run_alone(
@@ -192,9 +193,9 @@ def test_a_repeated_claim_renews_the_leases_and_says_again_what_must_run_alone(
     request_id = api.enqueue(make_request())
     connection.hset(Job.key_for(request_id), "crashes_alone", 1)
     streams = worker_streams(connection)
-    (claimed,) = streams.claim(["e1"], {}, QUEUES)
+    (claimed,) = streams.claim(["e1"], {})
     connection.zadd(keys.leases(BASE), {request_id: 1})
-    assert streams.claim(["e1"], {}, QUEUES) == [claimed]
+    assert streams.claim(["e1"], {}) == [claimed]
     assert claimed.alone
     assert connection.zscore(keys.leases(BASE), request_id) > 1
 
@@ -502,6 +503,45 @@ def test_a_request_that_crashes_its_worker_alone_three_times_is_dead_lettered_an
     assert "crashed its worker 3 times" in job.latest_result().exc_string
     assert FailedJobRegistry(BASE, connection).get_job_ids() == [request_id]
     assert waiting(connection) == []
+
+
+@pytest.mark.parametrize("num_requests", [1, 2], ids=["alone", "in company"])
+def test_a_crash_by_exception_counts_like_one_by_kill(
+    connection: redis.Redis, api: BlockingApi, num_requests: int
+) -> None:
+    ids = [api.enqueue(make_request()) for _ in range(num_requests)]
+    worker = Worker(["default"], name="w0", connection=connection)
+    worker.register_birth()
+    claims = claim(worker_streams(connection, "w0"), num_requests)
+    # RQ's teardown, which a worker that ends with an exception still goes through.
+    worker.register_death()
+    for claimed in claims:
+        expire(connection, claimed.held)
+        reaper(connection).reap()
+    expected = [b"1", None] if num_requests == 1 else [None, b"1"]
+    assert [counts(connection, request_id) for request_id in ids] == [expected] * num_requests
+
+
+def test_a_request_whose_owner_was_removed_from_outside_goes_on_elsewhere(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    (claimed,) = claim(worker_streams(connection, "w0"))
+    connection.delete(keys.owner(request_id))
+    expire(connection, claimed.held)
+    reaper(connection).reap()
+    assert [c.held.request_id for c in claim(worker_streams(connection, "w1"))] == [request_id]
+
+
+def test_leases_that_were_removed_from_outside_come_back(connection: redis.Redis, api: BlockingApi) -> None:
+    ids = [api.enqueue(make_request()) for _ in range(2)]
+    living, _ = claim(worker_streams(connection, "w1"), 1), claim(worker_streams(connection, "dead"), 1)
+    connection.delete(keys.leases(BASE))
+    worker_streams(connection, "w1").renew([living[0].held])
+    other = reaper(connection)
+    other.sweep([BASE])
+    wait_until(lambda: expired(connection) == 1, what="the lease of the dead worker's request")
+    assert other.reap().requeued == [ids[1]]
 
 
 def test_a_crash_in_company_makes_suspects_and_charges_nobody(

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.messages import SamplingParams, StreamEvent
-from shared.streams import Append, Held
+from shared.records import Append, Held
 from tests.adapters import FakeStore, FakeWeights, ManualExecutor
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
 from tests.streams import make_request

@@ -6,7 +6,7 @@ import pytest
 
 from shared.errors import InvalidRequest, from_info
 from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
-from shared.streams import Append, Held
+from shared.records import Append, Held
 from tests.block_checks import check_blocks
 from tests.fakes import FakeModelRunner, FakeTokenizer, spell, unpaced
 from tests.streams import make_request
@@ -245,6 +245,34 @@ def test_an_adapter_that_is_not_loaded_ends_as_an_adapter_error() -> None:
     (append,) = Bench().add(adapter_name="nobody")
     assert "nobody" in str(from_info(append.event.error))
     assert append.event.error.code == "adapter_error"
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [{"base_version": "m0"}, {"adapter_version": "a0"}, {"base_version": "m0", "adapter_version": "a1"}],
+)
+def test_other_weights_than_a_request_was_accepted_for_do_not_answer_it(versions: dict[str, str]) -> None:
+    bench = Bench()
+    (append,) = bench.add(adapter_name="a", **versions)
+    assert append.event.error.code == "adapter_version_gone"
+    assert not bench.engine.has_work
+
+
+def test_the_weights_that_a_request_was_accepted_for_answer_it_and_so_do_any_if_it_names_none() -> None:
+    bench = Bench()
+    assert bench.add("named", adapter_name="a", base_version="m1", adapter_version="a1") == []
+    assert bench.add("of an earlier release", adapter_name="a") == []
+    assert bench.finish().keys() == {"named", "of an earlier release"}
+
+
+def test_a_fault_while_a_request_is_taken_in_ends_that_request_only() -> None:
+    bench = Bench()
+    bench.add("innocent")
+    beyond_every_alphabet = (StreamEvent(event_no=0, token_ids=(10**9,), text="?"),)
+    (append,) = bench.add("broken", beyond_every_alphabet)
+    assert (append.event.event_no, append.event.error.code) == (1, "generation_failed")
+    assert bench.finish()["innocent"][-1].usage is not None
+    check_blocks(bench.blocks)
 
 
 def test_an_aborted_request_ends_at_once_and_frees_its_blocks() -> None:

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from shared.streams import Held
+from shared.records import Held
 from worker.consumer import Consumer
 from worker.engine import Engine
 from worker.engine_loop import EngineLoop

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shared.messages import SamplingParams
+from shared.records import Held
 from shared.settings import WorkerSettings
-from shared.streams import Held
 from tests.streams import make_request
 from tests.tiny_models import build_adapter, build_model
 from worker.adapter_files import load_adapter

@@ -3,7 +3,7 @@
 from typing import Any
 
 from shared.errors import InvalidRequest
-from shared.streams import Claim, Held
+from shared.records import Claim, Held
 from tests.streams import make_request
 from worker.prompt_encoder import Prompt, PromptEncoder
 

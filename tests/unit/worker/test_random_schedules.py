@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent
+from shared.records import Append, Held
 from shared.settings import WorkerSettings
-from shared.streams import Append, Held
 from tests.block_checks import check_blocks
 from tests.compiled import need_kernels, wait_until_compiled
 from tests.fakes import FakeDetokenizer, unpaced
@@ -106,6 +106,7 @@ class FailingRunner:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self.max_model_len = runner.max_model_len
+        self.model_version = runner.model_version
         self.fails: str | None = None
 
     @property

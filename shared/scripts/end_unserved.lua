@@ -1,0 +1,66 @@
+-- Requests that wait for weights which no live worker has end with an error: those of a version that was replaced or
+-- removed, and those of another version than the live workers of their queue have. If a queue has no live worker, its
+-- requests of the registered version wait on: a worker may come back.
+-- ARGV: base, the worker that judges, first rank of the waiting queues to look at, most jobs in one call, shortest time
+--       (ms) between two turns of all workers, event (a format with one %d, its number), exception text as RQ's results
+--       have it, ttl (s) of a failed job.
+-- Returns {rank to go on at, or -1 if that was all, ids that were ended, unreadable}.
+local base, worker, rank, budget = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local event, exc_text, failure_ttl = ARGV[6], ARGV[7], tonumber(ARGV[8])
+
+local NOTHING = { -1, {}, unreadable }
+if not may_judge(base, worker) then return NOTHING end
+local judged = shared_key('string', OURS .. ':judged:' .. base)
+if rank == 0 then
+  if math.abs(now_ms - to_number(redis.call('GET', judged), 0)) < tonumber(ARGV[5]) then return NOTHING end
+  redis.call('SET', judged, now_ms, 'PX', ARGV[5])
+end
+
+local live = redis.call('ZRANGEBYSCORE', workers_key(base), '(' .. now_ms, '+inf')
+for _, name in ipairs(live) do
+  -- A worker of an earlier release tells nobody what it serves: it may serve anything.
+  if redis.call('EXISTS', served_key(name)) == 0 then return NOTHING end
+end
+
+-- The weights that live workers have for a queue, and whether there are any.
+local function weights_of(queue)
+  local served, is_served = {}, false
+  for _, name in ipairs(live) do
+    local version = redis.call('HGET', served_key(name), queue)
+    if version then served[version], is_served = true, true end
+  end
+  return served, is_served
+end
+
+-- The version of a model's weights by the registry, as `weights_version` of shared/messages.py has it; '' if there is
+-- none, or no card that can be read.
+local function registered_version(model)
+  local text = redis.call('HGET', shared_key('hash', OURS .. ':models'), model)
+  local ok, card = pcall(cjson.decode, text or '')
+  if not ok or type(card) ~= 'table' or type(card.version) ~= 'string' then return '' end
+  if type(card.adapter_name) ~= 'string' then return card.version end
+  return tostring(card.base_version) .. '+' .. card.version
+end
+
+local ended = {}
+local function judge(id, queue, served, is_served)
+  local status, version, model = unpack(redis.call('HMGET', job_key(id), 'status', 'version', 'model'))
+  if status ~= 'queued' or not version or version == '' or served[version] or served[''] then return end
+  if not is_served and registered_version(model or '') == version then return end
+  redis.call('LREM', queue_key(queue), 1, id)
+  finish_ownerless(id, nobody(base, queue), event, { 'failed', '{}', '', exc_text, failure_ttl })
+  ended[#ended + 1] = id
+end
+
+while budget > 0 do
+  local queue = redis.call('ZRANGE', waiting_key(base), rank, rank)[1]
+  if not queue then return { -1, ended, unreadable } end
+  local served, is_served = weights_of(queue)
+  for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, -1)) do
+    guarded(id, base, queue, function() judge(id, queue, served, is_served) end)
+    budget = budget - 1
+  end
+  update_waiting(base, queue)
+  if redis.call('ZSCORE', waiting_key(base), queue) then rank = rank + 1 end
+end
+return { rank, ended, unreadable }
