@@ -14,7 +14,7 @@ local REMOVED = '{"event_no":%d,"finish_reason":"error","error":{"code":"generat
 local owners, aborted, lost = {}, {}, {}
 for i = 1, #held, 2 do
   local id = held[i]
-  local owner = guarded(id, base, nil, function() return get_owner(id) end)
+  local owner = guarded(id, base, nil, get_owner, id)
   if not owner or owner.execution ~= held[i + 1] then
     lost[#lost + 1] = id
   else
@@ -62,7 +62,7 @@ for _, entry in ipairs(appends) do
   local owner = owners[id]
   -- Of another execution: from a claim of this worker that it lost and replaced by a newer one.
   if owner and owner.execution == execution then
-    local is_kept = guarded(id, base, nil, function() return append(id, owner, event_no, event, outcome) end)
+    local is_kept = guarded(id, base, nil, append, id, owner, event_no, event, outcome)
     if not is_kept then
       owners[id] = nil
       lost[#lost + 1] = id

@@ -180,7 +180,7 @@ local function next_request(queue)
   while true do
     local id = redis.call('LINDEX', queue_key(queue), num_passed[queue] or 0)
     if not id then return nil end
-    local job = guarded(id, base, queue, function() return read_job(id) end)
+    local job = guarded(id, base, queue, read_job, id)
     if job and job.status ~= 'queued' then
       redis.call('LREM', queue_key(queue), 1, id)
     elseif job and not can_run(job, queue) then

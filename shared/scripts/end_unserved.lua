@@ -57,7 +57,7 @@ while budget > 0 do
   if not queue then return { -1, ended, unreadable } end
   local served, is_served = weights_of(queue)
   for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, -1)) do
-    guarded(id, base, queue, function() judge(id, queue, served, is_served) end)
+    guarded(id, base, queue, judge, id, queue, served, is_served)
     budget = budget - 1
   end
   update_waiting(base, queue)

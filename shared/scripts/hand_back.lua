@@ -3,14 +3,15 @@
 -- Returns {how many it still owned, unreadable}.
 local base, held = ARGV[1], cmsgpack.unpack(ARGV[2])
 local count = 0
+
+local function hand_back(id, execution)
+  local owner = get_owner(id)
+  if owner.execution ~= execution then return false end
+  requeue(id, owner)
+  return true
+end
+
 for i = 1, #held, 2 do
-  local id, execution = held[i], held[i + 1]
-  local is_owned = guarded(id, base, nil, function()
-    local owner = get_owner(id)
-    if owner.execution ~= execution then return false end
-    requeue(id, owner)
-    return true
-  end)
-  if is_owned then count = count + 1 end
+  if guarded(held[i], base, nil, hand_back, held[i], held[i + 1]) then count = count + 1 end
 end
 return { count, unreadable }

@@ -226,10 +226,10 @@ local function refuse(reason) error('unreadable: ' .. reason, 0) end
 local SIGNS = { 'WRONGTYPE', 'unreadable: ', 'not an integer', 'not a valid float', 'attempt to ', 'bad argument',
   'must be strings or integers' }
 
--- Does `work` for one request and returns what it returns. If a record can't be read, the request is set aside, and
+-- Does `work(...)` for one request and returns its one result. If a record can't be read, the request is set aside, and
 -- nothing is returned.
-local function guarded(id, base, queue, work)
-  local ok, result = pcall(work)
+local function guarded(id, base, queue, work, ...)
+  local ok, result = pcall(work, ...)
   if ok then return result end
   local message = type(result) == 'table' and result.err or tostring(result)
   for _, sign in ipairs(SIGNS) do
@@ -248,6 +248,12 @@ local function check_status(id, status)
   end
 end
 
+local function read_head(id)
+  local fields = redis.call('HMGET', job_key(id), 'status', 'enqueued_ms')
+  check_status(id, fields[1])
+  return fields
+end
+
 -- `waiting` follows the head of a queue; heads that are no queued job any more are dropped on the way.
 local function update_waiting(base, queue)
   while true do
@@ -255,11 +261,7 @@ local function update_waiting(base, queue)
     if not head then
       return redis.call('ZREM', waiting_key(base), queue)
     end
-    local job = guarded(head, base, queue, function()
-      local fields = redis.call('HMGET', job_key(head), 'status', 'enqueued_ms')
-      check_status(head, fields[1])
-      return fields
-    end)
+    local job = guarded(head, base, queue, read_head, head)
     if job and job[1] == 'queued' then
       return redis.call('ZADD', waiting_key(base), to_number(job[2], now_ms), queue)
     end

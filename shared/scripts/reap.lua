@@ -6,7 +6,7 @@
 local base, max_crashes_alone, failure_ttl, event = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
 local function read_owner(id)
-  return guarded(id, base, nil, function() return get_owner(id) end) or {}
+  return guarded(id, base, nil, get_owner, id) or {}
 end
 
 -- How many requests each worker held when it was last alive, those reaped from it lately included, and whether its
@@ -67,6 +67,6 @@ for _, id in ipairs(redis.call('ZRANGE', leases_key(base), 0, -1)) do
   end
 end
 for _, id in ipairs(expired) do
-  guarded(id, base, nil, function() reap(id, owners[id]) end)
+  guarded(id, base, nil, reap, id, owners[id])
 end
 return { requeued, dead, unreadable }

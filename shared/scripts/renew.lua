@@ -28,7 +28,7 @@ end
 
 for i = 1, #held, 2 do
   local id, execution = held[i], held[i + 1]
-  if not guarded(id, base, nil, function() return renew(id, execution) end) then lost[#lost + 1] = id end
+  if not guarded(id, base, nil, renew, id, execution) then lost[#lost + 1] = id end
 end
 local is_known = redis.call('PEXPIRE', served_key(worker), ARGV[6])
 return { aborted, lost, was_in_time and 1 or 0, unreadable, is_known }

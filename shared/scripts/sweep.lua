@@ -9,7 +9,7 @@ local count = 0
 local function lease_again(composite)
   local id, execution = composite:match('^(.*):(.*)$')
   if not id or redis.call('ZSCORE', leases_key(base), id) then return end
-  local owner = guarded(id, base, nil, function() return get_owner(id) end)
+  local owner = guarded(id, base, nil, get_owner, id)
   if owner and owner.execution == execution then redis.call('ZADD', leases_key(base), now_ms, id) end
 end
 
