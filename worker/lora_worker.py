@@ -281,7 +281,7 @@ class LoraWorker(BaseWorker):
 
 def _log_to_streams(level: str, date_format: str, log_format: str) -> None:
     """Adds RQ's handlers where there are none yet; sets the level in any case."""
-    for package in ("rq.worker", "worker"):
+    for package in ("rq.worker", "worker", "shared"):
         setup_loghandlers(level, date_format, log_format, package)
 
 
