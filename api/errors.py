@@ -17,6 +17,7 @@ from starlette.responses import Response
 from shared import errors
 from shared.errors import LorelayError
 from shared.logs import fields
+from shared.not_now import code_of
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,6 @@ async def queue_errors(until: float) -> AsyncIterator[None]:
         async with asyncio.timeout_at(until):
             yield
     except (redis.RedisError, OSError) as error:
-        # Inside a script, Redis 6.2 wraps the reply: "ERR Error running script ... -OOM command not allowed".
-        if isinstance(error, redis.OutOfMemoryError) or "OOM " in str(error):
+        if isinstance(error, redis.RedisError) and code_of(error) == "OOM":
             raise errors.QueueOutOfMemory from error
         raise errors.QueueUnavailable from error

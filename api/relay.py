@@ -18,8 +18,8 @@ from shared import keys, registry
 from shared.api_streams import ApiStreams, FoundRequest
 from shared.connections import connect_async
 from shared.errors import GenerationFailed, QueueUnavailable, ServerDraining
-from shared.logs import fields
 from shared.messages import GenerationRequest, ModelCard, decode_event
+from shared.outages import Outages
 from shared.settings import ApiSettings, RedisSettings
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Relay:
         self._log_wanted = asyncio.Event()
         self._aborter = Aborter(self._streams, settings)
         self._tasks: list[asyncio.Task[None]] = []
-        self._outages: set[str] = set()
+        self._outages = Outages(logger)
         self._is_draining = False
 
     @property
@@ -111,12 +111,13 @@ class Relay:
 
         Raises:
             ServerDraining: this process is about to end.
-            QueueUnavailable: Redis is not there.
+            QueueUnavailable: Redis is not there, or takes no writes now.
         """
         if self._is_draining:
             raise ServerDraining
         async with queue_errors(self.patience()):
-            await self._connection.ping()
+            # Not a ping, which a replica or a server without memory answers too.
+            await self._streams.renew_lease(self._settings.api_lease_s)
 
     async def fetch_card(self, model: str, until: float) -> ModelCard:
         """The card of a model.
@@ -234,7 +235,7 @@ class Relay:
                     pauses = backoff()
                     await self._receive(pubsub)
             except (redis.RedisError, OSError) as error:
-                self._note_outage("subscriber", error)
+                self._outages.begin("subscriber", error)
             except Exception as error:
                 log_unexpected(error)
             await asyncio.sleep(next(pauses))
@@ -280,7 +281,7 @@ class Relay:
 
     def _on_subscribed(self) -> None:
         """What was published while nobody listened stands in the logs only."""
-        self._note_recovery("subscriber")
+        self._outages.end("subscriber")
         for inbox in self._inboxes.values():
             inbox.fall_behind()
 
@@ -306,30 +307,19 @@ class Relay:
                     [(inbox.request_id, inbox.next_event_no) for inbox in inboxes], max_num_events=page
                 )
         except QueueUnavailable as error:
-            self._note_outage("log reader", error.__cause__ or error)
+            self._outages.begin("log reader", error.__cause__ or error)
             await asyncio.sleep(self._settings.max_silence_s / 2)
             for inbox in inboxes:
                 inbox.fall_behind()
         except Exception as error:
             log_unexpected(error)
         else:
-            self._note_recovery("log reader")
+            self._outages.end("log reader")
             for inbox, events in zip(inboxes, logs, strict=True):
                 if events is None:
                     inbox.fail(GenerationFailed(UNREADABLE))
                 else:
                     inbox.put_log(events, is_all=len(events) < page)
-
-    def _note_outage(self, part: str, error: BaseException) -> None:
-        """Logs the first failure only, whichever part of the relay meets it."""
-        if not self._outages:
-            logger.warning("lost Redis, reconnecting: %r", error, extra=fields("redis_lost"))
-        self._outages.add(part)
-
-    def _note_recovery(self, part: str) -> None:
-        if self._outages == {part}:
-            logger.info("Redis is back", extra=fields("redis_back"))
-        self._outages.discard(part)
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:

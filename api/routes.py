@@ -133,7 +133,7 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
     @router.head("/ready", include_in_schema=False)
     @router.get("/ready", summary="Can it take requests?", tags=["probes"])
     async def ready() -> Response:
-        """503 while Redis can't be reached."""
+        """503 while Redis can't be reached, or takes no writes."""
         await relay.ping()
         return _json(Status("ok"))
 

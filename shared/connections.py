@@ -11,11 +11,11 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from shared.errors import ConfigurationError
+from shared.not_now import is_not_now
+from shared.refusals import NamingRedis
 from shared.settings import RedisSettings
 
 MIN_VERSION = (6, 2)
-PASSING_REPLIES = ("OOM ", "MISCONF", "READONLY", "LOADING", "MASTERDOWN")
-"""Out of memory, disk full, demoted to a replica, starting: the server may serve again later."""
 
 
 class _ClosedMeansLost(AbstractConnection):
@@ -98,19 +98,15 @@ def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.R
     """A client of its own to the server of another one; it repeats nothing, a lost connection shows."""
     pool = connection.connection_pool
     options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s, "retry": Retry(NoBackoff(), 0)}
-    return redis.Redis(
+    return NamingRedis(
         connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **options)
     )
 
 
 def is_passing(error: redis.RedisError) -> bool:
     """Whether a failure says something of the server's present state, and not of what it was asked."""
-    if isinstance(error, redis.ConnectionError | redis.TimeoutError):
-        return True
-    # Inside a script, Redis 6.2 wraps these replies, so that their class is lost.
-    return any(word in str(error) for word in PASSING_REPLIES) or isinstance(
-        error, redis.OutOfMemoryError | redis.ReadOnlyError
-    )
+    is_lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+    return is_not_now(error) or (is_lost and not isinstance(error, redis.AuthenticationError))
 
 
 def is_wrong_type(error: object) -> bool:

@@ -4,7 +4,10 @@ import importlib.util
 import signal
 import sys
 
+import redis
+
 from shared.errors import ConfigurationError
+from shared.refusals import explain
 
 
 def run(redis_url: str, host: str, port: int) -> None:
@@ -25,6 +28,14 @@ def run(redis_url: str, host: str, port: int) -> None:
     # would run whatever stands there.
     rq.serializers.PickleSerializer = rq.serializers.JSONSerializer  # type: ignore[assignment]
     dashboard = importlib.import_module("rq_dashboard.cli").run
+    pages = importlib.import_module("rq_dashboard.web").blueprint
+    pages.register_error_handler(redis.RedisError, _unavailable)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     words = ["--bind", host, "--port", str(port), "--redis-url", redis_url, "--disable-delete", "--json"]
     dashboard.main(words, prog_name="lorelay dashboard", auto_envvar_prefix="RQ_DASHBOARD")
+
+
+def _unavailable(error: redis.RedisError) -> tuple[str, int, dict[str, str]]:
+    """The page while Redis does not serve; by itself Flask shows none, and logs a traceback."""
+    sys.stderr.write(f"lorelay: {explain(error)}\n")
+    return f"{explain(error)}\n", 503, {"Content-Type": "text/plain", "Retry-After": "1"}

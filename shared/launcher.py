@@ -13,6 +13,7 @@ import redis
 from shared import dashboard, embedded, options, serve
 from shared.connections import connect
 from shared.errors import ConfigurationError
+from shared.refusals import explain
 from shared.settings import RedisSettings, ServeSettings
 from shared.status import read_status, to_text
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         return _fail(_naming_flag(error), CONFIGURATION_EXIT_CODE)
     except redis.RedisError as error:
-        return _fail(f"Redis: {error}", 1)
+        return _fail(explain(error), 1)
 
 
 def _serve(args: argparse.Namespace) -> int:

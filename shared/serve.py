@@ -22,6 +22,7 @@ from shared import embedded, registry
 from shared.connections import check_server
 from shared.devices import num_usable_cores, visible_gpus, worker_environments
 from shared.errors import ConfigurationError
+from shared.refusals import explain
 from shared.settings import AdapterSource, ApiSettings, RedisSettings, ServeSettings, WorkerSettings
 from shared.status import live_workers
 from shared.supervisor import ChildFailed, ChildSpec, Signals, Supervisor, say
@@ -183,7 +184,8 @@ def _start_server(folder: embedded.StateFolder, supervisor: Supervisor) -> None:
 def _worker_specs(plan: ServePlan, redis_url: str) -> list[ChildSpec]:
     # By variable rather than -u, so that a password does not show in the list of processes.
     common = {**plan.variables, "LORELAY_REDIS_URL": redis_url, "RQ_REDIS_URL": redis_url}
-    command = (sys.executable, "-m", "rq.cli", "worker", "-w", "worker.LoraWorker")
+    words = "worker -w worker.LoraWorker --connection-class worker.patience.PatientRedis"
+    command = (sys.executable, "-m", "rq.cli", *words.split())
     return [
         ChildSpec(
             f"worker {index}",
@@ -250,7 +252,7 @@ def _check_redis(connection: redis.Redis) -> None:
     try:
         check_server(connection)
     except redis.RedisError as error:
-        raise ConfigurationError(f"LORELAY_REDIS_URL (--redis-url): {error}") from error
+        raise ConfigurationError(f"LORELAY_REDIS_URL (--redis-url): {explain(error)}") from error
 
 
 def _with_absolute_paths(values: Mapping[str, Any]) -> WorkerSettings:

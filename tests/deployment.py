@@ -87,7 +87,8 @@ class Deployment:
 
     def start_worker(self, *arguments: str, wait: bool = True, **settings: str) -> Process:
         """`rq worker -w worker.LoraWorker`, ready to serve when this returns."""
-        command = [str(BIN / "rq"), "worker", "-u", self.redis_url, "-w", "worker.LoraWorker", *arguments]
+        command = [str(BIN / "rq"), "worker", "-u", self.redis_url, "-w", "worker.LoraWorker"]
+        command += ["--connection-class", "worker.patience.PatientRedis", *arguments]
         worker = self.start(command, **settings)
         if wait:
             worker.wait_for("serving ")

@@ -6,7 +6,6 @@ The engine and this thread meet at two plain queues; the engine never does netwo
 import logging
 import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -16,18 +15,19 @@ import redis
 
 from shared.connections import is_passing
 from shared.logs import fields
+from shared.outages import Outages
 from shared.queues import queue_name
 from shared.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Slots
 from shared.streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from worker.capacity import Capacity
 from worker.faults import Faults
+from worker.patience import RETRY_WAIT_S, call_until
 from worker.prompt_encoder import Encode, Prompt, PromptEncoder
 
 logger = logging.getLogger(__name__)
 
 MAX_NUM_UNSENT_STEPS = 32
 IDLE_WAIT_S = 1.0
-RETRY_WAIT_S = 0.5
 IO = "io"
 
 
@@ -142,6 +142,7 @@ class Consumer:
         self._capacity = Capacity(max_num_requests)
         self._poll_s = poll_s
         self._faults = faults or Faults()
+        self.outages = Outages(logger)
         self._unsent: list[Append] = []
         self._execution_ids: list[str] = []
         self._known_isolated: Held | None = None
@@ -185,15 +186,17 @@ class Consumer:
             self._encoder.stop()
 
     def run(self) -> None:
-        """Takes turns until `stop`; a lost connection is retried, what is unsent waits."""
+        """Takes turns until `stop`; a Redis that does not serve is waited for, what is unsent waits."""
         while not self._stopped.is_set():
             try:
                 self.turn()
             except redis.RedisError as error:
                 if not is_passing(error):
                     raise
-                logger.warning("Redis does not serve, retrying: %s", error, extra=fields("redis_away"))
+                self.outages.begin(IO, error)
                 self._stopped.wait(RETRY_WAIT_S)
+            else:
+                self.outages.end(IO)
 
     def turn(self) -> None:
         """One round: append what came, learn what was aborted or lost, claim what fits."""
@@ -227,21 +230,24 @@ class Consumer:
         """A step found the memory it needed."""
         self._capacity.count_step()
 
-    def hand_back(self, retry_s: float = 0) -> int:
+    def hand_back(self, give_up_at: float = 0) -> int:
         """Returns all held requests to their queues; call it when `run` has ended.
 
+        What can't be returned until `time.monotonic()` passes `give_up_at`, others take over after a lease.
+
         Raises:
-            redis.RedisError: the server took nothing, for `retry_s`.
+            redis.RedisError: the server refused, and will again.
         """
-        give_up_at = time.monotonic() + retry_s
-        while True:
-            try:
-                return self._streams.hand_back(self._held.snapshot())
-            except redis.RedisError as error:
-                if not is_passing(error) or time.monotonic() >= give_up_at:
-                    raise
-                logger.warning("handing back failed, retrying: %s", error, extra=fields("hand_back_failed"))
-                time.sleep(RETRY_WAIT_S)
+        held = self._held.snapshot()
+        try:
+            return call_until(give_up_at, lambda: self._streams.hand_back(held))
+        except redis.RedisError as error:
+            if not is_passing(error):
+                raise
+            logger.warning(
+                "%d requests were not handed back: %s", len(held), error, extra=fields("hand_back_failed")
+            )
+            return 0
 
     def _collect(self, timeout_s: float) -> None:
         """Takes the steps that are done, waiting `timeout_s` for the first."""

@@ -9,6 +9,7 @@ import redis
 
 from shared.connections import is_passing
 from shared.logs import fields
+from shared.outages import Outages
 from shared.settings import WorkerSettings
 from shared.streams import WorkerStreams
 from worker.consumer import Consumer, HeldRequests
@@ -47,6 +48,7 @@ class Heartbeat:
         self._on_beat = on_beat
         self._watch_engine = watch_engine
         self._clock = clock
+        self.outages = Outages(logger)
         self._stopped = threading.Event()
         self._connected_since: float | None = None
         self._renewed_at = self._swept_at = float("-inf")
@@ -56,7 +58,7 @@ class Heartbeat:
         self._stopped.set()
 
     def run(self) -> None:
-        """Takes turns until `stop`; a lost connection is retried at the next one."""
+        """Takes turns until `stop`; what was refused for now is made up for at the next one."""
         while not self._stopped.wait(min(self._settings.heartbeat_s, self._settings.reap_s)):
             self._watch_engine()
             try:
@@ -65,7 +67,9 @@ class Heartbeat:
                 if not is_passing(error):
                     raise
                 self._connected_since = None
-                logger.warning("heartbeat failed: %s", error, extra=fields("heartbeat_failed"))
+                self.outages.begin("heartbeat", error)
+            else:
+                self.outages.end("heartbeat")
 
     def turn(self) -> None:
         """Renews, reaps and sweeps where it is time to."""

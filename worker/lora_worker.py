@@ -5,7 +5,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,15 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.logutils import setup_loghandlers
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
-from rq.worker import BaseWorker
 from rq.worker.base import DequeueStrategy, WorkerStatus
 
 from shared import keys, registry
-from shared.connections import check_server, connect_like, retry_briefly, same_server
+from shared.connections import check_server, connect_like, same_server
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
 from shared.messages import ModelCard
+from shared.not_now import is_not_now
+from shared.refusals import explain
 from shared.script_source import mend
 from shared.settings import ENV_PREFIX, WorkerSettings
 from shared.status import FORWARD_FIELD
@@ -34,6 +35,7 @@ from worker.engine_loop import EngineLoop
 from worker.faults import Faults, FaultyRunner
 from worker.heartbeat import Heartbeat
 from worker.onednn import bound_caches
+from worker.rq_worker import RqWorker
 from worker.scheduler import Scheduler
 from worker.served import adapter_slots, model_cards, served_queues, served_versions
 from worker.step_pace import StepPace
@@ -47,18 +49,16 @@ HUNG_EXIT_CODE = 70
 HEARTBEAT = "heartbeat"
 
 
-class LoraWorker(BaseWorker):
+class LoraWorker(RqWorker):
     """Serves the queues of one base model and its adapters, configured by `LORELAY_*` variables.
 
     Queue arguments are model names; none means the base and all adapters. Heavy imports happen in `work`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **(kwargs | {"serializer": JSONSerializer}))
-        retry_briefly(self.connection)
+        super().__init__(*args, **kwargs)
         self._loop: EngineLoop | None = None
         self._consumer: Consumer | None = None
-        self._failure: BaseException | None = None
         self._stop_asked = False
 
     def work(
@@ -83,28 +83,28 @@ class LoraWorker(BaseWorker):
             with_scheduler=with_scheduler,
         )
         _log_to_streams(logging_level or "INFO", date_format, log_format)
-        try:
-            settings = self._prepare()
-        except LorelayError as error:
-            self.log.error("%s", error.message)
-            raise SystemExit(2) from error
-        level = logging_level or settings.log_level
-        _log_to_streams(level, date_format, log_format)
         self._install_signal_handlers()
         try:
-            mend(self.connection, self._rq_keys())
+            settings = self._prepare()
+            level = logging_level or settings.log_level
+            _log_to_streams(level, date_format, log_format)
+            self._patience.call(lambda: mend(self.connection, self._rq_keys()))
             self.bootstrap(level, date_format, log_format)
             return self._work(settings, burst)
         except LorelayError as error:
             self.log.error("%s", error.message)
             raise SystemExit(2) from error
+        except redis.RedisError as error:
+            self.log.error("Worker %s: %s", self.name, explain(error))
+            raise SystemExit(1) from error
         finally:
             # Else the name is that of another worker, which goes on.
             if self.birth_date is not None:
-                self.teardown()  # type: ignore[no-untyped-call]
+                self.teardown()
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT: drain; the second one hands back at once. While loading: end."""
+        self._patience.end()
         if self._loop is None:
             self._stop_asked = True
             raise SystemExit(0)
@@ -119,7 +119,8 @@ class LoraWorker(BaseWorker):
 
     def _prepare(self) -> WorkerSettings:
         """Settings, and the queues this worker registers for."""
-        check_server(self.connection)
+        # A URL that leads nowhere is an error; a server that answers is waited for.
+        self._patience.call(lambda: check_server(self.connection), waits_for=is_not_now)
         url = os.environ.get(f"{ENV_PREFIX}REDIS_URL")
         if url and not same_server(url, self.connection):
             raise ConfigurationError(
@@ -134,6 +135,7 @@ class LoraWorker(BaseWorker):
         return settings
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
+        self.farewell_s = settings.lease_s
         with contextlib.closing(self._load_model_runner(settings)) as model_runner:
             return self._serve(model_runner, settings, burst)
 
@@ -171,10 +173,11 @@ class LoraWorker(BaseWorker):
             on_beat=lambda: self._beat(cards, model_runner.forward_state),
             watch_engine=lambda: self._end_if_hung(loop.step_age_s(), settings.step_limit_s),
         )
+        consumer.outages = heartbeat.outages = self._outages
         # First the lease, then the cards: a request for these weights finds a live worker that has them.
-        heartbeat.turn()
-        registry.register(self.connection, cards)
-        self.set_state(WorkerStatus.IDLE)
+        self._patience.call(heartbeat.turn)
+        self._patience.call(lambda: registry.register(self.connection, cards))
+        self._patience.call(lambda: self.set_state(WorkerStatus.IDLE))
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
         self._run(loop, consumer, heartbeat, settings, burst)
         self.log.info("Worker %s: ended with %s", self.name, engine.remains)
@@ -197,7 +200,7 @@ class LoraWorker(BaseWorker):
     ) -> None:
         """Serves, then stops in order: engine, I/O, what is left back to the queues, heartbeat."""
         threads = {
-            name: threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
+            name: threading.Thread(target=self.guard, args=(run,), name=name, daemon=True)
             for name, run in {**consumer.threads, HEARTBEAT: heartbeat.run}.items()
         }
         for thread in threads.values():
@@ -213,8 +216,7 @@ class LoraWorker(BaseWorker):
             try:
                 # After a crash it is left to be reaped, which counts it.
                 if not has_crashed:
-                    # After a lease others have taken over what could not be handed back.
-                    num_handed_back = consumer.hand_back(retry_s=settings.lease_s)
+                    num_handed_back = consumer.hand_back(self.last_words_until())
             finally:
                 heartbeat.stop()
                 threads[HEARTBEAT].join()
@@ -241,7 +243,7 @@ class LoraWorker(BaseWorker):
             mend(connection, {self.key: "hash", keys.MODELS: "hash"})
             if not connection.exists(self.key):
                 self.log.warning("Worker %s: Redis forgot this worker, registering again", self.name)
-                self.register_birth()  # type: ignore[no-untyped-call]
+                self.register_birth()
                 registry.register(connection, cards)
             with connection.pipeline() as pipeline:
                 self.heartbeat(pipeline=pipeline)
@@ -253,14 +255,6 @@ class LoraWorker(BaseWorker):
         if step_age_s > step_limit_s:
             self.log.critical("Worker %s: a step takes over %g s, ending", self.name, step_limit_s)
             os._exit(HUNG_EXIT_CODE)
-
-    def _guard(self, run: Callable[[], None]) -> None:
-        """A thread that fails ends the worker: without it the other threads would serve nobody."""
-        try:
-            run()
-        except BaseException as error:
-            self.log.exception("Worker %s: a thread failed", self.name)
-            self._failure = error
 
     def _streams(self, settings: WorkerSettings) -> WorkerStreams:
         """A stream end with a connection of its own: a thread that blocks on it blocks nobody else."""

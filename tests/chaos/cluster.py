@@ -32,6 +32,7 @@ FAILOVER_LIMIT_S = LEASE_S + REAP_S + 1
 """The longest pause of a stream whose worker dies while another one is up."""
 TTL_S = 4
 START_LIMIT_S = 60
+WORKER_CLASS = "worker.LoraWorker"
 COMPLAINT = re.compile("^.*(Traceback|internal error|a thread failed)", re.MULTILINE)
 
 TIMERS = {
@@ -180,13 +181,20 @@ class Cluster:
         return self.apis[0]
 
     def start_worker(
-        self, url: str | None = None, *, wait: bool = True, program: Sequence[str] = (), **settings: str
+        self,
+        url: str | None = None,
+        *,
+        wait: bool = True,
+        program: Sequence[str] = (),
+        worker_class: str = WORKER_CLASS,
+        **settings: str,
     ) -> ChaosWorker:
         """A worker, at the server or at the proxy that `url` names; `program` stands in for `rq`."""
         name, url = f"w{len(self._processes)}", url or self.server.url
-        arguments = ["worker", "-u", url, "-w", "worker.LoraWorker", "--name", name]
+        arguments = ["worker", "-u", url, "-w", worker_class, "--name", name]
+        arguments += ["--connection-class", "worker.patience.PatientRedis"]
         process = self._start(arguments, program, settings)
-        is_plain = not (settings or program)
+        is_plain = not (settings or program or worker_class != WORKER_CLASS)
         self.workers.append(ChaosWorker(name, url, process, self.connection, is_plain=is_plain))
         return self.workers[-1].wait_until_serving() if wait else self.workers[-1]
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import random
+import re
 import socket
 import struct
 import threading
@@ -14,6 +15,7 @@ from shared.script_source import script_source
 
 CHUNK_BYTES = 65536
 CALL_LIMIT_S = 10
+COMMAND = re.compile(rb"(?:^|\r\n)\*\d+\r\n(?=\$)")
 
 T = TypeVar("T")
 
@@ -34,6 +36,7 @@ class Proxy:
         self._links: set[_Link] = set()
         self._open = {True: asyncio.Event(), False: asyncio.Event()}
         self._marker, self._num_to_swallow = b"", 0
+        self._refusal: bytes | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="proxy")
         self._server: asyncio.Server | None = None
@@ -73,6 +76,13 @@ class Proxy:
     def swallow_replies(self, marker: bytes, count: int = 1) -> None:
         """The next commands with `marker` in them are carried out, but instead of a reply comes a reset."""
         self._call(self._set_marker(marker, count))
+
+    def refuse(self, reply: str | None) -> None:
+        """Answers every command with this error from now on, without the server; None ends it.
+
+        Commands must be small: those of one chunk are counted.
+        """
+        self._call(self._set_refusal(reply))
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -114,6 +124,9 @@ class Proxy:
     async def _set_marker(self, marker: bytes, count: int) -> None:
         self._marker, self._num_to_swallow = marker, count
 
+    async def _set_refusal(self, reply: str | None) -> None:
+        self._refusal = None if reply is None else f"-{reply}\r\n".encode()
+
     async def _reset(self, share: float, rng: random.Random) -> int:
         hit = [link for link in list(self._links) if rng.random() < share]
         for link in hit:
@@ -147,6 +160,9 @@ class Proxy:
         tail = b""
         while data := await reader.read(CHUNK_BYTES):
             await self._open[is_up].wait()
+            if is_up and self._refusal is not None:
+                link.refuse(self._refusal * len(COMMAND.findall(data)))
+                continue
             if is_up:
                 tail = self._look_for_marker(link, tail + data)
             elif link.swallows:
@@ -174,6 +190,10 @@ class _Link:
     def __init__(self, *writers: asyncio.StreamWriter) -> None:
         self._writers = writers
         self.swallows = False
+
+    def refuse(self, replies: bytes) -> None:
+        """Answers the client."""
+        self._writers[0].write(replies)
 
     def reset(self) -> None:
         for writer in self._writers:

@@ -80,3 +80,14 @@ def test_a_script_is_recognised_by_its_marker(proxy: Proxy, client: redis.Redis)
     client.register_script(script_source("reap"))
     with pytest.raises(redis.ConnectionError):
         sweep(args=["tiny"])
+
+
+def test_a_refused_command_never_reaches_the_server(proxy: Proxy, client: redis.Redis) -> None:
+    client.set("x", "before")
+    proxy.refuse("BUSY me")
+    with pytest.raises(redis.ResponseError, match="BUSY me"):
+        client.set("x", "after")
+    with client.pipeline() as pipeline, pytest.raises(redis.ResponseError, match="BUSY me"):
+        pipeline.set("x", "after").set("x", "later").execute()
+    proxy.refuse(None)
+    assert client.get("x") == b"before"

@@ -25,7 +25,9 @@ FILES = ("docker-compose.yml", "deploy/docker-compose.gpu.yml")
 
 RUN_BY_TESTS = {
     "uvicorn --factory api.main:create_app --host --port": "tests/deployment.py",
-    "rq worker -u -w worker.LoraWorker": "tests/deployment.py",
+    "rq worker -u -w worker.LoraWorker --connection-class worker.patience.PatientRedis": (
+        "tests/deployment.py"
+    ),
     "lorelay dashboard --redis-url --host --port": "tests/integration/test_dashboard.py",
     "lorelay status --here --redis-url": "tests/unit/shared/test_status.py",
 }

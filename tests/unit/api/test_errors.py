@@ -58,6 +58,7 @@ def test_an_exception_that_has_no_mapping_yet_is_treated_like_its_ancestor() -> 
     assert error_response(Novelty()).status_code == 400
 
 
+IN_SCRIPT = "Error running script (call to f_0): @user_script:1: @user_script: 1: "
 FAILURES = [
     (redis.ConnectionError("refused"), QueueUnavailable),
     (redis.TimeoutError("late"), QueueUnavailable),
@@ -65,7 +66,7 @@ FAILURES = [
     (redis.ResponseError("READONLY"), QueueUnavailable),
     (ConnectionResetError(), QueueUnavailable),
     (redis.OutOfMemoryError("command not allowed"), QueueOutOfMemory),
-    (redis.ResponseError("ERR Error running script: -OOM command not allowed"), QueueOutOfMemory),
+    (redis.ResponseError(f"{IN_SCRIPT}-OOM command not allowed"), QueueOutOfMemory),
 ]
 
 

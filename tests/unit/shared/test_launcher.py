@@ -167,7 +167,7 @@ def test_the_url_that_is_shown_can_be_opened_here(model: Path, name: str, url: s
         (["smol", "--max-cached-adapter-bytes", "1G"], "LORELAY_MAX_CACHED_ADAPTER_BYTES (--max-cached-adap"),
         (["smol", "--max-wait-s", "0"], "LORELAY_MAX_WAIT_S (--max-wait-s): Input should be greater than 0"),
         (["smol", "--redis-url", "http://x"], "LORELAY_REDIS_URL (--redis-url): is not a redis://"),
-        (["smol", "--redis-url", "redis://127.0.0.1:1"], "LORELAY_REDIS_URL (--redis-url): Error"),
+        (["smol", "--redis-url", "redis://127.0.0.1:1"], "LORELAY_REDIS_URL (--redis-url): can't"),
         (
             ["smol", "--server-name", "no.such.invalid"],
             "LORELAY_SERVER_NAME: 'no.such.invalid' is no address",

@@ -138,5 +138,5 @@ def test_a_health_check_fails_without_a_live_worker_on_this_host(
 def test_without_a_server_the_command_fails_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--redis-url", "redis://127.0.0.1:1"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("lorelay: Redis: ")
+    assert error.startswith("lorelay: can't reach Redis: ")
     assert error.count("\n") == 1

@@ -1,0 +1,22 @@
+"""A worker that stops itself where its model is loaded and nobody knows of it; for `rq worker -w`."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from shared.settings import WorkerSettings
+from worker import LoraWorker
+
+LOADED = "model loaded"
+
+
+class GatedWorker(LoraWorker):
+    """Stops itself (SIGSTOP) after loading; SIGCONT lets it go on."""
+
+    def _load_model_runner(self, settings: WorkerSettings) -> Any:
+        model_runner = super()._load_model_runner(settings)
+        sys.stderr.write(f"{LOADED}\n")
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return model_runner
