@@ -3,13 +3,16 @@
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from tests.chaos.cluster import API_LEASE_S, LEASE_S, ChaosWorker, Cluster
 from tests.chaos.proxy import Proxy, script_marker
+from tests.server_faults import strike
 from tests.waiting import wait_until
 
 START_LIMIT_S = 60
 WORKER_SCRIPTS = ("claim", "append", "renew", "reap", "sweep", "hand_back")
+SAID = ("BUSY", "NOREPLICAS", "READONLY")
 WEIGHTS = {"worker killed": 4, "worker frozen": 2, "worker drained": 2}
 """How often a fault is drawn; once where nothing stands here."""
 
@@ -42,6 +45,7 @@ class FaultMaker:
             "reply swallowed": lambda: self._swallow(WORKER_SCRIPTS[1:]),
             "enqueue unheard": lambda: self._api_proxy.swallow_replies(script_marker("enqueue")),
             "Redis killed": self._kill_redis,
+            **{f"Redis says {code}": partial(self._say, code) for code in SAID},
         }
 
     def strike(self, *, may_crash: bool) -> None:
@@ -118,6 +122,9 @@ class FaultMaker:
     def _swallow(self, scripts: Sequence[str]) -> None:
         marker = script_marker(self._rng.choice(scripts))
         self._rng.choice(self._worker_proxies).swallow_replies(marker)
+
+    def _say(self, code: str) -> None:
+        strike(self._cluster.connection, code, self._rng.uniform(0.5, 3.0))
 
     def _kill_redis(self) -> None:
         self._cluster.server.kill()

@@ -22,10 +22,12 @@ import redis
 from shared import keys
 from tests.chaos.checker import CANCELED_TTL_S, Reference, check_quiet, find_faults, request_keys
 from tests.chaos.cluster import BASE, Cluster, build_models
+from tests.chaos.downtime import Downtime, Outage
 from tests.chaos.faults import FaultMaker
 from tests.chaos.forked import Nursery
 from tests.chaos.proxy import Proxy
 from tests.chaos.recorder import Answer, Ask, Load, Recorder, workload
+from tests.server_faults import BUSY_OPTIONS
 from tests.waiting import wait_until
 
 NUM_WORKERS = 3
@@ -146,7 +148,7 @@ def run(
         asks = [ask for n in (12, 30, 60) for ask in workload(32, max_tokens=n, tag=f"{n} ")]
         rng.shuffle(asks)
         reference = fault_free(models, asks, nursery)
-        options = ("--notify-keyspace-events", "Kg")
+        options = ("--notify-keyspace-events", "Kg", *BUSY_OPTIONS)
         cluster = stack.enter_context(
             Cluster(
                 models,
@@ -168,6 +170,9 @@ def run(
         recomputed = Recomputed(cluster.server.url)
         recomputed.start()
         stack.callback(recomputed.stop)
+        downtime = Downtime(cluster)
+        downtime.start()
+        stack.callback(downtime.stop)
         book = Book(reference)
         load = recorder.keep_busy(cluster.api.url, asks, num_streams, book.enter)
         try:
@@ -176,8 +181,8 @@ def run(
             maker.heal()
             load.stop()
         remains = what_remains(cluster)
-        is_right = not (book.losses or book.differences or remains)
-        return is_right, report(book, maker, recomputed, remains, cluster.take_complaints())
+        is_right = not (book.losses or book.differences or remains or downtime.ended_by_themselves)
+        return is_right, report(book, maker, recomputed, downtime, remains, cluster.take_complaints())
 
 
 def fault_free(models: dict[str, str], asks: list[Ask], nursery: Nursery) -> Reference:
@@ -219,7 +224,12 @@ def what_remains(cluster: Cluster) -> list[str]:
 
 
 def report(
-    book: Book, maker: FaultMaker, recomputed: Recomputed, remains: list[str], complaints: list[str]
+    book: Book,
+    maker: FaultMaker,
+    recomputed: Recomputed,
+    downtime: Downtime,
+    remains: list[str],
+    complaints: list[str],
 ) -> list[str]:
     """The table, and what went wrong in front of it."""
     recoveries = [book.recovery_s(at) for at in maker.crash_times] or [0.0]
@@ -235,11 +245,19 @@ def report(
         "recovery from a crash": f"{statistics.median(recoveries):.2f} s median, {max(recoveries):.2f} s max",
         "moved requests": str(recomputed.num_requests),
         "tokens recomputed": str(recomputed.num_tokens),
+        "longest worker outage": describe_outage(downtime.outages),
+        "ended by themselves": ", ".join(downtime.ended_by_themselves) or "0",
         "complaints in logs": str(len(complaints)),
     }
     width = max(map(len, rows))
     table = [f"{name:<{width}}  {value}" for name, value in rows.items()]
     return [*book.losses, *book.differences, *remains, *complaints, *table]
+
+
+def describe_outage(outages: list[Outage]) -> str:
+    """The longest, without the start of the successor, which no supervisor can shorten."""
+    longest = max(outages, key=lambda outage: outage.beyond_start_s, default=Outage(0.0, 0.0))
+    return f"{longest.beyond_start_s:.2f} s, and {longest.start_s:.2f} s in which its successor started"
 
 
 def describe_pause(start: float, end: float, struck: list[tuple[float, str]]) -> str:

@@ -17,7 +17,7 @@ from shared.messages import StreamEvent, decode_event
 
 CHAT = "/v1/chat/completions"
 READ_LIMIT_S = 90
-LOG_WAIT_S = 3
+LOG_WAIT_S = 6
 MODELS = ("tiny", "a", "b")
 
 

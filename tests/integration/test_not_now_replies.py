@@ -159,3 +159,17 @@ def test_a_server_that_can_not_write_to_its_disk_is_waited_for(
         ]
     assert [code_of(error) for error in errors] == ["MISCONF"] * 2
     assert all(is_passing(error) for error in errors)
+
+
+def test_a_server_that_is_made_a_replica_of_nobody_keeps_its_data_over_a_restart(tmp_path: Path) -> None:
+    """Or random faults would lose requests by themselves."""
+    for name, binary in BINARIES.items():
+        server = RedisServer(binary(), tmp_path / name, port=free_port(), append_only=True)
+        with server, redis.Redis.from_url(server.url) as connection:
+            connection.set("before", 1)
+            with demoted(connection):
+                wait_until(lambda c=connection: c.info("replication")["master_link_status"] == "down")
+            connection.set("after", 1)
+            server.kill()
+            server.start()
+            assert connection.exists("before", "after") == 2
