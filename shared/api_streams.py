@@ -102,7 +102,11 @@ class ApiStreams:
 
     async def attach(self, request_id: str, stream_ttl_s: float) -> None:
         """From now on this API is told of a request's events, and no other."""
-        await self._connection.set(keys.reader(request_id), self._channel, px=int(stream_ttl_s * 1000))
+        key = keys.reader(request_id)
+        pipeline = self._connection.pipeline()
+        pipeline.set(key, self._channel, xx=True, keepttl=True)  # One that has ended goes with its log.
+        pipeline.set(key, self._channel, nx=True, px=int(stream_ttl_s * 1000))
+        await pipeline.execute()
 
     async def renew_lease(self, lease_s: float) -> None:
         """Tells the workers that this API reads on for `lease_s`."""

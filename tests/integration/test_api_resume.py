@@ -7,6 +7,7 @@ import httpx
 import pytest
 import redis
 
+from shared import keys
 from shared.messages import FinishReason
 from shared.records import Claim
 from tests.integration.api_harness import (
@@ -155,6 +156,17 @@ def test_a_stream_resumed_before_its_old_connection_is_gone_gets_all_the_rest(
             read_until(lines, "two ")
             worker.finish(claim)
             read_until(lines, "[DONE]")
+
+
+def test_a_request_read_again_after_its_end_is_kept_no_longer(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    claim, last = begin(apis[0], worker)
+    worker.finish(claim, "three")
+    key = keys.reader(claim.held.request_id)
+    life_ms = worker.connection.pttl(key)
+    assert "three" in resume(apis[1], claim, last).text
+    assert 0 < worker.connection.pttl(key) <= life_ms
 
 
 def test_a_stream_resumed_after_its_end_is_done_at_once(
