@@ -100,6 +100,27 @@ FINISH_REASONS: dict[str, PublicFinishReason] = {
 _encode = msgspec.json.encode
 _MARK = "text"
 """In place of a chunk's text."""
+_LINE_SEPARATORS = tuple((char.encode(), b"\\u%04x" % ord(char)) for char in "\u0085\u2028\u2029")
+"""Characters that end a line for `str.splitlines`, and their JSON escapes; the encoder escapes the others."""
+
+
+def render_data(encoded: bytes) -> bytes:
+    """A server-sent event of this JSON."""
+    return b"data: %b\n\n" % _on_one_line(encoded)
+
+
+def render_id(request_id: str, event_no: int) -> bytes:
+    """The `id:` line of an event; it goes in front of the event's data."""
+    return b"id: %b:%d\n" % (request_id.encode(), event_no)
+
+
+def render_resumption(request_id: str, first_event_no: int) -> bytes:
+    """The id that a resumed stream begins with: that of the last event before it.
+
+    Clients keep it for events without an id of their own. If such a stream ended with an error at once, its
+    reader would otherwise come back without an id, and get everything again.
+    """
+    return render_id(request_id, first_event_no - 1) if first_event_no else b""
 
 
 def to_usage_body(usage: Usage) -> UsageBody:
@@ -138,7 +159,7 @@ class ChunkWriter:
             parts.append(DONE)
         if parts and self._with_ids:
             # On the last part: a client that saw the id has seen the whole event.
-            parts[-1] = b"id: %b:%d\n%b" % (self._heading.id.encode(), event.event_no, parts[-1])
+            parts[-1] = render_id(self._heading.id, event.event_no) + parts[-1]
         return b"".join(parts)
 
     def _text_chunk(self, index: int, text: str) -> bytes:
@@ -147,7 +168,7 @@ class ChunkWriter:
         if frame is None:
             before, _, after = self._chunk(index, Delta(content=_MARK)).rpartition(_encode(_MARK))
             frame = self._frames[index] = before, after
-        return b"%b%b%b" % (frame[0], _encode(text), frame[1])
+        return b"%b%b%b" % (frame[0], _on_one_line(_encode(text)), frame[1])
 
     def _chunk(self, index: int, delta: Delta, finish_reason: PublicFinishReason | None = None) -> bytes:
         choice = ChunkChoice(index, delta, None, finish_reason)
@@ -158,7 +179,7 @@ class ChunkWriter:
         chunk = ChatCompletionChunk(
             heading.id, "chat.completion.chunk", heading.created, heading.model, choices, usage
         )
-        return b"data: %b\n\n" % _encode(chunk)
+        return render_data(_encode(chunk))
 
 
 class BodyWriter:
@@ -189,3 +210,12 @@ class BodyWriter:
             heading.id, "chat.completion", heading.created, heading.model, choices, to_usage_body(usage)
         )
         return _encode(body)
+
+
+def _on_one_line(encoded: bytes) -> bytes:
+    """JSON that is one line for clients too that split decoded text with `str.splitlines`, as httpx does."""
+    if encoded.isascii():
+        return encoded
+    for separator, escape in _LINE_SEPARATORS:
+        encoded = encoded.replace(separator, escape)
+    return encoded

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.chat_format import DONE, BodyWriter, ChunkWriter, Heading
+from api.chat_format import DONE, BodyWriter, ChunkWriter, Heading, render_data, render_resumption
 from api.errors import log_unexpected, mapped, render_error
 from api.inbox import Inbox
 from api.relay import Relay
@@ -27,8 +27,9 @@ LAST_WORDS_S = 1.0
 """How long a client that reads slowly may hold up the error that ends its stream."""
 CLIENT_CLOSED_REQUEST = 499
 """nginx's number, in our log only."""
-QUEUED_COMMENT = b": queued\n\n"
-PAUSED_COMMENT = b": paused\n\n"
+# Without a blank line: several clients take every blank line for the end of an event.
+QUEUED_COMMENT = b": queued\n"
+PAUSED_COMMENT = b": paused\n"
 
 
 class ClientGone(Exception):
@@ -169,6 +170,7 @@ class ChatCompletionResponse(Response):
     async def _send_chunks(self, chunks: bytes, send: Send) -> None:
         if not self._is_started:
             await self._start(send, b"text/event-stream")
+            chunks = render_resumption(self._call.request.request_id, self._call.resume_from or 0) + chunks
         if chunks:
             await send({"type": "http.response.body", "body": chunks, "more_body": True})
 
@@ -190,7 +192,7 @@ class ChatCompletionResponse(Response):
         if not self._is_started:
             self.status_code = mapped(error).status
             raise error
-        body = b"data: %b\n\n%b" % (render_error(error), DONE)
+        body = render_data(render_error(error)) + DONE
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
                 await send({"type": "http.response.body", "body": body})

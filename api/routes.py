@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from api.auth import ApiKeyCheck
 from api.body import read_body
-from api.chat_format import DONE
+from api.chat_format import DONE, render_resumption
 from api.relay import Relay
 from api.responses import ChatCall, ChatCompletionResponse
 from api.schemas import ChatCompletionRequest
@@ -92,7 +92,8 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
         found = await relay.find_request(request_id, client)
         _check_resumable(found, first_event_no)
         if found.has_ended and first_event_no == found.num_events:
-            return Response(DONE, media_type="text/event-stream")
+            rest = render_resumption(request_id, first_event_no) + DONE
+            return Response(rest, media_type="text/event-stream")
         call = ChatCall(
             request=found.request,
             stream=True,

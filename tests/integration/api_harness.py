@@ -53,9 +53,11 @@ async def eventually(condition: Callable[[], Any], what: str) -> Any:
 
 def decode_stream(body: str) -> list[str]:
     """The `data:` of each event; everything else in the body must be a comment."""
-    blocks = [block for block in body.split("\n\n") if block]
-    assert all(block.startswith(("data: ", ":")) for block in blocks)
-    return [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
+    lines = body.splitlines(keepends=True)
+    blocks = "".join(line for line in lines if not line.startswith(":")).split("\n\n")
+    assert blocks.pop() == ""
+    assert all(block.startswith("data: ") for block in blocks)
+    return [block.removeprefix("data: ") for block in blocks]
 
 
 def error_in(response: httpx.Response) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Requests that outlive their connection: detach, resume at another API, abort on purpose."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import httpx
+import httpx_sse
 import pytest
 import redis
 
@@ -92,7 +94,7 @@ def test_a_detached_request_runs_on_and_is_resumed_at_another_api_after_the_last
     assert '"two ' not in answer.text
     assert '"role"' not in answer.text
     assert answer.text.index("three ") < answer.text.index("four") < answer.text.index("[DONE]")
-    assert answer.text.count(f"id: {claim.held.request_id}:") == 2
+    assert re.findall("id: .*:([0-9])", answer.text) == ["1", "2", "3"]
 
 
 def test_a_resumed_stream_goes_on_with_what_comes_later(
@@ -175,7 +177,20 @@ def test_a_stream_resumed_after_its_end_is_done_at_once(
     claim, _ = begin(apis[0], worker)
     worker.finish(claim)
     answer = resume(apis[1], claim, f"{claim.held.request_id}:2")
-    assert (answer.status_code, answer.text) == (200, "data: [DONE]\n\n")
+    assert (answer.status_code, answer.text) == (200, f"id: {claim.held.request_id}:2\ndata: [DONE]\n\n")
+
+
+def test_a_resumed_stream_that_fails_at_once_leaves_its_reader_the_id_to_come_back_with(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    claim, last = begin(apis[0], worker)
+    headers = {"Last-Event-ID": last}
+    path = f"{CHAT}/{claim.held.request_id}/stream"
+    with client_of(apis[1]) as client, httpx_sse.connect_sse(client, "GET", path, headers=headers) as source:
+        worker.fail(claim, "adapter_error", "it broke")
+        events = list(source.iter_sse())
+    assert [event.id for event in events] == [last, last]
+    assert [event.data for event in events][1:] == ["[DONE]"]
 
 
 def test_a_request_that_is_not_detached_can_not_be_resumed(

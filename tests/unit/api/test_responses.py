@@ -90,7 +90,7 @@ class FakeClient:
     @property
     def errors(self) -> list[str]:
         """The codes of the error events."""
-        datas = [block.removeprefix("data: ") for block in self.body.split("\n\n") if "error" in block]
+        datas = [line.removeprefix("data: ") for line in self.body.split("\n") if '"error"' in line]
         return [json.loads(data)["error"]["code"] for data in datas]
 
 
@@ -251,7 +251,8 @@ async def test_a_stream_that_pauses_gets_comments(
     await client.got_something.wait()
     relay.inbox.put(END)
     await task
-    assert ": paused\n\n" in client.body
+    assert ": paused\n" in client.body
+    assert ": paused\n\n" not in client.body
 
 
 @pytest.mark.parametrize(
