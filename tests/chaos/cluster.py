@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +14,7 @@ from typing import Self
 import httpx
 import redis
 from rq.defaults import RQ_KEY_PREFIX
+from rq.suspension import resume, suspend
 
 from shared import keys
 from shared.queues import slug
@@ -254,6 +255,15 @@ class Cluster:
             return self.connection.zcount(keys.workers(slug(BASE)), now_ms, "+inf") == num_workers
 
         wait_until(is_leased, START_LIMIT_S, f"{num_workers} workers with a lease")
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """No worker takes a request: what `rq suspend` does, and `rq resume` at the end."""
+        suspend(self.connection)
+        try:
+            yield
+        finally:
+            resume(self.connection)
 
     def outputs(self, num_chars: int = 6000) -> list[tuple[str, str]]:
         """The end of what each process wrote, under its name; nothing once the cluster is closed."""

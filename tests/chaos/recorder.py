@@ -214,8 +214,11 @@ class Recorder:
 
     def start(self, api_url: str, asks: Sequence[Ask]) -> Run:
         """Sends requests at once, each from a thread of its own."""
-        pool = ThreadPoolExecutor(len(asks), thread_name_prefix="client")
-        answers = [Answer(ask) for ask in asks]
+        return self.start_answers(api_url, [Answer(ask) for ask in asks])
+
+    def start_answers(self, api_url: str, answers: list[Answer]) -> Run:
+        """Sends the requests of these answers at once, each from a thread of its own."""
+        pool = ThreadPoolExecutor(len(answers), thread_name_prefix="client")
         return Run(answers, [pool.submit(self.record, api_url, answer) for answer in answers], pool)
 
     def keep_busy(
@@ -231,6 +234,12 @@ class Recorder:
     def record(self, api_url: str, answer: Answer) -> None:
         """One exchange, from its sending to its end."""
         answer.sent_at = time.monotonic()
+        self.exchange(api_url, answer)
+        answer.ended_at = time.monotonic()
+        answer.log = self.read_log(answer.request_id)
+
+    def exchange(self, api_url: str, answer: Answer) -> None:
+        """Sends one request and notes what comes back."""
         try:
             with self._client.stream("POST", f"{api_url}{CHAT}", json=answer.ask.body) as response:
                 answer.status, answer.headers = response.status_code, response.headers
@@ -242,8 +251,18 @@ class Recorder:
                     _read_body(answer, json.loads(response.read()))
         except httpx.HTTPError as error:
             answer.failure = repr(error)
-        answer.ended_at = time.monotonic()
-        answer.log = self._read_log(answer.request_id)
+
+    def read_log(self, request_id: str) -> list[StreamEvent] | None:
+        """The log; a server that is away now may be back before the log's time is over."""
+        deadline = time.monotonic() + LOG_WAIT_S
+        while True:
+            try:
+                entries = self._redis.lrange(keys.log(request_id), 0, -1)
+                return [decode_event(entry) for entry in entries] or None
+            except redis.RedisError:
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.05)
 
     def close(self) -> None:
         """Closes its connections; call it when nothing is on its way."""
@@ -256,18 +275,6 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_log(self, request_id: str) -> list[StreamEvent] | None:
-        """The log; a server that is away now may be back before the log's time is over."""
-        deadline = time.monotonic() + LOG_WAIT_S
-        while True:
-            try:
-                entries = self._redis.lrange(keys.log(request_id), 0, -1)
-                return [decode_event(entry) for entry in entries] or None
-            except redis.RedisError:
-                if time.monotonic() > deadline:
-                    return None
-                time.sleep(0.05)
-
 
 def _read_line(answer: Answer, line: str) -> None:
     """One line of a stream of server-sent events."""
@@ -277,7 +284,11 @@ def _read_line(answer: Answer, line: str) -> None:
     if data == "[DONE]":
         answer.num_done += 1
         return
-    chunk = json.loads(data)
+    note_chunk(answer, json.loads(data))
+
+
+def note_chunk(answer: Answer, chunk: dict[str, Any]) -> None:
+    """An event that is JSON: a chunk or an error."""
     if "error" in chunk:
         answer.errors.append(chunk["error"])
         return

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -17,7 +16,6 @@ from tests.chaos.cluster import BASE, Cluster
 from tests.chaos.conftest import Measure
 from tests.chaos.recorder import CHAT, Ask, Recorder, workload
 from tests.chaos.stages import ASKS
-from tests.deployment import BIN
 from tests.integration.api_harness import running_api
 from tests.waiting import wait_until
 
@@ -39,16 +37,6 @@ def client_of(url: str, ask: Ask, receive_bytes: int | None = None) -> Iterator[
         head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body))
         connection.sendall(head + body)
         yield connection
-
-
-@contextlib.contextmanager
-def suspended(cluster: Cluster) -> Iterator[None]:
-    """`rq suspend`, and `rq resume` at the end."""
-    subprocess.run([BIN / "rq", "suspend", "-u", cluster.server.url], check=True, capture_output=True)
-    try:
-        yield
-    finally:
-        subprocess.run([BIN / "rq", "resume", "-u", cluster.server.url], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "not streaming"])
@@ -81,7 +69,7 @@ def test_a_queued_request_whose_client_leaves_never_starts(
 ) -> None:
     reference.prepare(BYSTANDERS)
     cluster.ensure_workers(2)
-    with suspended(cluster):
+    with cluster.suspended():
         with client_of(cluster.api.url, Ask("tiny", "hi", max_tokens=80, stream=stream)):
             (request_id,) = wait_until(cluster.queued_ids, what="the queued request")
         left_at = time.monotonic()
