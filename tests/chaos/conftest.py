@@ -8,6 +8,7 @@ import pytest
 from tests.chaos.checker import Reference, check_expiry, check_quiet
 from tests.chaos.cluster import BASE, TTL_S, Cluster, build_models
 from tests.chaos.forked import Nursery
+from tests.chaos.node import install_openai
 from tests.chaos.recorder import Answer, Ask, Recorder, workload
 
 Measure = Callable[[str, float, float], None]
@@ -72,6 +73,12 @@ def recorder(shared_cluster: Cluster) -> Iterator[Recorder]:
     """Clients of the shared cluster."""
     with Recorder(shared_cluster.server.url) as recorder:
         yield recorder
+
+
+@pytest.fixture(scope="session")
+def node_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script that reads a stream with the official client for Node."""
+    return install_openai(tmp_path_factory.mktemp("node"))
 
 
 @pytest.fixture
