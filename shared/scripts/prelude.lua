@@ -119,9 +119,14 @@ end
 -- In place of an owner, for a request that waits.
 local function nobody(base, queue) return { execution = '', worker = '', base = base, queue = queue } end
 
+-- Raised, and caught by `guarded`, for a value that has the right type and makes no sense.
+local function refuse(reason) error('unreadable: ' .. reason, 0) end
+
 -- An event into its log, once; returns the channel of the API to tell, or false.
 local function write_event(id, event_no, event)
-  if event_no ~= redis.call('LLEN', log_key(id)) then return false end
+  local length = redis.call('LLEN', log_key(id))
+  if event_no > length then refuse('its log has lost events') end
+  if event_no < length then return false end
   redis.call('RPUSH', log_key(id), event)
   return redis.call('GET', reader_key(id))
 end
@@ -217,9 +222,6 @@ local function set_aside(id, base, queue, reason)
     for _, key in ipairs({ log_key(id), reader_key(id) }) do redis.call('EXPIRE', key, 60) end
   end
 end
-
--- Raised, and caught by `guarded`, for a value that has the right type and makes no sense.
-local function refuse(reason) error('unreadable: ' .. reason, 0) end
 
 -- Signs of an error that a record is to blame for. Any other one (out of memory, a replica) is the server's state, and
 -- its caller's matter.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from tests.chaos.cluster import API_LEASE_S, LEASE_S, ChaosWorker, Cluster
+from tests.chaos.garbled import garble_request, garble_shared
 from tests.chaos.proxy import Proxy, script_marker
 from tests.server_faults import strike
 from tests.waiting import wait_until
@@ -31,6 +32,8 @@ class FaultMaker:
         """When, and which fault."""
         self.crash_times: list[float] = []
         """When a worker was lost to its requests."""
+        self.garbled: set[str] = set()
+        """The requests of which a record was garbled: they may fail."""
         self._crashes: dict[str, Callable[[], None]] = {
             "worker killed": self._kill,
             "worker frozen": self._freeze,
@@ -45,6 +48,8 @@ class FaultMaker:
             "reply swallowed": lambda: self._swallow(WORKER_SCRIPTS[1:]),
             "enqueue unheard": lambda: self._api_proxy.swallow_replies(script_marker("enqueue")),
             "Redis killed": self._kill_redis,
+            "record of a request garbled": lambda: garble_request(self._cluster, self._rng, self.garbled),
+            "shared record garbled": lambda: garble_shared(self._cluster.connection, self._rng),
             **{f"Redis says {code}": partial(self._say, code) for code in SAID},
         }
 

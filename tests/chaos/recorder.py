@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import msgspec
 import redis
 
 from shared import keys
@@ -259,6 +260,8 @@ class Recorder:
             try:
                 entries = self._redis.lrange(keys.log(request_id), 0, -1)
                 return [decode_event(entry) for entry in entries] or None
+            except msgspec.DecodeError:
+                return None
             except redis.RedisError:
                 if time.monotonic() > deadline:
                     return None

@@ -169,6 +169,17 @@ def test_a_key_of_another_type_costs_its_own_request_at_most(
             check(world, key.decode(), f"{key.decode()} as a {other}")
 
 
+def test_a_key_that_is_deleted_costs_its_own_request_at_most(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    world = World(connection, api).build()
+    saved = world.save()
+    for key in sorted(saved):
+        world.load(saved)
+        connection.delete(key)
+        check(world, key.decode(), f"{key.decode()} deleted")
+
+
 @pytest.mark.parametrize(
     "values", [GARBAGE, pytest.param(MORE_GARBAGE, marks=pytest.mark.long)], ids=["some", "more"]
 )
