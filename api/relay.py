@@ -13,10 +13,10 @@ from redis.asyncio.client import PubSub
 from api.aborter import Aborter, backoff
 from api.errors import log_unexpected, queue_errors
 from api.inbox import Inbox
-from api.upkeep import fail_vanished_forever, renew_lease_forever
+from api.upkeep import fail_vanished_forever, renew_lease_forever, watch_permissions
 from shared import keys, registry
 from shared.api_streams import ApiStreams, FoundRequest
-from shared.connections import connect_async
+from shared.connections import connect, connect_async
 from shared.errors import GenerationFailed, QueueUnavailable, ServerDraining
 from shared.messages import GenerationRequest, ModelCard, decode_event
 from shared.outages import Outages
@@ -50,6 +50,10 @@ class Relay:
             redis_settings, socket_timeout_s=settings.redis_timeout_s, max_num_connections=NUM_CONNECTIONS
         )
         self._subscriber = connect_async(redis_settings, max_num_retries=0)
+        self._permission_pool = connect(
+            redis_settings, socket_timeout_s=settings.redis_timeout_s
+        ).connection_pool
+        self._lacking: str | None = None
         self._channel = keys.events_channel(uuid.uuid4().hex)
         self._streams = ApiStreams(self._connection, self._channel)
         self._inboxes: dict[bytes, Inbox] = {}
@@ -81,9 +85,15 @@ class Relay:
             asyncio.create_task(self._aborter.run(), name="aborter"),
             asyncio.create_task(renew_lease_forever(self._streams, self._settings), name="lease"),
             asyncio.create_task(
+                watch_permissions(self._permission_pool, self._note_lacking), name="permissions"
+            ),
+            asyncio.create_task(
                 fail_vanished_forever(self._streams, self._settings, self._inboxes.values), name="vanished"
             ),
         ]
+
+    def _note_lacking(self, message: str | None) -> None:
+        self._lacking = message
 
     def drain(self) -> None:
         """Takes no new requests; what is still open after `api_drain_s` ends with an error."""
@@ -111,10 +121,12 @@ class Relay:
 
         Raises:
             ServerDraining: this process is about to end.
-            QueueUnavailable: Redis is not there, or takes no writes now.
+            QueueUnavailable: Redis is not there or takes no writes now, or its user lacks a permission.
         """
         if self._is_draining:
             raise ServerDraining
+        if self._lacking is not None:
+            raise QueueUnavailable(self._lacking)
         async with queue_errors(self.patience()):
             # Not a ping, which a replica or a server without memory answers too.
             await self._streams.renew_lease(self._settings.api_lease_s)

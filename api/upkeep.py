@@ -1,15 +1,23 @@
 """What an API process does at intervals, beside its exchanges."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable
+
+import redis
 
 from api.errors import log_unexpected, queue_errors
 from api.inbox import Inbox
 from shared.api_streams import ApiStreams
 from shared.errors import QueueUnavailable
+from shared.logs import fields
+from shared.permissions import API, describe, missing_rules
 from shared.settings import ApiSettings
 
+logger = logging.getLogger(__name__)
+
 VANISH_CHECK_S = 2.0
+PERMISSION_CHECK_S = 1.0
 MIN_QUIET_S = 3.0
 """Silence after which it is asked whether a request still exists."""
 
@@ -27,6 +35,30 @@ async def renew_lease_forever(streams: ApiStreams, settings: ApiSettings) -> Non
             if not isinstance(error, QueueUnavailable):
                 log_unexpected(error)
             await asyncio.sleep(min(0.5, settings.api_lease_s / 6))
+
+
+async def watch_permissions(pool: redis.ConnectionPool, on_change: Callable[[str | None], None]) -> None:
+    """Tells what permissions the API's user lacks, once Redis first answers, until it has them all.
+
+    `on_change` gets the message for an operator, and None when nothing is missing.
+    """
+    said: str | None = None
+    while True:
+        try:
+            rules = await asyncio.to_thread(missing_rules, pool, API)
+        except (redis.RedisError, OSError):
+            # The other tasks meet it too, and say so.
+            await asyncio.sleep(PERMISSION_CHECK_S)
+            continue
+        if not rules:
+            on_change(None)
+            return
+        message = describe(rules, pool.connection_kwargs.get("username"))
+        if message != said:
+            logger.error("%s", message, extra=fields("permission_missing"))
+            said = message
+            on_change(message)
+        await asyncio.sleep(PERMISSION_CHECK_S)
 
 
 async def fail_vanished_forever(

@@ -17,7 +17,7 @@ from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.worker.base import DequeueStrategy, WorkerStatus
 
-from shared import keys, registry
+from shared import keys, permissions, registry
 from shared.connections import check_server, connect_like, same_server
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
@@ -120,7 +120,7 @@ class LoraWorker(RqWorker):
     def _prepare(self) -> WorkerSettings:
         """Settings, and the queues this worker registers for."""
         # A URL that leads nowhere is an error; a server that answers is waited for.
-        self._patience.call(lambda: check_server(self.connection), waits_for=is_not_now)
+        self._patience.call(self._check_server, waits_for=is_not_now)
         url = os.environ.get(f"{ENV_PREFIX}REDIS_URL")
         if url and not same_server(url, self.connection):
             raise ConfigurationError(
@@ -133,6 +133,10 @@ class LoraWorker(RqWorker):
         ]
         self._ordered_queues = self.queues[:]
         return settings
+
+    def _check_server(self) -> None:
+        permissions.check(self.connection, permissions.WORKER)
+        check_server(self.connection)
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
         self.farewell_s = settings.lease_s

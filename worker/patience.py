@@ -4,16 +4,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from shared.connections import is_passing
-from shared.not_now import is_not_now
+from shared.not_now import ERR, code_of, is_not_now
 from shared.outages import Outages
-from shared.refusals import NamingRedis
+from shared.permissions import WORKER, describe, missing_rules
+from shared.refusals import NamingRedis, explain
+
+logger = logging.getLogger("rq.worker")
 
 T = TypeVar("T")
 RETRY_WAIT_S = 0.5
@@ -76,26 +79,45 @@ class PatientRedis(NamingRedis):
     """The client for `rq worker --connection-class`: it waits while the server says "not now".
 
     `rq` asks the server whether queues are suspended before it makes the worker, and ends if that fails.
+    Where the server refuses for good, this client ends the process with one line.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.set_retry(_PatientRetry(ExponentialBackoff(cap=0.5, base=0.05), 3))
+        self.set_retry(_PatientRetry(self.connection_pool))
 
 
 class _PatientRetry(Retry):
-    """Repeats what failed with a reply that passes, however often; a lost connection as often as told."""
+    """Repeats what failed with a reply that passes, however often; a lost connection a few times."""
+
+    def __init__(self, pool: redis.ConnectionPool) -> None:
+        super().__init__(ExponentialBackoff(cap=0.5, base=0.05), 3)
+        self._pool = pool
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """redis-py copies it for each connection, but pools can't be copied."""
+        return self
 
     def call_with_retry(self, do: Callable[[], T], *args: Any, **kwargs: Any) -> T:
-        outages = Outages(logging.getLogger("rq.worker"))
+        outages = Outages(logger)
         while True:
             try:
                 result = super().call_with_retry(do, *args, **kwargs)
             except redis.RedisError as error:
                 if not is_not_now(error):
+                    self._end_if_refused(error)
                     raise
                 outages.begin("start", error)
                 time.sleep(RETRY_WAIT_S)
             else:
                 outages.end("start")
                 return result
+
+    def _end_if_refused(self, error: redis.RedisError) -> None:
+        if code_of(error) == "NOPERM":
+            rules = missing_rules(self._pool, WORKER)
+            logger.error("%s", describe(rules, self._pool.connection_kwargs.get("username")))
+            raise SystemExit(2) from error
+        if code_of(error) != ERR:
+            logger.error("%s", explain(error))
+            raise SystemExit(2) from error
