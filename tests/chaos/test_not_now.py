@@ -100,7 +100,8 @@ def test_open_streams_pause_and_go_on_with_the_same_worker(
     cluster, worker = wired.cluster, wired.worker
     before = lines(worker, LOST)
     run = wired.recorder.start(cluster.api.url, ASKS)
-    pick_victim([worker])
+    # One that comes later would be refused.
+    wait_until(lambda: run.num_started == len(ASKS), 30, "all streams")
     with FAULTS[code](cluster.connection):
         wait_until(lambda: ready(cluster)[0] == 503, what="/ready to turn 503")
         status, error_code, retry_after = ready(cluster)
