@@ -21,7 +21,7 @@ DETACH = {"X-Lorelay-Detach": "true"}
 OPTIONAL = {"client|setinfo", "client|maint_notifications", "client"}
 """What redis-py tells the server of itself, whether or not it may."""
 SELDOM = {"hexists", "ping", "hdel", "persist", "lrem", "zrangebyscore", "smismember", "rename"}
-"""Needed if a name comes back, a channel is silent, a request is given up or runs anew, or a key has a wrong type."""
+"""Needed if a name comes back, a channel is silent, a request is given up, a key has a wrong type."""
 
 
 class Permitted(NamedTuple):
