@@ -4,13 +4,17 @@
 local base = ARGV[1]
 local count = 0
 
--- A request that somebody runs and that has no lease, since it was removed from outside: it gets one that has run out.
--- Its worker renews it; if that is dead, the request is reaped.
-local function lease_again(composite)
+-- RQ's entry of an execution whose owner or lease was removed or garbled from outside. Without its owner, the entry
+-- goes. Without its lease, the request gets one that has run out: its worker renews it; if that is dead, it is reaped.
+local function mend_execution(queue, composite)
   local id, execution = composite:match('^(.*):(.*)$')
-  if not id or redis.call('ZSCORE', leases_key(base), id) then return end
-  local owner = guarded(id, base, nil, get_owner, id)
-  if owner and owner.execution == execution then redis.call('ZADD', leases_key(base), now_ms, id) end
+  local owner = id and guarded(id, base, nil, get_owner, id)
+  if owner and owner.execution == execution then
+    if not redis.call('ZSCORE', leases_key(base), id) then redis.call('ZADD', leases_key(base), now_ms, id) end
+  elseif not id or redis.pcall('HEXISTS', job_key(id), 'request') ~= 0 or redis.call('EXISTS', job_key(id)) == 0 then
+    -- Any other job is run by a worker of RQ's own.
+    redis.call('ZREM', registry_key('wip', queue), composite)
+  end
 end
 
 for i = 2, #ARGV do
@@ -19,7 +23,9 @@ for i = 2, #ARGV do
   for _, name in ipairs({ 'finished', 'failed', 'canceled' }) do
     redis.call('ZREMRANGEBYSCORE', registry_key(name, queue), '-inf', math.floor(now_ms / 1000))
   end
-  for _, composite in ipairs(redis.call('ZRANGE', registry_key('wip', queue), 0, -1)) do lease_again(composite) end
+  for _, composite in ipairs(redis.call('ZRANGE', registry_key('wip', queue), 0, -1)) do
+    mend_execution(queue, composite)
+  end
   update_waiting(base, queue)
   if redis.call('ZSCORE', waiting_key(base), queue) then
     count = count + 1

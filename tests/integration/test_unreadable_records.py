@@ -117,6 +117,7 @@ class World:
             other.reap()
             for claimed in claim(other, 4):
                 other.append([claimed.held], [last(claimed, len(claimed.events))])
+        other.sweep(QUEUES)
 
     def ends(self) -> dict[str, str]:
         """What became of each request that had not ended."""
@@ -136,6 +137,12 @@ class World:
         return (self.connection.hget(Job.key_for(request_id), "status") or b"no status").decode()
 
 
+def connection_remains(connection: redis.Redis) -> list[str]:
+    """Entries of requests that run, when none does."""
+    patterns = ("rq:wip:*", keys.owner("*"), keys.leases("*"))
+    return [key.decode() for pattern in patterns for key in connection.scan_iter(pattern)]
+
+
 def check(world: World, name: str, what: str) -> None:
     """After one record was broken: everything goes on, and at most one request, its own, did not finish."""
     try:
@@ -148,6 +155,8 @@ def check(world: World, name: str, what: str) -> None:
         # Which requests wait in a queue stands there alone; none of those that ran is harmed.
         harmed -= {*WAITING, ABORTED} if name == f"rq:queue:{BASE}" else {ELSEWHERE}
     own = {request_id for request_id in ends if request_id in name}
+    remains = {*connection_remains(world.connection)} - {name, name.replace("rq:", "lorelay:unreadable:rq:")}
+    assert not remains, f"{what}: left {remains}"
     assert harmed <= own, f"{what}: {ends}"
     for request_id in harmed:
         assert ends[request_id] in ("failed", "dropped"), f"{what}: {ends}"
