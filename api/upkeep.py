@@ -8,7 +8,7 @@ import redis
 
 from api.errors import log_unexpected, queue_errors
 from api.inbox import Inbox
-from shared.api_streams import ApiStreams
+from shared.api_streams import ApiStreams, EndLost
 from shared.errors import QueueUnavailable
 from shared.logs import fields
 from shared.permissions import API, describe, missing_rules
@@ -67,6 +67,7 @@ async def fail_vanished_forever(
     """Ends the exchanges of requests that are no more: Redis came back empty, or an operator removed them."""
     loop = asyncio.get_running_loop()
     min_quiet_s = max(MIN_QUIET_S, settings.redis_timeout_s + 1)
+    ended: set[str] = set()
     while True:
         await asyncio.sleep(VANISH_CHECK_S)
         now = loop.time()
@@ -81,4 +82,7 @@ async def fail_vanished_forever(
                 log_unexpected(error)
             continue
         for request_id, reason in vanished.items():
-            quiet[request_id].fail(reason)
+            # Its end may still be on its way: the log is read at intervals.
+            if not isinstance(reason, EndLost) or request_id in ended:
+                quiet[request_id].fail(reason)
+        ended = {request_id for request_id, reason in vanished.items() if isinstance(reason, EndLost)}

@@ -70,6 +70,7 @@ class ScriptedRunner:
 
     def __init__(self, settings: WorkerSettings, step_s: float) -> None:
         self.tokenizer = Tokenizer.load(settings.model)
+        self.vocab_size = 2**31
         self.adapter_versions = {source.name: self.model_version for source in settings.adapters}
         self.adapter_cache = AdapterCache(
             NoStore(), ThreadPoolExecutor(1), num_slots=settings.max_batch_size, max_num_bytes=1

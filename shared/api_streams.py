@@ -21,6 +21,10 @@ MAX_RETRY_AFTER_S = 60
 NUM_PLACES_TO_AWAIT = 5
 
 
+class EndLost(GenerationFailed):
+    """The request has ended, but its log has lost the end."""
+
+
 class FoundRequest(NamedTuple):
     """A request that was enqueued before, and how far it is."""
 
@@ -115,7 +119,8 @@ class ApiStreams:
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
         """Those requests that are no more and whose log does not tell, each with the reason.
 
-        Their job is gone, was canceled in its queue, or was set aside with a log that can't be read.
+        Their job is gone, was canceled in its queue, was set aside, or has ended (`EndLost`), which is a loss
+        only for whoever still hears nothing of it when asking again.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in request_ids:
@@ -134,7 +139,8 @@ class ApiStreams:
         pipeline = self._connection.pipeline(transaction=False)
         for request_id, first in positions:
             pipeline.lrange(keys.log(request_id), first, first + max_num_events - 1)
-        return [_decode_log(reply) for reply in _unless_fatal(await pipeline.execute(raise_on_error=False))]
+        replies = _unless_fatal(await pipeline.execute(raise_on_error=False))
+        return [_decode_log(reply, first) for reply, (_, first) in zip(replies, positions, strict=True)]
 
 
 def _unless_fatal(replies: list[Any]) -> list[Any]:
@@ -152,18 +158,21 @@ def _why_vanished(reply: Any) -> GenerationFailed | None:
     status, unreadable = reply
     if unreadable is not None:
         return UnreadableRecord(unreadable.decode(errors="replace"))
-    return (
-        GenerationFailed("The request was removed from the queue.") if status in (None, b"canceled") else None
-    )
+    if status in (None, b"canceled"):
+        return GenerationFailed("The request was removed from the queue.")
+    return EndLost() if status in (b"finished", b"failed", b"stopped") else None
 
 
-def _decode_log(reply: Any) -> list[StreamEvent] | None:
+def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
+    """The events of a part of a log; None if it is not just the events that belong there."""
     if is_wrong_type(reply):
         return None
     try:
-        return [decode_event(entry) for entry in reply]
+        events = [decode_event(entry) for entry in reply]
     except (msgspec.DecodeError, RecursionError):
         return None
+    is_right = all(event.event_no == number for number, event in enumerate(events, first_event_no))
+    return events if is_right else None
 
 
 def _retry_after_s(num_ended: int, over_s: float) -> int:

@@ -6,7 +6,7 @@ import msgspec
 
 from shared.errors import GenerationFailed
 from shared.messages import GenerationRequest, StreamEvent, decode_event, decode_request
-from shared.queues import slug
+from shared.queues import queue_name
 from shared.records import Claim, Held
 
 UNREADABLE = "A record of the request in Redis can't be read."
@@ -35,8 +35,12 @@ def read_request(encoded: bytes) -> GenerationRequest:
         raise UnreadableRecord(f"request: {error}") from error
 
 
-def read_claim(held: Held, base: str, encoded: bytes, log: Sequence[bytes], *, alone: bool) -> Claim:
-    """A claim from the records in Redis. `base`: the slug of the base model that the worker serves.
+def read_claim(
+    held: Held, queue: bytes, version: bytes, encoded: bytes, log: Sequence[bytes], *, alone: bool
+) -> Claim:
+    """A claim from the records in Redis.
+
+    `queue`, `version`: where the job waited, and the weights that it was chosen by.
 
     Raises:
         UnreadableRecord: the request or an entry of the log is not what its job says it is.
@@ -44,8 +48,10 @@ def read_claim(held: Held, base: str, encoded: bytes, log: Sequence[bytes], *, a
     request = read_request(encoded)
     if request.request_id != held.request_id:
         raise UnreadableRecord("request: the request_id is not the job's")
-    if slug(request.base) != base:
-        raise UnreadableRecord(f"request: the base is not {base}")
+    if queue_name(request.base, request.adapter_name).encode() != queue:
+        raise UnreadableRecord("request: base and adapter are not those of its queue")
+    if request.weights_version.encode() != version:
+        raise UnreadableRecord("request: the version is not the job's")
     return Claim(held, request, _decode_log(log), alone)
 
 

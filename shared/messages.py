@@ -5,11 +5,15 @@ either order. A worker leaves a request of a newer `SCHEMA_VERSION` in the queue
 """
 
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 SCHEMA_VERSION = 1
+INT64_MAX = 2**63 - 1
+MAX_NUM_STOPS = 64
+MAX_NUM_CHOICES = 128
 
 
 # What comes from JSON has no cycles; without gc=False the collector would look at it for each token.
@@ -34,18 +38,18 @@ class FinishReason(StrEnum):
 class SamplingParams(Message, frozen=True):
     """How to pick tokens and when to end."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
     """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
     """0 admits the whole vocabulary."""
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
     """63 bits; the random number of a token is a function of seed, choice index and position."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=INT64_MAX)] | None = None
     """None: up to the end of the context."""
-    min_tokens: int = 0
+    min_tokens: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
     ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], Meta(max_length=MAX_NUM_STOPS)] = ()
     logprobs: int | None = None
     """How many alternatives to report per token; None reports none."""
 
@@ -70,7 +74,7 @@ class GenerationRequest(Message, frozen=True):
     """The base's version when the request was accepted; None from an API of an earlier release."""
     created: int = 0
     """Unix seconds, by the API's clock; shown to the client."""
-    n: int = 1
+    n: Annotated[int, Meta(ge=1, le=MAX_NUM_CHOICES)] = 1
     generation_limit_s: float | None = None
     """Seconds from the claim after which the request is ended with an error."""
     detached: bool = False

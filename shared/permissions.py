@@ -100,6 +100,7 @@ WORKER = Needs(
         f"LRANGE {_KEY} 0 -1",
         f"PERSIST {_KEY}",
         f"PEXPIRE {_KEY} 1",
+        f"PTTL {_KEY}",
         f"SMEMBERS {_KEY}",
         f"ZCARD {_KEY}",
         f"ZRANGEBYSCORE {_KEY} 0 1",

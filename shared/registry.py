@@ -23,6 +23,8 @@ from shared.script_source import mend
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN_LENGTH = 100
+UNREADABLE_TTL_MS = 86_400_000
+"""Life of a key that was set aside; the script prelude has it too."""
 
 
 def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
@@ -46,6 +48,25 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
         if (stored := _read(card.name, encoded)) is not None:
             _refuse_other_version(card, stored)
         else:
+            connection.hset(keys.MODELS, card.name, card.encode())
+
+
+def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -> None:
+    """Puts the cards of a worker that serves already in the place of what was damaged.
+
+    An entry that can't be read is replaced. One that is not there is added only if the whole registry was
+    lost (`fill`) or had another type, since an operator may have removed it. Of two versions the newer stays.
+    """
+    mend(connection, {keys.MODELS: "hash"})
+    # Whichever worker set it aside, within a minute all others have filled in theirs.
+    fill |= connection.pttl(keys.unreadable(keys.MODELS)) > UNREADABLE_TTL_MS - 60_000
+    stored = connection.hgetall(keys.MODELS)
+    for card in cards:
+        encoded = stored.get(card.name.encode())
+        known = _read(card.name, encoded) if encoded is not None else None
+        is_lost = known is None and (fill or encoded is not None)
+        is_older = fill and known is not None and known.created < card.created
+        if is_lost or is_older:
             connection.hset(keys.MODELS, card.name, card.encode())
 
 
@@ -90,7 +111,7 @@ async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_na
     )
     # By RQ's record, since a worker may have other adapters than the next one, or only some of its queues.
     serving = f"{RQ_KEY_PREFIX}:workers:{queue_name(base, adapter_name)}"
-    names = [f"{RQ_KEY_PREFIX}:worker:{name.decode()}" for name in live]
+    names = [f"{RQ_KEY_PREFIX}:worker:".encode() + name for name in live]
     return bool(names) and any(await connection.smismember(serving, names))
 
 
@@ -108,6 +129,9 @@ def _read(name: str, encoded: bytes | str) -> ModelCard | None:
         return None
     if card.name != name:
         logger.error("registry entry %r is that of %r", name, card.name, extra=fields("unreadable"))
+        return None
+    if card.adapter_name != name and (card.adapter_name is not None or card.base != name):
+        logger.error("registry entry %r names another adapter or base", name, extra=fields("unreadable"))
         return None
     return card
 

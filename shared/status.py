@@ -3,13 +3,15 @@
 `rq info` is a cleaner: it removes what it takes for dead. These readers are not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import msgspec
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
 from shared import keys, registry
+from shared.connections import is_wrong_type
 from shared.messages import ModelCard
 from shared.queues import queue_name, slug
 
@@ -67,7 +69,7 @@ class Status(msgspec.Struct, frozen=True):
 
 def read_status(connection: redis.Redis) -> Status:
     """The state of one Redis database; only reads."""
-    cards = registry.list_cards(connection)
+    cards = _readable(lambda: registry.list_cards(connection), [])
     leases = {base: _leases(connection, base) for base in sorted({card.base for card in cards})}
     num_workers = {base: sum(alive.values()) for base, alive in leases.items()}
     models = [
@@ -132,10 +134,9 @@ def to_text(status: Status) -> str:
 def _leases(connection: redis.Redis, base: str) -> dict[str, bool]:
     """Worker names of a base, and whether each has a lease now, by the server's clock."""
     now_ms = _now_ms(connection)
-    entries: list[tuple[bytes, float]] = connection.zrange(  # type: ignore[assignment]
-        keys.workers(slug(base)), 0, -1, withscores=True
-    )
-    return {name.decode(): expiry_ms > now_ms for name, expiry_ms in entries}
+    key = keys.workers(slug(base))
+    entries = _readable(lambda: connection.zrange(key, 0, -1, withscores=True), [])
+    return {_text(name): expiry_ms > now_ms for name, expiry_ms in entries}
 
 
 def _workers(connection: redis.Redis, leases: dict[str, dict[str, bool]]) -> list[WorkerStatus]:
@@ -153,9 +154,11 @@ def _workers(connection: redis.Redis, leases: dict[str, dict[str, bool]]) -> lis
 def _worker(connection: redis.Redis, name: str, base: str | None, is_alive: bool) -> WorkerStatus:
     key = f"{RQ_KEY_PREFIX}:worker:{name}"
     names = ("hostname", "pid", "state", FORWARD_FIELD)
-    host, pid, state, forward = (_text(value) for value in connection.hmget(key, *names))
-    num_running = connection.scard(f"{key}:executions")
-    return WorkerStatus(name, base, host, int(pid) if pid else None, state, num_running, is_alive, forward)
+    values = _readable(lambda: connection.hmget(key, *names), [None] * len(names))
+    host, pid, state, forward = (_text(value) for value in values)
+    num_running = _readable(lambda: connection.scard(f"{key}:executions"), 0)
+    process_id = int(pid) if pid.isdecimal() else None
+    return WorkerStatus(name, base, host, process_id, state, num_running, is_alive, forward)
 
 
 def _queues(connection: redis.Redis, cards: Sequence[ModelCard]) -> list[QueueStatus]:
@@ -166,21 +169,35 @@ def _queues(connection: redis.Redis, cards: Sequence[ModelCard]) -> list[QueueSt
 
 def _queue(connection: redis.Redis, name: str, model: str | None) -> QueueStatus:
     key = f"{RQ_KEY_PREFIX}:queue:{name}"
-    head = connection.lindex(key, 0)
-    enqueued_ms = connection.hget(f"{RQ_KEY_PREFIX}:job:{_text(head)}", "enqueued_ms") if head else None
-    oldest_wait_s = None if enqueued_ms is None else (_now_ms(connection) - float(enqueued_ms)) / 1000
-    num_running = connection.zcard(f"{RQ_KEY_PREFIX}:wip:{name}")
-    return QueueStatus(name, model, connection.llen(key), num_running, oldest_wait_s)
+    head = _readable(lambda: connection.lindex(key, 0), None)
+    job = f"{RQ_KEY_PREFIX}:job:{_text(head)}"
+    enqueued_ms = _text(_readable(lambda: connection.hget(job, "enqueued_ms"), None)) if head else ""
+    is_known = enqueued_ms.replace(".", "", 1).isdecimal()
+    oldest_wait_s = (_now_ms(connection) - float(enqueued_ms)) / 1000 if is_known else None
+    num_running = _readable(lambda: connection.zcard(f"{RQ_KEY_PREFIX}:wip:{name}"), 0)
+    depth = _readable(lambda: connection.llen(key), 0)
+    return QueueStatus(name, model, depth, num_running, oldest_wait_s)
 
 
 def _members(connection: redis.Redis, kind: str) -> set[str]:
     """The names that RQ has in its set of workers or queues."""
     prefix = f"{RQ_KEY_PREFIX}:{kind}:"
-    return {_text(key).removeprefix(prefix) for key in connection.smembers(f"{RQ_KEY_PREFIX}:{kind}s")}
+    members = _readable(lambda: connection.smembers(f"{RQ_KEY_PREFIX}:{kind}s"), set())
+    return {_text(key).removeprefix(prefix) for key in members}
+
+
+def _readable(read: Callable[[], Any], default: Any) -> Any:
+    """A value; the default in place of a key of another type, which the other tables are shown without."""
+    try:
+        return read()
+    except redis.ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        return default
 
 
 def _text(value: bytes | str | None) -> str:
-    return value.decode() if isinstance(value, bytes) else value or ""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
 
 
 def _now_ms(connection: redis.Redis) -> float:

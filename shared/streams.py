@@ -79,13 +79,16 @@ class WorkerStreams:
         answers any request.
         """
         key = keys.served(self._worker_name)
-        # A field with an empty name: the hash exists, and so is known, also where nothing is served.
-        mapping: dict[Any, Any] = {**served, "": ""}
         with self._connection.pipeline() as pipeline:
             pipeline.delete(key)
-            pipeline.hset(key, mapping=mapping)
+            pipeline.hset(key, mapping=_served_fields(served))
             pipeline.pexpire(key, SERVED_TTL_MS)
             pipeline.execute()
+
+    def serves(self, served: Mapping[str, str]) -> bool:
+        """Whether Redis has this, and nothing else, of what the worker serves."""
+        known = self._connection.hgetall(keys.served(self._worker_name))
+        return known == {name.encode(): value.encode() for name, value in _served_fields(served).items()}
 
     def claim(
         self, execution_ids: Sequence[str], running: Mapping[str, int], slots: Slots = UNLIMITED_SLOTS
@@ -111,10 +114,10 @@ class WorkerStreams:
         log_unreadable(unreadable)
         claims: list[Claim] = []
         refused: list[Append] = []
-        for request_id, execution_id, request, log, alone in claimed:
+        for request_id, execution_id, request, log, alone, queue, version in claimed:
             held = Held(request_id.decode(), execution_id.decode())
             try:
-                claims.append(read_claim(held, self._base, request, log, alone=bool(alone)))
+                claims.append(read_claim(held, queue, version, request, log, alone=bool(alone)))
             except UnreadableRecord as error:
                 log_unreadable([(request_id, error.reason.encode())])
                 refused.append(_refusal(held, error, len(log)))
@@ -263,6 +266,11 @@ class WorkerStreams:
             return status, meta, "", exception_text(error), self._failure_ttl_s
         status = "canceled" if event.finish_reason == "abort" else "finished"
         return status, meta, base64.b64encode(meta.encode()).decode(), "", self._result_ttl_s
+
+
+def _served_fields(served: Mapping[str, str]) -> dict[Any, Any]:
+    # A field with an empty name: the hash exists, and so is known, also where nothing is served.
+    return {**served, "": ""}
 
 
 def _refusal(held: Held, error: UnreadableRecord, event_no: int) -> Append:

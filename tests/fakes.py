@@ -32,6 +32,7 @@ class FakeModelRunner:
     ) -> None:
         self.max_model_len = max_model_len
         self.model_version = "m1"
+        self.vocab_size = 2**20
         self.adapter_versions = adapter_versions or {"a": "a1", "b": "b1", "c": "c1"}
         self.batches: list[list[tuple[str, int]]] = []
         self._next_token = next_token or letters

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from typing import Any, Protocol
 
+from shared.claims import UnreadableRecord
 from shared.errors import (
     AdapterError,
     AdapterVersionGone,
@@ -33,6 +34,9 @@ class ModelRunner(Protocol):
 
     @property
     def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     @property
     def model_version(self) -> str: ...
@@ -116,6 +120,7 @@ class Engine:
         try:
             output = self._prepare(held, request, prompt)
             output.resume(events)
+            self._check_log(output.seq)
         except LorelayError as error:
             return [_refusal(held, error, len(events))]
         # Nothing but this request is at work here, so nothing else can be at fault.
@@ -220,6 +225,18 @@ class Engine:
         # An API of an earlier release does not tell the base's version.
         if any(version not in (None, own) for version, own in zip(asked, mine, strict=True)):
             raise AdapterVersionGone
+
+    def _check_log(self, seq: Sequence) -> None:
+        """Refuses tokens of a former worker that no worker could have written.
+
+        Raises:
+            UnreadableRecord: they are more than the request may have, or not of this model's vocabulary.
+        """
+        if seq.num_output_tokens >= seq.max_tokens:
+            raise UnreadableRecord("log: more tokens than were asked for")
+        vocab_size = self._model_runner.vocab_size
+        if not all(0 <= token_id < vocab_size for token_id in seq.token_ids[seq.num_prompt_tokens :]):
+            raise UnreadableRecord("log: a token that the model doesn't have")
 
     def _num_tokens_to_generate(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
         context = self._model_runner.max_model_len

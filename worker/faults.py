@@ -109,6 +109,11 @@ class FaultyRunner:
         return self._model_runner.max_model_len
 
     @property
+    def vocab_size(self) -> int:
+        """As the runner's own."""
+        return self._model_runner.vocab_size
+
+    @property
     def model_version(self) -> str:
         """As the runner's own."""
         return self._model_runner.model_version

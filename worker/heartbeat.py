@@ -87,21 +87,30 @@ class Heartbeat:
             self._end_unserved()
         if now - self._swept_at >= self._settings.sweep_s:
             self._streams.sweep(self._served)
+            if not self._streams.serves(self._servable):
+                self._tell()
             self._swept_at = now
 
     def _renew(self, *, judge_readers: bool) -> None:
-        served = {} if self._consumer.is_draining else self._served
-        if self._told != served:
-            self._streams.serve(served)
-            self._told = served
+        if self._told != self._servable:
+            self._tell()
         news = self._streams.renew(self._held.snapshot(), judge_readers=judge_readers)
         if not news.is_known:
-            self._streams.serve(served)
+            self._tell()
         self._consumer.abort(news.aborted)
         if not news.in_time:
             # The server, or this process, was paused: others must have the time to renew theirs first.
             self._connected_since = self._clock()
         self._on_beat()
+
+    @property
+    def _servable(self) -> Mapping[str, str]:
+        return {} if self._consumer.is_draining else self._served
+
+    def _tell(self) -> None:
+        """Tells Redis what this worker serves."""
+        self._told = self._servable
+        self._streams.serve(self._told)
 
     def _end_unserved(self) -> None:
         for request_id in self._streams.end_unserved(min_pause_s=self._settings.reap_s):

@@ -12,6 +12,7 @@ import torch
 from shared.errors import ConfigurationError
 from shared.settings import WorkerSettings
 from worker import attention
+from worker.digests import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -165,10 +166,10 @@ def _length_limit(config: Any) -> tuple[int | None, str]:
 
 
 def model_version(folder: Path) -> str:
-    """SHA-256 (hex) of `config.json` and the names and sizes of the weight files."""
+    """SHA-256 (hex) of `config.json` and of the names and contents of the weight files."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
     return digest.hexdigest()
 
 

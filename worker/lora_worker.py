@@ -17,7 +17,7 @@ from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.worker.base import DequeueStrategy, WorkerStatus
 
-from shared import keys, permissions, registry
+from shared import permissions, registry
 from shared.connections import check_server, connect_like, same_server
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
@@ -236,19 +236,20 @@ class LoraWorker(RqWorker):
             if payload["command"] not in ("stop-job", "stop-execution"):
                 super().handle_payload(message)  # type: ignore[no-untyped-call]
             elif self._consumer is not None:
-                self._consumer.stop_request(payload["job_id"])
-        except (ValueError, KeyError, TypeError) as error:
+                self._consumer.stop_request(str(payload["job_id"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             # Raised, it would end RQ's thread, and with it all obedience to commands.
             self.log.error("Worker %s: a command can't be read: %r", self.name, error)
 
     def _beat(self, cards: Sequence[ModelCard], forward_state: str) -> None:
         """RQ's own heartbeat, for `rq info` and the dashboard. A Redis that came back empty is told anew."""
         with connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection:
-            mend(connection, {self.key: "hash", keys.MODELS: "hash"})
-            if not connection.exists(self.key):
+            mend(connection, {self.key: "hash"})
+            is_forgotten = not connection.exists(self.key)
+            if is_forgotten:
                 self.log.warning("Worker %s: Redis forgot this worker, registering again", self.name)
                 self.register_birth()
-                registry.register(connection, cards)
+            registry.repair(connection, cards, fill=is_forgotten)
             with connection.pipeline() as pipeline:
                 self.heartbeat(pipeline=pipeline)
                 pipeline.hset(self.key, FORWARD_FIELD, forward_state)

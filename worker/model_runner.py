@@ -68,6 +68,7 @@ class ModelRunner:
         self._replace_products(frozenset(kept_layers), operators)
         self_check.run_again(self._forward)
         self.max_model_len = loading.max_model_len(model.config, settings.session_len)
+        self.vocab_size = int(model.get_input_embeddings().num_embeddings)
         self._state.kv_cache.resize(self._affordable_blocks(settings))
         self._log_cache()
         self.adapter_cache = self._build_adapter_cache(settings)

@@ -9,8 +9,8 @@
 --       resident, closed, max_wait_ms} (JSON; queues whose adapters are resident, least recently used first, and those
 --       that the last call closed), then k fresh execution ids. The queues that the worker serves, and the version of
 --       the weights that it has for each, stand in its `served` hash.
--- Returns {claimed, closed, unreadable}. Per claimed request {id, execution, request, log, alone}: log is what was
--- written so far, alone says that the request was near crashes and that its steps must run without company, until it
+-- Returns {claimed, closed, unreadable}. Per claimed request {id, execution, request, log, alone, queue, version}: log is
+-- what was written so far, version is that of the weights by its job ('' from an earlier release), alone says that the request was near crashes and that its steps must run without company, until it
 -- is cleared (append.lua).
 local base, worker, k = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local lease_ms, stream_ttl_ms, schema_version = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -142,7 +142,8 @@ local function must_run_alone(job)
 end
 
 -- What stands in a job, but for the request itself, which may be megabytes.
-local JOB_FIELDS = { 'status', 'schema_version', 'version', 'enqueued_ms', 'crashes_alone', 'suspect', 'has_ended' }
+local JOB_FIELDS = { 'status', 'schema_version', 'version', 'enqueued_ms', 'crashes_alone', 'suspect', 'has_ended',
+  'base' }
 local function read_job(id)
   local values, job = redis.call('HMGET', job_key(id), unpack(JOB_FIELDS)), {}
   for i, field in ipairs(JOB_FIELDS) do job[field] = values[i] end
@@ -186,7 +187,11 @@ local function next_request(queue)
     elseif job and not can_run(job, queue) then
       num_passed[queue] = (num_passed[queue] or 0) + 1
     elseif job and redis.call('HEXISTS', job_key(id), 'request') == 0 then
-      reject(id, queue)
+      if job.base then
+        set_aside(id, base, queue, 'it has no request')
+      else
+        reject(id, queue)
+      end
     elseif job then
       return id, job
     end
@@ -216,7 +221,8 @@ end
 
 local function describe(id, execution, job)
   local request, log = redis.call('HGET', job_key(id), 'request'), redis.call('LRANGE', log_key(id), 0, -1)
-  return { id, execution, request, log, must_run_alone(job) and 1 or 0 }
+  local queue = redis.call('HGET', owner_key(id), 'queue')
+  return { id, execution, request, log, must_run_alone(job) and 1 or 0, queue, job.version or '' }
 end
 
 -- What this very call claimed before its reply was lost, but for what was removed since.

@@ -19,7 +19,9 @@ end
 local live = redis.call('ZRANGEBYSCORE', workers_key(base), '(' .. now_ms, '+inf')
 for _, name in ipairs(live) do
   -- A worker of an earlier release tells nobody what it serves: it may serve anything.
-  if redis.call('EXISTS', served_key(name)) == 0 then return NOTHING end
+  if redis.call('EXISTS', served_key(name)) == 0 and redis.call('EXISTS', worker_key(name)) == 1 then
+    return NOTHING
+  end
 end
 
 -- The weights that live workers have for a queue, and whether there are any.

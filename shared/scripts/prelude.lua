@@ -126,7 +126,10 @@ local function refuse(reason) error('unreadable: ' .. reason, 0) end
 local function write_event(id, event_no, event)
   local length = redis.call('LLEN', log_key(id))
   if event_no > length then refuse('its log has lost events') end
-  if event_no < length then return false end
+  if event_no < length then
+    if redis.call('LINDEX', log_key(id), event_no) ~= event then refuse('its log has an event of somebody else') end
+    return false
+  end
   redis.call('RPUSH', log_key(id), event)
   return redis.call('GET', reader_key(id))
 end
@@ -240,13 +243,14 @@ local function guarded(id, base, queue, work, ...)
   error(result, 0)
 end
 
-local STATUSES = { created = true, queued = true, started = true, finished = true, failed = true, stopped = true,
-  canceled = true, deferred = true, scheduled = true }
-
--- Refuses a job without a status that RQ knows; a job that is gone has none and is fine.
+-- Refuses a job that stands in a queue with a status that it can't have there. A job that has ended, was canceled or is
+-- claimed already is fine, and one that is gone has no status.
 local function check_status(id, status)
-  if not STATUSES[status] and (status or redis.call('EXISTS', job_key(id)) == 1) then
-    refuse('its status is none of RQ\'s')
+  if status == 'queued' or status == 'canceled' then return end
+  if status == 'started' and redis.call('EXISTS', owner_key(id)) == 1 then return end
+  local is_there = redis.call('EXISTS', job_key(id)) == 1
+  if is_there and redis.call('HEXISTS', job_key(id), 'has_ended') == 0 then
+    refuse('its status is not that of a request that waits')
   end
 end
 

@@ -35,6 +35,9 @@ LOGS: dict[str, Break] = {
     "another type": lambda connection, request_id: as_string(connection, keys.log(request_id)),
     "no JSON": lambda connection, request_id: connection.rpush(keys.log(request_id), b"\xff"),
     "JSON without end": lambda connection, request_id: connection.rpush(keys.log(request_id), "[" * 9999),
+    "another number": lambda connection, request_id: connection.rpush(
+        keys.log(request_id), '{"event_no": 999, "text": "?"}'
+    ),
     "another message": lambda connection, request_id: connection.rpush(keys.log(request_id), '{"a": 1}'),
 }
 JOBS: dict[str, Break] = {
@@ -140,6 +143,19 @@ def test_a_running_request_that_is_set_aside_ends_its_stream(
     job = worker.connection.hgetall(f"rq:job:{claim.held.request_id}")
     assert job[b"status"] == b"failed"
     assert b"WRONGTYPE" in job[b"unreadable"]
+
+
+def test_a_stream_whose_log_lost_its_end_is_told_so(api: ApiServer, worker: ScriptedWorker) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask, api, detached=True)
+        claim = worker.claim()
+        worker.emit(claim, "one ")
+        worker.finish(claim)
+        answer.result()
+    worker.connection.rpop(keys.log(claim.held.request_id))
+    path = f"{CHAT}/{claim.held.request_id}/stream"
+    resumed = httpx.get(f"{api.url}{path}", timeout=30, trust_env=False)
+    assert "its log has lost the end" in decode_stream(resumed.text.replace("id: ", ": id "))[-2]
 
 
 def test_garbage_on_the_channel_harms_no_stream(api: ApiServer, worker: ScriptedWorker) -> None:

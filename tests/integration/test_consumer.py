@@ -326,8 +326,12 @@ def test_a_heartbeat_tells_what_its_worker_serves_until_it_drains(connection: re
     now_s[0] = 1.0
     heartbeat.turn()
     assert connection.hget(served, "tiny") == b"m1"
+    connection.hset(served, mapping={"tiny": "garbage", "other": "garbage"})
+    now_s[0] = 6.0
+    heartbeat.turn()
+    assert connection.hgetall(served) == {b"tiny": b"m1", b"": b""}
     consumer.drain()
-    now_s[0] = 2.0
+    now_s[0] = 7.0
     heartbeat.turn()
     assert connection.hgetall(served) == {b"": b""}
 

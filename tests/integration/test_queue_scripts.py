@@ -1,9 +1,11 @@
 """The scripts of `shared/scripts/`, read back through RQ's own API, on Valkey and on Redis 6.2."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -689,6 +691,60 @@ def test_a_job_of_somebody_else_on_our_queue_fails_and_blocks_nobody(
     ours_id = api.enqueue(make_request())
     assert [c.held.request_id for c in claim(worker_streams(connection), 2)] == [ours_id]
     assert foreign.get_status() == JobStatus.FAILED
+
+
+@pytest.mark.parametrize("status", ["started", "finished", "deferred", "no status of RQ's"])
+def test_a_request_that_waits_with_another_status_is_set_aside(
+    connection: redis.Redis, api: BlockingApi, status: str
+) -> None:
+    broken, good = api.enqueue(make_request()), api.enqueue(make_request())
+    connection.hset(Job.key_for(broken), "status", status)
+    assert [c.held.request_id for c in claim(worker_streams(connection), 2)] == [good]
+    assert decode_event(connection.lindex(keys.log(broken), -1)).error.code == "generation_failed"
+
+
+def test_a_job_of_ours_without_its_request_is_set_aside(connection: redis.Redis, api: BlockingApi) -> None:
+    broken, good = api.enqueue(make_request()), api.enqueue(make_request())
+    connection.hdel(Job.key_for(broken), "request")
+    assert [c.held.request_id for c in claim(worker_streams(connection), 2)] == [good]
+    assert decode_event(connection.lindex(keys.log(broken), -1)).error.code == "generation_failed"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": {"seed": -1}},
+        {"sampling": {"seed": 2**70}},
+        {"sampling": {"top_k": 10**30}},
+        {"sampling": {"max_tokens": 0}},
+        {"sampling": {"stop": ["x"] * 100}},
+        {"n": 10**10},
+        {"adapter_name": "b"},
+        {"base_version": "m9"},
+        {"request_id": "chatcmpl-other"},
+    ],
+    ids=str,
+)
+def test_a_request_with_values_that_no_api_sends_is_set_aside(
+    connection: redis.Redis, api: BlockingApi, change: dict[str, Any]
+) -> None:
+    broken, good = api.enqueue(make_request()), api.enqueue(make_request())
+    sent = json.loads(connection.hget(Job.key_for(broken), "request") or b"")
+    connection.hset(Job.key_for(broken), "request", json.dumps(sent | change))
+    assert [c.held.request_id for c in claim(worker_streams(connection), 2)] == [good]
+    assert b"request" in connection.hget(Job.key_for(broken), "meta")
+    assert fetch(connection, broken).get_status() == JobStatus.FAILED
+
+
+def test_an_event_of_somebody_else_in_a_log_sets_its_request_aside(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    broken, good = api.enqueue(make_request()), api.enqueue(make_request())
+    streams = worker_streams(connection)
+    claims = claim(streams, 2)
+    connection.rpush(keys.log(broken), '{"event_no":0,"text":"?"}')
+    assert streams.append([c.held for c in claims], [token(c, 0) for c in claims]).lost == [broken]
+    assert connection.llen(keys.log(good)) == 1
 
 
 def test_a_stopped_request_is_a_stopped_job(connection: redis.Redis, api: BlockingApi) -> None:

@@ -1,10 +1,11 @@
 """The registry on a real server."""
 
+import msgspec
 import pytest
 import redis
 import redis.asyncio
 
-from shared import registry
+from shared import keys, registry
 from shared.connections import check_server, connect_like, same_server
 from shared.errors import ConfigurationError, ModelNotFound, RegistryConflict
 from shared.messages import ModelCard
@@ -34,6 +35,42 @@ def test_two_models_that_would_share_a_queue_are_refused(connection: redis.Redis
     registry.register(connection, [BASE, adapter("a")])
     with pytest.raises(RegistryConflict, match="share the queue 'tiny-a'"):
         registry.register(connection, [ModelCard("tiny-a", "tiny-a", "/m", "v", 1, 512)])
+
+
+def test_damaged_entries_are_repaired_and_removed_ones_are_left_alone(connection: redis.Redis) -> None:
+    cards = [BASE, adapter("a"), adapter("b")]
+    registry.register(connection, cards)
+    connection.hset(keys.MODELS, "a", "garbage")
+    connection.hdel(keys.MODELS, "b")
+    registry.repair(connection, cards, fill=False)
+    assert [card.name for card in registry.list_cards(connection)] == ["tiny", "a"]
+
+
+def test_a_registry_of_another_type_is_filled_by_every_worker_that_sees_it(connection: redis.Redis) -> None:
+    connection.set(keys.MODELS, "garbage")
+    registry.repair(connection, [BASE], fill=False)
+    registry.repair(connection, [adapter("a")], fill=False)
+    assert [card.name for card in registry.list_cards(connection)] == ["tiny", "a"]
+
+
+def test_of_two_versions_that_fill_an_empty_registry_the_newer_stays(connection: redis.Redis) -> None:
+    old, new = adapter("a", version="old"), adapter("a", version="new")
+    new = msgspec.structs.replace(new, created=old.created + 1)
+    for order in ((old, new), (new, old)):
+        connection.delete(keys.MODELS)
+        for card in order:
+            registry.repair(connection, [card], fill=True)
+        assert [card.version for card in registry.list_cards(connection)] == ["new"]
+
+
+@pytest.mark.parametrize("change", [{"adapter_name": None}, {"adapter_name": "b"}, {"name": "b"}])
+def test_a_card_that_names_another_model_is_not_read(
+    connection: redis.Redis, change: dict[str, str | None]
+) -> None:
+    registry.register(connection, [BASE])
+    connection.hset(keys.MODELS, "a", msgspec.structs.replace(adapter("a"), **change).encode())
+    assert registry.list_cards(connection) == [BASE]
+    registry.register(connection, [adapter("a")])
 
 
 def test_a_dropped_card_is_gone(connection: redis.Redis) -> None:

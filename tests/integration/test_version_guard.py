@@ -188,8 +188,11 @@ def test_nobody_judges_beside_a_worker_of_an_earlier_release(
 ) -> None:
     enqueue(api, OLD)
     new = serving(connection, "new", NEW)
-    connection.zadd(keys.workers(BASE), {"earlier": 1e13})
+    connection.zadd(keys.workers(BASE), {"earlier": 1e13, "no worker at all": 1e13})
+    connection.hset("rq:worker:earlier", "state", "busy")
     assert new.end_unserved(min_pause_s=0.001) == []
+    connection.delete("rq:worker:earlier")
+    assert len(new.end_unserved(min_pause_s=0.001)) == 1
 
 
 def test_a_worker_whose_own_lease_ran_out_does_not_judge(connection: redis.Redis, api: BlockingApi) -> None:

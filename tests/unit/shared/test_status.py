@@ -33,6 +33,33 @@ def api(redis_server: RedisServer, connection: redis.Redis) -> BlockingApi:
     return BlockingApi(redis_server.url)
 
 
+GARBLED = {
+    "a pid": lambda connection: connection.hset("rq:worker:w1", "pid", "abc"),
+    "a host": lambda connection: connection.hset("rq:worker:w1", "hostname", b"\xff"),
+    "a time": lambda connection: connection.hset(
+        b"rq:job:" + connection.lindex(f"rq:queue:{BASE}", 0), "enqueued_ms", "abc"
+    ),
+    "a name": lambda connection: connection.zadd(keys.workers(BASE), {b"\xff": 1e15}),
+    "a worker": lambda connection: connection.set("rq:worker:w2", "") and connection.sadd("rq:workers", "w2"),
+    "all workers": lambda connection: connection.rename("rq:queues", "rq:workers") and None,
+    "a queue": lambda connection: (
+        connection.delete("rq:queue:x")
+        or (connection.set("rq:queue:x", "") and connection.sadd("rq:queues", "rq:queue:x"))
+    ),
+    "the registry": lambda connection: connection.delete(keys.MODELS) and connection.set(keys.MODELS, ""),
+}
+
+
+@pytest.mark.parametrize("name", GARBLED)
+def test_a_garbled_record_is_shown_as_far_as_it_can_be_read(
+    api: BlockingApi, connection: redis.Redis, name: str
+) -> None:
+    api.enqueue(make_request())
+    worker_streams(connection, "w1").renew([])
+    GARBLED[name](connection)
+    assert to_text(read_status(connection))
+
+
 def test_an_empty_server_has_nothing_to_show(connection: redis.Redis) -> None:
     status = read_status(connection)
     assert (status.workers, status.bases, status.adapters, status.queues) == ([], [], [], [])

@@ -265,10 +265,24 @@ def test_the_weights_that_a_request_was_accepted_for_answer_it_and_so_do_any_if_
     assert bench.finish().keys() == {"named", "of an earlier release"}
 
 
+@pytest.mark.parametrize(
+    "token_ids", [(2**20,), (-1,), (97,) * 300], ids=["beyond the vocabulary", "negative", "too many"]
+)
+def test_a_log_that_no_worker_could_have_written_ends_its_own_request_only(
+    token_ids: tuple[int, ...],
+) -> None:
+    bench = Bench()
+    bench.add("innocent")
+    (append,) = bench.add("broken", (StreamEvent(event_no=0, token_ids=token_ids, text="?"),))
+    assert (append.event.event_no, append.event.error.code) == (1, "generation_failed")
+    assert bench.finish()["innocent"][-1].usage is not None
+
+
 def test_a_fault_while_a_request_is_taken_in_ends_that_request_only() -> None:
     bench = Bench()
     bench.add("innocent")
     beyond_every_alphabet = (StreamEvent(event_no=0, token_ids=(10**9,), text="?"),)
+    bench.runner.vocab_size = 2**40
     (append,) = bench.add("broken", beyond_every_alphabet)
     assert (append.event.event_no, append.event.error.code) == (1, "generation_failed")
     assert bench.finish()["innocent"][-1].usage is not None

@@ -107,6 +107,7 @@ class FailingRunner:
         self._runner = runner
         self.max_model_len = runner.max_model_len
         self.model_version = runner.model_version
+        self.vocab_size = runner.vocab_size
         self.fails: str | None = None
 
     @property
