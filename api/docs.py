@@ -13,11 +13,11 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import BaseRoute
 from starlette.staticfiles import StaticFiles
 
-from api.chat_format import ChatCompletion, ChatCompletionChunk
+from api.contract.chat_answer import ChatCompletion, ChatCompletionChunk
+from api.contract.chat_request import ChatCompletionRequest
 from api.errors import ErrorEnvelope
-from api.relay import Relay
+from api.relay.relay import Relay
 from api.routes import CHAT_COMPLETIONS, Model, ModelList, Status
-from api.schemas import ChatCompletionRequest
 from shared.errors import QueueUnavailable
 from shared.messages import ModelCard
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from shared import errors
 from shared.errors import LorelayError
 from shared.logs import fields
-from shared.not_now import code_of
+from shared.queue.not_now import code_of
 
 logger = logging.getLogger(__name__)
 

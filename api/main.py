@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from api import docs, errors
-from api.relay import Relay
+from api.relay.relay import Relay
 from api.routes import build_routes
 from api.termination import at_termination
 from shared import logs

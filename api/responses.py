@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from api.chat_format import DONE, BodyWriter, ChunkWriter, Heading, render_data, render_resumption
+from api.contract.chat_answer import DONE, BodyWriter, ChunkWriter, Heading, render_data, render_resumption
 from api.errors import log_unexpected, mapped, render_error
-from api.inbox import Inbox
-from api.relay import Relay
-from api.waiting import EventSource, error_of
+from api.relay.event_source import EventSource, error_of
+from api.relay.inbox import Inbox
+from api.relay.relay import Relay
 from shared.errors import GenerationTimeout, LorelayError, QueueFull, ServerDraining
 from shared.logs import fields
 from shared.messages import GenerationRequest, StreamEvent

@@ -11,14 +11,14 @@ from starlette.responses import Response
 
 from api.auth import ApiKeyCheck
 from api.body import read_body
-from api.chat_format import DONE, render_resumption
-from api.relay import Relay
+from api.contract.chat_answer import DONE, render_resumption
+from api.contract.chat_request import ChatCompletionRequest
+from api.contract.strict import parse
+from api.relay.relay import Relay
 from api.responses import ChatCall, ChatCompletionResponse
-from api.schemas import ChatCompletionRequest
-from api.strict import parse
-from shared.api_streams import FoundRequest
 from shared.errors import InvalidRequest, ModelNotFound, RequestNotFound
 from shared.messages import GenerationRequest, ModelCard
+from shared.queue.api_streams import FoundRequest
 from shared.settings import ApiSettings
 
 CHAT_COMPLETIONS = "/v1/chat/completions"

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from api.chat_format import DONE, ChunkWriter, Heading
+from api.contract.chat_answer import DONE, ChunkWriter, Heading
 from shared.messages import StreamEvent
 
 

@@ -14,12 +14,12 @@ from typing import Self
 import psutil  # type: ignore[import-untyped]
 import redis
 
-from shared import embedded
-from shared.devices import num_usable_cores, visible_gpus, worker_environments
-from shared.serve import is_http_ready
+from lorelay import embedded
+from lorelay.devices import num_usable_cores, visible_gpus, worker_environments
+from lorelay.serve import is_http_ready
+from lorelay.status import COMPILING, live_workers
+from lorelay.supervisor import ChildSpec, start_process
 from shared.settings import WorkerSettings
-from shared.status import COMPILING, live_workers
-from shared.supervisor import ChildSpec, start_process
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"

@@ -15,13 +15,13 @@ import msgspec
 
 from bench.load import Load, prompts
 from shared.messages import GenerationRequest, SamplingParams
-from shared.records import Held
+from shared.queue.records import Held
 from shared.settings import WorkerSettings
-from worker.engine import Engine
-from worker.faults import Faults
+from worker.engine.engine import Engine
 from worker.lora_worker import build_engine
-from worker.onednn import bound_caches
-from worker.threads import sleep_while_waiting, stays_eager
+from worker.model.kernels.onednn import bound_caches
+from worker.model.kernels.threads import sleep_while_waiting, stays_eager
+from worker.serving.faults import Faults
 
 
 class DirectResult(msgspec.Struct, frozen=True):
@@ -87,7 +87,7 @@ def main() -> None:
     )
     sleep_while_waiting(is_eager=stays_eager(settings.compile))
     bound_caches()
-    from worker.model_runner import ModelRunner
+    from worker.model.model_runner import ModelRunner
 
     with closing(ModelRunner.load(settings)) as runner:
         runner.wait()

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from worker.threads import sleep_while_waiting
+from worker.model.kernels.threads import sleep_while_waiting
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MIN_NUM_STEPS = 25

@@ -27,7 +27,7 @@ from bench.served import Server, Sizes, measure, measure_idle
 from bench.sink import take_streams
 from bench.watched import Watch
 from bench.yardstick import Figure
-from shared.script_source import script_source
+from shared.queue.scripts import script_source
 
 SUBPROCESS_LIMIT_S = 900
 LORA_WORKER = "worker.LoraWorker"

@@ -20,9 +20,9 @@ from bench.load import IGNORE_EOS, LoadFailed
 from bench.own import STAGES, Context, OwnSizes, Stage
 from bench.report import draw, to_text
 from bench.yardstick import Figure, Goal, Row, goals
-from shared.devices import num_usable_cores
+from lorelay.devices import num_usable_cores
 from shared.settings import parse_adapters
-from worker.threads import COMPILER
+from worker.model.kernels.threads import COMPILER
 
 SMOKE = OwnSizes(
     concurrency=2,

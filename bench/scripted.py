@@ -17,10 +17,10 @@ from pydantic_settings import SettingsConfigDict
 from redis.connection import AbstractConnection
 
 from shared.settings import Settings, WorkerSettings
-from worker.adapter_cache import AdapterCache
+from worker.engine.adapter_cache import AdapterCache
+from worker.engine.sequence import Batch
 from worker.lora_worker import LoraWorker
-from worker.sequence import Batch
-from worker.tokenizer import Tokenizer
+from worker.model.tokenizer import Tokenizer
 
 TEXT = "the river runs past a stone bridge and a garden in the morning while the captain writes a letter home"
 BLOCK_SIZE = 16

@@ -15,11 +15,11 @@ import msgspec
 
 from bench.load import LoadFailed, prompts
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
-from shared.records import Held
+from shared.queue.records import Held
 from shared.settings import WorkerSettings
-from worker.engine import Engine
-from worker.faults import Faults
+from worker.engine.engine import Engine
 from worker.lora_worker import build_engine
+from worker.serving.faults import Faults
 
 
 class Turn(msgspec.Struct, frozen=True):
@@ -31,7 +31,7 @@ class Turn(msgspec.Struct, frozen=True):
 
 def load_engine(settings: WorkerSettings) -> Engine:
     """An engine with a model and a KV cache of its own."""
-    from worker.model_runner import ModelRunner
+    from worker.model.model_runner import ModelRunner
 
     return build_engine(ModelRunner.load(settings), settings, Faults())
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import redis
 
 from demo import ask
-from shared.embedded import running_url
+from lorelay.embedded import running_url
+from lorelay.serve import check_port_free, is_http_ready
+from lorelay.supervisor import ChildSpec, start_process
 from shared.errors import ConfigurationError
-from shared.registry import list_cards
-from shared.serve import check_port_free, is_http_ready
-from shared.supervisor import ChildSpec, start_process
+from shared.queue.registry import list_cards
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ("pirate", "sentiment")
@@ -75,7 +75,7 @@ def serve_and_ask(model: str, port: int, *, once: bool) -> int:
 
 def serve_command(model: str, port: int) -> tuple[str, ...]:
     adapters = [f"{name}={ROOT / 'demo' / 'adapters' / name}" for name in ADAPTERS]
-    command = [sys.executable, "-m", "shared.launcher", "serve", model, "--adapters", *adapters]
+    command = [sys.executable, "-m", "lorelay.main", "serve", model, "--adapters", *adapters]
     place = ["--server-name", HOST, "--server-port", str(port), "--state-dir", str(STATE_DIR)]
     return (*command, *place)
 

@@ -250,7 +250,7 @@ class WorkerSettings(Settings):
     step_delay_s: Annotated[float, Field(ge=0, le=MAX_DURATION)] = 0
     """A pause after each step, for tests."""
     faults: str = ""
-    """Faults on purpose, for tests: `worker/faults.py`."""
+    """Faults on purpose, for tests: `worker/serving/faults.py`."""
     stream_ttl_s: Seconds = 3_600
     """Life of a token log that nobody appends to any more."""
     result_ttl_s: Count = 300

@@ -5,7 +5,7 @@ from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 from shared.errors import AdapterError
-from worker.sequence import Batch
+from worker.engine.sequence import Batch
 
 
 class FakeWeights(NamedTuple):

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from worker.block_manager import BlockManager
-from worker.sequence import Sequence
+from worker.engine.block_manager import BlockManager
+from worker.engine.sequence import Sequence
 
 
 def check_blocks(blocks: BlockManager, sequences: Iterable[Sequence] = ()) -> None:

@@ -5,16 +5,16 @@ from functools import cache
 import pytest
 import torch
 
-from worker import kernels
-from worker.compiled import COMPILED, CompiledForward
-from worker.model_runner import ModelRunner
+from worker.model.compiled import COMPILED, CompiledForward
+from worker.model.kernels import native
+from worker.model.model_runner import ModelRunner
 
 WITH_AND_WITHOUT_KERNELS = pytest.mark.parametrize("has_kernels", [False, True], ids=["torch", "kernels"])
 
 
 @cache
 def _are_built() -> bool:
-    return kernels.make_callable(torch.device("cpu"))
+    return native.make_callable(torch.device("cpu"))
 
 
 def wait_until_compiled(runner: ModelRunner) -> None:

@@ -12,8 +12,8 @@ import httpx
 import openai
 import redis
 
-from shared import keys
-from shared.queues import slug
+from shared.queue import keys
+from shared.queue.names import slug
 from tests.redis_server import free_port
 from tests.waiting import wait_until
 
@@ -88,7 +88,7 @@ class Deployment:
     def start_worker(self, *arguments: str, wait: bool = True, **settings: str) -> Process:
         """`rq worker -w worker.LoraWorker`, ready to serve when this returns."""
         command = [str(BIN / "rq"), "worker", "-u", self.redis_url, "-w", "worker.LoraWorker"]
-        command += ["--connection-class", "worker.patience.PatientRedis", *arguments]
+        command += ["--connection-class", "worker.serving.patience.PatientRedis", *arguments]
         worker = self.start(command, **settings)
         if wait:
             worker.wait_for("serving ")

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shared.errors import InvalidRequest
-from worker.sequence import Batch, Sequence
-from worker.step_pace import StepPace
+from worker.engine.sequence import Batch, Sequence
+from worker.engine.step_pace import StepPace
 
 EOS = 0
 

@@ -7,10 +7,10 @@ from uuid import uuid4
 import redis
 import redis.asyncio
 
-from shared.api_streams import ApiStreams
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
-from shared.records import Append, Claim
-from shared.streams import WorkerStreams
+from shared.queue.api_streams import ApiStreams
+from shared.queue.records import Append, Claim
+from shared.queue.worker_streams import WorkerStreams
 
 BASE = "tiny"
 QUEUES = [BASE, *(f"{BASE}-{name}" for name in ("a", "b", "c", "pirate", "not-loaded"))]

@@ -17,32 +17,32 @@ from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.worker.base import DequeueStrategy, WorkerStatus
 
-from shared import permissions, registry
-from shared.connections import check_server, connect_like, same_server
+from lorelay.status import FORWARD_FIELD
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
 from shared.messages import ModelCard
-from shared.not_now import is_not_now
-from shared.refusals import explain
-from shared.script_source import mend
+from shared.queue import permissions, registry
+from shared.queue.connections import check_server, connect_like, same_server
+from shared.queue.not_now import is_not_now
+from shared.queue.refusals import explain
+from shared.queue.scripts import mend
+from shared.queue.worker_streams import WorkerStreams
 from shared.settings import ENV_PREFIX, WorkerSettings
-from shared.status import FORWARD_FIELD
-from shared.streams import WorkerStreams
-from worker.block_manager import BlockManager
-from worker.consumer import IO, Consumer, HeldRequests
-from worker.engine import Engine
-from worker.engine_loop import EngineLoop
-from worker.faults import Faults, FaultyRunner
-from worker.heartbeat import Heartbeat
-from worker.onednn import bound_caches
+from worker.engine.block_manager import BlockManager
+from worker.engine.engine import Engine
+from worker.engine.scheduler import Scheduler
+from worker.engine.step_pace import StepPace
+from worker.model.kernels.onednn import bound_caches
+from worker.model.kernels.threads import sleep_while_waiting, stays_eager
 from worker.rq_worker import RqWorker
-from worker.scheduler import Scheduler
-from worker.served import adapter_slots, model_cards, served_queues, served_versions
-from worker.step_pace import StepPace
-from worker.threads import sleep_while_waiting, stays_eager
+from worker.serving.consumer import IO, Consumer, HeldRequests
+from worker.serving.engine_loop import EngineLoop
+from worker.serving.faults import Faults, FaultyRunner
+from worker.serving.heartbeat import Heartbeat
+from worker.serving.served import adapter_slots, model_cards, served_queues, served_versions
 
 if TYPE_CHECKING:
-    from worker.model_runner import ModelRunner
+    from worker.model.model_runner import ModelRunner
 
 SOCKET_TIMEOUT_S = 5.0
 HUNG_EXIT_CODE = 70
@@ -190,7 +190,7 @@ class LoraWorker(RqWorker):
     def _load_model_runner(self, settings: WorkerSettings) -> "ModelRunner":
         sleep_while_waiting(is_eager=stays_eager(settings.compile))
         bound_caches()
-        from worker.model_runner import ModelRunner
+        from worker.model.model_runner import ModelRunner
 
         return ModelRunner.load(settings)
 

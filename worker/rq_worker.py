@@ -13,11 +13,11 @@ from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker
 from rq.worker.base import WorkerStatus
 
-from shared.connections import is_passing, retry_briefly
 from shared.logs import fields
-from shared.outages import Outages
-from shared.refusals import NamingRedis, explain
-from worker.patience import Patience, call_until
+from shared.queue.connections import is_passing, retry_briefly
+from shared.queue.outages import Outages
+from shared.queue.refusals import NamingRedis, explain
+from worker.serving.patience import Patience, call_until
 
 FAREWELL_S = 4.0
 

@@ -9,15 +9,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.messages import SamplingParams
-from shared.records import Held
+from shared.queue.records import Held
 from shared.settings import WorkerSettings
 from tests.acceptance.conftest import ADAPTERS
 from tests.fakes import unpaced
 from tests.streams import make_request
-from worker.block_manager import BlockManager
-from worker.engine import Engine
-from worker.model_runner import ModelRunner
-from worker.scheduler import Scheduler
+from worker.engine.block_manager import BlockManager
+from worker.engine.engine import Engine
+from worker.engine.scheduler import Scheduler
+from worker.model.model_runner import ModelRunner
 
 PROMPTS = ("What is the capital of France?", "Tell me about the sea.", "The bus was late again.")
 NUM_TOKENS = 40

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from shared import keys
-from shared.queues import slug
+from shared.queue import keys
+from shared.queue.names import slug
 from tests.chaos.recorder import Answer, Ask
 from tests.waiting import wait_until
 

@@ -16,8 +16,8 @@ import redis
 from rq.defaults import RQ_KEY_PREFIX
 from rq.suspension import resume, suspend
 
-from shared import keys
-from shared.queues import slug
+from shared.queue import keys
+from shared.queue.names import slug
 from tests.chaos.forked import Nursery
 from tests.chaos.recorder import MODELS
 from tests.deployment import BIN, Process
@@ -193,7 +193,7 @@ class Cluster:
         """A worker, at the server or at the proxy that `url` names; `program` stands in for `rq`."""
         name, url = f"w{len(self._processes)}", url or self.server.url
         arguments = ["worker", "-u", url, "-w", worker_class, "--name", name]
-        arguments += ["--connection-class", "worker.patience.PatientRedis"]
+        arguments += ["--connection-class", "worker.serving.patience.PatientRedis"]
         process = self._start(arguments, program, settings)
         is_plain = not (settings or program or worker_class != WORKER_CLASS)
         self.workers.append(ChaosWorker(name, url, process, self.connection, is_plain=is_plain))

@@ -108,7 +108,7 @@ def main() -> None:
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import worker.model_runner  # noqa: F401
+    import worker.model.model_runner  # noqa: F401
 
     children: set[int] = set()
     buffer = b""

@@ -4,8 +4,8 @@ import random
 
 import redis
 
-from shared import keys
-from shared.queues import slug
+from shared.queue import keys
+from shared.queue.names import slug
 from tests.chaos.cluster import BASE, Cluster
 
 _AS_STRING = "redis.call('DEL', KEYS[1]) redis.call('SET', KEYS[1], 'garbage')"

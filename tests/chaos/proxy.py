@@ -11,7 +11,7 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from shared.script_source import script_source
+from shared.queue.scripts import script_source
 
 CHUNK_BYTES = 65536
 CALL_LIMIT_S = 10

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import redis
 
-from shared import keys
+from shared.queue import keys
 from tests.chaos.checker import (
     CANCELED_TTL_S,
     Expected,

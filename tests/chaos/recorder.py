@@ -13,8 +13,8 @@ import httpx
 import msgspec
 import redis
 
-from shared import keys
 from shared.messages import StreamEvent, decode_event
+from shared.queue import keys
 
 CHAT = "/v1/chat/completions"
 READ_LIMIT_S = 90

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from api.relay import NUM_CONNECTIONS
-from shared import keys
+from api.relay.relay import NUM_CONNECTIONS
+from shared.queue import keys
 from tests.chaos.checker import Reference, check_complete, find_remains
 from tests.chaos.cluster import BASE, Cluster
 from tests.chaos.conftest import Measure

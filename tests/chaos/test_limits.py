@@ -8,8 +8,8 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from shared import keys, registry
 from shared.messages import decode_event
+from shared.queue import keys, registry
 from tests.chaos.checker import Reference, check_complete, request_keys
 from tests.chaos.cluster import BASE, TTL_S, Cluster
 from tests.chaos.conftest import Measure

@@ -21,7 +21,7 @@ from tests.chaos.recorder import Recorder
 from tests.chaos.stages import ASKS, pick_victim
 from tests.redis_server import free_port
 from tests.server_faults import BUSY_OPTIONS, FAULTS
-from tests.unit.shared.test_not_now import PASSING
+from tests.unit.shared.queue.test_not_now import PASSING
 from tests.waiting import wait_until
 
 AWAY_S = 1.5 * LEASE_S

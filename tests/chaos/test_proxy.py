@@ -9,7 +9,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shared.script_source import script_source
+from shared.queue.scripts import script_source
 from tests.chaos.proxy import Proxy, script_marker
 from tests.redis_server import RedisServer, free_port, server_binary
 from tests.waiting import wait_until

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from shared import keys
+from shared.queue import keys
 from tests.chaos.checker import Reference, check_complete, check_expiry, check_partial, check_quiet
 from tests.chaos.cluster import BASE, TTL_S, Cluster
 from tests.chaos.conftest import Measure

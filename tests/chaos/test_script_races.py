@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import redis
 
-from shared import keys
+from shared.queue import keys
 from tests.redis_server import RedisServer
 from tests.streams import BASE, BlockingApi, claim, make_request, reaper, worker_streams
 from tests.waiting import wait_until

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 from rq.job import Job
 
-from shared import keys
 from shared.messages import decode_card
+from shared.queue import keys
 from tests.chaos.checker import Reference, check_quiet, find_faults
 from tests.chaos.cluster import BASE, ChaosWorker, Cluster
 from tests.chaos.conftest import Measure

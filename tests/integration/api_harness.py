@@ -13,13 +13,13 @@ import redis
 import uvicorn
 
 from api.main import create_app
-from api.relay import Relay
-from shared import registry
+from api.relay.relay import Relay
 from shared.messages import ErrorInfo, FinishReason, ModelCard, StreamEvent, Usage
-from shared.queues import queue_name
-from shared.records import Append, Claim
+from shared.queue import registry
+from shared.queue.names import queue_name
+from shared.queue.records import Append, Claim
+from shared.queue.worker_streams import WorkerStreams
 from shared.settings import ApiSettings, RedisSettings
-from shared.streams import WorkerStreams
 from tests.waiting import wait_until
 
 DEADLINE_S = 10.0

@@ -13,9 +13,10 @@ import httpx
 import pytest
 import redis
 
-from api import responses, waiting
-from shared import keys
-from shared.records import Claim
+from api import responses
+from api.relay import event_source
+from shared.queue import keys
+from shared.queue.records import Claim
 from tests.integration.api_harness import (
     CHAT,
     HELLO,
@@ -253,7 +254,7 @@ def test_a_stream_whose_headers_are_out_learns_of_the_queue_time_limit_by_an_eve
 def test_a_request_that_somebody_deletes_from_its_queue_ends_with_an_error(
     redis_server: RedisServer, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "GONE_WAIT_S", 0.2)
+    monkeypatch.setattr(event_source, "GONE_WAIT_S", 0.2)
 
     def delete() -> None:
         wait_until(lambda: worker.connection.llen("rq:queue:base"))

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import redis
 
-from shared.records import Claim
+from shared.queue.records import Claim
 from tests.integration.api_harness import (
     CHAT,
     HELLO,

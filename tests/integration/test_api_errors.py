@@ -14,7 +14,7 @@ import redis
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from shared.queues import queue_name
+from shared.queue.names import queue_name
 from tests.integration.api_harness import (
     CHAT,
     HELLO,

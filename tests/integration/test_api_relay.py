@@ -11,10 +11,10 @@ import pytest
 import redis
 import redis.asyncio
 
-from api.relay import Relay
-from shared import keys
+from api.relay.relay import Relay
 from shared.errors import GenerationFailed, ServerDraining
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent
+from shared.queue import keys
 from shared.settings import ApiSettings, RedisSettings
 from tests.integration.api_harness import ScriptedWorker, eventually
 from tests.redis_server import RedisServer, server_binary
@@ -56,7 +56,7 @@ def subscribers(connection: redis.Redis) -> list[dict[str, str]]:
 
 def actions(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the relay logged."""
-    return [record.action for record in caplog.records if record.name == "api.relay"]
+    return [record.action for record in caplog.records if record.name == "api.relay.relay"]
 
 
 async def test_a_connection_on_which_the_server_answers_no_more_is_given_up(

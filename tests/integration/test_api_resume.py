@@ -9,9 +9,9 @@ import httpx_sse
 import pytest
 import redis
 
-from shared import keys
 from shared.messages import FinishReason
-from shared.records import Claim
+from shared.queue import keys
+from shared.queue.records import Claim
 from tests.integration.api_harness import (
     CHAT,
     HELLO,

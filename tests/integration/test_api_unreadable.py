@@ -7,8 +7,8 @@ import httpx
 import pytest
 import redis
 
-from shared import keys, registry
-from shared.records import Claim
+from shared.queue import keys, registry
+from shared.queue.records import Claim
 from tests.integration.api_harness import (
     ADAPTER,
     BASE,

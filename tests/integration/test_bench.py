@@ -11,7 +11,7 @@ import pytest
 from bench import memory, run
 from bench.served import KEYS
 from tests.deployment import Deployment
-from worker.compiled import COMPILED, EAGER
+from worker.model.compiled import COMPILED, EAGER
 
 PNG = b"\x89PNG"
 

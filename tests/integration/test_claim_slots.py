@@ -6,9 +6,9 @@ from uuid import uuid4
 import pytest
 import redis
 
-from shared import keys
-from shared.records import Claim, Slots
-from shared.streams import WorkerStreams
+from shared.queue import keys
+from shared.queue.records import Claim, Slots
+from shared.queue.worker_streams import WorkerStreams
 from tests.redis_server import RedisServer
 from tests.streams import BASE, BlockingApi, last, make_request, worker_streams
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 import redis
 
-from shared.launcher import main
+from lorelay.main import main
 from tests.deployment import BIN, Deployment
 from tests.redis_server import RedisServer, free_port, server_binary
 from tests.server_faults import BUSY_OPTIONS, busy, orphaned

@@ -12,24 +12,24 @@ import redis
 from rq.job import Job
 from rq.suspension import resume, suspend
 
-from shared import keys
 from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
-from shared.records import Append, Claim, Held
+from shared.queue import keys
+from shared.queue.records import Append, Claim, Held
+from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from shared.settings import WorkerSettings
-from shared.streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
 from tests.redis_server import RedisServer
 from tests.streams import BASE, BlockingApi, claim, last, make_request, token, worker_streams
 from tests.waiting import wait_until
-from worker import capacity
-from worker.block_manager import BlockManager
-from worker.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
-from worker.engine import Engine
-from worker.engine_loop import EngineLoop
-from worker.heartbeat import Heartbeat
-from worker.prompt_encoder import LONG_PROMPT_CHARS, Encode
-from worker.scheduler import Scheduler
-from worker.sequence import Batch, OutOfDeviceMemory, Sequence
+from worker.engine.block_manager import BlockManager
+from worker.engine.engine import Engine
+from worker.engine.scheduler import Scheduler
+from worker.engine.sequence import Batch, OutOfDeviceMemory, Sequence
+from worker.serving import capacity
+from worker.serving.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
+from worker.serving.engine_loop import EngineLoop
+from worker.serving.heartbeat import Heartbeat
+from worker.serving.prompt_encoder import LONG_PROMPT_CHARS, Encode
 
 
 class SlowRunner(FakeModelRunner):

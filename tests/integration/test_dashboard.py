@@ -14,8 +14,8 @@ import pytest
 import redis
 from rq.worker import BaseWorker, WorkerStatus
 
+from lorelay.main import main
 from shared.errors import GenerationFailed
-from shared.launcher import main
 from tests.redis_server import RedisServer, free_port
 from tests.streams import BASE, SECRET, BlockingApi, claim, last, make_request, token, worker_streams
 from tests.waiting import wait_until
@@ -53,7 +53,7 @@ class Dashboard:
 def dashboard(redis_server: RedisServer) -> Iterator[Dashboard]:
     """The command as a user starts it, on the server that the tests fill."""
     client = Dashboard(free_port())
-    command = [sys.executable, "-m", "shared.launcher", "dashboard", "--redis-url", redis_server.url]
+    command = [sys.executable, "-m", "lorelay.main", "dashboard", "--redis-url", redis_server.url]
     with subprocess.Popen([*command, "--port", str(client.port)], cwd=ROOT) as process:
         try:
             wait_until(client.answers, 60, "the dashboard answers")

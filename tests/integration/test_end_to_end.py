@@ -14,8 +14,8 @@ from rq import Queue, Worker
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from shared.queues import queue_name
-from shared.status import read_status
+from lorelay.status import read_status
+from shared.queue.names import queue_name
 from tests.compiled import need_kernels
 from tests.deployment import BIN, ROOT, Deployment
 from tests.redis_server import RedisServer
@@ -315,5 +315,5 @@ def test_a_stock_worker_says_which_worker_to_start(
 
 
 def test_the_worker_class_is_imported_without_torch() -> None:
-    code = "import sys, worker.consumer, worker.engine, worker.lora_worker; sys.exit('torch' in sys.modules)"
+    code = "import sys, worker.engine.engine, worker.lora_worker; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

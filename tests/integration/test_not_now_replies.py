@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from shared.connections import is_passing
-from shared.not_now import code_of, is_not_now, reply_of
+from shared.queue.connections import is_passing
+from shared.queue.not_now import code_of, is_not_now, reply_of
 from tests.redis_server import BINARIES, RedisServer, free_port
 from tests.server_faults import BUSY_OPTIONS, FAULTS, LOOP, configured, demoted
 from tests.waiting import wait_until

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import redis
 
-from shared.permissions import API, WORKER, Needs, missing_rules
+from shared.queue.permissions import API, WORKER, Needs, missing_rules
 from tests.redis_server import BINARIES, RedisServer, free_port
 from tests.server_faults import BUSY_OPTIONS, FAULTS
 
@@ -100,7 +100,7 @@ def test_keys_that_a_user_may_only_read_are_named(guarded: Guarded) -> None:
 
 
 def test_all_that_the_scripts_call_is_in_the_tables() -> None:
-    folder = resources.files("shared") / "scripts"
+    folder = resources.files("shared.queue") / "lua"
     text = "".join(file.read_text() for file in folder.iterdir() if file.name.endswith(".lua"))
     called = {f"+{name.lower()}" for name in re.findall(r"redis\.p?call\('(\w+)'", text)}
     assert called <= set(EVERY_RULE)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import redis
 
-from shared.permissions import API, WORKER
+from shared.queue.permissions import API, WORKER
 from tests.deployment import BIN, ROOT, Deployment
 from tests.redis_server import BINARIES, RedisServer, free_port
 from tests.waiting import wait_until

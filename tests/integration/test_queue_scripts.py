@@ -1,4 +1,4 @@
-"""The scripts of `shared/scripts/`, read back through RQ's own API, on Valkey and on Redis 6.2."""
+"""The scripts of `shared/queue/lua/`, read back through RQ's own API, on Valkey and on Redis 6.2."""
 
 import json
 import shutil
@@ -15,12 +15,12 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegist
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
-from shared import keys
 from shared.errors import GenerationFailed, GenerationStopped, QueueFull
 from shared.messages import SCHEMA_VERSION, FinishReason, decode_event
-from shared.records import Claim, Held
-from shared.script_source import script_source
-from shared.streams import WorkerStreams
+from shared.queue import keys
+from shared.queue.records import Claim, Held
+from shared.queue.scripts import script_source
+from shared.queue.worker_streams import WorkerStreams
 from tests.redis_server import BINARIES, RedisServer
 from tests.streams import (
     BASE,

@@ -5,10 +5,10 @@ import pytest
 import redis
 import redis.asyncio
 
-from shared import keys, registry
-from shared.connections import check_server, connect_like, same_server
 from shared.errors import ConfigurationError, ModelNotFound, RegistryConflict
 from shared.messages import ModelCard
+from shared.queue import keys, registry
+from shared.queue.connections import check_server, connect_like, same_server
 from tests.redis_server import RedisServer
 from tests.streams import worker_streams
 

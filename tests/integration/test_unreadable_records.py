@@ -10,10 +10,10 @@ import redis
 from rq import Worker
 from rq.job import Job
 
-from shared import keys
 from shared.messages import decode_event
-from shared.records import Claim
-from shared.streams import WorkerStreams
+from shared.queue import keys
+from shared.queue.records import Claim
+from shared.queue.worker_streams import WorkerStreams
 from tests.redis_server import BINARIES, RedisServer
 from tests.streams import (
     BASE,

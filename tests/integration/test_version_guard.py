@@ -4,11 +4,11 @@ import pytest
 import redis
 from rq.job import Job
 
-from shared import keys, registry
 from shared.errors import RegistryConflict
 from shared.messages import ModelCard, decode_event
-from shared.records import Slots
-from shared.streams import WorkerStreams
+from shared.queue import keys, registry
+from shared.queue.records import Slots
+from shared.queue.worker_streams import WorkerStreams
 from tests.redis_server import RedisServer
 from tests.streams import BASE, BlockingApi, claim, make_request, reaper, token, worker_streams
 

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
-from shared.embedded import StateFolder
+from lorelay.embedded import StateFolder
 from shared.settings import ApiSettings, WorkerSettings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -29,7 +29,7 @@ RUN_BY_TESTS = {
         "tests/deployment.py"
     ),
     "lorelay dashboard --redis-url --host --port": "tests/integration/test_dashboard.py",
-    "lorelay status --here --redis-url": "tests/unit/shared/test_status.py",
+    "lorelay status --here --redis-url": "tests/unit/lorelay/test_status.py",
 }
 """The commands of the services without their values, and the file whose tests run them."""
 

@@ -8,8 +8,8 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 import pytest
 
+from api.contract.chat_request import ChatCompletionRequest
 from api.main import create_app
-from api.schemas import ChatCompletionRequest
 from shared.messages import ModelCard
 from shared.settings import ApiSettings, RedisSettings
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from api import responses, waiting
-from api.inbox import Inbox
+from api import responses
+from api.relay import event_source
+from api.relay.inbox import Inbox
 from api.responses import ChatCall, ChatCompletionResponse
 from shared.errors import (
     GenerationFailed,
@@ -265,7 +266,7 @@ async def test_the_queue_time_limit_is_checked_until_redis_answers(
     live_worker: bool | Exception,
     cls: type[QueueTimeout],
 ) -> None:
-    monkeypatch.setattr(waiting, "RETRY_S", 0.01)
+    monkeypatch.setattr(event_source, "RETRY_S", 0.01)
     relay.queue_states = [QueueUnavailable(), QueueUnavailable(), "queued"]
     relay.live_worker = live_worker
     with pytest.raises(QueueTimeout) as caught:

@@ -7,7 +7,7 @@ import httpx
 import httpx_sse
 import pytest
 
-from api.chat_format import DONE, ChunkWriter, Heading, render_data, render_resumption
+from api.contract.chat_answer import DONE, ChunkWriter, Heading, render_data, render_resumption
 from api.errors import render_error
 from api.responses import PAUSED_COMMENT, QUEUED_COMMENT
 from shared.errors import InvalidRequest

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import errors, keys
+from shared import errors
 from shared.errors import ERRORS_BY_CODE, LorelayError, from_info
 from shared.messages import (
     SCHEMA_VERSION,
@@ -23,6 +23,7 @@ from shared.messages import (
     decode_event,
     decode_request,
 )
+from shared.queue import keys
 
 REQUEST = GenerationRequest(
     "id", "m", "base", [{"role": "user", "content": "ä😀\n"}], SamplingParams(seed=2**63 - 1)
@@ -96,7 +97,7 @@ def test_an_error_without_a_message_says_what_its_class_says() -> None:
     "key", ["waiting", "doorbell", "leases", "workers", "owner", "reader", "log", "reaped"]
 )
 def test_the_scripts_name_keys_as_the_code_does(key: str) -> None:
-    folder = resources.files("shared") / "scripts"
+    folder = resources.files("shared.queue") / "lua"
     scripts = "".join(entry.read_text() for entry in folder.iterdir() if entry.name.endswith(".lua")).replace(
         "OURS .. '", f"'{keys.PREFIX}"
     )

@@ -1,0 +1,120 @@
+"""The body of `POST /v1/chat/completions`, and what it means to the workers."""
+
+import secrets
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, FailFast, Field, StringConstraints, WithJsonSchema, model_validator
+
+from api.contract.chat_messages import ChatMessage
+from api.contract.strict import StrictModel, invalid, neutral
+from api.contract.unserved import LabelFields, UnservedExtensions, UnservedOpenAIFields
+from shared.messages import SamplingParams
+
+MAX_NUM_MESSAGES = 10_000
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+SEED_BITS = 63
+
+StopString = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _to_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Stop = Annotated[
+    list[StopString],
+    Field(min_length=1, max_length=4),
+    BeforeValidator(_to_list),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {
+                    "type": "array",
+                    "items": {"type": "string", "minLength": 1},
+                    "minItems": 1,
+                    "maxItems": 4,
+                },
+            ]
+        }
+    ),
+]
+
+
+class StreamOptions(StrictModel):
+    """How to stream."""
+
+    include_usage: bool | None = None
+    """Adds one last chunk with the token counts."""
+    include_obfuscation: Annotated[bool | None, neutral(False)] = None
+    """Not served: false."""
+
+
+class ServedFields(StrictModel):
+    """The fields that have an effect."""
+
+    model: Annotated[str, StringConstraints(min_length=1)]
+    """The base model or one of the adapters of `GET /v1/models`."""
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_NUM_MESSAGES), FailFast()]
+    """The conversation so far, oldest message first."""
+    stream: bool | None = None
+    """Sends the answer in pieces, as server-sent events that end with `data: [DONE]`. Default: false."""
+    stream_options: StreamOptions | None = None
+    """Only with `stream: true`."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Randomness, 0 to 2; 0 always takes the likeliest token. Default: 1."""
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Samples from the likeliest tokens that reach this probability together. Default: 1."""
+    top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
+    """Samples from this many of the likeliest tokens. Default: 0, all of them; -1 means the same."""
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    """Most tokens to generate. Default: up to the end of the model's context."""
+    max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    """Older name of `max_completion_tokens`, which wins where both are given."""
+    min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
+    """Fewest tokens to generate before the model or a stop string may end the answer. Default: 0."""
+    ignore_eos: bool | None = None
+    """Goes on after the model's end-of-text token. Default: false."""
+    stop: Stop | None = None
+    """One to four strings that end the answer; the text stops in front of them."""
+    seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX)] | None = None
+    """The same seed gives the same samples. Default: a random one for each request."""
+
+
+class ChatCompletionRequest(UnservedExtensions, UnservedOpenAIFields, LabelFields, ServedFields):
+    """A chat completion as a client asks for it; null always means the default."""
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "ChatCompletionRequest":
+        if self.stream_options is not None and not self.stream:
+            raise invalid("only allowed when 'stream' is true", field="stream_options")
+        if self.min_tokens and self.max_output_tokens and self.min_tokens > self.max_output_tokens:
+            raise invalid("must not exceed the most tokens to generate", field="min_tokens")
+        return self
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """The bound that counts, under either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def to_sampling(self) -> SamplingParams:
+        """What the workers need of it; draws a seed when none is given."""
+        top_p = 1.0 if self.top_p is None else self.top_p
+        top_k = max(self.top_k or 0, 0)
+        if top_p == 0:  # No token has probability 0 or less: OpenAI takes the single best one.
+            top_p, top_k = 1.0, 1
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=secrets.randbits(SEED_BITS) if self.seed is None else self.seed % 2**SEED_BITS,
+            max_tokens=self.max_output_tokens,
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+            stop=tuple(self.stop or ()),
+        )

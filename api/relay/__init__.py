@@ -1,0 +1,1 @@
+"""Requests out to the queue, their events back to HTTP exchanges."""

@@ -1,0 +1,88 @@
+"""Waiting for the events of an accepted request, within its queue time limit."""
+
+import asyncio
+import math
+
+from api.relay.inbox import Inbox
+from api.relay.relay import Relay
+from shared.errors import GenerationFailed, LorelayError, NoWorker, QueueTimeout, QueueUnavailable, from_info
+from shared.messages import FinishReason, GenerationRequest, StreamEvent
+
+RETRY_S = 1.0
+"""Pause before Redis, which did not answer, is asked again whether a request still waits."""
+GONE_WAIT_S = 5.0
+"""How long a request that is neither queued nor running may still have events on their way."""
+
+
+class EventSource:
+    """The events of one request that was enqueued just now."""
+
+    def __init__(
+        self, relay: Relay, inbox: Inbox, request: GenerationRequest, queue_time_limit_s: float
+    ) -> None:
+        self._relay = relay
+        self._inbox = inbox
+        self._request = request
+        self._queue_time_limit_s = queue_time_limit_s
+        self._loop = asyncio.get_running_loop()
+        self._check_at = self._loop.time() + queue_time_limit_s
+        self._was_gone = False
+        self.has_ended = False
+        """Whether the request is over: nothing is queued or runs under its id."""
+
+    async def next(self, until: float) -> list[StreamEvent]:
+        """The next events, at least one; none when the event loop's time passed `until` first.
+
+        Raises:
+            QueueTimeout: no worker claimed the request in time; it never runs.
+            GenerationFailed: it was removed by somebody else.
+        """
+        while True:
+            events = await self._inbox.get(min(until, self._check_at))
+            if events:
+                self._check_at = math.inf
+                self.has_ended = events[-1].is_terminal
+                return events
+            if self._loop.time() >= self._check_at:
+                await self._check_queue()
+            elif self._loop.time() >= until:
+                return []
+
+    async def _check_queue(self) -> None:
+        """The queue time limit: removes the request unless a worker has it."""
+        try:
+            state = await self._relay.abort_queued(self._request.request_id)
+        except QueueUnavailable:
+            self._check_at = self._loop.time() + RETRY_S
+            return
+        if state == "queued":
+            self.has_ended = True
+            raise await self._queue_timeout()
+        if state == "running":
+            self._check_at = math.inf
+            return
+        if self._was_gone:
+            self.has_ended = True
+            raise GenerationFailed("The request was removed from the queue.")
+        self._was_gone = True
+        self._check_at = self._loop.time() + GONE_WAIT_S
+        self._inbox.fall_behind()
+
+    async def _queue_timeout(self) -> QueueTimeout:
+        try:
+            has_worker = await self._relay.has_live_worker(self._request)
+        except QueueUnavailable:
+            has_worker = True
+        waited = f"within the queue time limit of {self._queue_time_limit_s:g} s"
+        if has_worker:
+            return QueueTimeout(f"The request was not started {waited}; try again later.")
+        return NoWorker(f"No worker serves '{self._request.model}' at the moment: none came {waited}.")
+
+
+def error_of(event: StreamEvent) -> LorelayError | None:
+    """The error that an event stands for, if any."""
+    if event.error is not None:
+        return from_info(event.error)
+    if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+        return GenerationFailed(f"The generation ended with '{event.finish_reason}'.")
+    return None

@@ -1,0 +1,1 @@
+"""The `lorelay` command: serve, status, dashboard."""

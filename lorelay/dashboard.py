@@ -1,0 +1,41 @@
+"""rq-dashboard on Lorelay's queues: `lorelay dashboard`."""
+
+import importlib.util
+import signal
+import sys
+
+import redis
+
+from shared.errors import ConfigurationError
+from shared.queue.refusals import explain
+
+
+def run(redis_url: str, host: str, port: int) -> None:
+    """Serves rq-dashboard until the process is told to end.
+
+    Its buttons that delete jobs or empty a queue are off; requeue works.
+
+    Raises:
+        ConfigurationError: rq-dashboard is not installed.
+    """
+    if importlib.util.find_spec("rq_dashboard") is None:
+        raise ConfigurationError(
+            "rq-dashboard is not installed: pip install -e '.[dashboard]' in the checkout"
+        )
+    import rq.serializers
+
+    # Some of its pages fetch jobs without naming a serializer; Lorelay's jobs are JSON, and pickle from Redis
+    # would run whatever stands there.
+    rq.serializers.PickleSerializer = rq.serializers.JSONSerializer  # type: ignore[assignment]
+    dashboard = importlib.import_module("rq_dashboard.cli").run
+    pages = importlib.import_module("rq_dashboard.web").blueprint
+    pages.register_error_handler(redis.RedisError, _unavailable)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    words = ["--bind", host, "--port", str(port), "--redis-url", redis_url, "--disable-delete", "--json"]
+    dashboard.main(words, prog_name="lorelay dashboard", auto_envvar_prefix="RQ_DASHBOARD")
+
+
+def _unavailable(error: redis.RedisError) -> tuple[str, int, dict[str, str]]:
+    """The page while Redis does not serve; by itself Flask shows none, and logs a traceback."""
+    sys.stderr.write(f"lorelay: {explain(error)}\n")
+    return f"{explain(error)}\n", 503, {"Content-Type": "text/plain", "Retry-After": "1"}

@@ -1,0 +1,1 @@
+"""Redis as both sides see it: keys, scripts, records, the registry of models."""

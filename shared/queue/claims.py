@@ -1,0 +1,68 @@
+"""Reading what a worker claimed: a record that can't be read concerns its own request only."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from shared.errors import GenerationFailed
+from shared.messages import GenerationRequest, StreamEvent, decode_event, decode_request
+from shared.queue.names import queue_name
+from shared.queue.records import Claim, Held
+
+UNREADABLE = "A record of the request in Redis can't be read."
+"""The message that its client gets; the script prelude has it too."""
+
+
+class UnreadableRecord(GenerationFailed):
+    """A record of the request in Redis can't be read."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(UNREADABLE)
+        self.reason = reason
+        """The fault, for the log and the dead-lettered job: field names, never text of a prompt."""
+
+
+def read_request(encoded: bytes) -> GenerationRequest:
+    """The request of a job.
+
+    Raises:
+        UnreadableRecord: it is none.
+    """
+    try:
+        return decode_request(encoded)
+    # A RecursionError is JSON nested thousands deep.
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UnreadableRecord(f"request: {error}") from error
+
+
+def read_claim(
+    held: Held, queue: bytes, version: bytes, encoded: bytes, log: Sequence[bytes], *, alone: bool
+) -> Claim:
+    """A claim from the records in Redis.
+
+    `queue`, `version`: where the job waited, and the weights that it was chosen by.
+
+    Raises:
+        UnreadableRecord: the request or an entry of the log is not what its job says it is.
+    """
+    request = read_request(encoded)
+    if request.request_id != held.request_id:
+        raise UnreadableRecord("request: the request_id is not the job's")
+    if queue_name(request.base, request.adapter_name).encode() != queue:
+        raise UnreadableRecord("request: base and adapter are not those of its queue")
+    if request.weights_version.encode() != version:
+        raise UnreadableRecord("request: the version is not the job's")
+    return Claim(held, request, _decode_log(log), alone)
+
+
+def _decode_log(log: Sequence[bytes]) -> tuple[StreamEvent, ...]:
+    events = []
+    for event_no, entry in enumerate(log):
+        try:
+            event = decode_event(entry)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise UnreadableRecord(f"log entry {event_no}: {error}") from error
+        if event.event_no != event_no or event.is_terminal:
+            raise UnreadableRecord(f"log entry {event_no}: not the event that belongs there")
+        events.append(event)
+    return tuple(events)

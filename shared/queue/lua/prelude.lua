@@ -1,0 +1,294 @@
+-- Stands before every script of this folder. Names of keys: shared/queue/keys.py; @RQ@ is RQ's prefix.
+-- Only commands of Redis 6.2; the clock is the server's.
+
+local RQ, OURS = '@RQ@', 'lorelay'
+
+local time = redis.call('TIME')
+local now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
+local now_ms = math.floor(now_us / 1000)
+
+-- RQ's timestamp format; days to a date after Howard Hinnant's civil_from_days.
+local function iso(us)
+  local seconds = math.floor(us / 1000000)
+  local days = math.floor(seconds / 86400)
+  local rest = seconds - days * 86400
+  local z = days + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5) + 1
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day,
+    math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, us - seconds * 1000000)
+end
+
+-- Unreadable records, part 1. Anybody may write to Redis: a value of ours may be no number, a key of another type.
+-- Such a record may cost one request at most, and never a worker: an error that leaves a script ends its caller.
+
+-- {request id or key, reason} of each record that this call set aside, for the caller's log.
+local unreadable = {}
+
+-- The number in a field; `default` if there is none.
+local function to_number(text, default)
+  local number = tonumber(text or '')
+  -- NaN is not equal to itself.
+  if number and number == number and math.abs(number) < 1e15 then return number end
+  return default
+end
+
+local function increment(key, field, by)
+  local number = to_number(redis.call('HGET', key, field), 0) + (by or 1)
+  redis.call('HSET', key, field, number)
+  return number
+end
+
+-- A key that many requests share. If it has another type than it should, it is renamed and kept for a day; the scripts
+-- and the heartbeats then fill the right one again.
+local checked = {}
+local function shared_key(kind, key)
+  if not checked[key] then
+    checked[key] = true
+    local found = redis.call('TYPE', key).ok
+    if found ~= kind and found ~= 'none' then
+      local aside = OURS .. ':unreadable:' .. key
+      redis.call('RENAME', key, aside)
+      redis.call('EXPIRE', aside, 86400)
+      unreadable[#unreadable + 1] = { key, 'a ' .. found .. ' in place of a ' .. kind .. ', renamed to ' .. aside }
+    end
+  end
+  return key
+end
+
+-- Keys of one request.
+local function job_key(id) return RQ .. ':job:' .. id end
+local function executions_key(id) return RQ .. ':executions:' .. id end
+local function results_key(id) return RQ .. ':results:' .. id end
+local function execution_key(composite) return RQ .. ':execution:' .. composite end
+local function owner_key(id) return OURS .. ':owner:' .. id end
+local function log_key(id) return OURS .. ':log:' .. id end
+local function reader_key(id) return OURS .. ':reader:' .. id end
+
+-- Keys that many requests share.
+local function queue_key(queue) return shared_key('list', RQ .. ':queue:' .. queue) end
+local function registry_key(name, queue) return shared_key('zset', RQ .. ':' .. name .. ':' .. queue) end
+local function worker_key(worker) return shared_key('hash', RQ .. ':worker:' .. worker) end
+local function held_key(worker) return shared_key('set', RQ .. ':worker:' .. worker .. ':executions') end
+local function waiting_key(base) return shared_key('zset', OURS .. ':waiting:' .. base) end
+local function leases_key(base) return shared_key('zset', OURS .. ':leases:' .. base) end
+local function workers_key(base) return shared_key('zset', OURS .. ':workers:' .. base) end
+local function doorbell_key(base) return shared_key('list', OURS .. ':doorbell:' .. base) end
+local function reaped_key(worker) return shared_key('hash', OURS .. ':reaped:' .. worker) end
+local function served_key(worker) return shared_key('hash', OURS .. ':served:' .. worker) end
+
+-- Whether a worker's own lease still holds. After a pause of the server, or of the worker, it does not: then the leases
+-- of others may look expired too, before they had the time to renew them, and the worker must judge nobody.
+local function may_judge(base, worker)
+  return tonumber(redis.call('ZSCORE', workers_key(base), worker) or 0) > now_ms
+end
+
+local function ring(base)
+  redis.call('LPUSH', doorbell_key(base), 1)
+  redis.call('LTRIM', doorbell_key(base), 0, 63)
+end
+
+-- Ownership of a request and RQ's records of its execution, gone.
+local function drop_execution(id, owner)
+  local composite = id .. ':' .. owner.execution
+  redis.call('ZREM', registry_key('wip', owner.queue), composite)
+  redis.call('ZREM', executions_key(id), owner.execution)
+  redis.call('DEL', execution_key(composite))
+  redis.call('SREM', held_key(owner.worker), composite)
+  if redis.call('SCARD', held_key(owner.worker)) == 0
+    and redis.call('HGET', worker_key(owner.worker), 'state') == 'busy' then
+    redis.call('HSET', worker_key(owner.worker), 'state', 'idle')
+  end
+  redis.call('ZREM', leases_key(owner.base), id)
+  redis.call('DEL', owner_key(id))
+end
+
+local function get_owner(id)
+  local owner = redis.call('HMGET', owner_key(id), 'execution', 'worker', 'base', 'queue', 'aborted', 'watched_from',
+    'alone')
+  return { execution = owner[1], worker = owner[2], base = owner[3], queue = owner[4], aborted = owner[5],
+    watched_from = to_number(owner[6]), alone = owner[7] }
+end
+
+-- In place of an owner, for a request that waits.
+local function nobody(base, queue) return { execution = '', worker = '', base = base, queue = queue } end
+
+-- Raised, and caught by `guarded`, for a value that has the right type and makes no sense.
+local function refuse(reason) error('unreadable: ' .. reason, 0) end
+
+-- An event into its log, once; returns the channel of the API to tell, or false.
+local function write_event(id, event_no, event)
+  local length = redis.call('LLEN', log_key(id))
+  if event_no > length then refuse('its log has lost events') end
+  if event_no < length then
+    if redis.call('LINDEX', log_key(id), event_no) ~= event then refuse('its log has an event of somebody else') end
+    return false
+  end
+  redis.call('RPUSH', log_key(id), event)
+  return redis.call('GET', reader_key(id))
+end
+
+-- The terminal event of a request that ends without its owner; `format` has one %d, for its number.
+local function tell_end(id, format)
+  local event_no = redis.call('LLEN', log_key(id))
+  local event = format:format(event_no)
+  local reader = write_event(id, event_no, event)
+  if reader then redis.call('PUBLISH', reader, id .. ' ' .. event) end
+end
+
+local function write_result(id, owner, started, status, return_value, exc_text, ttl)
+  local RESULT_TYPE = { finished = 1, failed = 2, stopped = 3 }
+  if not RESULT_TYPE[status] then return end
+  local fields = { 'type', RESULT_TYPE[status], 'worker_name', owner.worker, 'execution_id', owner.execution,
+    'execution_started_at', started, 'execution_ended_at', now_us / 1000000 }
+  for name, value in pairs({ return_value = return_value, exc_string = exc_text }) do
+    if value ~= '' then
+      table.insert(fields, name)
+      table.insert(fields, value)
+    end
+  end
+  redis.call('XADD', results_key(id), 'MAXLEN', 10, '*', unpack(fields))
+  redis.call('EXPIRE', results_key(id), ttl)
+end
+
+local function count_job(owner, status, working_s)
+  if redis.call('EXISTS', worker_key(owner.worker)) == 1 then
+    local counter = status == 'finished' and 'successful_job_count' or 'failed_job_count'
+    increment(worker_key(owner.worker), counter)
+    increment(worker_key(owner.worker), 'total_working_time', working_s)
+  end
+  local drained = shared_key('string', OURS .. ':drained:' .. owner.base .. ':' .. math.floor(now_ms / 10000))
+  redis.call('SET', drained, to_number(redis.call('GET', drained), 0) + 1, 'EX', 60)
+end
+
+-- The job of a request is over. outcome = {status, meta, return value, exception text, ttl (s)}, as append has it.
+local function finish(id, owner, outcome)
+  local status, meta, return_value, exc_text, ttl = unpack(outcome)
+  local REGISTRY = { stopped = 'failed' }
+  local created = redis.call('HGET', execution_key(id .. ':' .. owner.execution), 'created_at')
+  local started = to_number(created, now_us / 1000000)
+  redis.call('HSET', job_key(id), 'status', status, 'ended_at', iso(now_us), 'meta', meta, 'has_ended', 1)
+  redis.call('ZADD', registry_key(REGISTRY[status] or status, owner.queue), math.floor(now_ms / 1000) + ttl, id)
+  write_result(id, owner, started, status, return_value, exc_text, ttl)
+  drop_execution(id, owner)
+  count_job(owner, status, now_us / 1000000 - started)
+  for _, key in ipairs({ job_key(id), log_key(id), reader_key(id) }) do
+    redis.call('EXPIRE', key, ttl)
+  end
+end
+
+-- The end of a request without its owner: the job, and an event for its reader.
+local function finish_ownerless(id, owner, format, outcome)
+  tell_end(id, format)
+  finish(id, owner, outcome)
+end
+
+-- Unreadable records, part 2: those of one request.
+
+local UNREADABLE = '{"event_no":%d,"finish_reason":"error","error":{"code":"generation_failed",'
+  .. '"message":"A record of the request in Redis can\'t be read."}}'
+local UNREADABLE_RESULT = '@UNREADABLE_RESULT@'
+
+-- Takes one request out of the way, whatever is wrong with its records: its job is dead-lettered with the reason, or
+-- dropped where there is none to keep, and its client is told. `queue`: where it waits, if that is known.
+local function set_aside(id, base, queue, reason)
+  unreadable[#unreadable + 1] = { id, reason }
+  local function keep_if(kind, key)
+    local found = redis.call('TYPE', key).ok
+    if found ~= kind and found ~= 'none' then redis.call('DEL', key) end
+  end
+  keep_if('hash', job_key(id))
+  keep_if('hash', owner_key(id))
+  keep_if('list', log_key(id))
+  keep_if('string', reader_key(id))
+  keep_if('zset', executions_key(id))
+  keep_if('stream', results_key(id))
+  local owner = get_owner(id)
+  local origin, ttl = unpack(redis.call('HMGET', job_key(id), 'origin', 'failure_ttl'))
+  for field, value in pairs(nobody(base, queue or origin or '')) do owner[field] = owner[field] or value end
+  keep_if('hash', execution_key(id .. ':' .. owner.execution))
+  redis.call('LREM', queue_key(queue or owner.queue), 0, id)
+  if redis.call('EXISTS', job_key(id)) == 1 then
+    redis.call('HSET', job_key(id), 'unreadable', reason)
+    local meta = cjson.encode({ error = 'generation_failed', unreadable = reason })
+    finish_ownerless(id, owner, UNREADABLE,
+      { 'failed', meta, '', UNREADABLE_RESULT, math.floor(to_number(ttl, 86400)) })
+  else
+    tell_end(id, UNREADABLE)
+    drop_execution(id, owner)
+    for _, key in ipairs({ log_key(id), reader_key(id) }) do redis.call('EXPIRE', key, 60) end
+  end
+end
+
+-- Signs of an error that a record is to blame for. Any other one (out of memory, a replica) is the server's state, and
+-- its caller's matter.
+local SIGNS = { 'WRONGTYPE', 'unreadable: ', 'not an integer', 'not a valid float', 'attempt to ', 'bad argument',
+  'must be strings or integers' }
+
+-- Does `work(...)` for one request and returns its one result. If a record can't be read, the request is set aside, and
+-- nothing is returned.
+local function guarded(id, base, queue, work, ...)
+  local ok, result = pcall(work, ...)
+  if ok then return result end
+  local message = type(result) == 'table' and result.err or tostring(result)
+  for _, sign in ipairs(SIGNS) do
+    if message:find(sign, 1, true) then return set_aside(id, base, queue, message) end
+  end
+  error(result, 0)
+end
+
+-- Refuses a job that stands in a queue with a status that it can't have there. A job that has ended, was canceled or is
+-- claimed already is fine, and one that is gone has no status.
+local function check_status(id, status)
+  if status == 'queued' or status == 'canceled' then return end
+  if status == 'started' and redis.call('EXISTS', owner_key(id)) == 1 then return end
+  local is_there = redis.call('EXISTS', job_key(id)) == 1
+  if is_there and redis.call('HEXISTS', job_key(id), 'has_ended') == 0 then
+    refuse('its status is not that of a request that waits')
+  end
+end
+
+local function read_head(id)
+  local fields = redis.call('HMGET', job_key(id), 'status', 'enqueued_ms')
+  check_status(id, fields[1])
+  return fields
+end
+
+-- `waiting` follows the head of a queue; heads that are no queued job any more are dropped on the way.
+local function update_waiting(base, queue)
+  while true do
+    local head = redis.call('LINDEX', queue_key(queue), 0)
+    if not head then
+      return redis.call('ZREM', waiting_key(base), queue)
+    end
+    local job = guarded(head, base, queue, read_head, head)
+    if job and job[1] == 'queued' then
+      return redis.call('ZADD', waiting_key(base), to_number(job[2], now_ms), queue)
+    end
+    redis.call('LREM', queue_key(queue), 1, head)
+  end
+end
+
+local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens":0,"completion_tokens":0}}'
+
+-- A running request back to the front of its queue, its log kept: whoever claims it goes on from there. One that was
+-- given up ends instead.
+local function requeue(id, owner)
+  if redis.call('EXISTS', job_key(id)) == 0 then return drop_execution(id, owner) end
+  if owner.aborted then
+    return finish_ownerless(id, owner, ABORTED, { 'canceled', '{}', '', '', 60 })
+  end
+  local origin, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
+  if origin ~= owner.queue or base ~= owner.base then refuse('its job and its owner name two queues') end
+  drop_execution(id, owner)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
+  redis.call('LPUSH', queue_key(owner.queue), id)
+  update_waiting(owner.base, owner.queue)
+  ring(owner.base)
+end

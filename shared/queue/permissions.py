@@ -1,0 +1,248 @@
+"""What the user of a worker, an API or `lorelay status` must be allowed to do, and which of it is missing.
+
+Servers check permissions when a command is queued in a transaction. So every command that is needed is queued
+with harmless arguments, and the connection is closed without an EXEC: nothing is carried out.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import ConnectionInterface
+from redis.retry import Retry
+from rq.defaults import RQ_KEY_PREFIX as RQ
+
+from shared.errors import ConfigurationError
+from shared.queue import keys
+from shared.queue.not_now import code_of, is_not_now, reply_of
+
+CONTAINERS = ("CLIENT", "SCRIPT")
+"""Commands that are named by two words."""
+PROBE = "permission-probe"
+PROBE_TIMEOUT_S = 5.0
+SHA = "0" * 40
+
+
+class Needs(NamedTuple):
+    """One program's commands, with arguments, and the keys and channels they name."""
+
+    commands: Sequence[str]
+    keys: Sequence[str]
+    """One name of each kind that it uses."""
+    subscribes: Sequence[str]
+    publishes: Sequence[str] = ()
+
+    @property
+    def rules(self) -> list[str]:
+        """The ACL rules that suffice."""
+        channels = [*self.publishes, *self.subscribes]
+        return [
+            *dict.fromkeys(f"~{_pattern(key)}" for key in self.keys),
+            *dict.fromkeys(f"&{_pattern(channel)}" for channel in channels),
+            *sorted({f"+{_name(command.split())}" for command in [*self.commands, *_around(self)]}),
+        ]
+
+
+_KEY = keys.MODELS
+_SCRIPTS_OF_BOTH = (
+    "TIME",
+    f"DEL {_KEY}",
+    f"EXISTS {_KEY}",
+    f"EXPIRE {_KEY} 1",
+    f"GET {_KEY}",
+    f"HGET {_KEY} f",
+    f"HMGET {_KEY} f",
+    f"HSET {_KEY} f v",
+    f"LINDEX {_KEY} 0",
+    f"LLEN {_KEY}",
+    f"LPUSH {_KEY} v",
+    f"LREM {_KEY} 0 v",
+    f"LTRIM {_KEY} 0 63",
+    f"RENAME {_KEY} {_KEY}",
+    f"RPUSH {_KEY} v",
+    f"SADD {_KEY} m",
+    f"SCARD {_KEY}",
+    f"SET {_KEY} v",
+    f"SREM {_KEY} m",
+    f"TYPE {_KEY}",
+    f"XADD {_KEY} * f v",
+    f"ZADD {_KEY} 1 m",
+    f"ZRANGE {_KEY} 0 -1",
+    f"ZREM {_KEY} m",
+    # The registry.
+    f"HGETALL {_KEY}",
+    f"EVALSHA {SHA} 0",
+    "SCRIPT LOAD x",
+)
+_KEYS_OF_BOTH = (
+    _KEY,
+    keys.waiting(PROBE),
+    keys.doorbell(PROBE),
+    keys.owner(PROBE),
+    keys.reader(PROBE),
+    keys.log(PROBE),
+    keys.workers(PROBE),
+    keys.drained(PROBE, 0),
+    keys.events_channel(PROBE),
+    f"{RQ}:job:{PROBE}",
+    f"{RQ}:queue:{PROBE}",
+    f"{RQ}:queues",
+    f"{RQ}:canceled:{PROBE}",
+    f"{RQ}:workers:{PROBE}",
+)
+WORKER = Needs(
+    commands=(
+        *_SCRIPTS_OF_BOTH,
+        # Scripts.
+        f"HDEL {_KEY} f",
+        f"LRANGE {_KEY} 0 -1",
+        f"PERSIST {_KEY}",
+        f"PEXPIRE {_KEY} 1",
+        f"PTTL {_KEY}",
+        f"SMEMBERS {_KEY}",
+        f"ZCARD {_KEY}",
+        f"ZRANGEBYSCORE {_KEY} 0 1",
+        f"ZREMRANGEBYSCORE {_KEY} 0 1",
+        f"ZSCORE {_KEY} m",
+        # The worker itself, and RQ.
+        "INFO",
+        f"BLPOP {_KEY} 0",
+        f"HEXISTS {_KEY} f",
+        f"HSETNX {_KEY} f v",
+        "CLIENT INFO",
+        f"CLIENT SETNAME {PROBE}",
+    ),
+    keys=(
+        *_KEYS_OF_BOTH,
+        keys.leases(PROBE),
+        keys.reaped(PROBE),
+        f"{RQ}:execution:{PROBE}",
+        f"{RQ}:executions:{PROBE}",
+        f"{RQ}:failed:{PROBE}",
+        f"{RQ}:finished:{PROBE}",
+        f"{RQ}:results:{PROBE}",
+        f"{RQ}:suspended",
+        f"{RQ}:wip:{PROBE}",
+        f"{RQ}:worker:{PROBE}",
+        f"{RQ}:workers",
+    ),
+    publishes=(keys.events_channel(PROBE),),
+    subscribes=(f"{RQ}:pubsub:{PROBE}",),
+)
+API = Needs(
+    commands=(
+        *_SCRIPTS_OF_BOTH,
+        f"LRANGE {_KEY} 0 -1",
+        "PING",
+        f"SMISMEMBER {_KEY} m",
+        f"ZRANGEBYSCORE {_KEY} 0 1",
+    ),
+    keys=_KEYS_OF_BOTH,
+    publishes=(keys.events_channel(PROBE),),
+    subscribes=(keys.events_channel(PROBE),),
+)
+
+
+def check(connection: redis.Redis, needs: Needs) -> None:
+    """Refuses a user who lacks a permission.
+
+    Raises:
+        ConfigurationError: names the rules that are missing.
+        redis.RedisError: the server does not answer, or refuses for another reason.
+    """
+    pool = connection.connection_pool
+    if rules := missing_rules(pool, needs):
+        raise ConfigurationError(describe(rules, pool.connection_kwargs.get("username")))
+
+
+def describe(rules: Iterable[str], username: str | None) -> str:
+    """What an operator has to do about missing rules."""
+    return f"Redis: a permission is missing: ACL SETUSER {username or 'default'} {' '.join(rules)}"
+
+
+def missing_rules(pool: redis.ConnectionPool, needs: Needs) -> list[str]:
+    """The rules that the pool's user lacks; `ACL SETUSER` takes them as they are.
+
+    Raises:
+        redis.RedisError: the server does not answer, or refuses for another reason.
+    """
+    with _connection(pool) as connection:
+        lacking = _ask(connection, ["MULTI"])
+        # Without a transaction all the rest would be carried out.
+        if not lacking:
+            lacking = _queue(connection, needs)
+    for channel in needs.subscribes:
+        # Redis 7 takes these in no transaction.
+        with _connection(pool) as connection:
+            lacking += _ask(connection, ["SUBSCRIBE", channel], ["UNSUBSCRIBE", channel])
+    if "+multi" not in lacking:
+        with _connection(pool) as connection:
+            lacking += _ask(connection, ["MULTI"], ["EXEC"])
+    return list(dict.fromkeys(lacking))
+
+
+def _around(needs: Needs) -> list[str]:
+    """Commands that are not queued."""
+    return ["MULTI", "EXEC", "SUBSCRIBE", "UNSUBSCRIBE", *["PUBLISH"] * bool(needs.publishes)]
+
+
+def _queue(connection: ConnectionInterface, needs: Needs) -> list[str]:
+    """The rules that lack for what may stand in a transaction, which stays open."""
+    queued = [command.split() for command in needs.commands]
+    queued += [[name, key] for key in needs.keys for name in ("EXISTS", "DEL")]
+    queued += [["PUBLISH", channel, "x"] for channel in needs.publishes]
+    return _ask(connection, *queued)
+
+
+def _ask(connection: ConnectionInterface, *commands: Sequence[str]) -> list[str]:
+    """Sends commands at once; the rules that lack for them."""
+    for words in commands:
+        connection.send_command(*words)  # type: ignore[no-untyped-call]
+    rules = [_missing_rule(connection, words) for words in commands]
+    return [rule for rule in rules if rule is not None]
+
+
+def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str | None:
+    """Reads a command's reply; the rule that would allow it, if it needs one."""
+    try:
+        # RESP3 answers SUBSCRIBE with a push.
+        connection.read_response(push_request=True)
+    except redis.ResponseError as error:
+        # Servers look at permissions first: whoever hears "not now" has them.
+        if is_not_now(error):
+            return None
+        if code_of(error) != "NOPERM":
+            raise
+        refusal = reply_of(error)
+        if "to run the" in refusal:
+            return f"+{_name(words)}"
+        return f"{'&' if 'channel' in refusal else '~'}{_pattern(words[1])}"
+    return None
+
+
+def _name(words: Sequence[str]) -> str:
+    """A command as ACL rules name it."""
+    return "|".join(words[: 1 + (words[0] in CONTAINERS)]).lower()
+
+
+def _pattern(name: str) -> str:
+    """All keys of our prefix, or RQ's; all channels of a kind."""
+    return f"{name.partition(':')[0]}:*"
+
+
+@contextmanager
+def _connection(pool: redis.ConnectionPool) -> Iterator[ConnectionInterface]:
+    """A connection of its own, which is closed whatever state it is in."""
+    options = pool.connection_kwargs | {
+        "retry": Retry(NoBackoff(), 0),
+        "socket_timeout": PROBE_TIMEOUT_S,
+    }
+    own = redis.ConnectionPool(connection_class=pool.connection_class, **options)
+    connection = own.make_connection()
+    try:
+        connection.connect()  # type: ignore[no-untyped-call]
+        yield connection
+    finally:
+        connection.disconnect()  # type: ignore[no-untyped-call]

@@ -1,0 +1,72 @@
+"""What a process says before it ends because of a reply that will not change: one line, and what to do."""
+
+import hashlib
+import re
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import redis
+
+from shared.queue.not_now import code_of, is_not_now, reply_of
+from shared.queue.scripts import script_source
+
+_PERMISSION = "give its user that permission: docs/operations.md has the ACL rule that suffices"
+_PASSWORD = "check the user and the password in its URL"
+_CLUSTER = "Lorelay needs one server, not a cluster"
+_ADVICE = {
+    "ASK": _CLUSTER,
+    "CROSSSLOT": _CLUSTER,
+    "DENIED": "give the server a password, or turn its protected mode off",
+    "MOVED": _CLUSTER,
+    "NOAUTH": _PASSWORD,
+    "NOPERM": _PERMISSION,
+    "WRONGPASS": _PASSWORD,
+    "WRONGTYPE": "a key of Lorelay holds something else: give Lorelay a database of its own",
+}
+_OTHER_ADVICE = "this will not pass by itself: see the log of the server"
+_IN_SCRIPT = ("ERR ACL failure in script", "ERR The user executing the script")
+_IN_PIPELINE = re.compile(r"Command # \d+ \((\S+)")
+
+
+class NamingRedis(redis.Redis):
+    """A client whose exceptions tell in a note which command or script failed."""
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except redis.RedisError as error:
+            error.add_note(_name(args))
+            raise
+
+
+def explain(error: redis.RedisError) -> str:
+    """One line: what failed, why, and what to do."""
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError) and code_of(error) == "ERR":
+        return f"can't reach Redis: {error}"
+    reply = reply_of(error)
+    if is_not_now(error):
+        return f"Redis does not serve now, try again later: {reply}"
+    advice = _PERMISSION if reply.startswith(_IN_SCRIPT) else _ADVICE.get(code_of(error), _OTHER_ADVICE)
+    return f"Redis refused {_what_failed(error)}: {' '.join(reply.split())} ({advice})"
+
+
+def _what_failed(error: redis.RedisError) -> str:
+    if in_pipeline := _IN_PIPELINE.match(str(error)):
+        return in_pipeline[1]
+    return next(iter(getattr(error, "__notes__", [])), "a command")
+
+
+def _name(args: tuple[Any, ...]) -> str:
+    """A command by its name, a script of ours by its file."""
+    if args[0] == "EVALSHA":
+        return f"the script {_script_names().get(str(args[1]), args[1])}"
+    return str(args[0])
+
+
+@cache
+def _script_names() -> dict[str, str]:
+    """By the SHA-1 that stands in a call."""
+    files = (resources.files("shared.queue") / "lua").iterdir()
+    names = [file.name.removesuffix(".lua") for file in files if file.name.endswith(".lua")]
+    return {hashlib.sha1(script_source(name).encode()).hexdigest(): name for name in names}

@@ -1,0 +1,175 @@
+"""Which models exist: written by starting workers, read by every API.
+
+Cards outlive the workers that wrote them: a request for a model whose workers are away waits in its queue.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import msgspec
+import redis
+import redis.asyncio
+from rq.defaults import RQ_KEY_PREFIX
+
+from shared.errors import LorelayError, ModelNotFound, RegistryConflict
+from shared.logs import fields
+from shared.messages import ModelCard, decode_card
+from shared.queue import keys
+from shared.queue.names import queue_name, slug
+from shared.queue.scripts import mend
+
+logger = logging.getLogger(__name__)
+
+MAX_SHOWN_LENGTH = 100
+UNREADABLE_TTL_MS = 86_400_000
+"""Life of a key that was set aside; the script prelude has it too."""
+
+
+def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
+    """Adds cards; one that stands there already with the same base and version stays as it is.
+
+    An entry that can't be read is replaced.
+
+    Raises:
+        RegistryConflict: a name is known with another base or version, or two names share a queue.
+    """
+    cards = list(cards)
+    mend(connection, {keys.MODELS: "hash"})
+    _refuse_shared_queues([*list_cards(connection), *cards])
+    with connection.pipeline() as pipeline:
+        for card in cards:
+            pipeline.hsetnx(keys.MODELS, card.name, card.encode())
+        for card in cards:
+            pipeline.hget(keys.MODELS, card.name)
+        replies = pipeline.execute()
+    for card, encoded in zip(cards, replies[len(cards) :], strict=True):
+        if (stored := _read(card.name, encoded)) is not None:
+            _refuse_other_version(card, stored)
+        else:
+            connection.hset(keys.MODELS, card.name, card.encode())
+
+
+def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -> None:
+    """Puts the cards of a worker that serves already in the place of what was damaged.
+
+    An entry that can't be read is replaced. One that is not there is added only if the whole registry was
+    lost (`fill`) or had another type, since an operator may have removed it. Of two versions the newer stays.
+    """
+    mend(connection, {keys.MODELS: "hash"})
+    # Whichever worker set it aside, within a minute all others have filled in theirs.
+    fill |= connection.pttl(keys.unreadable(keys.MODELS)) > UNREADABLE_TTL_MS - 60_000
+    stored = connection.hgetall(keys.MODELS)
+    for card in cards:
+        encoded = stored.get(card.name.encode())
+        known = _read(card.name, encoded) if encoded is not None else None
+        is_lost = known is None and (fill or encoded is not None)
+        is_older = fill and known is not None and known.created < card.created
+        if is_lost or is_older:
+            connection.hset(keys.MODELS, card.name, card.encode())
+
+
+def drop(connection: redis.Redis, names: Iterable[str]) -> None:
+    """Removes cards by name; a name that is not there is no error."""
+    names = list(names)
+    if names:
+        connection.hdel(keys.MODELS, *names)
+
+
+def list_cards(connection: redis.Redis) -> list[ModelCard]:
+    """All cards that can be read, oldest first, a base before its adapters."""
+    return _sorted(connection.hgetall(keys.MODELS))
+
+
+async def fetch_cards(connection: redis.asyncio.Redis) -> list[ModelCard]:
+    """All cards that can be read, oldest first, a base before its adapters."""
+    return _sorted(await connection.hgetall(keys.MODELS))
+
+
+async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
+    """The card of one model.
+
+    Raises:
+        ModelNotFound: no model has this name.
+        LorelayError: its entry can't be read.
+    """
+    value = await connection.hget(keys.MODELS, name)
+    if value is None:
+        shown = name if len(name) <= MAX_SHOWN_LENGTH else f"{name[:MAX_SHOWN_LENGTH]}…"
+        raise ModelNotFound(f"The model '{shown}' does not exist.")
+    if (card := _read(name, value)) is None:
+        raise LorelayError("The registry's entry of this model can't be read; a worker's start replaces it.")
+    return card
+
+
+async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_name: str | None) -> bool:
+    """Whether a worker that serves this model renewed its lease lately (by the server's clock)."""
+    seconds, _ = await connection.time()
+    live = cast(
+        "list[bytes]", await connection.zrangebyscore(keys.workers(slug(base)), seconds * 1000, "+inf")
+    )
+    # By RQ's record, since a worker may have other adapters than the next one, or only some of its queues.
+    serving = f"{RQ_KEY_PREFIX}:workers:{queue_name(base, adapter_name)}"
+    names = [f"{RQ_KEY_PREFIX}:worker:".encode() + name for name in live]
+    return bool(names) and any(await connection.smismember(serving, names))
+
+
+def created_now() -> int:
+    """The `created` of a new card: Unix seconds."""
+    return int(time.time())
+
+
+def _read(name: str, encoded: bytes | str) -> ModelCard | None:
+    """The card of a name; None if it can't be read, or is another model's."""
+    try:
+        card = decode_card(encoded)
+    except (msgspec.DecodeError, RecursionError) as error:
+        logger.error("registry entry %r can't be read: %s", name, error, extra=fields("unreadable"))
+        return None
+    if card.name != name:
+        logger.error("registry entry %r is that of %r", name, card.name, extra=fields("unreadable"))
+        return None
+    if card.adapter_name != name and (card.adapter_name is not None or card.base != name):
+        logger.error("registry entry %r names another adapter or base", name, extra=fields("unreadable"))
+        return None
+    return card
+
+
+def _sorted(entries: Mapping[Any, bytes | str]) -> list[ModelCard]:
+    read = (_read(name.decode(errors="replace"), encoded) for name, encoded in entries.items())
+    cards = (card for card in read if card is not None)
+    return sorted(cards, key=lambda card: (card.base, card.adapter_name is not None, card.created, card.name))
+
+
+def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
+    # The versions of both are compared if both are known: an adapter's card may be of an earlier release.
+    has_other_base = bool(stored.weights_version and card.weights_version) and (
+        stored.weights_version != card.weights_version
+    )
+    if has_other_base or (stored.base, stored.version) != (card.base, card.version):
+        raise RegistryConflict(
+            f"model {card.name!r} is registered as {_describe(stored)}, this worker has {_describe(card)}; "
+            f"give one of them another name, or remove the registered one: "
+            f"redis-cli HDEL {keys.MODELS} {card.name!r}"
+        )
+
+
+def _refuse_shared_queues(cards: Iterable[ModelCard]) -> None:
+    owners: dict[str, str] = {}
+    for card in cards:
+        owner = owners.setdefault(_queue(card), card.name)
+        if owner != card.name:
+            raise RegistryConflict(
+                f"models {card.name!r} and {owner!r} would share the queue {_queue(card)!r}; "
+                f"give one of them another name"
+            )
+
+
+def _queue(card: ModelCard) -> str:
+    return queue_name(card.base, card.adapter_name)
+
+
+def _describe(card: ModelCard) -> str:
+    base_version = f" in version {card.base_version[:12]}" if card.base_version else ""
+    return f"version {card.version[:12]} of base {card.base!r}{base_version} from {card.source}"

@@ -1,0 +1,292 @@
+"""The worker's end of the queue and the token log, beside that of the API (`api_streams`).
+
+It only calls the scripts in `shared/queue/lua/`. Each script is atomic and can be repeated safely: redis-py
+repeats a call whose reply it lost.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import redis
+
+from shared.errors import (
+    AdapterVersionGone,
+    GenerationFailed,
+    GenerationStopped,
+    LorelayError,
+    from_info,
+)
+from shared.messages import SCHEMA_VERSION, FinishReason, StreamEvent
+from shared.queue import keys
+from shared.queue.claims import UnreadableRecord, read_claim
+from shared.queue.names import slug
+from shared.queue.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Reaped, Slots
+from shared.queue.scripts import exception_text, log_unreadable, script_source
+
+_pack = msgspec.msgpack.encode
+"""For the scripts' `cmsgpack`, which reads strings but no binary type."""
+
+
+NUM_EVENTS_TO_CLEAR = 16
+"""A request that ran on for so many events since its claim is cleared of the crashes it was near."""
+NUM_QUEUES_PER_SWEEP = 100
+MAX_NUM_REAPED = 1000
+"""Requests that one call of `reap` takes from their workers."""
+MAX_NUM_JUDGED = 1000
+"""Waiting requests after which one call of `end_unserved` looks at no further queue."""
+SERVED_TTL_MS = 600_000
+"""Life of the record of what a worker serves, after its last heartbeat."""
+
+
+class WorkerStreams:
+    """One worker's end: claim, append, renew, hand back, reap."""
+
+    def __init__(
+        self,
+        connection: redis.Redis,
+        *,
+        base: str,
+        worker_name: str,
+        lease_s: float,
+        stream_ttl_s: float,
+        result_ttl_s: int,
+        failure_ttl_s: int,
+    ) -> None:
+        self._connection = connection
+        self._base = slug(base)
+        self._worker_name = worker_name
+        self._lease_ms = int(lease_s * 1000)
+        self._stream_ttl_ms = int(stream_ttl_s * 1000)
+        self._result_ttl_s = result_ttl_s
+        self._failure_ttl_s = failure_ttl_s
+        self._closed: list[str] = []
+        """Queues that get no more requests until their slots are free."""
+        self._claim = connection.register_script(script_source("claim"))
+        self._append = connection.register_script(script_source("append"))
+        self._renew = connection.register_script(script_source("renew"))
+        self._hand_back = connection.register_script(script_source("hand_back"))
+        self._reap = connection.register_script(script_source("reap"))
+        self._sweep = connection.register_script(script_source("sweep"))
+        self._end_unserved = connection.register_script(script_source("end_unserved"))
+
+    def serve(self, served: Mapping[str, str]) -> None:
+        """Tells Redis which queues this worker serves, and the version of the weights that it has for each.
+
+        Claims follow it, and so does the end of requests that no live worker can serve. An empty version
+        answers any request.
+        """
+        key = keys.served(self._worker_name)
+        with self._connection.pipeline() as pipeline:
+            pipeline.delete(key)
+            pipeline.hset(key, mapping=_served_fields(served))
+            pipeline.pexpire(key, SERVED_TTL_MS)
+            pipeline.execute()
+
+    def serves(self, served: Mapping[str, str]) -> bool:
+        """Whether Redis has this, and nothing else, of what the worker serves."""
+        known = self._connection.hgetall(keys.served(self._worker_name))
+        return known == {name.encode(): value.encode() for name, value in _served_fields(served).items()}
+
+    def claim(
+        self, execution_ids: Sequence[str], running: Mapping[str, int], slots: Slots = UNLIMITED_SLOTS
+    ) -> list[Claim]:
+        """Claims at most one request per execution id; the same ids again bring the same requests.
+
+        `running` counts this worker's requests per queue. Requests whose records can't be read end here.
+        """
+        claimed, closed, unreadable = self._claim(
+            args=[
+                self._base,
+                self._worker_name,
+                len(execution_ids),
+                self._lease_ms,
+                self._stream_ttl_ms,
+                SCHEMA_VERSION,
+                json.dumps(running),
+                self._pack_slots(slots),
+                *execution_ids,
+            ]
+        )
+        self._closed = _decode_all(closed)
+        log_unreadable(unreadable)
+        claims: list[Claim] = []
+        refused: list[Append] = []
+        for request_id, execution_id, request, log, alone, queue, version in claimed:
+            held = Held(request_id.decode(), execution_id.decode())
+            try:
+                claims.append(read_claim(held, queue, version, request, log, alone=bool(alone)))
+            except UnreadableRecord as error:
+                log_unreadable([(request_id, error.reason.encode())])
+                refused.append(_refusal(held, error, len(log)))
+        if refused:
+            self.append([append.held for append in refused], refused)
+        return claims
+
+    def append(self, held: Iterable[Held], appends: Iterable[Append], isolated: str = "") -> News:
+        """Writes events to the logs and publishes them; a terminal event ends its job in the same step.
+
+        `isolated`: the request whose steps run alone from now on, so that a crash is charged to it.
+        """
+        packed = [
+            (
+                *append.held,
+                append.event.event_no,
+                append.event.encode().decode(),
+                self._outcome(append) if append.event.is_terminal else None,
+            )
+            for append in appends
+        ]
+        reply = self._append(
+            args=[
+                self._base,
+                self._lease_ms,
+                self._stream_ttl_ms,
+                _pack_held(held),
+                _pack(packed),
+                NUM_EVENTS_TO_CLEAR,
+                isolated,
+            ]
+        )
+        aborted, lost, num_waiting, unreadable = reply
+        log_unreadable(unreadable)
+        if num_waiting == 0:
+            # Nothing waits, so no queue needs to stay closed. A claim would find the same; this saves it.
+            self._closed = []
+        return News(_decode_all(aborted), _decode_all(lost), num_waiting=num_waiting)
+
+    def renew(self, held: Iterable[Held], *, judge_readers: bool = False) -> News:
+        """Extends this worker's own entry and the leases of all it holds.
+
+        `judge_readers`: a request whose API let its lease run out counts as aborted, unless it is detached;
+        none does if this worker's own lease had run out.
+        """
+        reply = self._renew(
+            args=[
+                self._base,
+                self._worker_name,
+                self._lease_ms,
+                _pack_held(held),
+                int(judge_readers),
+                SERVED_TTL_MS,
+            ]
+        )
+        aborted, lost, in_time, unreadable, is_known = reply
+        log_unreadable(unreadable)
+        return News(_decode_all(aborted), _decode_all(lost), in_time=bool(in_time), is_known=bool(is_known))
+
+    def hand_back(self, held: Sequence[Held]) -> int:
+        """Returns requests (`held`: oldest first) to the front of their queues; how many were still owned."""
+        num_handed_back, unreadable = self._hand_back(args=[self._base, _pack_held(reversed(held))])
+        log_unreadable(unreadable)
+        return int(num_handed_back)
+
+    def reap(self, max_crashes_alone: int = 3) -> Reaped:
+        """Puts requests with an expired lease back on their queues; nothing if its own lease has run out.
+
+        One that had no company when it lost its worker, so many times, ends as failed instead.
+        """
+        reason = GenerationFailed(f"The request crashed its worker {max_crashes_alone} times.")
+        requeued, dead, unreadable = self._reap(
+            args=[
+                self._base,
+                MAX_NUM_REAPED,
+                max_crashes_alone,
+                self._failure_ttl_s,
+                _event_format(reason),
+                exception_text(reason),
+                self._worker_name,
+            ]
+        )
+        log_unreadable(unreadable)
+        return Reaped(_decode_all(requeued), _decode_all(dead))
+
+    def end_unserved(self, min_pause_s: float) -> list[str]:
+        """Ends the requests that wait for weights which no live worker has; their ids.
+
+        Nothing happens if any worker of the base did so less than `min_pause_s` ago, or if this worker's own
+        lease has run out.
+        """
+        reason = AdapterVersionGone()
+        ended: list[str] = []
+        rank = 0
+        # In parts, so that nobody waits long for the server meanwhile: it takes about 1 us a request.
+        while rank >= 0:
+            rank, ids, unreadable = self._end_unserved(
+                args=[
+                    self._base,
+                    self._worker_name,
+                    rank,
+                    MAX_NUM_JUDGED,
+                    int(min_pause_s * 1000),
+                    _event_format(reason),
+                    exception_text(reason),
+                    self._failure_ttl_s,
+                ]
+            )
+            log_unreadable(unreadable)
+            ended += _decode_all(ids)
+        return ended
+
+    def sweep(self, queues: Iterable[str]) -> int:
+        """Notices what was put on these queues, or taken from them, by others; how many of them wait."""
+        names = list(queues)
+        # In parts, so that nobody waits long for the server meanwhile: it takes 10 us a queue.
+        starts = range(0, len(names), NUM_QUEUES_PER_SWEEP)
+        parts = [names[start : start + NUM_QUEUES_PER_SWEEP] for start in starts]
+        num_waiting = 0
+        for part in parts:
+            count, unreadable = self._sweep(args=[self._base, *part])
+            log_unreadable(unreadable)
+            num_waiting += int(count)
+        return num_waiting
+
+    def wait_for_doorbell(self, timeout_s: float) -> bool:
+        """Blocks until a request is enqueued for the base, at most `timeout_s`; whether one was."""
+        return self._connection.blpop([keys.doorbell(self._base)], timeout=timeout_s) is not None
+
+    def _pack_slots(self, slots: Slots) -> str:
+        return json.dumps(
+            {
+                "num": slots.num,
+                "resident": list(slots.resident),
+                "closed": self._closed,
+                "max_wait_ms": int(slots.max_wait_s * 1000),
+            }
+        )
+
+    def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
+        """What `append.lua` ends the job with; result and exception encoded as in `rq.results.Result`."""
+        event, meta = append.event, json.dumps(dict(append.meta or {}))
+        if event.error is not None:
+            error = from_info(event.error)
+            status = "stopped" if isinstance(error, GenerationStopped) else "failed"
+            return status, meta, "", exception_text(error), self._failure_ttl_s
+        status = "canceled" if event.finish_reason == "abort" else "finished"
+        return status, meta, base64.b64encode(meta.encode()).decode(), "", self._result_ttl_s
+
+
+def _served_fields(served: Mapping[str, str]) -> dict[Any, Any]:
+    # A field with an empty name: the hash exists, and so is known, also where nothing is served.
+    return {**served, "": ""}
+
+
+def _refusal(held: Held, error: UnreadableRecord, event_no: int) -> Append:
+    event = StreamEvent(event_no=event_no, finish_reason=FinishReason.ERROR, error=error.to_info())
+    return Append(held, event, {"error": error.code, "unreadable": error.reason})
+
+
+def _event_format(error: LorelayError) -> str:
+    """The terminal event of an error, with a %d in place of its number."""
+    event = StreamEvent(event_no=-1, finish_reason=FinishReason.ERROR, error=error.to_info())
+    return event.encode().decode().replace("%", "%%").replace('"event_no":-1', '"event_no":%d')
+
+
+def _pack_held(held: Iterable[Held]) -> bytes:
+    return _pack([item for pair in held for item in pair])
+
+
+def _decode_all(items: Iterable[bytes]) -> list[str]:
+    return [item.decode() for item in items]

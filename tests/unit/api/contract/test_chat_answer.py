@@ -1,0 +1,78 @@
+"""Events as chunks and as one body, also of several choices."""
+
+import json
+from typing import Any
+
+import pytest
+
+from api.contract.chat_answer import DONE, BodyWriter, ChunkWriter, Heading
+from shared.messages import FinishReason, StreamEvent, Usage
+
+HEADING = Heading("chatcmpl-1", 1_700_000_000, "m")
+USAGE = Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=2)
+STREAM = [
+    StreamEvent(0, index=1, text="b"),
+    StreamEvent(1, index=0, text="\u00e4\n\U0001f600"),
+    StreamEvent(2, index=1, text="B", finish_reason=FinishReason.LENGTH),
+    StreamEvent(3, index=0, finish_reason=FinishReason.STOP, usage=USAGE),
+]
+
+
+def decode(rendered: bytes) -> list[dict[str, Any]]:
+    *blocks, done, end = rendered.split(b"\n\n")
+    assert (done, end) == (b"data: [DONE]", b"")
+    return [json.loads(block.removeprefix(b"data: ")) for block in blocks]
+
+
+def test_the_chunks_of_several_choices_interleave_and_each_has_its_own_begin_and_end() -> None:
+    writer = ChunkWriter(HEADING, include_usage=False)
+    chunks = decode(b"".join(writer.render(event) for event in STREAM))
+    assert [
+        (choice["index"], choice["delta"], choice["finish_reason"])
+        for [choice] in (c["choices"] for c in chunks)
+    ] == [
+        (1, {"role": "assistant", "content": ""}, None),
+        (1, {"content": "b"}, None),
+        (0, {"role": "assistant", "content": ""}, None),
+        (0, {"content": "\u00e4\n\U0001f600"}, None),
+        (1, {"content": "B"}, None),
+        (1, {}, "length"),
+        (0, {}, "stop"),
+    ]
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_an_event_that_releases_no_text_makes_no_chunk() -> None:
+    writer = ChunkWriter(HEADING, include_usage=False)
+    writer.render(StreamEvent(0, text="a"))
+    assert writer.render(StreamEvent(1, token_ids=(5,))) == b""
+
+
+def test_one_body_holds_all_choices_in_order_of_their_index() -> None:
+    writer = BodyWriter(HEADING, num_choices=2)
+    writer.add(STREAM[:2])
+    writer.add(STREAM[2:])
+    body = json.loads(writer.render(USAGE))
+    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in body["choices"]] == [
+        (0, "\u00e4\n\U0001f600", "stop"),
+        (1, "bB", "length"),
+    ]
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_every_text_of_any_model_is_framed_alike(include_usage: bool) -> None:
+    texts = ["text", '"text"', 'a "quote"', "\u00e4\n\U0001f600", "%b"]
+    writer = ChunkWriter(Heading("chatcmpl-1", 1, 'text"text'), include_usage=include_usage, begun=[0])
+    chunks = decode(b"".join(writer.render(StreamEvent(n, text=text)) for n, text in enumerate(texts)) + DONE)
+    choice = {"index": 0, "logprobs": None, "finish_reason": None}
+    heading = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": 'text"text'}
+    usage = {"usage": None} if include_usage else {}
+    assert chunks == [
+        heading | {"choices": [choice | {"delta": {"content": text}}]} | usage for text in texts
+    ]

@@ -1,0 +1,70 @@
+"""Reading adapters that the disk gives badly; `test_lora` says what else is refused."""
+
+import shutil
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM
+
+from shared.errors import AdapterError
+from tests.tiny_models import build_adapter, build_model
+from worker.model import adapter_files
+from worker.model.adapter_files import CONFIG_FILE, WEIGHT_FILES
+from worker.model.adapter_store import AdapterStore
+from worker.model.lora import LoraStack, linears
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    model = AutoModelForCausalLM.from_pretrained(build_model(tmp_path / "model"))
+    return AdapterStore(model, "tiny", LoraStack(linears(model), {}, model.dtype))
+
+
+@pytest.fixture
+def folder(store: AdapterStore, tmp_path: Path) -> Path:
+    return build_adapter(tmp_path / "adapter", tmp_path / "model")
+
+
+def test_a_file_that_cannot_be_read_is_told_with_the_adapters_name_at_the_start_and_later(
+    store: AdapterStore, folder: Path
+) -> None:
+    store.register("good", str(folder))
+    config = (folder / CONFIG_FILE).read_bytes()
+    (folder / CONFIG_FILE).unlink()
+    (folder / CONFIG_FILE).mkdir()
+    with pytest.raises(AdapterError, match=r"'bad' at .*Is a directory"):
+        store.register("bad", str(folder))
+    with pytest.raises(AdapterError, match=r"'good' at .*Is a directory"):
+        store.read("good")
+    assert set(store.versions) == {"good"}
+    (folder / CONFIG_FILE).rmdir()
+    (folder / CONFIG_FILE).write_bytes(config)
+    store.read("good")
+
+
+def test_a_lack_of_memory_is_told_with_the_adapters_name_at_the_start_and_later(
+    store: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.register("good", str(folder))
+    monkeypatch.setattr(store._lora, "prepare", Mock(side_effect=RuntimeError("can't allocate memory")))
+    with pytest.raises(AdapterError, match=r"'bad' at .*can't allocate memory"):
+        store.register("bad", str(folder))
+    with pytest.raises(AdapterError, match=r"'good' at .*can't allocate memory"):
+        store.read("good")
+
+
+def test_weights_that_are_replaced_while_they_are_read_are_refused(
+    store: AdapterStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = build_adapter(tmp_path / "other", tmp_path / "model", seed=7)
+
+    def load_slowly(data: bytes) -> object:
+        shutil.copy(other / WEIGHT_FILES[0], folder / WEIGHT_FILES[0])
+        return load(data)
+
+    monkeypatch.setattr("safetensors.torch.load", load_slowly)
+    with pytest.raises(AdapterError, match="changed while they were read"):
+        store.register("a", str(folder))
+    assert adapter_files.load_adapter("other", str(other), store._model).version

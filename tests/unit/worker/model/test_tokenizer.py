@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+
+from shared.errors import ConfigurationError, InvalidRequest
+from tests.tiny_models import EOS, build_tokenizer, change_json
+from worker.model.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.load(folder)
+
+
+def test_a_chat_becomes_the_templates_tokens_up_to_the_answer(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    expected = tokenizer._backend.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert ids == expected
+    assert all(isinstance(token_id, int) for token_id in ids)
+
+
+def test_the_developer_role_is_the_system_role_where_the_template_knows_no_other(
+    tokenizer: Tokenizer,
+) -> None:
+    by_name = [
+        tokenizer.encode_chat([{"role": role, "content": "be brief"}, {"role": "user", "content": "hi"}])
+        for role in ("developer", "system")
+    ]
+    assert by_name[0] == by_name[1]
+
+
+def test_a_template_with_bos_gets_no_second_one(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    backend = AutoTokenizer.from_pretrained(folder)
+    backend.chat_template = "{{ bos_token }}" + backend.chat_template
+    backend.add_bos_token = True
+    backend.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ids = Tokenizer.load(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
+    assert ids.count(backend.bos_token_id) == 1
+
+
+def test_decode_skips_special_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_chat([{"role": "user", "content": "né 😀"}])
+    assert tokenizer.decode(ids) == "user\nné 😀\nassistant\n"
+
+
+def test_the_detokenizer_gives_the_same_text_piece_by_piece(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode_chat([{"role": "user", "content": "the né 😀 in"}])
+    detokenizer = tokenizer.detokenizer()
+    assert "".join(detokenizer.add(token_id) for token_id in ids) == tokenizer.decode(ids)
+
+
+def test_every_declared_end_token_ends_a_sequence(folder: Path, tmp_path: Path) -> None:
+    eos = Tokenizer.load(folder)._backend.convert_tokens_to_ids(EOS)
+    assert Tokenizer.load(folder).eos_token_ids == {eos}
+    build_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [65, 66]}')
+    assert Tokenizer.load(tmp_path).eos_token_ids == {eos, 65, 66}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "judge", "content": "hi"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        [{"content": "hi"}],
+    ],
+)
+def test_messages_that_the_template_refuses_are_an_invalid_request(
+    tokenizer: Tokenizer, messages: list[dict[str, object]]
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        tokenizer.encode_chat(messages)
+    assert caught.value.param == "messages"
+
+
+def test_a_templates_own_words_reach_the_client(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="unknown role judge"):
+        tokenizer.encode_chat([{"role": "judge", "content": "hi"}])
+
+
+def test_a_model_without_chat_template_is_refused(tmp_path: Path) -> None:
+    build_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    change_json(tmp_path / "tokenizer_config.json", chat_template=None)
+    with pytest.raises(ConfigurationError, match=r"LORELAY_MODEL: .* has no chat template"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigurationError, match=r"LORELAY_MODEL: .* tokenizer"):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,1 @@
+"""The engine: scheduling and bookkeeping in plain Python. No Redis, no tensors."""

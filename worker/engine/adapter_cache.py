@@ -1,0 +1,210 @@
+"""Which adapters are resident (on the device), cached (host memory) or on disk. Plain Python, no tensors."""
+
+import logging
+import queue
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor, Future
+from typing import Generic, Protocol, TypeVar
+
+from shared.errors import AdapterError
+from shared.logs import fields
+
+logger = logging.getLogger(__name__)
+
+
+class Weights(Protocol):
+    """An adapter in host memory, ready to be put into a slot."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+W = TypeVar("W", bound=Weights)
+
+
+class Store(Protocol[W]):
+    """Where adapters are read from, and the device's slots; see `worker.model.adapter_store`."""
+
+    def read(self, name: str) -> W:
+        """Reads an adapter from disk, in any thread. Raises `AdapterError`."""
+        ...
+
+    def put(self, name: str, weights: W) -> None:
+        """Puts an adapter into a slot. Raises `AdapterError`; nothing is changed then."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Frees an adapter's slot."""
+        ...
+
+
+class AdapterCache(Generic[W]):
+    """At most `num_slots` adapters on the device, `max_num_bytes` in host memory, all on disk.
+
+    The least recently used leaves first, and none that a sequence runs with. Reading from disk happens on
+    `executor`; everything else, the copy into a slot included, in the engine's thread between two steps. A
+    slot is set aside before its adapter is read, so memory holds no weights that have no place to go.
+    """
+
+    def __init__(
+        self,
+        store: Store[W],
+        executor: Executor,
+        *,
+        num_slots: int,
+        max_num_bytes: int,
+        max_num_slot_bytes: int | None = None,
+        on_read: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`max_num_slot_bytes` leaves fewer slots where the largest adapter that `keep` sees is too large.
+
+        `on_read` is called, in another thread, whenever `settle` has something to take in.
+        """
+        self._store = store
+        self._executor = executor
+        self.num_slots = num_slots
+        self._max_num_bytes = max_num_bytes
+        self._max_num_slot_bytes = max_num_slot_bytes
+        self._num_wanted_slots = num_slots
+        self._num_known = 0
+        self._largest_num_bytes = 0
+        self.on_read = on_read
+        self._resident: OrderedDict[str, None] = OrderedDict()
+        self._loading: dict[str, float] = {}
+        self._read: queue.SimpleQueue[tuple[str, Future[W]]] = queue.SimpleQueue()
+        self._cached: OrderedDict[str, W] = OrderedDict()
+        self._failures: dict[str, AdapterError] = {}
+        self.num_cached_bytes = 0
+        self.num_reads = 0
+        """Adapters that were read from disk."""
+        self.resident: tuple[str, ...] = ()
+        """Names of those that have their slot, least recently used first. Safe to read in any thread."""
+
+    @property
+    def summary(self) -> str:
+        """What fits, for a log line."""
+        num_on_disk = self._num_known - len(self._cached.keys() | self._resident.keys())
+        slots = f"{self.num_slots} slots"
+        if self.num_slots < self._num_wanted_slots:
+            slots += f" (all that {_mib(self._max_num_slot_bytes or 0)} hold, not {self._num_wanted_slots})"
+        return (
+            f"{self._num_known}, the largest {_mib(self._largest_num_bytes)}; "
+            f"{len(self._resident)} resident in {slots}; {len(self._cached)} in host memory, "
+            f"{_mib(self.num_cached_bytes)} of at most {_mib(self._max_num_bytes)}; "
+            f"{num_on_disk} on disk alone"
+        )
+
+    def keep(self, name: str, weights: W) -> None:
+        """Takes in an adapter that was read before the start, if host memory has room for it."""
+        self._num_known += 1
+        self._fit_slots(weights.num_bytes)
+        if self.num_cached_bytes + weights.num_bytes <= self._max_num_bytes:
+            self._cache(name, weights)
+
+    def fill_slots(self) -> None:
+        """Makes those that were kept resident, as far as there are slots: their number is known by now."""
+        for name in list(self._cached)[: self._num_free_slots]:
+            self._fill_slot(name, self._cached[name])
+
+    def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
+        """Whether an adapter is resident now.
+
+        If not, it is on its way, or waits for one of `in_use` to end, or `settle` tells that it failed.
+        """
+        if name is None:
+            return True
+        if name in self._cached:
+            self._cached.move_to_end(name)
+        if name in self._resident:
+            self._resident.move_to_end(name)
+            self.resident = tuple(self._resident)
+            return True
+        if name in self._loading or not self._make_room(in_use):
+            return False
+        if name in self._cached:
+            try:
+                self._fill_slot(name, self._cached[name])
+            except AdapterError as error:
+                self._fail(name, error)
+                return False
+            return True
+        self._start_reading(name)
+        return False
+
+    def is_loading(self, name: str | None) -> bool:
+        """Whether an adapter is being read from disk."""
+        return name in self._loading
+
+    def settle(self) -> dict[str, AdapterError]:
+        """Puts what was read into its slots; the adapters that could not be, and why."""
+        while not self._read.empty():
+            name, future = self._read.get()
+            started_s = self._loading.pop(name)
+            try:
+                weights = future.result()
+                self._fill_slot(name, weights)
+            except AdapterError as error:
+                self._fail(name, error)
+                continue
+            self._cache(name, weights)
+            took_ms = (time.monotonic() - started_s) * 1000
+            logger.debug("adapter %r read in %.0f ms", name, took_ms, extra=fields("load_adapter"))
+        failures, self._failures = self._failures, {}
+        return failures
+
+    def _fail(self, name: str, error: AdapterError) -> None:
+        """Notes a failure for `settle` to tell."""
+        logger.error("%s", error.message, extra=fields("load_adapter", adapter_name=name))
+        self._failures[name] = error
+
+    @property
+    def _num_free_slots(self) -> int:
+        return self.num_slots - len(self._resident) - len(self._loading)
+
+    def _fit_slots(self, num_bytes: int) -> None:
+        """Leaves as many slots as memory has for adapters of this size, if none was larger."""
+        self._largest_num_bytes = max(self._largest_num_bytes, num_bytes)
+        if self._max_num_slot_bytes is not None and self._largest_num_bytes:
+            num_affordable = max(1, self._max_num_slot_bytes // self._largest_num_bytes)
+            self.num_slots = min(self._num_wanted_slots, num_affordable)
+
+    def _make_room(self, in_use: Collection[str | None]) -> bool:
+        if self._num_free_slots > 0:
+            return True
+        victim = next((name for name in self._resident if name not in in_use), None)
+        if victim is None:
+            return False
+        del self._resident[victim]
+        self.resident = tuple(self._resident)
+        self._store.remove(victim)
+        return True
+
+    def _fill_slot(self, name: str, weights: W) -> None:
+        self._store.put(name, weights)
+        self._resident[name] = None
+        self.resident = tuple(self._resident)
+
+    def _start_reading(self, name: str) -> None:
+        self._loading[name] = time.monotonic()
+        self.num_reads += 1
+        future = self._executor.submit(self._store.read, name)
+        future.add_done_callback(lambda done: self._announce(name, done))
+
+    def _announce(self, name: str, future: "Future[W]") -> None:
+        self._read.put((name, future))
+        self.on_read()
+
+    def _cache(self, name: str, weights: W) -> None:
+        if name in self._cached or weights.num_bytes > self._max_num_bytes:
+            return
+        self._cached[name] = weights
+        self.num_cached_bytes += weights.num_bytes
+        while self.num_cached_bytes > self._max_num_bytes:
+            _, oldest = self._cached.popitem(last=False)
+            self.num_cached_bytes -= oldest.num_bytes
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,110 @@
+"""Accounts for the blocks of the KV cache, and finds those that hold a prefix. No tensors: numbers only."""
+
+from array import array
+from collections import OrderedDict
+from hashlib import sha256
+
+from worker.engine.sequence import Sequence
+
+
+class BlockManager:
+    """Hands out the cache's blocks, `block_size` tokens each, to block tables.
+
+    Full blocks are shared between sequences that begin with the same tokens under the same adapter version.
+    A block's key is the SHA-256 of its tokens and of the key before it, so it stands for all tokens up to
+    its end; the first follows the adapter's version. A block that no table has any more keeps its contents,
+    and its key, until it is taken for other tokens.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, shares_prefixes: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._shares_prefixes = shares_prefixes
+        self._num_users = [0] * num_blocks
+        """Block tables that each block is in."""
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        """Blocks without users, in the order in which they are taken."""
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._published: dict[bytes, int] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks in no block table, those that can still be found among them."""
+        return len(self._free)
+
+    def can_allocate(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether the sequence's next `num_tokens` tokens find room."""
+        return self._num_missing_blocks(seq, num_tokens) <= len(self._free)
+
+    def allocate(self, seq: Sequence, num_tokens: int) -> None:
+        """Extends the block table for the next `num_tokens` tokens; ask `can_allocate` first."""
+        for _ in range(self._num_missing_blocks(seq, num_tokens)):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._num_users[block] = 1
+            seq.block_table.append(block)
+
+    def free(self, seq: Sequence) -> None:
+        """Takes all blocks of a sequence back; published ones can be found until they are taken again.
+
+        The end of a prefix is taken before its beginning: without the beginning nobody finds the end.
+        """
+        for block in reversed(seq.block_table):
+            self._num_users[block] -= 1
+            if self._num_users[block] == 0:
+                self._free[block] = None
+                self._free.move_to_end(block, last=self._keys[block] is not None)
+        seq.block_table.clear()
+        seq.num_computed_tokens = 0
+
+    def reuse_prefix(self, seq: Sequence) -> None:
+        """Gives a sequence without blocks those that hold its first tokens, if any.
+
+        Whole blocks only, and never the last token: its logits are needed.
+        """
+        if not self._shares_prefixes:
+            return
+        for key in self._block_keys(seq, (len(seq.token_ids) - 1) // self.block_size):
+            if key not in self._published:
+                break
+            block = self._published[key]
+            self._free.pop(block, None)
+            self._num_users[block] += 1
+            seq.block_table.append(block)
+        seq.num_computed_tokens = len(seq.block_table) * self.block_size
+
+    def publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Lets others find the blocks that a sequence filled with the last `num_tokens` computed tokens."""
+        num_full = seq.num_computed_tokens // self.block_size
+        num_full_before = (seq.num_computed_tokens - num_tokens) // self.block_size
+        if not self._shares_prefixes or num_full == num_full_before:
+            return
+        keys = self._block_keys(seq, num_full)
+        for key, block in zip(keys[num_full_before:], seq.block_table[num_full_before:num_full], strict=True):
+            if key not in self._published:
+                self._published[key] = block
+                self._keys[block] = key
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Lets nobody find the blocks of a sequence any more; who shares one already keeps it."""
+        for block in seq.block_table:
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        key = self._keys[block]
+        if key is not None:
+            del self._published[key]
+            self._keys[block] = None
+
+    def _block_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
+        """The keys of a sequence's first `num_blocks` blocks; they are made once and kept with it."""
+        keys = seq.block_keys
+        for number in range(len(keys), num_blocks):
+            token_ids = seq.token_ids[number * self.block_size : (number + 1) * self.block_size]
+            before = keys[-1] if keys else sha256((seq.adapter_version or "").encode()).digest()
+            keys.append(sha256(before + array("q", token_ids).tobytes()).digest())
+        return keys[:num_blocks]
+
+    def _num_missing_blocks(self, seq: Sequence, num_tokens: int) -> int:
+        num_needed = -(-(seq.num_computed_tokens + num_tokens) // self.block_size)
+        return max(0, num_needed - len(seq.block_table))

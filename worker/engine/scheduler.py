@@ -1,0 +1,208 @@
+"""Decides what the next step runs: decode for all, then as much prefill as its time allows."""
+
+import itertools
+from collections import deque
+from collections.abc import Sequence as Items
+from typing import Any
+
+from worker.engine.adapter_cache import AdapterCache
+from worker.engine.block_manager import BlockManager
+from worker.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from worker.engine.step_pace import Chunk, StepPace
+
+MIN_CHUNK_TOKENS = 16
+"""So that a prompt gets on whatever that costs."""
+
+
+class Scheduler:
+    """Continuous batching: sequences join and leave the running batch at any step.
+
+    When blocks run out, the newest running sequence gives its own back and is computed again later.
+    The cache must hold at least one sequence of full length.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        pace: StepPace,
+        *,
+        max_batch_size: int,
+        max_prefill_tokens: int,
+        adapters: AdapterCache[Any] | None = None,
+    ) -> None:
+        """`adapters`: which ones are resident; None where all are."""
+        self._blocks = blocks
+        self._adapters = adapters
+        self._pace = pace
+        self._max_batch_size = max_batch_size
+        self._max_prefill_tokens = max_prefill_tokens
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._lone: Sequence | None = None
+        self._may_run_lone = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence runs, or waits for more than the reading of its adapter."""
+        return bool(self._running) or any(not self._is_loading(seq) for seq in self._waiting)
+
+    @property
+    def num_blocks_in_use(self) -> int:
+        """Cache blocks that sequences hold."""
+        return self._blocks.num_blocks - self._blocks.num_free_blocks
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence behind those that wait already."""
+        self._waiting.append(seq)
+
+    def waiting_for(self, adapter_name: str) -> list[Sequence]:
+        """The sequences of an adapter that wait, next one first; the others of it run, so they have it."""
+        return [seq for seq in self._waiting if seq.adapter_name == adapter_name]
+
+    def isolate(self, seq: Sequence | None) -> None:
+        """Nothing runs until `run_isolated`, then this sequence (added before) alone; None ends that."""
+        self._lone = seq
+        self._may_run_lone = False
+
+    def run_isolated(self) -> None:
+        """Lets the isolated sequence run."""
+        self._may_run_lone = True
+
+    def finish(self, seq: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees its blocks."""
+        if seq is self._lone:
+            self._lone = None
+        (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
+        self._blocks.free(seq)
+        seq.status = SequenceStatus.FINISHED
+
+    def schedule(self) -> Batch:
+        """The next step's batch; empty where all that may run waits for its adapter, or to be isolated."""
+        self._pace.start_step()
+        if self._lone is not None:
+            return self._schedule_alone(self._lone) if self._may_run_lone else []
+        decodes = self._schedule_decode()
+        return decodes + self._schedule_prefill(self._pace.prefill_ms(len(decodes)))
+
+    def postprocess(self, batch: Batch, token_ids: Items[int | None]) -> list[tuple[Sequence, int | None]]:
+        """Records a step: computed tokens, and the sampled token of each sequence that reached its end.
+
+        `token_ids` has one entry per scheduled sequence that `samples`; None stands for logits that gave no
+        token, which is left to the caller to end.
+        """
+        chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
+        self._pace.record(len(batch) - len(chunks), chunks)
+        sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
+        for scheduled in batch:
+            scheduled.seq.num_computed_tokens += scheduled.num_tokens
+            # Not before: what a failed step left in its blocks must not be found.
+            self._blocks.publish(scheduled.seq, scheduled.num_tokens)
+        sampled = list(zip(sampling, token_ids, strict=True))
+        for seq, token_id in sampled:
+            if token_id is None:
+                self._blocks.withdraw(seq)
+            else:
+                seq.token_ids.append(token_id)
+        return sampled
+
+    def _schedule_decode(self) -> list[ScheduledSequence]:
+        batch: list[ScheduledSequence] = []
+        for seq in [seq for seq in self._running if seq.num_uncomputed_tokens == 1]:
+            while seq.status is SequenceStatus.RUNNING and not self._blocks.can_allocate(seq, 1):
+                self._preempt(self._running[-1])
+            if seq.status is SequenceStatus.RUNNING:
+                self._blocks.allocate(seq, 1)
+                batch.append(ScheduledSequence(seq, 1))
+        return batch
+
+    def _schedule_alone(self, seq: Sequence) -> list[ScheduledSequence]:
+        """The next step of one sequence; the others keep their blocks as long as there is room."""
+        if seq.status is SequenceStatus.WAITING and not self._bring_alone(seq):
+            return []
+        while not (self._admit(seq) and self._blocks.can_allocate(seq, seq.num_uncomputed_tokens)):
+            self._preempt(next(other for other in reversed(self._running) if other is not seq))
+        self._blocks.allocate(seq, seq.num_uncomputed_tokens)
+        num_ms = self._pace.prefill_ms(0)
+        return [ScheduledSequence(seq, self._fit(seq, num_ms, self._max_prefill_tokens, MIN_CHUNK_TOKENS))]
+
+    def _is_loading(self, seq: Sequence) -> bool:
+        return self._adapters is not None and self._adapters.is_loading(seq.adapter_name)
+
+    def _ready(self) -> list[Sequence]:
+        """Those that wait, and whose adapters are resident; others are brought as far as there are slots."""
+        if self._adapters is None:
+            return list(self._waiting)
+        in_use = {seq.adapter_name for seq in self._running}
+        ready: list[Sequence] = []
+        for seq in self._waiting:
+            if self._adapters.bring(seq.adapter_name, in_use):
+                in_use.add(seq.adapter_name)
+                ready.append(seq)
+        return ready
+
+    def _bring_alone(self, seq: Sequence) -> bool:
+        """Whether the adapter of a sequence is resident; others make room for it."""
+        if self._adapters is None or self._is_loading(seq):
+            return self._adapters is None
+        while not self._adapters.bring(seq.adapter_name, {other.adapter_name for other in self._running}):
+            if self._adapters.is_loading(seq.adapter_name) or not self._running:
+                return False
+            self._preempt(self._running[-1])
+        return True
+
+    def _fit(self, seq: Sequence, num_ms: float, max_num_tokens: int, min_num_tokens: int = 0) -> int:
+        """How many of its next tokens a sequence computes in that time, within these limits."""
+        num_tokens = max(min_num_tokens, self._pace.num_tokens(num_ms, seq.num_computed_tokens))
+        return int(min(seq.num_uncomputed_tokens, max_num_tokens, num_tokens))
+
+    def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
+        """Shares the time for prompts: half for the one that waits longest, the rest for the shortest ones.
+
+        So a short prompt soon gets past long ones, and no prompt takes more than twice its time.
+        """
+        prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
+        prompts += itertools.islice(self._ready(), max(0, self._max_batch_size - len(self._running)))
+        # No room for it: what it waits for must not go to a newer one.
+        if not (num_ms and prompts and self._admit(prompts[0])):
+            return []
+        longest_waiting, *others = prompts
+        reserved = self._fit(longest_waiting, num_ms / 2, -(-self._max_prefill_tokens // 2))
+        reserved_ms = self._pace.chunk_ms(_chunk(longest_waiting, reserved))
+        left_ms, left = num_ms - reserved_ms, self._max_prefill_tokens - reserved
+        batch: list[ScheduledSequence] = []
+        for seq in sorted(others, key=lambda seq: seq.num_uncomputed_tokens):
+            if not (left_ms > 0 and left > 0 and self._admit(seq)):
+                continue
+            if num_tokens := self._fit(seq, left_ms, left):
+                batch.append(ScheduledSequence(seq, num_tokens))
+                left_ms -= self._pace.chunk_ms(_chunk(seq, num_tokens))
+                left -= num_tokens
+        num_tokens = self._fit(longest_waiting, reserved_ms + left_ms, reserved + left, MIN_CHUNK_TOKENS)
+        return [ScheduledSequence(longest_waiting, num_tokens), *batch]
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Lets a waiting sequence run if all of its tokens find room; whether it runs."""
+        if seq.status is SequenceStatus.RUNNING:
+            return True
+        self._blocks.reuse_prefix(seq)
+        if not self._blocks.can_allocate(seq, seq.num_uncomputed_tokens):
+            self._blocks.free(seq)
+            return False
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = seq.num_computed_tokens
+        self._blocks.allocate(seq, seq.num_uncomputed_tokens)
+        self._waiting.remove(seq)
+        seq.status = SequenceStatus.RUNNING
+        self._running.append(seq)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._blocks.free(seq)
+        seq.status = SequenceStatus.WAITING
+        self._waiting.appendleft(seq)
+
+
+def _chunk(seq: Sequence, num_tokens: int) -> Chunk:
+    """The next `num_tokens` of a sequence."""
+    return Chunk(num_tokens, seq.num_computed_tokens)

@@ -1,0 +1,1 @@
+"""Everything that handles tensors: the model, its adapters, its cache, sampling."""

@@ -1,0 +1,296 @@
+"""Reading a LoRA adapter from disk, with PEFT, and checking that it fits the model."""
+
+import copy
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import AdapterError
+from shared.logs import fields
+from worker.model.loading import download, looks_like_path
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+_SERVED = frozenset(
+    {"r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "layers_to_transform"}
+    | {"layers_pattern", "rank_pattern", "alpha_pattern", "peft_type"}
+)
+"""Fields of the config that change the result and are served."""
+_WITHOUT_EFFECT = frozenset(
+    {"lora_dropout", "inference_mode", "task_type", "base_model_name_or_path", "revision", "peft_version"}
+    | {"auto_mapping", "runtime_config", "fan_in_fan_out", "megatron_core", "megatron_config"}
+    | {"loftq_config", "eva_config", "qalora_group_size", "ensure_weight_tying"}
+)
+"""Fields that matter in training only, or to features that a field of their own turns on."""
+_SERVED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to begin a training that leave the base weights as they are."""
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+
+class LayerWeights(NamedTuple):
+    """One layer of an adapter: y += scaling · b (a x)."""
+
+    a: Tensor
+    """(rank, in)."""
+    b: Tensor
+    """(out, rank)."""
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter in host memory, checked against the model."""
+
+    path: str
+    version: str
+    """SHA-256 (hex) over its config and weights."""
+    layers: Mapping[str, LayerWeights]
+    """By the name of the model's Linear."""
+
+
+class _Problem(Exception):
+    """What is wrong with an adapter; `load_adapter` puts its name and path before it."""
+
+
+def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") -> LoadedAdapter:
+    """Reads the adapter at `path` (folder or Hugging Face id) for `model`, a transformers model.
+
+    `base_name`, what the model is called, is compared with the base that the adapter declares: where all
+    shapes fit, another name is worth a warning only.
+
+    Raises:
+        AdapterError: it can't be served; the message has name, path and reason.
+    """
+    try:
+        folder = _find(path)
+        stamps = _stamps(folder)
+        config, weight_file = _read_config(folder), _weight_file(folder)
+        layers = _read_layers(folder, _read_weights(weight_file), config, model)
+        version = _version((folder / CONFIG_FILE, weight_file))
+        if _stamps(folder) != stamps:
+            raise _Problem("its files changed while they were read")
+    except _Problem as problem:
+        raise AdapterError(f"adapter {name!r} at {path}: {problem}") from problem
+    # Files that nobody checked before, in the hands of PEFT, pickle and json: each raises what it likes.
+    except Exception as error:
+        raise AdapterError(
+            f"adapter {name!r} at {path}: can't be read: {type(error).__name__}: {error}"
+        ) from error
+    declared = str(config.get("base_model_name_or_path") or "")
+    if declared and base_name and _last_part(declared) != _last_part(base_name):
+        logger.warning(
+            "adapter %r at %s declares the base model %s, and serves %s: all shapes fit",
+            name,
+            path,
+            declared,
+            base_name,
+            extra=fields("load_adapter", adapter_name=name),
+        )
+    return LoadedAdapter(path, version, layers)
+
+
+def _find(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise _Problem("is a file, not a folder")
+    if looks_like_path(path):
+        raise _Problem("the folder does not exist")
+    try:
+        return download(path, None, [CONFIG_FILE, *WEIGHT_FILES])
+    except (OSError, ValueError) as error:
+        raise _Problem(f"is no folder here, and can't be had from Hugging Face: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The checked `adapter_config.json`."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except FileNotFoundError as error:
+        raise _Problem(f"is not an adapter: it has no {CONFIG_FILE}") from error
+    except ValueError as error:
+        raise _Problem(f"{CONFIG_FILE} is not JSON: {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise _Problem(f"is not a LoRA adapter: its peft_type is {kind!r}")
+    _refuse_features(config)
+    return dict(config)
+
+
+def _refuse_features(config: Mapping[str, Any]) -> None:
+    """Refuses whatever differs from plain LoRA, fields that the installed PEFT doesn't know included."""
+    if config.get("use_dora"):
+        raise _Problem("uses DoRA, which is not served")
+    if config.get("init_lora_weights", True) not in _SERVED_INITS:
+        raise _Problem(
+            f"was trained on changed base weights (init_lora_weights={config['init_lora_weights']!r}); "
+            "save it converted to plain LoRA"
+        )
+    for field, value in config.items():
+        if field in _SERVED | _WITHOUT_EFFECT | {"init_lora_weights"} or not value:
+            continue
+        if (field, value) != ("bias", "none"):
+            raise _Problem(f"uses {field}={value!r}, which is not served")
+
+
+def _weight_file(folder: Path) -> Path:
+    for file_name in WEIGHT_FILES:
+        if (folder / file_name).is_file():
+            return folder / file_name
+    raise _Problem(f"has no weights: neither {' nor '.join(WEIGHT_FILES)}")
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    from peft.utils import load_peft_weights
+    from safetensors.torch import load
+
+    try:
+        if file.suffix == ".safetensors":
+            # Not PEFT, which lets safetensors open the file: 0.8.0 leaks two objects per tensor then.
+            weights = load(file.read_bytes())
+        else:
+            weights = dict(load_peft_weights(str(file.parent), device="cpu"))
+    # A damaged file: safetensors and pickle have exceptions of their own, which share no base class.
+    except Exception as error:
+        raise _Problem(f"its weights can't be read: {error}") from error
+    for key, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise _Problem(f"{file.name}: {key} is {tensor.dtype}; only floating-point weights are served")
+    return weights
+
+
+def _read_layers(
+    folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module
+) -> dict[str, LayerWeights]:
+    stored = _by_layer(weights, model)
+    found = dict(stored)
+    expected = _known_layers(folder, config, model)
+    declared = config.get("base_model_name_or_path")
+    for layer, slot in expected.items():
+        for side, shape in (("A", (slot.rank, slot.num_inputs)), ("B", (slot.num_outputs, slot.rank))):
+            tensor = stored.pop((layer, side), None)
+            if tensor is None:
+                raise _Problem(f"has no lora_{side} weights for {layer}, which its config names")
+            if tuple(tensor.shape) != shape:
+                raise _Problem(
+                    f"made for another base: it declares base {declared}, the shape of {layer}.lora_{side} "
+                    f"is {tuple(tensor.shape)}, this model's is {shape}"
+                )
+    if stored:
+        layer, side = next(iter(stored))
+        raise _Problem(
+            f"has weights for {layer}.lora_{side}, which its config doesn't name or this model doesn't have "
+            f"(it declares base {declared})"
+        )
+    return {
+        layer: LayerWeights(found[layer, "A"], found[layer, "B"], slot.scaling)
+        for layer, slot in expected.items()
+    }
+
+
+def _by_layer(weights: Mapping[str, Tensor], model: nn.Module) -> dict[tuple[str, str], Tensor]:
+    found: dict[tuple[str, str], Tensor] = {}
+    for key, tensor in weights.items():
+        match = _KEY.fullmatch(key)
+        if match is not None:
+            found[match["layer"], match["side"]] = tensor
+        elif not _is_copy_of_base(key, tensor, model):
+            raise _Problem(f"has weights that are not plain LoRA: {key}")
+    return found
+
+
+def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
+    """Whether this is the model's own weight: PEFT stores a copy of embeddings and heads that it targets."""
+    own = model.state_dict().get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
+    return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
+
+
+class _ExpectedLayer(NamedTuple):
+    rank: int
+    num_inputs: int
+    num_outputs: int
+    scaling: float
+
+
+_MAX_NUM_CONFIGS = 64
+_layers_by_config: WeakKeyDictionary[nn.Module, dict[str, dict[str, _ExpectedLayer]]] = WeakKeyDictionary()
+
+
+def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _ExpectedLayer]:
+    """`_expected_layers`, asked once for all adapters with the same config: it takes most of a read."""
+    known = _layers_by_config.setdefault(model, {})
+    # PEFT writes sets as lists, in any order.
+    relevant = {
+        name: sorted(value) if name.endswith("_modules") and isinstance(value, list) else value
+        for name, value in config.items()
+        if name not in _WITHOUT_EFFECT
+    }
+    key = json.dumps(relevant, sort_keys=True)
+    if key not in known:
+        expected = _expected_layers(folder, model)
+        if len(known) == _MAX_NUM_CONFIGS:
+            known.clear()
+        known[key] = expected
+    return known[key]
+
+
+def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer]:
+    """What PEFT makes of the config on a copy of the model without weights: targets, ranks, scaling."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear, LoraLayer
+
+    try:
+        # PEFT warns of what concerns training, and where transformers has moved on.
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            config = LoraConfig.from_pretrained(str(folder))
+            config.init_lora_weights = False
+            skeleton = type(model)(copy.deepcopy(model.config))
+            adapted = inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise _Problem(f"PEFT can't apply it to this model: {error}") from error
+    found: dict[str, _ExpectedLayer] = {}
+    for layer, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            if not (isinstance(module, Linear) and isinstance(base, nn.Linear)):
+                raise _Problem(f"changes {layer}, a {type(base).__name__}; only Linear layers are served")
+            (rank,), (scaling,) = module.r.values(), module.scaling.values()
+            found[layer] = _ExpectedLayer(rank, base.in_features, base.out_features, float(scaling))
+    return found
+
+
+def _stamps(folder: Path) -> list[tuple[int, int, int]]:
+    """Other ones where a file was written to or replaced meanwhile."""
+    files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
+    found = [file.stat() for file in files if file.exists()]
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
+
+
+def _version(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            # The length keeps the border between two files apart from their content.
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()

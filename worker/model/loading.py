@@ -1,0 +1,183 @@
+"""Loading the base model: folder, device, precision, weights, context length."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import ConfigurationError
+from shared.settings import WorkerSettings
+from worker.model import attention
+from worker.model.digests import file_digest
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+_OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name that is no folder can't be a Hugging Face id (`owner/name` or `name`) either."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
+
+
+def download(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    """Fetches the matching files of a Hugging Face repository and returns their folder.
+
+    Raises:
+        OSError: there is no such repository, or it can't be reached.
+        ValueError: the name is not one a repository can have.
+    """
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+
+
+def find_model(settings: WorkerSettings) -> Path:
+    """The model's folder; a Hugging Face id is fetched.
+
+    Raises:
+        ConfigurationError: there is no such folder or repository.
+    """
+    folder = Path(settings.model).expanduser()
+    if folder.is_dir():
+        return folder
+    if looks_like_path(settings.model):
+        raise ConfigurationError(f"LORELAY_MODEL: the folder {settings.model} does not exist")
+    try:
+        folder = download(settings.model, settings.revision, (*_OTHER_FILES, _WEIGHTS[0]))
+        if not any(folder.glob(_WEIGHTS[0])):
+            folder = download(settings.model, settings.revision, (*_OTHER_FILES, _WEIGHTS[1]))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"LORELAY_MODEL: {settings.model} is no folder here, and can't be had from Hugging Face: {error}"
+        ) from error
+    return folder
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` (first GPU, else CPU), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ConfigurationError: malformed, or not there.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if num_gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"LORELAY_DEVICE: {name!r} is not auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ConfigurationError(f"LORELAY_DEVICE: {name!r} is not auto, cpu, cuda or cuda:N")
+    if (device.index or 0) >= num_gpus:
+        raise ConfigurationError(
+            f"LORELAY_DEVICE: there is no {name}: this machine has {num_gpus} usable GPUs"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> Any:
+    """The causal language model in `folder`, on `device`, with Lorelay's attention.
+
+    Raises:
+        ConfigurationError: not a causal language model, weights missing, or it doesn't load.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    attention.register()
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+        if config.is_encoder_decoder:
+            raise ConfigurationError(f"LORELAY_MODEL: {folder} is an encoder-decoder model, not a causal one")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            trust_remote_code=settings.trust_remote_code,
+            device_map={"": device},
+            output_loading_info=True,
+            # The grouped kernels for experts know no float64.
+            **({"experts_implementation": "eager"} if dtype == torch.float64 else {}),
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, KeyError) and error.args == (attention.NAME,):
+            raise ConfigurationError(
+                f"LORELAY_MODEL: {folder} can't be served: {config.model_type} models don't let their "
+                "attention function be replaced"
+            ) from error
+        raise ConfigurationError(
+            f"LORELAY_MODEL, LORELAY_DTYPE ({settings.dtype}), LORELAY_DEVICE ({settings.device}): "
+            f"{folder} doesn't load as a causal language model: {error}"
+        ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ConfigurationError(
+            f"LORELAY_MODEL: {folder} is not a whole causal language model: it lacks weights for {names}"
+        )
+    return model.eval()
+
+
+def max_model_len(config: Any, session_len: int | None) -> int:
+    """The context length in tokens: `session_len`, or the model's own.
+
+    Raises:
+        ConfigurationError: `session_len` is more than the model takes, or neither says anything.
+    """
+    limit, reason = _length_limit(config)
+    if limit is None:
+        if session_len is None:
+            raise ConfigurationError(
+                "LORELAY_SESSION_LEN: this model's config names no context length; set one"
+            )
+        return session_len
+    if session_len is not None and session_len > limit:
+        raise ConfigurationError(f"LORELAY_SESSION_LEN: {session_len} is more than {limit}, {reason}")
+    return session_len or limit
+
+
+def _length_limit(config: Any) -> tuple[int | None, str]:
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    reason = "the model's context length"
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    for entry in (
+        rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    ):
+        # These take their frequencies from the longest sequence of a batch: one long would change all others.
+        if "dynamic" in entry.get("rope_type", "default") or entry.get("rope_type") == "longrope":
+            original = entry.get("original_max_position_embeddings") or limit
+            if original is not None and (limit is None or original <= limit):
+                limit = original
+                reason = f"the original context length of a model with {entry['rope_type']} rope scaling"
+    if "chunked_attention" in (getattr(text_config, "layer_types", None) or ()):
+        limit = min(limit or text_config.attention_chunk_size, text_config.attention_chunk_size)
+        reason = "the attention chunk of this model, beyond which it is not served"
+    return limit, reason
+
+
+def model_version(folder: Path) -> str:
+    """SHA-256 (hex) of `config.json` and of the names and contents of the weight files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def num_free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device; on the CPU, what the machine can still give."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate, which peft needs
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,102 @@
+"""The model's tokenizer and chat template."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from shared.errors import ConfigurationError, InvalidRequest
+from worker.engine.detokenizer import Detokenizer
+
+DEVELOPER = "developer"
+
+
+class Tokenizer:
+    """Messages to token ids and back. Safe to share between threads that only read."""
+
+    def __init__(self, backend: Any, eos_token_ids: frozenset[int]) -> None:
+        """`backend` is a transformers tokenizer with a chat template."""
+        self._backend = backend
+        self._fast = getattr(backend, "backend_tokenizer", None)
+        self.eos_token_ids = eos_token_ids
+        """Tokens that end a sequence: the tokenizer's own and those of the model's generation config."""
+
+    @classmethod
+    def load(
+        cls, folder_or_id: str | Path, revision: str | None = None, trust_remote_code: bool = False
+    ) -> Self:
+        """Loads the tokenizer of a model folder or Hugging Face id.
+
+        Raises:
+            ConfigurationError: there is none, or it has no chat template.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            backend = AutoTokenizer.from_pretrained(
+                folder_or_id, revision=revision, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ConfigurationError(
+                f"LORELAY_MODEL: {folder_or_id} has no tokenizer that loads: {error}"
+            ) from error
+        if not backend.chat_template:
+            raise ConfigurationError(f"LORELAY_MODEL: {folder_or_id} has no chat template")
+        declared = [backend.eos_token_id, _generation_eos(folder_or_id, revision)]
+        return cls(backend, frozenset(token_id for entry in declared for token_id in _as_list(entry)))
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The prompt: the messages in the model's chat template, up to where the assistant speaks.
+
+        Special tokens (BOS among them) are the template's alone; the tokenizer adds none.
+
+        Raises:
+            InvalidRequest: the template refuses the messages.
+        """
+
+        if DEVELOPER not in str(self._backend.chat_template):
+            # The newer name of the system role, which most templates don't know.
+            messages = [
+                message | {"role": "system"} if message.get("role") == DEVELOPER else message
+                for message in messages
+            ]
+        try:
+            encoded = self._backend.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        # A template is a program of its own: whatever it raises on these messages is the end of them only.
+        except Exception as error:
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return list(encoded["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids` without special tokens."""
+        if self._fast is not None:
+            return str(self._fast.decode(list(token_ids), skip_special_tokens=True))
+        return str(
+            self._backend.decode(
+                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh detokenizer for one sequence."""
+        return Detokenizer(self.decode)
+
+
+def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:
+    """What the model's `generation_config.json`, else its `config.json`, declares as end of sequence."""
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder_or_id, revision=revision or "main").eos_token_id
+    except OSError:
+        config, _ = PreTrainedConfig.get_config_dict(folder_or_id, revision=revision)
+        return config.get("eos_token_id")
+
+
+def _as_list(entry: int | list[int] | None) -> list[int]:
+    if entry is None:
+        return []
+    return [entry] if isinstance(entry, int) else list(entry)

@@ -1,0 +1,326 @@
+"""The worker's I/O thread: claims requests while the engine has room, and appends what the engine emits.
+
+The engine and this thread meet at two plain queues; the engine never does network I/O.
+"""
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+from uuid import uuid4
+
+import redis
+
+from shared.logs import fields
+from shared.queue.connections import is_passing
+from shared.queue.names import queue_name
+from shared.queue.outages import Outages
+from shared.queue.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Slots
+from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
+from worker.serving.capacity import Capacity
+from worker.serving.faults import Faults
+from worker.serving.patience import RETRY_WAIT_S, call_until
+from worker.serving.prompt_encoder import Encode, Prompt, PromptEncoder
+
+logger = logging.getLogger(__name__)
+
+MAX_NUM_UNSENT_STEPS = 32
+IDLE_WAIT_S = 1.0
+IO = "io"
+
+
+class Arrival(NamedTuple):
+    """A claimed request on its way to the engine."""
+
+    claim: Claim
+    prompt: Prompt | None = None
+    """None leaves it to the engine to encode it."""
+
+
+class Commands(NamedTuple):
+    """What the engine is asked to do before its next step."""
+
+    add: Sequence[Arrival] = ()
+    abort: Sequence[str] = ()
+    stop: Sequence[str] = ()
+    drop: Sequence[str] = ()
+    run_alone: bool = False
+    """Whether Redis knows by now that the isolated request runs alone."""
+    allow_company: bool = False
+    """Whether the request that ran alone is cleared."""
+
+
+class HeldRequests:
+    """The requests this worker owns. Shared by all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[Held, str] = {}
+        self._lone: Held | None = None
+        self._alone_until_event_no = 0
+        self._isolated: Held | None = None
+
+    def __len__(self) -> int:
+        return len(self._queues)
+
+    def __contains__(self, held: Held) -> bool:
+        return held in self._queues
+
+    @property
+    def has_lone_request(self) -> bool:
+        """Whether one is held whose steps must run without company."""
+        return self._lone in self._queues
+
+    def add(self, claim: Claim) -> None:
+        """Takes a claimed request in, in place of a former claim of the same one."""
+        self.remove([claim.held.request_id])
+        with self._lock:
+            self._queues[claim.held] = queue_name(claim.request.base, claim.request.adapter_name)
+            if claim.alone:
+                self._lone = claim.held
+                self._alone_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
+
+    def isolate(self, held: Held) -> None:
+        """The engine runs nothing from now on until Redis knows that this request runs alone."""
+        self._isolated = held
+
+    @property
+    def isolated(self) -> Held | None:
+        """The request that the engine has isolated, while it is held and not cleared."""
+        return self._isolated if self._isolated == self._lone and self._isolated in self._queues else None
+
+    def is_cleared_by(self, appends: Iterable[Append]) -> bool:
+        """Whether these events, now written, end the doubts about the request that ran alone."""
+        is_cleared = any(
+            append.held == self._lone and append.event.event_no >= self._alone_until_event_no
+            for append in appends
+        )
+        if is_cleared:
+            self._lone = None
+        return is_cleared
+
+    def remove(self, request_ids: Iterable[str]) -> None:
+        """Forgets requests; one that is not held is no error."""
+        gone = set(request_ids)
+        with self._lock:
+            self._queues = {held: name for held, name in self._queues.items() if held.request_id not in gone}
+
+    def snapshot(self) -> list[Held]:
+        """All held requests, oldest first."""
+        with self._lock:
+            return list(self._queues)
+
+    def num_per_queue(self) -> Counter[str]:
+        """How many requests of each queue are held."""
+        with self._lock:
+            return Counter(self._queues.values())
+
+
+class Consumer:
+    """Moves requests from Redis to the engine and events from the engine to Redis."""
+
+    def __init__(
+        self,
+        streams: WorkerStreams,
+        held: HeldRequests,
+        *,
+        max_num_requests: int,
+        poll_s: float,
+        slots: Callable[[], Slots] = lambda: UNLIMITED_SLOTS,
+        faults: Faults | None = None,
+        encode: Encode | None = None,
+    ) -> None:
+        """`slots` tells where adapters find room on the device now.
+
+        `encode` turns messages into a prompt, beside the engine's thread; else the engine does it.
+        """
+        self._slots = slots
+        self._streams = streams
+        self._held = held
+        self._capacity = Capacity(max_num_requests)
+        self._poll_s = poll_s
+        self._faults = faults or Faults()
+        self.outages = Outages(logger)
+        self._unsent: list[Append] = []
+        self._execution_ids: list[str] = []
+        self._known_isolated: Held | None = None
+        self._draining = threading.Event()
+        self._stopped = threading.Event()
+        self._to_shed: queue.SimpleQueue[Held] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Commands] = queue.SimpleQueue()
+        self.outbox: queue.Queue[list[Append]] = queue.Queue(MAX_NUM_UNSENT_STEPS)
+        self._encoder = (
+            PromptEncoder(encode, self._deliver, lambda claim: claim.held in held) if encode else None
+        )
+        self.num_claimed = 0
+        self.is_idle = False
+        """Whether the last turn found nothing to do."""
+
+    @property
+    def threads(self) -> dict[str, Callable[[], None]]:
+        """What has to run beside the engine, each in a thread of its own, by name."""
+        encoder = self._encoder
+        lanes = {"short prompts": encoder.run_short, "long prompts": encoder.run_long} if encoder else {}
+        return {IO: self.run, **lanes}
+
+    def wake_engine(self) -> None:
+        """Ends the engine's waiting for commands: it has something else to see to."""
+        self.commands.put(Commands())
+
+    def drain(self) -> None:
+        """No new claims from now on."""
+        self._draining.set()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it claims no more."""
+        return self._draining.is_set()
+
+    def stop(self) -> None:
+        """Ends `threads`, each after what it does now."""
+        self._draining.set()
+        self._stopped.set()
+        if self._encoder is not None:
+            self._encoder.stop()
+
+    def run(self) -> None:
+        """Takes turns until `stop`; a Redis that does not serve is waited for, what is unsent waits."""
+        while not self._stopped.is_set():
+            try:
+                self.turn()
+            except redis.RedisError as error:
+                if not is_passing(error):
+                    raise
+                self.outages.begin(IO, error)
+                self._stopped.wait(RETRY_WAIT_S)
+            else:
+                self.outages.end(IO)
+
+    def turn(self) -> None:
+        """One round: append what came, learn what was aborted or lost, claim what fits."""
+        self._collect(self._poll_s if self._held else 0)
+        may_claim = True
+        if self._held or self._unsent:
+            may_claim = self._send()
+        may_claim |= self._shed()
+        # One whose reply was lost may have claimed something.
+        if may_claim or self._execution_ids:
+            self._claim()
+        self.is_idle = not self._held
+        if self.is_idle and not self._stopped.is_set():
+            self._streams.wait_for_doorbell(IDLE_WAIT_S)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Passes on that these requests were given up."""
+        if request_ids:
+            self.commands.put(Commands(abort=request_ids))
+
+    def stop_request(self, request_id: str) -> None:
+        """An operator's stop of one request; of one that is not held: nothing."""
+        self.commands.put(Commands(stop=[request_id]))
+
+    def shed(self, held: Held) -> None:
+        """Returns one request to its queue, and holds fewer for a while: memory has no room for more."""
+        self._capacity.shrink(len(self._held))
+        self._to_shed.put(held)
+
+    def count_step(self) -> None:
+        """A step found the memory it needed."""
+        self._capacity.count_step()
+
+    def hand_back(self, give_up_at: float = 0) -> int:
+        """Returns all held requests to their queues; call it when `run` has ended.
+
+        What can't be returned until `time.monotonic()` passes `give_up_at`, others take over after a lease.
+
+        Raises:
+            redis.RedisError: the server refused, and will again.
+        """
+        held = self._held.snapshot()
+        try:
+            return call_until(give_up_at, lambda: self._streams.hand_back(held))
+        except redis.RedisError as error:
+            if not is_passing(error):
+                raise
+            logger.warning(
+                "%d requests were not handed back: %s", len(held), error, extra=fields("hand_back_failed")
+            )
+            return 0
+
+    def _collect(self, timeout_s: float) -> None:
+        """Takes the steps that are done, waiting `timeout_s` for the first."""
+        try:
+            self._unsent += self.outbox.get(timeout=timeout_s) if timeout_s else self.outbox.get_nowait()
+            while True:
+                self._unsent += self.outbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _send(self) -> bool:
+        """Writes the collected events, or just asks for news; whether there is anything to claim."""
+        appends = self._unsent
+        self._faults.appending(appends)
+        isolated = self._held.isolated
+        news = self._streams.append(self._held.snapshot(), appends, isolated.request_id if isolated else "")
+        if isolated != self._known_isolated:
+            self._known_isolated = isolated
+            self.commands.put(Commands(run_alone=isolated is not None))
+        self._faults.appended(appends)
+        self._unsent = []
+        if self._held.is_cleared_by(appends):
+            self.commands.put(Commands(allow_company=True))
+        ended = {append.held.request_id for append in appends if append.event.is_terminal}
+        self._held.remove(ended)
+        self._pass_on(news, ended)
+        return news.num_waiting > 0
+
+    def _pass_on(self, news: News, ended: set[str]) -> None:
+        """Tells the engine what to abort and to drop; a repeated append may call what it ended lost."""
+        lost = [request_id for request_id in news.lost if request_id not in ended]
+        for request_id in lost:
+            logger.warning("request %s moved to another worker", request_id, extra=fields("lost"))
+        self._held.remove(lost)
+        self.abort(news.aborted)
+        if lost:
+            self.commands.put(Commands(drop=lost))
+
+    def _shed(self) -> bool:
+        """Hands back what does not fit; whether there was any, which now waits."""
+        has_shed = False
+        while not self._to_shed.empty():
+            held = self._to_shed.get()
+            try:
+                self._streams.hand_back([held])
+            except redis.RedisError:
+                self._to_shed.put(held)
+                raise
+            self._held.remove([held.request_id])
+            logger.warning("request %s handed back: out of memory", held.request_id, extra=fields("shed"))
+            has_shed = True
+        return has_shed
+
+    def _claim(self) -> None:
+        room = self._capacity.num_requests - len(self._held)
+        if room <= 0 or self._draining.is_set() or self._held.has_lone_request:
+            return
+        # Kept until there is a reply: a repeated call brings what one claimed whose reply was lost.
+        self._execution_ids = self._execution_ids or [uuid4().hex for _ in range(room)]
+        claims = self._streams.claim(self._execution_ids, self._held.num_per_queue(), self._slots())
+        self._execution_ids = []
+        for claim in claims:
+            self._held.add(claim)
+        if claims:
+            self._faults.claimed(claims)
+            self.num_claimed += len(claims)
+            self._pass_in(claims)
+
+    def _pass_in(self, claims: Sequence[Claim]) -> None:
+        if self._encoder is not None:
+            self._encoder.take(claims)
+        else:
+            self.commands.put(Commands(add=[Arrival(claim) for claim in claims]))
+
+    def _deliver(self, claim: Claim, prompt: Prompt) -> None:
+        self.commands.put(Commands(add=[Arrival(claim, prompt)]))

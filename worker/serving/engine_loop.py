@@ -1,0 +1,151 @@
+"""Drives the engine in the main thread, between the queues of the consumer."""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from shared.logs import fields
+from shared.queue.records import Append, Held
+from worker.engine.engine import Engine
+from worker.engine.sequence import OutOfDeviceMemory
+from worker.serving.consumer import Arrival, Commands, Consumer, HeldRequests
+
+logger = logging.getLogger(__name__)
+
+WAKE_UP_S = 0.1
+
+
+class EngineLoop:
+    """Applies commands, steps the engine, passes its events on; ends when told to, or when drained."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        consumer: Consumer,
+        held: HeldRequests,
+        *,
+        drain_s: float,
+        step_delay_s: float = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._consumer = consumer
+        self._held = held
+        self._drain_s = drain_s
+        self._step_delay_s = step_delay_s
+        self._clock = clock
+        self._drain_until: float | None = None
+        self._hurried = threading.Event()
+        self._stopped_early: set[Held] = set()
+        self._step_started_s: float | None = None
+
+    def step_age_s(self) -> float:
+        """How long the present step has been running; 0 between steps. For other threads."""
+        started_s = self._step_started_s
+        return 0.0 if started_s is None else self._clock() - started_s
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the end was asked for."""
+        return self._drain_until is not None
+
+    def drain(self) -> None:
+        """Asks for the end: no new claims, running requests finish until `drain_s`. Asked twice: ends now."""
+        if self.is_draining:
+            self._hurried.set()
+            return
+        self._drain_until = self._clock() + self._drain_s
+        self._consumer.drain()
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Returns when drained, when the drain time is over, or when `should_stop`."""
+        while not (self._is_drained() or should_stop()):
+            appends = self._apply_commands()
+            appends += self._engine.settle_adapters()
+            appends += self._engine.expire_requests()
+            if self._engine.has_work:
+                appends += self._step()
+            if appends:
+                self._put(appends)
+            if self._step_delay_s:
+                self._hurried.wait(self._step_delay_s)
+
+    def _step(self) -> list[Append]:
+        self._step_started_s = self._clock()
+        try:
+            appends = self._engine.step()
+            self._consumer.count_step()
+            return appends
+        except OutOfDeviceMemory as error:
+            logger.warning("a step is out of memory: %s", error, extra=fields("out_of_memory"))
+            held, appends = self._engine.shed()
+            if held is not None:
+                self._consumer.shed(held)
+            return appends
+        finally:
+            self._step_started_s = None
+
+    def _is_drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        return self._hurried.is_set() or not self._held or self._clock() > self._drain_until
+
+    def _apply_commands(self) -> list[Append]:
+        """Carries out what stands in the command queue; with nothing to run it waits for a first one."""
+        appends: list[Append] = []
+        is_idle = not self._engine.has_work or self._engine.is_stalled
+        commands = self._next_commands(WAKE_UP_S if is_idle else None)
+        while commands is not None:
+            for request_id in commands.drop:
+                self._engine.drop_request(request_id)
+            for request_id in commands.abort:
+                appends += self._engine.abort_request(request_id)
+            for request_id in commands.stop:
+                appends += self._stop(request_id)
+            if commands.run_alone:
+                self._engine.run_alone()
+            if commands.allow_company:
+                self._engine.allow_company()
+            for arrival in commands.add:
+                appends += self._add(arrival)
+            commands = self._next_commands(None)
+        return appends
+
+    def _add(self, arrival: Arrival) -> list[Append]:
+        """Takes a request in, unless it was lost, or claimed anew, while its prompt was encoded."""
+        claim, prompt = arrival
+        if claim.held not in self._held:
+            return []
+        appends = self._engine.add_request(
+            claim.held, claim.request, claim.events, prompt=prompt, alone=claim.alone
+        )
+        if claim.alone and not appends:
+            self._held.isolate(claim.held)
+        if claim.held in self._stopped_early:
+            self._stopped_early.remove(claim.held)
+            appends += self._engine.stop_request(claim.held.request_id)
+        return appends
+
+    def _stop(self, request_id: str) -> list[Append]:
+        """Stops a request, also one that is still to come: an operator asks only once."""
+        if not self._engine.holds(request_id):
+            held = self._held.snapshot()
+            self._stopped_early &= set(held)
+            self._stopped_early |= {entry for entry in held if entry.request_id == request_id}
+        return self._engine.stop_request(request_id)
+
+    def _next_commands(self, wait_s: float | None) -> Commands | None:
+        try:
+            return self._consumer.commands.get(block=wait_s is not None, timeout=wait_s)
+        except queue.Empty:
+            return None
+
+    def _put(self, appends: list[Append]) -> None:
+        """Hands a step's events on; the engine pauses while too many steps are unsent."""
+        while not (self._hurried.is_set() or self._is_drained()):
+            with contextlib.suppress(queue.Full):
+                self._consumer.outbox.put(appends, timeout=WAKE_UP_S)
+                return

@@ -1,0 +1,137 @@
+"""Faults on purpose, for tests of crashes: named by `LORELAY_FAULTS`, none by default.
+
+Words, separated by spaces:
+    kill=POINT:N    SIGKILL at the Nth pass of a named point: claimed, appending, appended, ending, ended
+    fail=POINT:N    an exception there, in the I/O thread
+    poison=WORD     SIGKILL in the first step of a request whose messages contain WORD
+    raise=WORD      an exception in the first step of such a request
+    oom=N           out of device memory in a step of more than N sequences
+    hang=N          the Nth step never ends
+"""
+
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from shared.queue.records import Append, Claim
+from worker.engine.engine import ModelRunner
+from worker.engine.sequence import Batch, OutOfDeviceMemory
+
+
+class Faults:
+    """Called at the places where faults may be asked for."""
+
+    def __init__(self, text: str = "") -> None:
+        """Reads the words.
+
+        Raises:
+            ValueError: a word that stands for no fault.
+        """
+        self._deaths: dict[tuple[str, int], Callable[[], None]] = {}
+        self._poison = ""
+        self._raising = ""
+        self._max_batch_size: int | None = None
+        self._hang_step: int | None = None
+        self._num_passes: Counter[str] = Counter()
+        self._poisoned: set[str] = set()
+        self._raised_by: set[str] = set()
+        for word in text.split():
+            self._read(*word.partition("=")[::2])
+
+    def _read(self, name: str, value: str) -> None:
+        if name in ("kill", "fail"):
+            point, _, number = value.partition(":")
+            self._deaths[point, int(number or 1)] = _die if name == "kill" else _fail
+        elif name == "poison":
+            self._poison = value
+        elif name == "raise":
+            self._raising = value
+        elif name == "oom":
+            self._max_batch_size = int(value)
+        elif name == "hang":
+            self._hang_step = int(value)
+        else:
+            raise ValueError(f"{name!r} is no fault")
+
+    def reach(self, point: str) -> None:
+        """A named point of the consumer."""
+        self._num_passes[point] += 1
+        if death := self._deaths.get((point, self._num_passes[point])):
+            death()
+
+    def claimed(self, claims: Iterable[Claim]) -> None:
+        """Requests were claimed."""
+        for claim in claims:
+            if self._poison and self._poison in str(claim.request.messages):
+                self._poisoned.add(claim.held.request_id)
+            if self._raising and self._raising in str(claim.request.messages):
+                self._raised_by.add(claim.held.request_id)
+        self.reach("claimed")
+
+    def appending(self, appends: Iterable[Append]) -> None:
+        """Events are about to be appended."""
+        self.reach("ending" if any(append.event.is_terminal for append in appends) else "appending")
+
+    def appended(self, appends: Iterable[Append]) -> None:
+        """Events were appended, and nothing was done with the reply yet."""
+        self.reach("ended" if any(append.event.is_terminal for append in appends) else "appended")
+
+    def before_step(self, batch: Batch) -> None:
+        """A batch is about to run.
+
+        Raises:
+            OutOfDeviceMemory: asked for.
+            RuntimeError: asked for.
+        """
+        self.reach("step")
+        if any(item.seq.request_id in self._poisoned for item in batch):
+            _die()
+        if any(item.seq.request_id in self._raised_by for item in batch):
+            _fail()
+        if self._max_batch_size is not None and len(batch) > self._max_batch_size:
+            raise OutOfDeviceMemory(f"{len(batch)} sequences")
+        if self._num_passes["step"] == self._hang_step:
+            threading.Event().wait()
+
+
+class FaultyRunner:
+    """A model runner whose steps may fail on purpose."""
+
+    def __init__(self, model_runner: ModelRunner, faults: Faults) -> None:
+        self._model_runner = model_runner
+        self._faults = faults
+
+    @property
+    def max_model_len(self) -> int:
+        """As the runner's own."""
+        return self._model_runner.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """As the runner's own."""
+        return self._model_runner.vocab_size
+
+    @property
+    def model_version(self) -> str:
+        """As the runner's own."""
+        return self._model_runner.model_version
+
+    @property
+    def adapter_versions(self) -> Mapping[str, str]:
+        """As the runner's own."""
+        return self._model_runner.adapter_versions
+
+    def run(self, batch: Batch) -> Sequence[int | None]:
+        """One step, unless a fault was asked for."""
+        self._faults.before_step(batch)
+        return self._model_runner.run(batch)
+
+
+def _fail() -> None:
+    raise RuntimeError("a fault on purpose")
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

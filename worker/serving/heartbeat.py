@@ -1,0 +1,126 @@
+"""The worker's heartbeat thread: renews its leases, and reaps those that others let expire."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import redis
+
+from shared.logs import fields
+from shared.queue.connections import is_passing
+from shared.queue.outages import Outages
+from shared.queue.worker_streams import WorkerStreams
+from shared.settings import WorkerSettings
+from worker.serving.consumer import Consumer, HeldRequests
+
+logger = logging.getLogger(__name__)
+
+
+class Heartbeat:
+    """What a live worker does at intervals, whatever its engine is busy with.
+
+    It judges others (reaps leases, takes requests without a reader for orphans) only once its own connection
+    has been up for a whole lease: after a restart of Redis every lease looks expired until its owner has had
+    the time to renew it.
+    """
+
+    def __init__(
+        self,
+        streams: WorkerStreams,
+        held: HeldRequests,
+        consumer: Consumer,
+        settings: WorkerSettings,
+        *,
+        served: Mapping[str, str],
+        on_beat: Callable[[], None],
+        watch_engine: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`served`: see `WorkerStreams.serve`; these queues are swept, too."""
+        self._streams = streams
+        self._held = held
+        self._consumer = consumer
+        self._settings = settings
+        self._served = served
+        self._told: Mapping[str, str] | None = None
+        """Queues and versions that Redis was told last."""
+        self._on_beat = on_beat
+        self._watch_engine = watch_engine
+        self._clock = clock
+        self.outages = Outages(logger)
+        self._stopped = threading.Event()
+        self._connected_since: float | None = None
+        self._renewed_at = self._swept_at = float("-inf")
+
+    def stop(self) -> None:
+        """Ends `run` after its present turn."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Takes turns until `stop`; what was refused for now is made up for at the next one."""
+        while not self._stopped.wait(min(self._settings.heartbeat_s, self._settings.reap_s)):
+            self._watch_engine()
+            try:
+                self.turn()
+            except redis.RedisError as error:
+                if not is_passing(error):
+                    raise
+                self._connected_since = None
+                self.outages.begin("heartbeat", error)
+            else:
+                self.outages.end("heartbeat")
+
+    def turn(self) -> None:
+        """Renews, reaps and sweeps where it is time to."""
+        now = self._clock()
+        connected_s = now - self._connected_since if self._connected_since is not None else 0.0
+        if now - self._renewed_at >= self._settings.heartbeat_s:
+            self._renew(judge_readers=connected_s >= self._settings.api_lease_s)
+            self._renewed_at = now
+        if self._connected_since is None:
+            self._connected_since = now
+        if connected_s >= self._settings.lease_s:
+            self._reap()
+        # Not after a whole lease, as for reaping: a live worker renews its own entry within a heartbeat.
+        if connected_s >= self._settings.heartbeat_s:
+            self._end_unserved()
+        if now - self._swept_at >= self._settings.sweep_s:
+            self._streams.sweep(self._served)
+            if not self._streams.serves(self._servable):
+                self._tell()
+            self._swept_at = now
+
+    def _renew(self, *, judge_readers: bool) -> None:
+        if self._told != self._servable:
+            self._tell()
+        news = self._streams.renew(self._held.snapshot(), judge_readers=judge_readers)
+        if not news.is_known:
+            self._tell()
+        self._consumer.abort(news.aborted)
+        if not news.in_time:
+            # The server, or this process, was paused: others must have the time to renew theirs first.
+            self._connected_since = self._clock()
+        self._on_beat()
+
+    @property
+    def _servable(self) -> Mapping[str, str]:
+        return {} if self._consumer.is_draining else self._served
+
+    def _tell(self) -> None:
+        """Tells Redis what this worker serves."""
+        self._told = self._servable
+        self._streams.serve(self._told)
+
+    def _end_unserved(self) -> None:
+        for request_id in self._streams.end_unserved(min_pause_s=self._settings.reap_s):
+            logger.warning(
+                "request %s ended: no live worker has its weights", request_id, extra=fields("version_gone")
+            )
+
+    def _reap(self) -> None:
+        reaped = self._streams.reap(self._settings.max_crashes_alone)
+        for request_id in reaped.requeued:
+            logger.warning("request %s lost its worker: requeued", request_id, extra=fields("reap"))
+        for request_id in reaped.dead:
+            logger.error("request %s crashes workers: failed", request_id, extra=fields("dead_letter"))
