@@ -1,13 +1,10 @@
 """The one place where exceptions become HTTP: status, headers and OpenAI's error envelope."""
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
-import redis
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -16,8 +13,7 @@ from starlette.responses import Response
 
 from shared import errors
 from shared.errors import LorelayError
-from shared.logs import fields
-from shared.queue.not_now import code_of
+from shared.logs import fields, log_unexpected
 
 logger = logging.getLogger(__name__)
 
@@ -144,27 +140,5 @@ async def _handle_disconnect(request: Request, exc: Exception) -> Response:
 
 
 async def _handle_unexpected(request: Request, exc: Exception) -> Response:
-    log_unexpected(exc)
+    log_unexpected(logger, exc)
     return error_response(LorelayError())
-
-
-def log_unexpected(exc: BaseException) -> None:
-    """An exception that nobody foresaw, with its traceback."""
-    logger.error("internal error: %r", exc, exc_info=exc, extra=fields("internal_error"))
-
-
-@asynccontextmanager
-async def queue_errors(until: float) -> AsyncIterator[None]:
-    """Turns every failure of Redis inside, and the event loop's time passing `until`, into our exceptions.
-
-    Raises:
-        QueueOutOfMemory: the server refused to write for want of memory.
-        QueueUnavailable: anything else.
-    """
-    try:
-        async with asyncio.timeout_at(until):
-            yield
-    except (redis.RedisError, OSError) as error:
-        if isinstance(error, redis.RedisError) and code_of(error) == "OOM":
-            raise errors.QueueOutOfMemory from error
-        raise errors.QueueUnavailable from error

@@ -10,12 +10,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.contract.chat_answer import DONE, BodyWriter, ChunkWriter, Heading, render_data, render_resumption
-from api.errors import log_unexpected, mapped, render_error
+from api.errors import mapped, render_error
 from api.relay.event_source import EventSource, error_of
 from api.relay.inbox import Inbox
 from api.relay.relay import Relay
 from shared.errors import GenerationTimeout, LorelayError, QueueFull, ServerDraining
-from shared.logs import fields
+from shared.logs import fields, log_unexpected
 from shared.messages import GenerationRequest, StreamEvent
 from shared.settings import ApiSettings
 
@@ -89,7 +89,7 @@ class ChatCompletionResponse(Response):
                 if not self._is_started:
                     self._outcome, self.status_code = LorelayError.code, mapped(LorelayError()).status
                     raise
-                log_unexpected(error)
+                log_unexpected(logger, error)
                 await self._end_with(LorelayError(), send)
             finally:
                 watcher.cancel()

@@ -17,8 +17,9 @@ import redis
 from lorelay import embedded
 from lorelay.devices import num_usable_cores, visible_gpus, worker_environments
 from lorelay.serve import is_http_ready
-from lorelay.status import COMPILING, live_workers
+from lorelay.status import live_workers
 from lorelay.supervisor import ChildSpec, start_process
+from shared.messages import ForwardState
 from shared.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +155,7 @@ class Deployment:
         workers = {self._log(spec.name): self._start(spec) for spec in specs}
         self.worker_pids = [worker.pid for worker in workers.values()]
         wait_until(lambda: "" not in self.forward_states(), workers)
-        wait_until(lambda: COMPILING not in self.forward_states(), workers, COMPILE_LIMIT_S)
+        wait_until(lambda: ForwardState.COMPILING not in self.forward_states(), workers, COMPILE_LIMIT_S)
 
     def _start(self, spec: ChildSpec) -> subprocess.Popen[bytes]:
         """Starts a process that ends with the deployment."""

@@ -15,10 +15,6 @@ from shared.queue import keys, registry
 from shared.queue.connections import is_wrong_type
 from shared.queue.names import queue_name, slug
 
-COMPILING = "compiling"
-FORWARD_FIELD = "forward"
-"""What a worker adds to its hash of RQ's: see `WorkerStatus.forward`."""
-
 
 class WorkerStatus(msgspec.Struct, frozen=True):
     """A worker that RQ or the registry knows."""
@@ -153,7 +149,7 @@ def _workers(connection: redis.Redis, leases: dict[str, dict[str, bool]]) -> lis
 
 def _worker(connection: redis.Redis, name: str, base: str | None, is_alive: bool) -> WorkerStatus:
     key = f"{RQ_KEY_PREFIX}:worker:{name}"
-    names = ("hostname", "pid", "state", FORWARD_FIELD)
+    names = ("hostname", "pid", "state", keys.FORWARD_FIELD)
     values = _readable(lambda: connection.hmget(key, *names), [None] * len(names))
     host, pid, state, forward = (_text(value) for value in values)
     num_running = _readable(lambda: connection.scard(f"{key}:executions"), 0)

@@ -14,3 +14,8 @@ def configure(level: str = "INFO") -> None:
 def fields(action: str, **values: Any) -> dict[str, Any]:
     """The `extra` of a log record: `action` and what it concerns, e.g. `request_id`, `adapter_name`."""
     return {"action": action, **values}
+
+
+def log_unexpected(logger: logging.Logger, error: BaseException) -> None:
+    """An exception that nobody foresaw, with its traceback."""
+    logger.error("internal error: %r", error, exc_info=error, extra=fields("internal_error"))

@@ -35,6 +35,15 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class ForwardState(StrEnum):
+    """How a worker computes its forward pass."""
+
+    EAGER = "eager"
+    COMPILING = "compiling"
+    """Eager, while the compiled one is built."""
+    COMPILED = "compiled"
+
+
 class SamplingParams(Message, frozen=True):
     """How to pick tokens and when to end."""
 

@@ -1,5 +1,14 @@
 """The GPU side: `rq worker -w worker.LoraWorker`."""
 
-from worker.lora_worker import LoraWorker
+from typing import Any
 
 __all__ = ["LoraWorker"]
+
+
+def __getattr__(name: str) -> Any:
+    """The worker's class, when it is asked for: whoever imports the engine loads neither RQ nor Redis."""
+    if name != "LoraWorker":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from worker.lora_worker import LoraWorker
+
+    return LoraWorker

@@ -17,11 +17,10 @@ from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.worker.base import DequeueStrategy, WorkerStatus
 
-from lorelay.status import FORWARD_FIELD
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
 from shared.messages import ModelCard
-from shared.queue import permissions, registry
+from shared.queue import keys, permissions, registry
 from shared.queue.connections import check_server, connect_like, same_server
 from shared.queue.not_now import is_not_now
 from shared.queue.refusals import explain
@@ -252,7 +251,7 @@ class LoraWorker(RqWorker):
             registry.repair(connection, cards, fill=is_forgotten)
             with connection.pipeline() as pipeline:
                 self.heartbeat(pipeline=pipeline)
-                pipeline.hset(self.key, FORWARD_FIELD, forward_state)
+                pipeline.hset(self.key, keys.FORWARD_FIELD, forward_state)
                 pipeline.execute()
 
     def _end_if_hung(self, step_age_s: float, step_limit_s: float) -> None:

@@ -1,12 +1,16 @@
 """Giving requests up for clients that left: after the exchange, whatever Redis does."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
 
-from api.errors import log_unexpected, queue_errors
+from api.relay.queue_errors import queue_errors
 from shared.errors import QueueUnavailable
+from shared.logs import log_unexpected
 from shared.queue.api_streams import ApiStreams
 from shared.settings import ApiSettings
+
+logger = logging.getLogger(__name__)
 
 MAX_BACKOFF_S = 1.0
 
@@ -46,7 +50,7 @@ class Aborter:
                         await asyncio.sleep(next(pauses))
                         break
                 except Exception as error:
-                    log_unexpected(error)
+                    log_unexpected(logger, error)
                 pauses = backoff()
                 del self._until[request_id]
 

@@ -10,11 +10,12 @@ import msgspec
 import redis
 from redis.asyncio.client import PubSub
 
-from api.errors import log_unexpected, queue_errors
 from api.relay.aborter import Aborter, backoff
 from api.relay.inbox import Inbox
+from api.relay.queue_errors import queue_errors
 from api.relay.upkeep import fail_vanished_forever, renew_lease_forever, watch_permissions
 from shared.errors import GenerationFailed, QueueUnavailable, ServerDraining
+from shared.logs import log_unexpected
 from shared.messages import GenerationRequest, ModelCard, decode_event
 from shared.queue import keys, registry
 from shared.queue.api_streams import ApiStreams, FoundRequest
@@ -249,7 +250,7 @@ class Relay:
             except (redis.RedisError, OSError) as error:
                 self._outages.begin("subscriber", error)
             except Exception as error:
-                log_unexpected(error)
+                log_unexpected(logger, error)
             await asyncio.sleep(next(pauses))
 
     async def _subscribe(self, pubsub: PubSub) -> None:
@@ -324,7 +325,7 @@ class Relay:
             for inbox in inboxes:
                 inbox.fall_behind()
         except Exception as error:
-            log_unexpected(error)
+            log_unexpected(logger, error)
         else:
             self._outages.end("log reader")
             for inbox, events in zip(inboxes, logs, strict=True):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 
 import redis
 
-from api.errors import log_unexpected, queue_errors
 from api.relay.inbox import Inbox
+from api.relay.queue_errors import queue_errors
 from shared.errors import QueueUnavailable
-from shared.logs import fields
+from shared.logs import fields, log_unexpected
 from shared.queue.api_streams import ApiStreams, EndLost
 from shared.queue.permissions import API, describe, missing_rules
 from shared.settings import ApiSettings
@@ -33,7 +33,7 @@ async def renew_lease_forever(streams: ApiStreams, settings: ApiSettings) -> Non
         except Exception as error:
             # Whatever it was, the lease must not lapse for it: all requests of this API would be aborted.
             if not isinstance(error, QueueUnavailable):
-                log_unexpected(error)
+                log_unexpected(logger, error)
             await asyncio.sleep(min(0.5, settings.api_lease_s / 6))
 
 
@@ -79,7 +79,7 @@ async def fail_vanished_forever(
                 vanished = await streams.find_vanished(list(quiet))
         except Exception as error:
             if not isinstance(error, QueueUnavailable):
-                log_unexpected(error)
+                log_unexpected(logger, error)
             continue
         for request_id, reason in vanished.items():
             # Its end may still be on its way: the log is read at intervals.

@@ -7,6 +7,9 @@ The names stand a second time in `scripts/prelude.lua`, and a test holds both to
 
 PREFIX = "lorelay"
 
+FORWARD_FIELD = "forward"
+"""Field that a worker adds to its hash of RQ's: its `ForwardState`."""
+
 MODELS = f"{PREFIX}:models"
 """hash, model name → ModelCard. Written by starting workers, read by every API. Outlives the workers."""
 

@@ -10,8 +10,8 @@ import pytest
 
 from bench import memory, run
 from bench.served import KEYS
+from shared.messages import ForwardState
 from tests.deployment import Deployment
-from worker.model.compiled import COMPILED, EAGER
 
 PNG = b"\x89PNG"
 
@@ -36,7 +36,7 @@ def test_adapters_come_from_where_the_rows_say(tiny_model: Path, tmp_path: Path)
     rows = bench(tmp_path, "--model", str(tiny_model), "--only", "cached", "disk")
     assert {"cached", "disk"} == rows.keys()
     states = re.findall(r"; forward pass (\w+)", (tmp_path / "table.txt").read_text())
-    assert states == [COMPILED if shutil.which("g++") else EAGER]
+    assert states == [ForwardState.COMPILED if shutil.which("g++") else ForwardState.EAGER]
 
 
 def test_any_server_can_be_measured(served: Deployment, tiny_model: Path, tmp_path: Path) -> None:

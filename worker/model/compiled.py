@@ -21,8 +21,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lorelay.status import COMPILING
 from shared.logs import fields
+from shared.messages import ForwardState
 from worker.model import attention, compile_graph
 from worker.model.compile_graph import SMALL, Job
 from worker.model.kernels import native, packed
@@ -34,7 +34,6 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Token ids and positions (1, T) and the kept rows (n,) to logits (n, vocab)."""
 
-EAGER, COMPILED = "eager", "compiled"
 STOP_LIMIT_S = 5.0
 """The compiler's, to clean up."""
 MAX_NUM_DIFFERING_STEPS = 8
@@ -52,8 +51,8 @@ class CompiledForward:
 
     def __init__(self, eager: Forward, model: nn.Module, job: Job) -> None:
         """Begins to compile in the background; `model` is the one that `eager` runs."""
-        self.state = COMPILING
-        """One of `COMPILING`, `COMPILED`, and `EAGER`: that is how it stays then."""
+        self.state = ForwardState.COMPILING
+        """`EAGER` is for good."""
         self._eager = eager
         self._model = model
         self._job = job
@@ -139,7 +138,7 @@ class CompiledForward:
             self._fall_back(f"{type(error).__name__}: {error}")
             return
         # In this order: a step that finds the graph may find it wrong at once.
-        self.state = COMPILED
+        self.state = ForwardState.COMPILED
         self._graph = graph
         took_s = time.monotonic() - started_s
         logger.info("forward pass: compiled, after %.0f s", took_s, extra=fields("compile"))
@@ -202,7 +201,7 @@ class CompiledForward:
         return graph.run
 
     def _fall_back(self, reason: str) -> None:
-        self._graph, self.state = None, EAGER
+        self._graph, self.state = None, ForwardState.EAGER
         if not self._is_closed.is_set():
             logger.warning(
                 "forward pass: eager, not compiled: %s (LORELAY_COMPILE=kernels: it is not tried)",

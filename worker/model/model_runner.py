@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.errors import AdapterError, ConfigurationError
 from shared.logs import fields
+from shared.messages import ForwardState
 from shared.settings import AdapterSource, WorkerSettings
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.sequence import Batch, OutOfDeviceMemory, ScheduledSequence
@@ -106,7 +107,7 @@ class ModelRunner:
     @property
     def forward_state(self) -> str:
         """Whether the forward pass is `eager`, `compiled`, or eager and `compiling`."""
-        return self._run_model.state if isinstance(self._run_model, CompiledForward) else compiled.EAGER
+        return self._run_model.state if isinstance(self._run_model, CompiledForward) else ForwardState.EAGER
 
     def wait(self) -> None:
         """Returns when nothing goes on in the background any more."""

@@ -10,8 +10,9 @@ import pytest
 import redis
 from starlette.requests import ClientDisconnect
 
-from api.errors import MAPPING, error_response, queue_errors
+from api.errors import MAPPING, error_response
 from api.main import create_app
+from api.relay.queue_errors import queue_errors
 from shared.errors import (
     ERRORS_BY_CODE,
     ConfigurationError,

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lorelay.status import COMPILING
-from shared.messages import SamplingParams
+from shared.messages import ForwardState, SamplingParams
 from shared.settings import WorkerSettings
 from tests.compiled import need_kernels, wait_until_compiled
 from tests.tiny_models import add_adapter, build_adapter, build_model, generate_with_peft
@@ -25,8 +24,6 @@ from tests.waiting import wait_until
 from worker.engine.sequence import ScheduledSequence, Sequence
 from worker.model.compile_graph import Job
 from worker.model.compiled import (
-    COMPILED,
-    EAGER,
     MAX_NUM_DIFFERING_STEPS,
     CompiledForward,
     Forward,
@@ -95,7 +92,7 @@ def test_what_cannot_be_compiled_is_told_and_stays_eager(
 ) -> None:
     forward = CompiledForward(eager, nn.Module(), impossible_job(tmp_path))
     forward.wait()
-    assert forward.state == EAGER
+    assert forward.state == ForwardState.EAGER
     assert forward(*INPUTS) is LOGITS
     assert "eager, not compiled" in caplog.text
     assert str(tmp_path) in caplog.text
@@ -105,7 +102,7 @@ def test_while_it_compiles_it_is_eager_and_closing_ends_the_compiler(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     forward = CompiledForward(eager, nn.Module(), impossible_job(tmp_path))
-    assert forward.state == COMPILING
+    assert forward.state == ForwardState.COMPILING
     assert forward(*INPUTS) is LOGITS
     forward.close()
     assert not [
@@ -134,10 +131,10 @@ def test_what_a_compiler_that_failed_said_is_kept(tmp_path: Path, caplog: pytest
 def test_a_graph_that_computes_something_else_or_nothing_is_dropped_and_named(
     graph: Forward, problem: str, fallen_back: CompiledForward, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fallen_back._graph, fallen_back.state = graph, COMPILED
+    fallen_back._graph, fallen_back.state = graph, ForwardState.COMPILED
     for _ in range(MAX_NUM_DIFFERING_STEPS):
         assert fallen_back(*INPUTS) is LOGITS
-    assert (fallen_back.state, fallen_back._graph) == (EAGER, None)
+    assert (fallen_back.state, fallen_back._graph) == (ForwardState.EAGER, None)
     assert problem in caplog.text
     assert f"remove {fallen_back._job.output} " in caplog.text
 
@@ -211,7 +208,7 @@ def test_a_graph_is_kept_for_the_next_start(runner: ModelRunner) -> None:
     os.utime(output, (0, 0))
     again = CompiledForward(eager, runner._model, forward_of(runner)._job)
     again.wait()
-    assert again.state == COMPILED
+    assert again.state == ForwardState.COMPILED
     assert again._process is None
     assert output.stat().st_ino == made
     assert output.stat().st_mtime > 0  # so that it is known to be in use
@@ -227,7 +224,7 @@ def test_a_damaged_graph_is_compiled_anew_by_the_next_start(
     damaged.write_bytes(b"cut off")
     forward = CompiledForward(eager, nn.Module(), job)
     forward.wait()
-    assert forward.state == EAGER
+    assert forward.state == ForwardState.EAGER
     assert str(damaged) in caplog.text
     assert not Path(job.output).exists()
 
@@ -236,7 +233,7 @@ def test_loading_a_graph_leaves_nothing_in_the_temporary_folder(runner: ModelRun
     found = set(Path(tempfile.gettempdir()).glob("aotinductor_*"))
     again = CompiledForward(eager, runner._model, forward_of(runner)._job)
     again.wait()
-    assert again.state == COMPILED
+    assert again.state == ForwardState.COMPILED
     assert set(Path(tempfile.gettempdir()).glob("aotinductor_*")) <= found
 
 
@@ -249,7 +246,7 @@ def test_a_tensor_whose_precision_the_config_does_not_tell_is_not_compiled(
         eager, nn.Module(), msgspec.structs.replace(job, layouts=job.layouts | {name: "torch.float64 [32]"})
     )
     forward.wait()
-    assert forward.state == EAGER
+    assert forward.state == ForwardState.EAGER
     assert f"{name} is torch.float64" in caplog.text
 
 
@@ -351,7 +348,7 @@ def test_adapters_that_come_after_the_graph_are_used_by_it(runner: ModelRunner, 
     answers: dict[str | None, list[int]] = {None: generate(runner, prompt, None)}
     add_adapter(runner, "late", adapter)
     answers["late"] = generate(runner, prompt, "late")
-    assert runner.forward_state == COMPILED
+    assert runner.forward_state == ForwardState.COMPILED
     assert all(forward_of(runner)._is_checked.values())
     expected = {name: generate_with_peft(folder, name and adapter, prompt, 8) for name in (None, "late")}
     assert answers == expected
