@@ -15,7 +15,6 @@ import msgspec
 
 from bench.load import Load, prompts
 from shared.messages import GenerationRequest, SamplingParams
-from shared.queue.records import Held
 from shared.settings import WorkerSettings
 from worker.engine.engine import Engine
 from worker.lora_worker import build_engine
@@ -58,7 +57,7 @@ def run(engine: Engine, load: Load, base: str) -> DirectResult:
 
     def add(count: int) -> None:
         for request in itertools.islice(waiting, count):
-            engine.add_request(Held(request.request_id, "direct"), request)
+            engine.add_request(request)
 
     add(load.concurrency)
     while engine.has_work:

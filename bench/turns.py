@@ -15,7 +15,6 @@ import msgspec
 
 from bench.load import LoadFailed, prompts
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
-from shared.queue.records import Held
 from shared.settings import WorkerSettings
 from worker.engine.engine import Engine
 from worker.lora_worker import build_engine
@@ -52,7 +51,7 @@ def chat(engine: Engine, base: str, texts: Iterator[str], num_turns: int, max_to
             request_id=f"turn-{number}", model=base, base=base, messages=list(messages), sampling=sampling
         )
         started_s, first_token_s = time.perf_counter(), 0.0
-        engine.add_request(Held(request.request_id, "turns"), request)
+        engine.add_request(request)
         while engine.has_work:
             events += [append.event for append in engine.step()]
             if events and not first_token_s:

@@ -5,7 +5,8 @@ from functools import cache
 import pytest
 import torch
 
-from worker.model.compiled import COMPILED, CompiledForward
+from shared.messages import ForwardState
+from worker.model.compiled import CompiledForward
 from worker.model.kernels import native
 from worker.model.model_runner import ModelRunner
 
@@ -21,7 +22,7 @@ def wait_until_compiled(runner: ModelRunner) -> None:
     """Returns when a runner that can compile its forward pass uses the graph; at once for others."""
     if isinstance(runner._run_model, CompiledForward):
         runner.wait()
-        assert runner.forward_state == COMPILED
+        assert runner.forward_state == ForwardState.COMPILED
 
 
 def need_kernels() -> None:

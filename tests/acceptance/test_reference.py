@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.messages import SamplingParams
-from shared.queue.records import Held
 from shared.settings import WorkerSettings
 from tests.acceptance.conftest import ADAPTERS
 from tests.fakes import unpaced
@@ -46,7 +45,7 @@ def answers(demo_model: str) -> dict[tuple[str | None, str], list[int]]:
                 messages=[{"role": "user", "content": prompt}],
                 sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
             )
-            assert engine.add_request(Held(request.request_id, "x"), request) == []
+            assert engine.add_request(request) == []
             _step(engine, tokens)
     while engine.has_work:
         _step(engine, tokens)
@@ -55,7 +54,7 @@ def answers(demo_model: str) -> dict[tuple[str | None, str], list[int]]:
 
 def _step(engine: Engine, tokens: dict[tuple[str | None, str], list[int]]) -> None:
     for append in engine.step():
-        adapter, prompt = append.held.request_id.split("|")
+        adapter, prompt = append.request_id.split("|")
         tokens[None if adapter == "None" else adapter, prompt] += append.event.token_ids
 
 

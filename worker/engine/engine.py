@@ -17,14 +17,12 @@ from shared.errors import (
 )
 from shared.logs import fields
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent
-from shared.queue.claims import UnreadableRecord
-from shared.queue.records import Append, Held
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.detokenizer import Detokenizer
+from worker.engine.records import Output, Prompt
 from worker.engine.request_output import Clock, RequestOutput
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, Sequence, SequenceStatus
-from worker.serving.prompt_encoder import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +88,7 @@ class Engine:
         """What it holds, for a log line: nothing but zeros when all requests have ended."""
         return f"{len(self._outputs)} requests, {self._scheduler.num_blocks_in_use} cache blocks in use"
 
-    def step(self) -> list[Append]:
+    def step(self) -> list[Output]:
         """Runs one batch and returns the events it brought, at most one per request."""
         self._batch = batch = self._scheduler.schedule()
         self.is_stalled = not batch
@@ -102,32 +100,31 @@ class Engine:
 
     def add_request(
         self,
-        held: Held,
         request: GenerationRequest,
         events: Iterable[StreamEvent] = (),
         *,
         prompt: Prompt | None = None,
         alone: bool = False,
-    ) -> list[Append]:
+    ) -> list[Output]:
         """Takes a request in; `events` is what its log holds already, `prompt` what came of encoding it.
 
         `alone`: nothing runs until `run_alone`, then its steps without the others until `allow_company`, so
         that a crash is its own.
         A request that can't run ends here: the list then holds its terminal error event, else it is empty.
         """
-        self.drop_request(held.request_id)
+        self.drop_request(request.request_id)
         events = tuple(events)
         try:
-            output = self._prepare(held, request, prompt)
+            output = self._prepare(request, prompt)
             output.resume(events)
             self._check_log(output.seq)
         except LorelayError as error:
-            return [_refusal(held, error, len(events))]
+            return [_refusal(request.request_id, error, len(events))]
         # Nothing but this request is at work here, so nothing else can be at fault.
         except Exception:
-            logger.exception("request %s can't be taken in", held.request_id, extra=fields("add_request"))
-            return [_refusal(held, GenerationFailed(), len(events))]
-        self._outputs[held.request_id] = output
+            logger.exception("request %s can't be taken in", request.request_id, extra=fields("add_request"))
+            return [_refusal(request.request_id, GenerationFailed(), len(events))]
+        self._outputs[request.request_id] = output
         self._scheduler.add(output.seq)
         if alone:
             self._scheduler.isolate(output.seq)
@@ -145,12 +142,12 @@ class Engine:
         """Whether this request is here and has not ended."""
         return request_id in self._outputs
 
-    def abort_request(self, request_id: str) -> list[Append]:
+    def abort_request(self, request_id: str) -> list[Output]:
         """Ends a request that its client gave up; nothing if it has ended already."""
         output = self._remove(request_id)
         return [output.abort()] if output else []
 
-    def stop_request(self, request_id: str) -> list[Append]:
+    def stop_request(self, request_id: str) -> list[Output]:
         """Ends a request that an operator stopped, with an error; nothing if it is not here."""
         output = self._remove(request_id)
         return [output.fail(GenerationStopped())] if output else []
@@ -159,7 +156,7 @@ class Engine:
         """Forgets a request that another worker owns now: no event."""
         self._remove(request_id)
 
-    def shed(self) -> tuple[Held | None, list[Append]]:
+    def shed(self) -> tuple[str | None, list[Output]]:
         """Makes room after a step that did not fit into memory: its newest request, to be handed back.
 
         One that did not fit even alone ends with an error instead.
@@ -169,29 +166,29 @@ class Engine:
         output = self._outputs[newest]
         self._remove(newest)
         if len(ran) > 1:
-            return output.held, []
+            return newest, []
         return None, [output.fail(GenerationFailed("The request does not fit into the device's memory."))]
 
-    def expire_requests(self) -> list[Append]:
+    def expire_requests(self) -> list[Output]:
         """Ends the requests that are over their generation limit."""
         expired = [output for output in self._outputs.values() if output.is_over_limit]
         for output in expired:
-            self._remove(output.held.request_id)
+            self._remove(output.seq.request_id)
         return [output.fail(GenerationTimeout()) for output in expired]
 
-    def settle_adapters(self) -> list[Append]:
+    def settle_adapters(self) -> list[Output]:
         """Takes in the adapters that were read since; ends the requests of those that can't be served."""
         if self._adapters is None:
             return []
-        appends: list[Append] = []
+        outputs: list[Output] = []
         for name, error in self._adapters.settle().items():
             for seq in self._scheduler.waiting_for(name):
                 output = self._outputs[seq.request_id]
                 self._remove(seq.request_id)
-                appends.append(output.fail(error))
-        return appends
+                outputs.append(output.fail(error))
+        return outputs
 
-    def _prepare(self, held: Held, request: GenerationRequest, prompt: Prompt | None) -> RequestOutput:
+    def _prepare(self, request: GenerationRequest, prompt: Prompt | None) -> RequestOutput:
         adapter_name = request.adapter_name
         if adapter_name is not None and adapter_name not in self._model_runner.adapter_versions:
             raise AdapterError(f"adapter {adapter_name!r} is not loaded on this worker")
@@ -211,7 +208,7 @@ class Engine:
             adapter_version=adapter_name and self._model_runner.adapter_versions[adapter_name],
         )
         eos_token_ids = self._tokenizer.eos_token_ids
-        return RequestOutput(held, request, seq, self._tokenizer.detokenizer(), eos_token_ids, self._clock)
+        return RequestOutput(request, seq, self._tokenizer.detokenizer(), eos_token_ids, self._clock)
 
     def _check_version(self, request: GenerationRequest) -> None:
         """Refuses other weights than the client was promised. Claims pass over such requests already.
@@ -230,13 +227,13 @@ class Engine:
         """Refuses tokens of a former worker that no worker could have written.
 
         Raises:
-            UnreadableRecord: they are more than the request may have, or not of this model's vocabulary.
+            GenerationFailed: they are more than the request may have, or not of this model's vocabulary.
         """
         if seq.num_output_tokens >= seq.max_tokens:
-            raise UnreadableRecord("log: more tokens than were asked for")
+            raise GenerationFailed("The log of the request can't be read: more tokens than were asked for.")
         vocab_size = self._model_runner.vocab_size
         if not all(0 <= token_id < vocab_size for token_id in seq.token_ids[seq.num_prompt_tokens :]):
-            raise UnreadableRecord("log: a token that the model doesn't have")
+            raise GenerationFailed("The log of the request can't be read: a token that the model lacks.")
 
     def _num_tokens_to_generate(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
         context = self._model_runner.max_model_len
@@ -251,12 +248,12 @@ class Engine:
             )
         return sampling.max_tokens or context - num_prompt_tokens
 
-    def _emit(self, seq: Sequence, token_id: int | None) -> Append:
+    def _emit(self, seq: Sequence, token_id: int | None) -> Output:
         output = self._outputs[seq.request_id]
-        append = output.add(token_id)
-        if append.event.is_terminal:
+        emitted = output.add(token_id)
+        if emitted.event.is_terminal:
             self._remove(seq.request_id)
-        return append
+        return emitted
 
     def _remove(self, request_id: str) -> RequestOutput | None:
         output = self._outputs.pop(request_id, None)
@@ -265,5 +262,5 @@ class Engine:
         return output
 
 
-def _refusal(held: Held, error: LorelayError, event_no: int) -> Append:
-    return Append(held, StreamEvent(event_no=event_no, error=error.to_info()), {"error": error.code})
+def _refusal(request_id: str, error: LorelayError, event_no: int) -> Output:
+    return Output(request_id, StreamEvent(event_no=event_no, error=error.to_info()), {"error": error.code})

@@ -5,8 +5,8 @@ from typing import Any
 
 from shared.errors import GenerationFailed, LorelayError
 from shared.messages import FinishReason, GenerationRequest, StreamEvent, Usage
-from shared.queue.records import Append, Held
 from worker.engine.detokenizer import Detokenizer, StopChecker
+from worker.engine.records import Output
 from worker.engine.sequence import Sequence
 
 Clock = Callable[[], float]
@@ -17,14 +17,12 @@ class RequestOutput:
 
     def __init__(
         self,
-        held: Held,
         request: GenerationRequest,
         seq: Sequence,
         detokenizer: Detokenizer,
         eos_token_ids: frozenset[int],
         clock: Clock,
     ) -> None:
-        self.held = held
         self.seq = seq
         self._request = request
         self._detokenizer = detokenizer
@@ -46,7 +44,7 @@ class RequestOutput:
                 if self._may_end:
                     self._stop_checker.add(text)
 
-    def add(self, token_id: int | None) -> Append:
+    def add(self, token_id: int | None) -> Output:
         """The event of one sampled token, which stands in `seq.token_ids` already; None is a failure."""
         if token_id is None:
             return self.fail(GenerationFailed("the model's logits are not finite"))
@@ -55,17 +53,17 @@ class RequestOutput:
         text, finish_reason = self._release(token_id)
         return self._event((token_id,), text, finish_reason)
 
-    def abort(self) -> Append:
+    def abort(self) -> Output:
         """The terminal event of a request that its client gave up."""
         return self._event((), "", FinishReason.ABORT)
 
-    def fail(self, error: LorelayError) -> Append:
+    def fail(self, error: LorelayError) -> Output:
         """The terminal event of a request that can't go on."""
         self.seq.finish_reason = FinishReason.ERROR
         event = StreamEvent(
             event_no=self._next_event_no, finish_reason=FinishReason.ERROR, error=error.to_info()
         )
-        return Append(self.held, event, self._meta())
+        return Output(self.seq.request_id, event, self._meta())
 
     @property
     def is_over_limit(self) -> bool:
@@ -91,7 +89,7 @@ class RequestOutput:
             return text + self._stop_checker.flush(), FinishReason.LENGTH
         return text, None
 
-    def _event(self, token_ids: tuple[int, ...], text: str, finish_reason: FinishReason | None) -> Append:
+    def _event(self, token_ids: tuple[int, ...], text: str, finish_reason: FinishReason | None) -> Output:
         self.seq.finish_reason = finish_reason
         event = StreamEvent(
             event_no=self._next_event_no,
@@ -102,7 +100,7 @@ class RequestOutput:
             usage=self._usage() if finish_reason else None,
         )
         self._next_event_no += 1
-        return Append(self.held, event, self._meta() if finish_reason else None)
+        return Output(self.seq.request_id, event, self._meta() if finish_reason else None)
 
     def _usage(self) -> Usage:
         return Usage(

@@ -19,10 +19,11 @@ from shared.queue.names import queue_name
 from shared.queue.outages import Outages
 from shared.queue.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Slots
 from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
+from worker.engine.records import Prompt
 from worker.serving.capacity import Capacity
 from worker.serving.faults import Faults
 from worker.serving.patience import RETRY_WAIT_S, call_until
-from worker.serving.prompt_encoder import Encode, Prompt, PromptEncoder
+from worker.serving.prompt_encoder import Encode, PromptEncoder
 
 logger = logging.getLogger(__name__)
 

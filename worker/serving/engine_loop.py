@@ -10,6 +10,7 @@ from collections.abc import Callable
 from shared.logs import fields
 from shared.queue.records import Append, Held
 from worker.engine.engine import Engine
+from worker.engine.records import Output
 from worker.engine.sequence import OutOfDeviceMemory
 from worker.serving.consumer import Arrival, Commands, Consumer, HeldRequests
 
@@ -40,6 +41,8 @@ class EngineLoop:
         self._drain_until: float | None = None
         self._hurried = threading.Event()
         self._stopped_early: set[Held] = set()
+        self._owned: dict[str, Held] = {}
+        """By request id: the claims of the requests that the engine has."""
         self._step_started_s: float | None = None
 
     def step_age_s(self) -> float:
@@ -64,8 +67,8 @@ class EngineLoop:
         """Returns when drained, when the drain time is over, or when `should_stop`."""
         while not (self._is_drained() or should_stop()):
             appends = self._apply_commands()
-            appends += self._engine.settle_adapters()
-            appends += self._engine.expire_requests()
+            appends += self._to_appends(self._engine.settle_adapters())
+            appends += self._to_appends(self._engine.expire_requests())
             if self._engine.has_work:
                 appends += self._step()
             if appends:
@@ -76,15 +79,15 @@ class EngineLoop:
     def _step(self) -> list[Append]:
         self._step_started_s = self._clock()
         try:
-            appends = self._engine.step()
+            outputs = self._engine.step()
             self._consumer.count_step()
-            return appends
+            return self._to_appends(outputs)
         except OutOfDeviceMemory as error:
             logger.warning("a step is out of memory: %s", error, extra=fields("out_of_memory"))
-            held, appends = self._engine.shed()
-            if held is not None:
-                self._consumer.shed(held)
-            return appends
+            request_id, outputs = self._engine.shed()
+            if request_id is not None:
+                self._consumer.shed(self._owned.pop(request_id))
+            return self._to_appends(outputs)
         finally:
             self._step_started_s = None
 
@@ -101,8 +104,9 @@ class EngineLoop:
         while commands is not None:
             for request_id in commands.drop:
                 self._engine.drop_request(request_id)
+                self._owned.pop(request_id, None)
             for request_id in commands.abort:
-                appends += self._engine.abort_request(request_id)
+                appends += self._to_appends(self._engine.abort_request(request_id))
             for request_id in commands.stop:
                 appends += self._stop(request_id)
             if commands.run_alone:
@@ -119,14 +123,15 @@ class EngineLoop:
         claim, prompt = arrival
         if claim.held not in self._held:
             return []
-        appends = self._engine.add_request(
-            claim.held, claim.request, claim.events, prompt=prompt, alone=claim.alone
+        self._owned[claim.held.request_id] = claim.held
+        appends = self._to_appends(
+            self._engine.add_request(claim.request, claim.events, prompt=prompt, alone=claim.alone)
         )
         if claim.alone and not appends:
             self._held.isolate(claim.held)
         if claim.held in self._stopped_early:
             self._stopped_early.remove(claim.held)
-            appends += self._engine.stop_request(claim.held.request_id)
+            appends += self._to_appends(self._engine.stop_request(claim.held.request_id))
         return appends
 
     def _stop(self, request_id: str) -> list[Append]:
@@ -135,7 +140,15 @@ class EngineLoop:
             held = self._held.snapshot()
             self._stopped_early &= set(held)
             self._stopped_early |= {entry for entry in held if entry.request_id == request_id}
-        return self._engine.stop_request(request_id)
+        return self._to_appends(self._engine.stop_request(request_id))
+
+    def _to_appends(self, outputs: list[Output]) -> list[Append]:
+        """The engine's outputs under the claims that they belong to. An end frees its claim."""
+        appends = []
+        for request_id, event, meta in outputs:
+            held = self._owned.pop(request_id) if event.is_terminal else self._owned[request_id]
+            appends.append(Append(held, event, meta))
+        return appends
 
     def _next_commands(self, wait_s: float | None) -> Commands | None:
         try:

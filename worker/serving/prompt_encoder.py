@@ -7,10 +7,9 @@ from typing import Any
 from shared.errors import LorelayError
 from shared.messages import GenerationRequest
 from shared.queue.records import Claim
+from worker.engine.records import Prompt
 
 Encode = Callable[[list[dict[str, Any]]], list[int]]
-Prompt = list[int] | LorelayError
-"""A prompt's tokens, or why there are none."""
 Deliver = Callable[[Claim, Prompt], None]
 
 LONG_PROMPT_CHARS = 32_768

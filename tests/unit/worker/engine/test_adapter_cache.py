@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.messages import SamplingParams, StreamEvent
-from shared.queue.records import Append, Held
 from tests.adapters import FakeStore, FakeWeights, ManualExecutor
 from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
 from tests.streams import make_request
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import Engine
+from worker.engine.records import Output
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, Sequence
 
@@ -52,15 +52,15 @@ class Bench:
             messages=[{"role": "user", "content": "hello"}],
             sampling=SamplingParams(temperature=0, max_tokens=num_tokens),
         )
-        assert self.engine.add_request(Held(request_id, "x"), request, **options) == []
+        assert self.engine.add_request(request, **options) == []
 
     def step(self) -> None:
         """What the engine loop does in one turn."""
-        appends: list[Append] = self.engine.settle_adapters()
+        appends: list[Output] = self.engine.settle_adapters()
         if self.engine.has_work:
             appends += self.engine.step()
         for append in appends:
-            self.events.setdefault(append.held.request_id, []).append(append.event)
+            self.events.setdefault(append.request_id, []).append(append.event)
 
     def finish(self) -> None:
         for _ in range(1000):

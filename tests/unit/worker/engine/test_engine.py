@@ -6,12 +6,12 @@ import pytest
 
 from shared.errors import InvalidRequest, from_info
 from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
-from shared.queue.records import Append, Held
 from tests.block_checks import check_blocks
 from tests.fakes import FakeModelRunner, FakeTokenizer, spell, unpaced
 from tests.streams import make_request
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import Engine
+from worker.engine.records import Output
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import OutOfDeviceMemory
 
@@ -35,21 +35,21 @@ class Bench:
         scheduler = Scheduler(self.blocks, unpaced(), max_batch_size=8, max_prefill_tokens=16)
         self.engine = Engine(self.runner, FakeTokenizer(), scheduler, self.clock)
 
-    def add(self, name: str = "r", events: tuple[StreamEvent, ...] = (), **values: object) -> list[Append]:
+    def add(self, name: str = "r", events: tuple[StreamEvent, ...] = (), **values: object) -> list[Output]:
         sampling = values.pop("sampling", SamplingParams(temperature=0, max_tokens=4))
         text = values.pop("text", "hello")
         alone = values.pop("alone", False)
         request = make_request(
             request_id=name, messages=[{"role": "user", "content": text}], sampling=sampling, **values
         )
-        return self.engine.add_request(Held(name, f"execution-{name}"), request, events, alone=alone)
+        return self.engine.add_request(request, events, alone=alone)
 
     def finish(self) -> dict[str, list[StreamEvent]]:
         """Steps until nothing is left; the events of each request."""
         events: dict[str, list[StreamEvent]] = {}
         while self.engine.has_work:
             for append in self.engine.step():
-                events.setdefault(append.held.request_id, []).append(append.event)
+                events.setdefault(append.request_id, []).append(append.event)
         return events
 
 
@@ -235,7 +235,7 @@ def test_what_could_not_be_encoded_elsewhere_ends_with_that_error_and_is_not_enc
     bench = Bench()
     with patch.object(FakeTokenizer, "encode_chat") as encode:
         (append,) = bench.engine.add_request(
-            Held("r", "x"), make_request(request_id="r"), prompt=InvalidRequest("no", param="messages")
+            make_request(request_id="r"), prompt=InvalidRequest("no", param="messages")
         )
     assert (append.event.error.code, append.event.error.message) == ("invalid_request_error", "no")
     encode.assert_not_called()
@@ -329,7 +329,7 @@ def test_a_request_over_its_generation_limit_ends_with_an_error() -> None:
     assert bench.engine.expire_requests() == []
     bench.clock.now_s = 10.1
     (append,) = bench.engine.expire_requests()
-    assert (append.held.request_id, append.event.error.code) == ("slow", "generation_timeout")
+    assert (append.request_id, append.event.error.code) == ("slow", "generation_timeout")
     assert append.event.event_no == 1
     assert set(bench.finish()) == {"free"}
 
@@ -368,7 +368,7 @@ def test_a_stopped_request_ends_with_an_error_and_its_neighbours_go_on() -> None
     assert bench.engine.stop_request("stopped") == []
 
 
-def run_out_of_memory(bench: Bench) -> tuple[Held | None, list[Append]]:
+def run_out_of_memory(bench: Bench) -> tuple[str | None, list[Output]]:
     with (
         patch.object(bench.runner, "run", side_effect=OutOfDeviceMemory),
         pytest.raises(OutOfDeviceMemory),
@@ -383,8 +383,8 @@ def test_the_newest_request_that_ran_makes_room_after_a_step_that_did_not_fit() 
         bench.add(name, text=name[0] * 56)
     bench.engine.step()
     bench.add("waits", text="w" * 24)
-    held, appends = run_out_of_memory(bench)
-    assert (held.request_id, appends) == ("new", [])
+    request_id, appends = run_out_of_memory(bench)
+    assert (request_id, appends) == ("new", [])
     assert set(bench.finish()) == {"old", "waits"}
     assert bench.blocks.num_free_blocks == 32
 
@@ -392,8 +392,8 @@ def test_the_newest_request_that_ran_makes_room_after_a_step_that_did_not_fit() 
 def test_a_request_that_does_not_fit_alone_ends_with_an_error() -> None:
     bench = Bench()
     bench.add()
-    held, (append,) = run_out_of_memory(bench)
-    assert held is None
+    request_id, (append,) = run_out_of_memory(bench)
+    assert request_id is None
     assert append.event.error.code == "generation_failed"
     assert not bench.engine.has_work
 
@@ -403,7 +403,7 @@ def test_a_request_whose_step_ran_without_the_others_and_did_not_fit_ends_with_a
     bench.add("lone", alone=True)
     bench.add("other")
     bench.engine.run_alone()
-    held, (append,) = run_out_of_memory(bench)
-    assert (held, append.held.request_id) == (None, "lone")
+    request_id, (append,) = run_out_of_memory(bench)
+    assert (request_id, append.request_id) == (None, "lone")
     assert append.event.error.code == "generation_failed"
     assert set(bench.finish()) == {"other"}

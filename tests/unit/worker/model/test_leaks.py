@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from shared.messages import SamplingParams
-from shared.queue.records import Held
 from shared.settings import WorkerSettings
 from tests.streams import make_request
 from tests.tiny_models import build_adapter, build_model
@@ -77,7 +76,7 @@ class Service:
         request = make_request(
             adapter_name, request_id=request_id, sampling=SamplingParams(temperature=0, max_tokens=3)
         )
-        assert self.engine.add_request(Held(request_id, "x"), request) == []
+        assert self.engine.add_request(request) == []
 
     def finish(self, adapter_names: Sequence[str]) -> None:
         """Runs a request of each, all at once, and gives the first one up half-way."""
@@ -87,7 +86,7 @@ class Service:
         while num_ended < len(adapter_names):
             appends = self.engine.settle_adapters()
             appends += self.engine.step()
-            if any(append.held.request_id == first and not append.event.is_terminal for append in appends):
+            if any(append.request_id == first and not append.event.is_terminal for append in appends):
                 appends += self.engine.abort_request(first)
             if self.engine.is_stalled:
                 assert self._was_read.wait(READ_LIMIT_S)

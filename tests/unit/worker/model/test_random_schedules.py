@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent
-from shared.queue.records import Append, Held
 from shared.settings import WorkerSettings
 from tests.block_checks import check_blocks
 from tests.compiled import need_kernels, wait_until_compiled
@@ -25,6 +24,7 @@ from tests.streams import make_request
 from tests.tiny_models import build_adapter, build_model, generate_with_peft
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import Engine
+from worker.engine.records import Output
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, OutOfDeviceMemory
 from worker.model.model_runner import ModelRunner
@@ -201,7 +201,7 @@ class Schedule:
             messages=[{"role": "user", "content": case.prompt}],
             sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
         )
-        assert self._engine.add_request(Held(request_id, "x"), request, self.events[request_id]) == []
+        assert self._engine.add_request(request, self.events[request_id]) == []
 
     def _running(self) -> Iterator[str]:
         return (name for name, events in self.events.items() if not (events and events[-1].is_terminal))
@@ -210,9 +210,9 @@ class Schedule:
         running = list(self._running())
         return [running[number % len(running)]] if running else []
 
-    def _note(self, appends: list[Append]) -> None:
+    def _note(self, appends: list[Output]) -> None:
         for append in appends:
-            self.events[append.held.request_id].append(append.event)
+            self.events[append.request_id].append(append.event)
 
 
 MOVES = ("add", "add", "add", "step", "step", "step", "abort", "hand_back", "fail")

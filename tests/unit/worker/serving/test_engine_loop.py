@@ -5,10 +5,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from shared.queue.records import Held
+from shared.queue.records import Claim, Held
+from tests.streams import make_request
 from worker.engine.engine import Engine
 from worker.engine.sequence import OutOfDeviceMemory
-from worker.serving.consumer import Consumer
+from worker.serving.consumer import Arrival, Commands, Consumer
 from worker.serving.engine_loop import EngineLoop
 
 
@@ -62,12 +63,16 @@ def test_a_second_drain_ends_at_once() -> None:
 
 
 def test_a_step_out_of_memory_sheds_what_the_engine_names_and_the_others_count_as_good() -> None:
-    bench, held = Bench(), Held("r", "x")
+    bench, claim = Bench(), Claim(Held("r", "x"), make_request(request_id="r"), ())
+    bench.held = [claim.held]
+    bench.loop = EngineLoop(bench.engine, bench.consumer, bench.held, drain_s=10)
+    bench.consumer.commands.get.side_effect = [Commands(add=[Arrival(claim)]), *[queue.Empty] * 9]
+    bench.engine.add_request.return_value = []
     bench.engine.step = Mock(side_effect=[[], OutOfDeviceMemory, []])
-    bench.engine.shed.return_value = held, []
+    bench.engine.shed.return_value = "r", []
     turns = iter([False] * 3)
     bench.loop.run(should_stop=lambda: next(turns, True))
-    bench.consumer.shed.assert_called_once_with(held)
+    bench.consumer.shed.assert_called_once_with(claim.held)
     assert bench.consumer.count_step.call_count == 2
 
 
