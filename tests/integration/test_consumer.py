@@ -533,7 +533,7 @@ def test_a_request_given_up_while_its_prompt_was_encoded_ends(
     connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
 ) -> None:
     encode, runner = StuckEncode(), SlowRunner()
-    worker = start_worker(runner, encode=encode)
+    start_worker(runner, encode=encode)
     request_id = api.enqueue(long_request())
     wait_until(lambda: encode.num_begun)
     assert api.abort(request_id) == "running"
