@@ -36,7 +36,7 @@ class FinishReason(StrEnum):
 
 
 class ForwardState(StrEnum):
-    """How a worker computes its forward pass."""
+    """The way in which a worker computes its forward pass."""
 
     EAGER = "eager"
     COMPILING = "compiling"
@@ -165,7 +165,7 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
     adapter_name: str | None = None
     """None for the base model itself."""
     base_version: str = ""
-    """Of an adapter: the version of the base that it was checked with; empty from an earlier release."""
+    """The version of the base that an adapter was checked with; empty from an earlier release."""
 
     @property
     def weights_version(self) -> str:

@@ -129,7 +129,7 @@ class Relay:
         if self._lacking is not None:
             raise QueueUnavailable(self._lacking)
         async with queue_errors(self.patience()):
-            # Not a ping, which a replica or a server without memory answers too.
+            # A ping would be answered by a replica, and by a server without memory, too.
             await self._streams.renew_lease(self._settings.api_lease_s)
 
     async def fetch_card(self, model: str, until: float) -> ModelCard:

@@ -117,7 +117,7 @@ class ApiStreams:
         await self._connection.set(self._channel, 1, px=int(lease_s * 1000))
 
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
-        """Those requests that are no more and whose log does not tell, each with the reason.
+        """The requests that are no more and whose log does not tell, each with the reason.
 
         Their job is gone, was canceled in its queue, was set aside, or has ended (`EndLost`), which is a loss
         only for whoever still hears nothing of it when asking again.
@@ -152,7 +152,7 @@ def _unless_fatal(replies: list[Any]) -> list[Any]:
 
 
 def _why_vanished(reply: Any) -> GenerationFailed | None:
-    """What became of a request, by the status of its job and the reason why it was set aside."""
+    """The end of a request, by the status of its job and the reason why it was set aside."""
     if is_wrong_type(reply):
         return UnreadableRecord("job: a key of another type")
     status, unreadable = reply

@@ -60,7 +60,7 @@ end
 for _, entry in ipairs(appends) do
   local id, execution, event_no, event, outcome = unpack(entry, 1, 5)
   local owner = owners[id]
-  -- Of another execution: from a claim of this worker that it lost and replaced by a newer one.
+  -- Another execution is that of a claim which this worker lost and replaced by a newer one.
   if owner and owner.execution == execution then
     local is_kept = guarded(id, base, nil, append, id, owner, event_no, event, outcome)
     if not is_kept then
