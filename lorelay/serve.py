@@ -185,7 +185,7 @@ def _start_server(folder: embedded.StateFolder, supervisor: Supervisor) -> None:
 def _worker_specs(plan: ServePlan, redis_url: str) -> list[ChildSpec]:
     # By variable rather than -u, so that a password does not show in the list of processes.
     common = {**plan.variables, "LORELAY_REDIS_URL": redis_url, "RQ_REDIS_URL": redis_url}
-    words = "worker -w worker.LoraWorker --connection-class worker.patience.PatientRedis"
+    words = "worker -w worker.LoraWorker --connection-class worker.serving.patience.PatientRedis"
     command = (sys.executable, "-m", "rq.cli", *words.split())
     return [
         ChildSpec(

@@ -165,7 +165,7 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
     adapter_name: str | None = None
     """None for the base model itself."""
     base_version: str = ""
-    """The version of the base that an adapter was checked with; empty from an earlier release."""
+    """The version of the base, of an adapter the one it was checked with; empty from an earlier release."""
 
     @property
     def weights_version(self) -> str:

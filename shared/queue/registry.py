@@ -30,7 +30,7 @@ UNREADABLE_TTL_MS = 86_400_000
 def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
     """Adds cards; one that stands there already with the same base and version stays as it is.
 
-    An entry that can't be read is replaced.
+    An entry that can't be read is replaced, and so is one of an earlier release, which tells less.
 
     Raises:
         RegistryConflict: a name is known with another base or version, or two names share a queue.
@@ -45,9 +45,10 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
             pipeline.hget(keys.MODELS, card.name)
         replies = pipeline.execute()
     for card, encoded in zip(cards, replies[len(cards) :], strict=True):
-        if (stored := _read(card.name, encoded)) is not None:
+        stored = _read(card.name, encoded)
+        if stored is not None:
             _refuse_other_version(card, stored)
-        else:
+        if stored is None or (card.base_version and not stored.base_version):
             connection.hset(keys.MODELS, card.name, card.encode())
 
 
@@ -143,11 +144,17 @@ def _sorted(entries: Mapping[Any, bytes | str]) -> list[ModelCard]:
 
 
 def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
-    # The versions of both are compared if both are known: an adapter's card may be of an earlier release.
-    has_other_base = bool(stored.weights_version and card.weights_version) and (
-        stored.weights_version != card.weights_version
-    )
-    if has_other_base or (stored.base, stored.version) != (card.base, card.version):
+    """Refuses a card whose base, or whose weights, are not those of the entry.
+
+    An earlier release counted a base's version by other rules: then only what can be compared is.
+    """
+    is_known = bool(card.base_version and stored.base_version)
+    is_same = stored.base == card.base
+    if is_known or card.adapter_name is not None:
+        is_same &= stored.version == card.version
+    if is_known:
+        is_same &= stored.base_version == card.base_version
+    if not is_same:
         raise RegistryConflict(
             f"model {card.name!r} is registered as {_describe(stored)}, this worker has {_describe(card)}; "
             f"give one of them another name, or remove the registered one: "

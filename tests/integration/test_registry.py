@@ -73,6 +73,25 @@ def test_a_card_that_names_another_model_is_not_read(
     registry.register(connection, [adapter("a")])
 
 
+def test_entries_of_an_earlier_release_are_replaced_unless_the_adapter_differs(
+    connection: redis.Redis,
+) -> None:
+    registry.register(connection, [BASE, adapter("a")])
+    base = msgspec.structs.replace(BASE, version="by other rules", base_version="by other rules")
+    mine = msgspec.structs.replace(adapter("a"), base_version=base.version)
+    registry.register(connection, [base, mine])
+    assert registry.list_cards(connection) == [base, mine]
+    connection.hset(keys.MODELS, "a", adapter("a", version="another").encode())
+    with pytest.raises(RegistryConflict, match="another"):
+        registry.register(connection, [base, mine])
+
+
+def test_a_base_of_another_version_is_refused(connection: redis.Redis) -> None:
+    registry.register(connection, [msgspec.structs.replace(BASE, base_version="v1")])
+    with pytest.raises(RegistryConflict, match="'tiny' is registered as version v1"):
+        registry.register(connection, [msgspec.structs.replace(BASE, version="v2", base_version="v2")])
+
+
 def test_a_dropped_card_is_gone(connection: redis.Redis) -> None:
     registry.register(connection, [BASE, adapter("a")])
     registry.drop(connection, ["a", "never-there"])

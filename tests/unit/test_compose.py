@@ -25,7 +25,7 @@ FILES = ("docker-compose.yml", "deploy/docker-compose.gpu.yml")
 
 RUN_BY_TESTS = {
     "uvicorn --factory api.main:create_app --host --port": "tests/deployment.py",
-    "rq worker -u -w worker.LoraWorker --connection-class worker.patience.PatientRedis": (
+    "rq worker -u -w worker.LoraWorker --connection-class worker.serving.patience.PatientRedis": (
         "tests/deployment.py"
     ),
     "lorelay dashboard --redis-url --host --port": "tests/integration/test_dashboard.py",

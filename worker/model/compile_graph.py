@@ -1,4 +1,4 @@
-"""`python -m worker.compile_graph`: compiles a model's forward pass, in a process of its own.
+"""`python -m worker.model.compile_graph`: compiles a model's forward pass, in a process of its own.
 
 The graph is transformers' own model. Its Linears and its attention are operators of `kernels.native`, which
 know the weights, the adapters and the cache of whoever runs them; what stands between them becomes C++. So

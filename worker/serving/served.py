@@ -53,6 +53,7 @@ def model_cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[M
         base=settings.base_name,
         source=settings.model,
         version=model_runner.model_version,
+        base_version=model_runner.model_version,
         created=registry.created_now(),
         max_model_len=model_runner.max_model_len,
     )
@@ -64,7 +65,6 @@ def model_cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[M
             adapter_name=name,
             source=path,
             version=versions[name],
-            base_version=base.version,
         )
         for name, path, _ in settings.adapters
     ]

@@ -274,7 +274,7 @@ def test_what_a_dead_child_leaves_in_its_group_is_killed(scene: Scene) -> None:
 def test_children_end_when_their_supervisor_is_killed() -> None:
     code = (
         "import sys\n"
-        "from shared.supervisor import *\n"
+        "from lorelay.supervisor import *\n"
         "with Signals() as signals:\n"
         "    supervisor = Supervisor(signals)\n"
         "    child = 'import signal; print(1, flush=True); signal.pause()'\n"
