@@ -75,7 +75,7 @@ def serve_and_ask(model: str, port: int, *, once: bool) -> int:
 
 def serve_command(model: str, port: int) -> tuple[str, ...]:
     adapters = [f"{name}={ROOT / 'demo' / 'adapters' / name}" for name in ADAPTERS]
-    command = [sys.executable, "-m", "lorelay.main", "serve", model, "--adapters", *adapters]
+    command = [sys.executable, "-m", "lorelay", "serve", model, "--adapters", *adapters]
     place = ["--server-name", HOST, "--server-port", str(port), "--state-dir", str(STATE_DIR)]
     return (*command, *place)
 

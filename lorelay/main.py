@@ -77,7 +77,3 @@ def _naming_flag(error: ConfigurationError) -> str:
 def _fail(message: str, exit_code: int) -> int:
     sys.stderr.write(f"lorelay: {' '.join(message.split())}\n")
     return exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

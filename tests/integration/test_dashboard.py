@@ -53,7 +53,7 @@ class Dashboard:
 def dashboard(redis_server: RedisServer) -> Iterator[Dashboard]:
     """The command as a user starts it, on the server that the tests fill."""
     client = Dashboard(free_port())
-    command = [sys.executable, "-m", "lorelay.main", "dashboard", "--redis-url", redis_server.url]
+    command = [sys.executable, "-m", "lorelay", "dashboard", "--redis-url", redis_server.url]
     with subprocess.Popen([*command, "--port", str(client.port)], cwd=ROOT) as process:
         try:
             wait_until(client.answers, 60, "the dashboard answers")
