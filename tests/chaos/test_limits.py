@@ -15,7 +15,6 @@ from tests.chaos.cluster import BASE, TTL_S, Cluster
 from tests.chaos.conftest import Measure
 from tests.chaos.recorder import Ask, Recorder, workload
 from tests.chaos.stages import ASKS, pick_victim
-from tests.chaos.test_clients import suspended
 from tests.deployment import BIN, ROOT
 from tests.waiting import wait_until
 
@@ -30,7 +29,7 @@ def test_a_flood_is_refused_at_once_with_a_time_to_come_back_and_what_was_accept
     reference.prepare(asks)
     cluster.ensure_workers(2)
     api = cluster.start_api(max_queue_depth=str(MAX_DEPTH))
-    with suspended(cluster):
+    with cluster.suspended():
         run = recorder.start(api.url, asks)
         wait_until(lambda: run.num_ended == 2 * MAX_DEPTH, what="the refusals")
         refused = [answer for answer in run.answers if answer.ended_at]
@@ -49,7 +48,7 @@ def test_a_request_over_the_queue_time_limit_is_told_so_and_never_runs(
     reference.prepare(SHORT_ASKS)
     cluster.ensure_workers(2)
     api = cluster.start_api(queue_time_limit_s="1")
-    with suspended(cluster):
+    with cluster.suspended():
         run = recorder.start(api.url, SHORT_ASKS)
         ids = wait_until(lambda: _all_of(cluster.queued_ids(), len(SHORT_ASKS)), what="the requests")
         answers = run.wait()
@@ -66,7 +65,7 @@ def test_suspended_workers_finish_what_they_run_and_claim_again_when_resumed(
     workers = cluster.ensure_workers(2)
     run = recorder.start(cluster.api.url, ASKS)
     pick_victim(workers)
-    with suspended(cluster):
+    with cluster.suspended():
         late = recorder.start(cluster.api.url, ASKS[:8])
         check_complete(run.wait(), reference)
         assert late.num_started == 0
@@ -112,7 +111,7 @@ def test_an_adapter_dropped_from_the_registry_takes_no_new_requests_and_finishes
     cluster.ensure_workers(2)
     card = cluster.connection.hget(keys.MODELS, "a")
     assert card is not None
-    with suspended(cluster):
+    with cluster.suspended():
         run = recorder.start(cluster.api.url, asks)
         wait_until(lambda: cluster.connection.llen(f"rq:queue:{BASE}-a") == len(asks), what="the queue")
         registry.drop(cluster.connection, ["a"])
@@ -135,7 +134,7 @@ def test_a_running_job_deleted_by_an_operator_ends_with_an_error_and_a_queued_on
     measure("until its client knew", deleted.ended_at - deleted_at, 5)
     check_complete((answer for answer in run.answers if answer is not deleted), reference)
     cluster.connection.delete(keys.log(victim), keys.reader(victim))
-    with suspended(cluster):
+    with cluster.suspended():
         waiting = recorder.start(cluster.api.url, [Ask("tiny", "queued", max_tokens=8)])
         (queued,) = wait_until(cluster.queued_ids, what="the queued request")
         deleted_at = time.monotonic()
@@ -158,7 +157,7 @@ def test_a_queue_emptied_by_an_operator_fails_what_waits_there_and_nothing_else(
     workers = cluster.ensure_workers(2)
     run = recorder.start(cluster.api.url, ASKS)
     pick_victim(workers)
-    with suspended(cluster):
+    with cluster.suspended():
         waiting = recorder.start(cluster.api.url, [Ask("a", f"waiting {i}", max_tokens=8) for i in range(3)])
         ids = wait_until(lambda: _all_of(cluster.queued_ids(), 3), what="the waiting requests")
         rq(cluster, "empty", f"{BASE}-a")
