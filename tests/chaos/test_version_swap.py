@@ -112,7 +112,8 @@ def test_requests_for_weights_whose_last_worker_died_end_soon_with_an_error_of_t
         Recorder(cluster.server.url) as recorder,
     ):
         api = cluster.start_api()
-        old = cluster.start_worker()
+        # So slow that nothing ends before the new worker has started, however busy the machine is.
+        old = cluster.start_worker(step_delay_s="0.2")
         asks = [Ask("a", f"{number}", max_tokens=400, stream=number % 2 == 0) for number in range(6)]
         run = recorder.start(api.url, asks)
         wait_until(lambda: run.num_started and len(cluster.known_ids()) == len(asks), 30, "all requests")
