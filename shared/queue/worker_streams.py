@@ -211,9 +211,9 @@ class WorkerStreams:
         """
         reason = AdapterVersionGone()
         ended: list[str] = []
-        rank = 0
+        rank = -1
         # In parts, so that nobody waits long for the server meanwhile: it takes about 1 us a request.
-        while rank >= 0:
+        while True:
             rank, ids, unreadable = self._end_unserved(
                 args=[
                     self._base,
@@ -228,7 +228,8 @@ class WorkerStreams:
             )
             log_unreadable(unreadable)
             ended += _decode_all(ids)
-        return ended
+            if rank < 0:
+                return ended
 
     def sweep(self, queues: Iterable[str]) -> int:
         """Notices what was put on these queues, or taken from them, by others; how many of them wait."""

@@ -1,9 +1,9 @@
 -- Requests that wait for weights which no live worker has end with an error: those of a version that was replaced or
 -- removed, and those of another version than the live workers of their queue have. If a queue has no live worker, its
 -- requests of the registered version wait on: a worker may come back.
--- ARGV: base, the worker that judges, first rank of the waiting queues to look at, most jobs in one call, shortest time
---       (ms) between two turns of all workers, event (a format with one %d, its number), exception text as RQ's results
---       have it, ttl (s) of a failed job.
+-- ARGV: base, the worker that judges, rank among the waiting queues to go on at (-1 to begin), most jobs in one call,
+--       shortest time (ms) between two turns of all workers, event (a format with one %d, its number), exception text as
+--       RQ's results have it, ttl (s) of a failed job.
 -- Returns {rank to go on at, or -1 if that was all, ids that were ended, unreadable}.
 local base, worker, rank, budget = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local event, exc_text, failure_ttl = ARGV[6], ARGV[7], tonumber(ARGV[8])
@@ -11,7 +11,8 @@ local event, exc_text, failure_ttl = ARGV[6], ARGV[7], tonumber(ARGV[8])
 local NOTHING = { -1, {}, unreadable }
 if not may_judge(base, worker) then return NOTHING end
 local judged = shared_key('string', OURS .. ':judged:' .. base)
-if rank == 0 then
+if rank < 0 then
+  rank = 0
   if math.abs(now_ms - to_number(redis.call('GET', judged), 0)) < tonumber(ARGV[5]) then return NOTHING end
   redis.call('SET', judged, now_ms, 'PX', ARGV[5])
 end

@@ -179,10 +179,10 @@ class Schedule:
         try:
             self.step(0)
         except OutOfDeviceMemory:
-            held, appends = self._engine.shed()
-            assert held is not None
+            shed_id, appends = self._engine.shed()
+            assert shed_id is not None
             assert appends == []
-            self._claim(held.request_id)
+            self._claim(shed_id)
         self._runner.fails = None
 
     def finish(self) -> None:
