@@ -22,9 +22,10 @@ from shared.errors import (
 from shared.messages import SCHEMA_VERSION, FinishReason, StreamEvent
 from shared.queue import keys
 from shared.queue.claims import UnreadableRecord, read_claim
+from shared.queue.connections import is_wrong_type
 from shared.queue.names import slug
 from shared.queue.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Reaped, Slots
-from shared.queue.scripts import exception_text, log_unreadable, script_source
+from shared.queue.scripts import exception_text, log_unreadable, mend, script_source
 
 _pack = msgspec.msgpack.encode
 """For the scripts' `cmsgpack`, which reads strings but no binary type."""
@@ -246,7 +247,13 @@ class WorkerStreams:
 
     def wait_for_doorbell(self, timeout_s: float) -> bool:
         """Blocks until a request is enqueued for the base, at most `timeout_s`; whether one was."""
-        return self._connection.blpop([keys.doorbell(self._base)], timeout=timeout_s) is not None
+        try:
+            return self._connection.blpop([keys.doorbell(self._base)], timeout=timeout_s) is not None
+        except redis.ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            mend(self._connection, {keys.doorbell(self._base): "list"})
+            return True
 
     def _pack_slots(self, slots: Slots) -> str:
         return json.dumps(

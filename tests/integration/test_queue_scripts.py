@@ -452,6 +452,13 @@ def test_the_doorbell_rings_for_a_request_that_came_before_the_wait(
     assert streams.wait_for_doorbell(5)
 
 
+def test_a_doorbell_of_another_type_is_mended_by_who_waits_for_it(connection: redis.Redis) -> None:
+    streams = worker_streams(connection)
+    connection.set(keys.doorbell(BASE), "garbage")
+    assert streams.wait_for_doorbell(5)
+    assert connection.type(keys.doorbell(BASE)) == b"none"
+
+
 def test_no_prompt_stands_where_rq_shows_it(connection: redis.Redis, api: BlockingApi) -> None:
     request_id = api.enqueue(make_request())
     job = fetch(connection, request_id)
