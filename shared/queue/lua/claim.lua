@@ -141,7 +141,7 @@ local function must_run_alone(job)
   return to_number(job.crashes_alone, 0) >= 1 or to_number(job.suspect, 0) >= 2
 end
 
--- What stands in a job, but for the request itself, which may be megabytes.
+-- The fields of a job, without the request itself, which may be megabytes.
 local JOB_FIELDS = { 'status', 'schema_version', 'version', 'enqueued_ms', 'crashes_alone', 'suspect', 'has_ended',
   'base' }
 local function read_job(id)
@@ -168,7 +168,7 @@ local function reject(id, queue)
   redis.call('ZADD', registry_key('failed', queue), '+inf', id)
 end
 
--- How many requests at the front of a queue this call has passed over.
+-- The number of requests at the front of each queue that this call has passed over.
 local num_passed = {}
 
 local function can_run(job, queue)
@@ -225,7 +225,7 @@ local function describe(id, execution, job)
   return { id, execution, request, log, must_run_alone(job) and 1 or 0, queue, job.version or '' }
 end
 
--- What this very call claimed before its reply was lost, but for what was removed since.
+-- The requests that this very call claimed before its reply was lost, without those that were removed since.
 local function claimed_already()
   local place, claimed = {}, {}
   for i = NUM_ARGS + 1, #ARGV do place[ARGV[i]] = i end

@@ -9,7 +9,7 @@ local function read_owner(id)
   return guarded(id, base, nil, get_owner, id) or {}
 end
 
--- How many requests each worker held when it was last alive, those reaped from it lately included, and whether its
+-- The number of requests that each worker held when last alive, those reaped from it lately included, and whether its
 -- steps ran one of them alone. Leases tell it: RQ's own record of what a worker runs is gone if it ended with an
 -- exception, and there if it was killed.
 local held = {}
@@ -28,7 +28,7 @@ local function count_crash(id, owner)
   if owner.alone then redis.call('HSET', reaped, 'lone', 1) end
   redis.call('EXPIRE', reaped, 60)
   if owner.alone or others.num == 1 then return increment(job_key(id), 'crashes_alone') end
-  -- Those that waited while another ran alone had no part in it.
+  -- Requests that waited while another ran alone had no part in the crash.
   if not others.has_lone then increment(job_key(id), 'suspect') end
   return false
 end
