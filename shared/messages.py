@@ -1,7 +1,7 @@
 """Every message that crosses a process border, with its codec and nothing else.
 
 JSON, decoded by field name: unknown fields are ignored, so the API and the workers can be upgraded in
-either order. A worker leaves a request of a newer `SCHEMA_VERSION` in the queue.
+either order. A worker leaves a request of a newer schema than its `SCHEMA_VERSION` in the queue.
 """
 
 from enum import StrEnum
@@ -10,10 +10,16 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The newest schema of a request that this release reads."""
+INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 MAX_NUM_STOPS = 64
 MAX_NUM_CHOICES = 128
+MAX_NUM_PROMPTS = 2048
+
+TextOrTokens = str | tuple[Annotated[int, Meta(ge=0, le=INT32_MAX)], ...]
+"""One prompt that is no chat: text to be tokenized, or token ids as they are."""
 
 
 # What comes from JSON has no cycles; without gc=False the collector would look at it for each token.
@@ -44,6 +50,13 @@ class ForwardState(StrEnum):
     COMPILED = "compiled"
 
 
+class RequestClass(StrEnum):
+    """Who waits for a request: a person at the stream, or a batch job that fills idle hours."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 class SamplingParams(Message, frozen=True):
     """How to pick tokens and when to end."""
 
@@ -69,26 +82,51 @@ def weights_version(base_version: str, adapter_version: str | None) -> str:
 
 
 class GenerationRequest(Message, frozen=True):
-    """One request on the queue: one job, `n` sequences."""
+    """One request on the queue, one job: `n` sequences for each of its prompts.
+
+    The prompts are either one chat (`messages`) or `prompts`. Sequence j of prompt i has the index i * n + j.
+    """
 
     request_id: str
     model: str
     """As the client wrote it: the name of the base or of an adapter."""
     base: str
-    messages: list[dict[str, Any]]
     sampling: SamplingParams
+    messages: list[dict[str, Any]] = []
+    prompts: Annotated[tuple[TextOrTokens, ...], Meta(max_length=MAX_NUM_PROMPTS)] = ()
+    n: Annotated[int, Meta(ge=1, le=MAX_NUM_CHOICES)] = 1
     adapter_name: str | None = None
     adapter_version: str | None = None
     base_version: str | None = None
     """The base's version when the request was accepted; None from an API of an earlier release."""
     created: int = 0
     """Unix seconds, by the API's clock; shown to the client."""
-    n: Annotated[int, Meta(ge=1, le=MAX_NUM_CHOICES)] = 1
+    tenant: Annotated[str, Meta(max_length=128)] = ""
+    """Whose share of the queue the request counts to: a digest or a name; empty if nobody is told apart."""
+    request_class: RequestClass = RequestClass.INTERACTIVE
+    priority: Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)] = 0
+    """Order among the waiting requests of one tenant and class: lower runs earlier."""
+    wait_limit_s: Annotated[float, Meta(gt=0)] | None = None
+    """Seconds from its acceptance after which the request must not begin, by the clock of Redis."""
     generation_limit_s: float | None = None
     """Seconds from the claim after which the request is ended with an error."""
     detached: bool = False
     """Whether it runs on when its client has gone."""
-    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts it has; a chat is one."""
+        return len(self.prompts) or 1
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences it generates."""
+        return self.num_prompts * self.n
+
+    @property
+    def schema_version(self) -> int:
+        """The oldest schema that can serve it: workers of schema 1 know one sequence of a chat only."""
+        return 1 if self.messages and not self.prompts and self.n == 1 else 2
 
     @property
     def weights_version(self) -> str:

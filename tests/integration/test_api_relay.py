@@ -110,7 +110,7 @@ async def test_an_abort_that_finds_no_redis_is_made_up_for(
     with server, redis.Redis.from_url(server.url) as connection:
         worker = ScriptedWorker(connection)
         async with running_relay(server, redis_timeout_s=0.2) as relay:
-            request = GenerationRequest(REQUEST_ID, "base", "base", [], SamplingParams())
+            request = GenerationRequest(REQUEST_ID, "base", "base", SamplingParams())
             await relay.enqueue(request, client="", until=FOREVER)
             claim = worker.claim()
             failures = failures_of_aborts(relay, monkeypatch)

@@ -167,7 +167,8 @@ def test_a_restricted_worker_claims_its_own_queues_only(connection: redis.Redis,
 
 
 def test_a_request_of_a_newer_schema_stays_in_the_queue(connection: redis.Redis, api: BlockingApi) -> None:
-    newer = api.enqueue(make_request("a", schema_version=SCHEMA_VERSION + 1))
+    newer = api.enqueue(make_request("a"))
+    connection.hset(f"rq:job:{newer}", "schema_version", SCHEMA_VERSION + 1)
     known = api.enqueue(make_request("b"))
     assert [c.held.request_id for c in claim(worker_streams(connection), 5)] == [known]
     assert queue(connection, "tiny-a").job_ids == [newer]

@@ -109,7 +109,7 @@ def exchange(
     relay: FakeRelay, client: FakeClient, *, stream: bool = True, **settings: Any
 ) -> "asyncio.Task[None]":
     """An exchange under way."""
-    request = GenerationRequest("id", "m", "base", [], SamplingParams())
+    request = GenerationRequest("id", "m", "base", SamplingParams())
     call = ChatCall(request, stream=stream, include_usage=False, client="", admit_until=0)
     response = ChatCompletionResponse(relay, ApiSettings(**settings), call)  # type: ignore[arg-type]
     return asyncio.create_task(response({"type": "http"}, client.receive, client.send))

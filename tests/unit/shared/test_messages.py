@@ -2,6 +2,7 @@
 
 import re
 from importlib import resources
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from shared.messages import (
     ErrorInfo,
     GenerationRequest,
     ModelCard,
+    RequestClass,
     SamplingParams,
     StreamEvent,
     TokenLogprob,
@@ -25,9 +27,8 @@ from shared.messages import (
 )
 from shared.queue import keys
 
-REQUEST = GenerationRequest(
-    "id", "m", "base", [{"role": "user", "content": "ä😀\n"}], SamplingParams(seed=2**63 - 1)
-)
+CHAT = [{"role": "user", "content": "ä😀\n"}]
+REQUEST = GenerationRequest("id", "m", "base", SamplingParams(seed=2**63 - 1), CHAT)
 
 
 st.register_type_strategy(
@@ -41,8 +42,21 @@ def test_an_event_reads_back_as_it_was_written(event: StreamEvent) -> None:
     assert decode_event(event.encode()) == event
 
 
-def test_a_request_and_a_card_read_back_as_they_were_written() -> None:
-    assert decode_request(REQUEST.encode()) == REQUEST
+@pytest.mark.parametrize(
+    "written",
+    [
+        REQUEST,
+        msgspec.structs.replace(REQUEST, messages=[], prompts=("ä\n", (1, 2, 3)), n=2),
+        msgspec.structs.replace(
+            REQUEST, tenant="t", request_class=RequestClass.BATCH, priority=-7, wait_limit_s=1.5
+        ),
+    ],
+)
+def test_a_request_reads_back_as_it_was_written(written: GenerationRequest) -> None:
+    assert decode_request(written.encode()) == written
+
+
+def test_a_card_reads_back_as_it_was_written() -> None:
     card = ModelCard("a", "base", "path", "v", 1, 512, "a")
     assert decode_card(card.encode()) == card
 
@@ -53,8 +67,44 @@ def test_an_encoded_message_has_no_line_break(message: StreamEvent | GenerationR
 
 
 def test_fields_of_a_newer_version_are_ignored() -> None:
-    newer = msgspec.json.decode(REQUEST.encode()) | {"flux": 1, "schema_version": SCHEMA_VERSION + 1}
-    assert decode_request(msgspec.json.encode(newer)).schema_version == SCHEMA_VERSION + 1
+    newer = msgspec.json.decode(REQUEST.encode()) | {"flux": 1}
+    assert decode_request(msgspec.json.encode(newer)) == REQUEST
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"n": 0},
+        {"n": 129},
+        {"prompts": [[-1]]},
+        {"prompts": [2**31]},
+        {"prompts": ["x"] * 2049},
+        {"priority": 2**31},
+        {"wait_limit_s": 0},
+        {"request_class": "urgent"},
+        {"tenant": "x" * 129},
+    ],
+)
+def test_a_request_out_of_range_is_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        decode_request(msgspec.json.encode(msgspec.json.decode(REQUEST.encode()) | field))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_sequences", "schema_version"),
+    [
+        ({"messages": CHAT}, 1, 1),
+        ({"messages": CHAT, "n": 3}, 3, 2),
+        ({"prompts": ("text",)}, 1, 2),
+        ({"prompts": ("text", (1, 2)), "n": 3}, 6, 2),
+    ],
+)
+def test_a_request_that_earlier_workers_cant_serve_is_of_the_newer_schema(
+    prompt: dict[str, Any], num_sequences: int, schema_version: int
+) -> None:
+    request = GenerationRequest("id", "m", "base", SamplingParams(), **prompt)
+    assert (request.num_sequences, request.schema_version) == (num_sequences, schema_version)
+    assert schema_version <= SCHEMA_VERSION
 
 
 @pytest.mark.parametrize(
