@@ -51,7 +51,7 @@ def install(app: FastAPI, relay: Relay) -> None:
     @app.get(SCHEMA, include_in_schema=False)
     async def schema() -> JSONResponse:
         try:
-            cards: list[ModelCard] | None = await relay.fetch_cards()
+            cards: list[ModelCard] | None = await relay.queue.fetch_cards()
         except QueueUnavailable:
             cards = None
         return JSONResponse(_with_models(static_schema(), cards))

@@ -1,8 +1,8 @@
 """The HTTP application: `uvicorn --factory api.main:create_app`.
 
 At SIGTERM uvicorn takes no new connections and waits for the open ones; after `api_drain_s` the relay ends
-what is still open with `server_draining`, and only then comes the lifespan's end. A shorter
-`--timeout-graceful-shutdown` of uvicorn's own cuts that short, with the same error for the clients.
+those that are still open with `server_draining`, then the lifespan ends. If uvicorn's
+`--timeout-graceful-shutdown` is shorter than `api_drain_s`, clients get the same error earlier.
 """
 
 from collections.abc import AsyncIterator
@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from api import docs, errors
+from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from api.routes import build_routes
 from api.termination import at_termination
@@ -19,7 +20,7 @@ from shared.settings import ApiSettings, RedisSettings
 
 
 def create_app(settings: ApiSettings | None = None, redis_settings: RedisSettings | None = None) -> FastAPI:
-    """The application. What is not given is read from the environment; nothing connects before its start.
+    """The application. Settings that are not given are read from the environment; nothing connects yet.
 
     Raises:
         ConfigurationError: a variable is missing or malformed.
@@ -28,7 +29,8 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
     settings = settings or ApiSettings.load()
     if is_process:
         logs.configure(settings.log_level)
-    relay = Relay(redis_settings or RedisSettings.load(), settings)
+    redis_settings = redis_settings or RedisSettings.load()
+    relay = Relay(QueueClient(redis_settings, settings), redis_settings, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -103,10 +103,11 @@ class ChatCompletionResponse(Response):
         if call.resume_from is None:
             await self._enqueue()
         else:
-            await self._relay.attach(inbox, call.resume_from)
+            await self._relay.queue.attach(inbox.request_id)
+            inbox.start_at(call.resume_from)
         source = EventSource(self._relay, inbox, call.request, self._settings.queue_time_limit_s)
         try:
-            async with asyncio.timeout(self._relay.stream_ttl_s):
+            async with asyncio.timeout(self._relay.queue.exchange_limit_s):
                 await (self._stream(source, send) if call.stream else self._answer(source, send))
         except TimeoutError:
             raise GenerationTimeout from None
@@ -116,7 +117,7 @@ class ChatCompletionResponse(Response):
     async def _enqueue(self) -> None:
         call = self._call
         try:
-            await self._relay.enqueue(call.request, call.client, call.admit_until)
+            await self._relay.queue.enqueue(call.request, call.client, call.admit_until)
         except (QueueFull, ServerDraining):
             self._may_run = False
             raise

@@ -71,8 +71,8 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         """Answers with one JSON object, or with `stream: true` in pieces."""
         body = parse(ChatCompletionRequest, await read_body(request, settings.max_body_bytes))
-        admit_until = relay.patience()
-        card = await relay.fetch_card(body.model, admit_until)
+        admit_until = relay.queue.deadline()
+        card = await relay.queue.fetch_card(body.model, admit_until)
         call = ChatCall(
             request=_to_generation_request(body, card, settings, detached=_wants_detach(request)),
             stream=bool(body.stream),
@@ -89,7 +89,7 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
         """The events after `Last-Event-ID`, or all, of a request sent with `X-Lorelay-Detach: true`."""
         first_event_no = _first_event_no(request, request_id)
         client = keys.client_of(request)
-        found = await relay.find_request(request_id, client)
+        found = await relay.queue.find_request(request_id, client)
         _check_resumable(found, first_event_no)
         if found.has_ended and first_event_no == found.num_events:
             rest = render_resumption(request_id, first_event_no) + DONE
@@ -99,7 +99,7 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
             stream=True,
             include_usage=include_usage,
             client=client,
-            admit_until=relay.patience(),
+            admit_until=relay.queue.deadline(),
             resume_from=first_event_no,
         )
         return ChatCompletionResponse(relay, settings, call)
@@ -107,15 +107,15 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
     @keyed.delete(CHAT_COMPLETIONS + "/{request_id}", summary="Abort a request", tags=["chat"])
     async def abort_chat_completion(request_id: str, request: Request) -> Response:
         """Queued, it never runs; running, it ends within a step. Its own client gets an error."""
-        await relay.find_request(request_id, keys.client_of(request))
-        if await relay.abort(request_id) == "gone":
+        await relay.queue.find_request(request_id, keys.client_of(request))
+        if await relay.queue.abort(request_id) == "gone":
             raise RequestNotFound("The request has ended already.")
         return _json(Deleted(request_id, "chat.completion.deleted", True))
 
     @keyed.get("/v1/models", summary="List the models", tags=["models"])
     async def list_models() -> Response:
         """The base models and their adapters."""
-        cards = await relay.fetch_cards()
+        cards = await relay.queue.fetch_cards()
         return _json(ModelList("list", [_to_model(card) for card in cards]))
 
     @keyed.get("/v1/models/{model_id:path}", summary="Describe one model", tags=["models"])
@@ -123,7 +123,7 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
         """One model; its name may contain slashes."""
         if not model_id:
             raise ModelNotFound
-        return _json(_to_model(await relay.fetch_card(model_id, relay.patience())))
+        return _json(_to_model(await relay.queue.fetch_card(model_id, relay.queue.deadline())))
 
     @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Is the process up?", tags=["probes"])
@@ -135,7 +135,7 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
     @router.get("/ready", summary="Can it take requests?", tags=["probes"])
     async def ready() -> Response:
         """503 while Redis can't be reached, or takes no writes."""
-        await relay.ping()
+        await relay.queue.ping()
         return _json(Status("ok"))
 
     router.include_router(keyed)

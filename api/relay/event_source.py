@@ -51,7 +51,7 @@ class EventSource:
     async def _check_queue(self) -> None:
         """The queue time limit: removes the request unless a worker has it."""
         try:
-            state = await self._relay.abort_queued(self._request.request_id)
+            state = await self._relay.queue.abort_queued(self._request.request_id)
         except QueueUnavailable:
             self._check_at = self._loop.time() + RETRY_S
             return
@@ -70,7 +70,7 @@ class EventSource:
 
     async def _queue_timeout(self) -> QueueTimeout:
         try:
-            has_worker = await self._relay.has_live_worker(self._request)
+            has_worker = await self._relay.queue.has_live_worker(self._request)
         except QueueUnavailable:
             has_worker = True
         waited = f"within the queue time limit of {self._queue_time_limit_s:g} s"

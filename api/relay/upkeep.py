@@ -1,4 +1,4 @@
-"""What an API process does at intervals, beside its exchanges."""
+"""The periodic tasks of an API process, beside its exchanges."""
 
 import asyncio
 import logging
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 import redis
 
 from api.relay.inbox import Inbox
-from api.relay.queue_errors import queue_errors
+from api.relay.queue_client import QueueClient
 from shared.errors import QueueUnavailable
 from shared.logs import fields, log_unexpected
-from shared.queue.api_streams import ApiStreams, EndLost
+from shared.queue.api_streams import EndLost
 from shared.queue.permissions import API, describe, missing_rules
 from shared.settings import ApiSettings
 
@@ -19,35 +19,33 @@ logger = logging.getLogger(__name__)
 VANISH_CHECK_S = 2.0
 PERMISSION_CHECK_S = 1.0
 MIN_QUIET_S = 3.0
-"""Silence after which it is asked whether a request still exists."""
+"""Silence on an exchange after which Redis is asked whether its request still exists."""
 
 
-async def renew_lease_forever(streams: ApiStreams, settings: ApiSettings) -> None:
-    """Keeps this API alive in the eyes of the workers, which else abort what nobody reads."""
-    loop = asyncio.get_running_loop()
+async def renew_lease_forever(queue: QueueClient, lease_s: float) -> None:
+    """Renews this API's lease; workers abort the requests of an API whose lease has lapsed."""
     while True:
         try:
-            async with queue_errors(loop.time() + settings.redis_timeout_s):
-                await streams.renew_lease(settings.api_lease_s)
-            await asyncio.sleep(settings.api_lease_s / 3)
+            await queue.renew_lease()
+            await asyncio.sleep(lease_s / 3)
         except Exception as error:
-            # Whatever it was, the lease must not lapse for it: all requests of this API would be aborted.
+            # If an unforeseen exception ended this task, the lease would lapse and all requests be aborted.
             if not isinstance(error, QueueUnavailable):
                 log_unexpected(logger, error)
-            await asyncio.sleep(min(0.5, settings.api_lease_s / 6))
+            await asyncio.sleep(min(0.5, lease_s / 6))
 
 
 async def watch_permissions(pool: redis.ConnectionPool, on_change: Callable[[str | None], None]) -> None:
-    """Tells what permissions the API's user lacks, once Redis first answers, until it has them all.
+    """Checks the permissions of the API's Redis user until it has them all.
 
-    `on_change` gets the message for an operator, and None when nothing is missing.
+    `on_change` gets a message for the operator whenever other rules are missing, and None when none is.
     """
     said: str | None = None
     while True:
         try:
             rules = await asyncio.to_thread(missing_rules, pool, API)
         except (redis.RedisError, OSError):
-            # The other tasks meet it too, and say so.
+            # No log line here: the log reader meets the same failure and logs it.
             await asyncio.sleep(PERMISSION_CHECK_S)
             continue
         if not rules:
@@ -62,9 +60,9 @@ async def watch_permissions(pool: redis.ConnectionPool, on_change: Callable[[str
 
 
 async def fail_vanished_forever(
-    streams: ApiStreams, settings: ApiSettings, inboxes: Callable[[], Iterable[Inbox]]
+    queue: QueueClient, settings: ApiSettings, inboxes: Callable[[], Iterable[Inbox]]
 ) -> None:
-    """Ends the exchanges of requests that are no more: Redis came back empty, or an operator removed them."""
+    """Ends exchanges whose requests no longer exist: Redis lost its data, or an operator removed them."""
     loop = asyncio.get_running_loop()
     min_quiet_s = max(MIN_QUIET_S, settings.redis_timeout_s + 1)
     ended: set[str] = set()
@@ -75,14 +73,13 @@ async def fail_vanished_forever(
         if not quiet:
             continue
         try:
-            async with queue_errors(loop.time() + settings.redis_timeout_s):
-                vanished = await streams.find_vanished(list(quiet))
+            vanished = await queue.find_vanished(list(quiet))
         except Exception as error:
             if not isinstance(error, QueueUnavailable):
                 log_unexpected(logger, error)
             continue
         for request_id, reason in vanished.items():
-            # Its end may still be on its way: the log is read at intervals.
+            # A request that has just ended gets a second look: the log reader may not have met its end yet.
             if not isinstance(reason, EndLost) or request_id in ended:
                 quiet[request_id].fail(reason)
         ended = {request_id for request_id, reason in vanished.items() if isinstance(reason, EndLost)}

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from api.relay.relay import NUM_CONNECTIONS
+from api.relay.queue_client import NUM_CONNECTIONS
 from shared.queue import keys
 from tests.chaos.checker import Reference, check_complete, find_remains
 from tests.chaos.cluster import BASE, Cluster

@@ -102,7 +102,7 @@ class ApiServer:
     @property
     def num_tasks(self) -> int:
         """Tasks of its event loop that are not done."""
-        return len(asyncio.all_tasks(self.relay._tasks[0].get_loop()))
+        return len(asyncio.all_tasks(self._server.servers[0].get_loop()))
 
     def start(self) -> None:
         """Returns when it accepts connections."""

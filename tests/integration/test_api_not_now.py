@@ -102,7 +102,7 @@ async def test_an_open_stream_goes_on_and_a_client_that_leaves_meanwhile_is_hear
         with FAULTS[state](worker.connection):
             leaving.cancel()
             await eventually(lambda: len(api.relay.inboxes) == 1, "the departure")
-            assert api.relay._aborter.is_busy
+            assert api.relay.is_aborting
         (kept,) = api.relay.inboxes
         (claim,) = [claim for claim in claims if claim.held.request_id == kept.request_id]
         (other,) = [other for other in claims if other is not claim]
@@ -119,7 +119,7 @@ def test_an_api_that_lost_its_subscription_meanwhile_listens_again(
 ) -> None:
     port = int(server.url.rpartition(":")[2])
     with Proxy(port) as proxy, running_api(proxy.url, redis_timeout_s=1) as api:
-        channel = api.relay._channel
+        channel = api.relay.queue.channel
 
         def is_heard() -> bool:
             return bool(dict(worker.connection.pubsub_numsub(channel))[channel.encode()])

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import redis
 import redis.asyncio
 
+from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from shared.errors import GenerationFailed, ServerDraining
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent
@@ -38,10 +39,51 @@ def own_connection(own_server: RedisServer) -> Iterator[redis.Redis]:
         yield connection
 
 
+class FaultyQueue(QueueClient):
+    """A queue client that raises errors when a test says so, and records each abort with its failure."""
+
+    def __init__(self, redis_settings: RedisSettings, settings: ApiSettings) -> None:
+        super().__init__(redis_settings, settings)
+        self.errors: dict[str, list[Exception]] = {"abort": [], "read_logs": [], "renew_lease": []}
+        """By method, the errors of its next calls."""
+        self.aborts: list[tuple[str, Exception | None]] = []
+
+    def _fail_if_told(self, method: str) -> None:
+        if self.errors[method]:
+            raise self.errors[method].pop()
+
+    async def abort(self, request_id: str) -> str:
+        try:
+            self._fail_if_told("abort")
+            state = await super().abort(request_id)
+        except Exception as error:
+            self.aborts.append((request_id, error))
+            raise
+        self.aborts.append((request_id, None))
+        return state
+
+    async def read_logs(
+        self, positions: Sequence[tuple[str, int]], max_num_events: int
+    ) -> list[list[StreamEvent] | None]:
+        self._fail_if_told("read_logs")
+        return await super().read_logs(positions, max_num_events)
+
+    async def renew_lease(self) -> None:
+        self._fail_if_told("renew_lease")
+        await super().renew_lease()
+
+
+def queue_of(relay: Relay) -> FaultyQueue:
+    """The queue client of a `running_relay`."""
+    assert isinstance(relay.queue, FaultyQueue)
+    return relay.queue
+
+
 @contextlib.asynccontextmanager
 async def running_relay(server: RedisServer, *, ping_s: float = 5, **settings: Any) -> AsyncIterator[Relay]:
-    """A relay in this event loop."""
-    relay = Relay(RedisSettings(redis_url=server.url), ApiSettings(**settings), ping_s=ping_s)
+    """A relay in this event loop, with a `FaultyQueue`."""
+    redis_settings, api_settings = RedisSettings(redis_url=server.url), ApiSettings(**settings)
+    relay = Relay(FaultyQueue(redis_settings, api_settings), redis_settings, api_settings, ping_s=ping_s)
     relay.start()
     try:
         yield relay
@@ -103,64 +145,34 @@ async def test_an_outage_is_logged_once(
     assert actions(caplog) == ["redis_lost", "redis_back"]
 
 
-async def test_an_abort_that_finds_no_redis_is_made_up_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_abort_that_finds_no_redis_is_made_up_for(tmp_path: Path) -> None:
     server = RedisServer(server_binary(), tmp_path, append_only=True, options=("--appendfsync", "always"))
     with server, redis.Redis.from_url(server.url) as connection:
         worker = ScriptedWorker(connection)
         async with running_relay(server, redis_timeout_s=0.2) as relay:
             request = GenerationRequest(REQUEST_ID, "base", "base", SamplingParams())
-            await relay.enqueue(request, client="", until=FOREVER)
+            await relay.queue.enqueue(request, client="", until=FOREVER)
             claim = worker.claim()
-            failures = failures_of_aborts(relay, monkeypatch)
             server.kill()
             relay.abort_soon(REQUEST_ID)
-            await eventually(lambda: len(failures) > 1, "two attempts")
+            await eventually(lambda: len(queue_of(relay).aborts) > 1, "two attempts")
             server.start()
             await eventually(lambda: worker.is_aborted(claim), "the abort")
 
 
-def failures_of_aborts(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
-    """A list to which each failed attempt of the relay adds its exception."""
-    failures: list[Exception] = []
-    abort = relay._streams.abort
-
-    async def watched(request_id: str) -> str:
-        try:
-            return await abort(request_id)
-        except Exception as error:
-            failures.append(error)
-            raise
-
-    monkeypatch.setattr(relay._streams, "abort", watched)
-    return failures
-
-
 async def test_aborts_and_log_readings_go_on_after_an_exception_that_nobody_foresaw(
-    redis_server: RedisServer, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, connection: redis.Redis
 ) -> None:
     connection.rpush(keys.log(REQUEST_ID), StreamEvent(0, text="fine").encode())
     async with running_relay(redis_server, max_silence_s=0.02) as relay:
-        read_logs, abort, aborted = relay._streams.read_logs, relay._streams.abort, []
-
-        async def breaks_once_reading(*args: Any, **values: Any) -> Any:
-            monkeypatch.setattr(relay._streams, "read_logs", read_logs)
-            raise ZeroDivisionError
-
-        async def breaks_once_aborting(request_id: str) -> str:
-            aborted.append(request_id)
-            if len(aborted) == 1:
-                raise ZeroDivisionError
-            return await abort(request_id)
-
-        monkeypatch.setattr(relay._streams, "read_logs", breaks_once_reading)
-        monkeypatch.setattr(relay._streams, "abort", breaks_once_aborting)
+        queue, unforeseen = queue_of(relay), ZeroDivisionError()
+        queue.errors |= {"read_logs": [unforeseen], "abort": [unforeseen]}
         with relay.open_inbox(REQUEST_ID) as inbox:
             assert [event.text for event in await inbox.get(FOREVER)] == ["fine"]
         relay.abort_soon("first")
         relay.abort_soon("second")
-        await eventually(lambda: aborted == ["first", "second"], "both aborts")
+        both = [("first", unforeseen), ("second", None)]
+        await eventually(lambda: queue.aborts == both, "both aborts")
 
 
 async def test_an_event_that_cannot_be_read_ends_its_own_request_only(
@@ -206,7 +218,7 @@ async def test_closing_ends_what_waits_and_leaves_no_connection(
     own_server: RedisServer, own_connection: redis.Redis
 ) -> None:
     async with running_relay(own_server) as relay:
-        await relay.ping()
+        await relay.queue.ping()
 
         async def wait() -> None:
             with relay.open_inbox(REQUEST_ID) as inbox:
@@ -226,7 +238,8 @@ async def test_a_draining_relay_takes_nothing_new_and_ends_what_is_open_when_its
     async with running_relay(redis_server, api_drain_s=0.2) as relay:
         with relay.open_inbox(REQUEST_ID) as inbox:
             relay.drain()
-            for attempt in (relay.ping(), relay.enqueue(make_request(), "", relay.patience())):
+            queue = relay.queue
+            for attempt in (queue.ping(), queue.enqueue(make_request(), "", queue.deadline())):
                 with pytest.raises(ServerDraining):
                     await attempt
             with pytest.raises(ServerDraining):
@@ -235,20 +248,14 @@ async def test_a_draining_relay_takes_nothing_new_and_ends_what_is_open_when_its
 
 
 async def test_an_api_keeps_its_lease_after_an_exception_that_nobody_foresaw(
-    redis_server: RedisServer, connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    redis_server: RedisServer, connection: redis.Redis
 ) -> None:
     async with running_relay(redis_server, api_lease_s=0.6) as relay:
-        renew_lease, errors = relay._streams.renew_lease, [ZeroDivisionError(), RuntimeError(CLOSED)]
-
-        async def breaks_twice(lease_s: float) -> None:
-            if errors:
-                raise errors.pop()
-            await renew_lease(lease_s)
-
-        monkeypatch.setattr(relay._streams, "renew_lease", breaks_twice)
-        await eventually(lambda: not errors, "two failures")
-        connection.delete(relay._channel)
-        await eventually(lambda: connection.exists(relay._channel), "the renewed lease")
+        queue = queue_of(relay)
+        queue.errors["renew_lease"] = [ZeroDivisionError(), RuntimeError(CLOSED)]
+        await eventually(lambda: not queue.errors["renew_lease"], "two failures")
+        connection.delete(queue.channel)
+        await eventually(lambda: connection.exists(queue.channel), "the renewed lease")
 
 
 async def test_a_connection_that_uvloop_finds_closed_is_replaced(
@@ -263,5 +270,5 @@ async def test_a_connection_that_uvloop_finds_closed_is_replaced(
             await send(self, *args, **options)
 
         monkeypatch.setattr(redis.asyncio.UnixDomainSocketConnection, "send_packed_command", breaks_once)
-        await relay.ping()
+        await relay.queue.ping()
         assert not errors

@@ -101,7 +101,7 @@ async def test_the_models_that_are_served_now_stand_in_the_text(cards: list[Mode
     async def fetch_cards() -> list[ModelCard]:
         return cards
 
-    app.state.relay.fetch_cards = fetch_cards
+    app.state.relay.queue.fetch_cards = fetch_cards
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host") as client:
         first: dict[str, Any] = (await client.get("/openapi.json")).json()
         assert (await client.get("/openapi.json")).json() == first

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from api.errors import MAPPING, error_response
 from api.main import create_app
-from api.relay.queue_errors import queue_errors
+from api.relay.queue_client import queue_errors
 from shared.errors import (
     ERRORS_BY_CODE,
     ConfigurationError,

@@ -35,4 +35,4 @@ def test_the_settings_are_read_from_the_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LORELAY_REDIS_URL", "redis://127.0.0.1:1")
     monkeypatch.setenv("LORELAY_QUEUE_TIME_LIMIT_S", "5")
     monkeypatch.setenv("LORELAY_GENERATION_LIMIT_S", "7")
-    assert create_app().state.relay.stream_ttl_s == 5 + 7 + 60
+    assert create_app().state.relay.queue.exchange_limit_s == 5 + 7 + 60

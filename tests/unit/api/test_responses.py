@@ -29,22 +29,14 @@ END = StreamEvent(1, finish_reason=FinishReason.STOP, usage=Usage(1, 1))
 Script = Callable[[Inbox], Awaitable[None]]
 
 
-class FakeRelay:
-    """What `ChatCompletionResponse` needs of a `Relay`, in memory."""
+class FakeQueue:
+    """The calls of `QueueClient` that an exchange makes, answered as the test says."""
 
     def __init__(self) -> None:
-        self.stream_ttl_s = 1_000.0
+        self.exchange_limit_s = 1_000.0
         self.enqueue_error: Exception | None = None
         self.queue_states: list[str | Exception] = []
         self.live_worker: bool | Exception = True
-        self.given_up: list[str] = []
-        self.inbox: Inbox
-
-    @contextlib.contextmanager
-    def open_inbox(self, request_id: str) -> Iterator[Inbox]:
-        self.inbox = Inbox(request_id, 100, 1_000, lambda: None)
-        yield self.inbox
-        self.inbox.close()
 
     async def enqueue(self, request: GenerationRequest, client: str, until: float) -> None:
         if self.enqueue_error is not None:
@@ -60,6 +52,21 @@ class FakeRelay:
         if isinstance(self.live_worker, Exception):
             raise self.live_worker
         return self.live_worker
+
+
+class FakeRelay:
+    """A relay whose events come from the test."""
+
+    def __init__(self) -> None:
+        self.queue = FakeQueue()
+        self.given_up: list[str] = []
+        self.inbox: Inbox
+
+    @contextlib.contextmanager
+    def open_inbox(self, request_id: str) -> Iterator[Inbox]:
+        self.inbox = Inbox(request_id, 100, 1_000, lambda: None)
+        yield self.inbox
+        self.inbox.close()
 
     def abort_soon(self, request_id: str) -> None:
         self.given_up.append(request_id)
@@ -137,7 +144,7 @@ async def test_a_request_that_ended_is_not_given_up(relay: FakeRelay, client: Fa
 async def test_a_request_that_may_stand_in_the_queue_all_the_same_is_given_up(
     relay: FakeRelay, client: FakeClient, error: LorelayError, given_up: list[str]
 ) -> None:
-    relay.enqueue_error = error
+    relay.queue.enqueue_error = error
     with pytest.raises(type(error)):
         await exchange(relay, client)
     assert relay.given_up == given_up
@@ -186,13 +193,13 @@ async def test_a_client_that_does_not_read_does_not_hold_up_a_server_that_stops(
 
 
 async def test_a_stream_that_outlives_its_log_ends(relay: FakeRelay, client: FakeClient) -> None:
-    relay.stream_ttl_s = 0.05
+    relay.queue.exchange_limit_s = 0.05
     await (await begun(relay, client))
     assert (client.errors, relay.given_up) == (["generation_timeout"], ["id"])
 
 
 async def test_an_answer_that_outlives_its_log_has_a_status(relay: FakeRelay, client: FakeClient) -> None:
-    relay.stream_ttl_s = 0.01
+    relay.queue.exchange_limit_s = 0.01
     with pytest.raises(GenerationTimeout):
         await exchange(relay, client, stream=False)
 
@@ -267,22 +274,22 @@ async def test_the_queue_time_limit_is_checked_until_redis_answers(
     cls: type[QueueTimeout],
 ) -> None:
     monkeypatch.setattr(event_source, "RETRY_S", 0.01)
-    relay.queue_states = [QueueUnavailable(), QueueUnavailable(), "queued"]
-    relay.live_worker = live_worker
+    relay.queue.queue_states = [QueueUnavailable(), QueueUnavailable(), "queued"]
+    relay.queue.live_worker = live_worker
     with pytest.raises(QueueTimeout) as caught:
         await exchange(relay, client, queue_time_limit_s=0.01)
     assert type(caught.value) is cls
-    assert not relay.queue_states
+    assert not relay.queue.queue_states
     assert not relay.given_up
 
 
 async def test_a_request_that_was_gone_for_a_moment_only_goes_on(
     relay: FakeRelay, client: FakeClient
 ) -> None:
-    relay.queue_states = ["gone"]
+    relay.queue.queue_states = ["gone"]
     task = exchange(relay, client, queue_time_limit_s=0.01)
     await asyncio.sleep(0)
-    while relay.queue_states:
+    while relay.queue.queue_states:
         await asyncio.sleep(0)
     relay.inbox.put(StreamEvent(0, text="a"))
     relay.inbox.put(END)
