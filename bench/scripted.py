@@ -18,7 +18,7 @@ from redis.connection import AbstractConnection
 
 from shared.settings import Settings, WorkerSettings
 from worker.engine.adapter_cache import AdapterCache
-from worker.engine.sequence import Batch
+from worker.engine.sequence import Batch, Sampled, SampledToken
 from worker.lora_worker import LoraWorker
 from worker.model.tokenizer import Tokenizer
 
@@ -77,9 +77,9 @@ class ScriptedRunner:
         )
         self._step_s = step_s
         token_ids = self.tokenizer.encode_chat([{"role": "user", "content": TEXT}])
-        self._words = [token_id for token_id in token_ids if self.tokenizer.decode([token_id]).strip()]
+        self._words = [SampledToken(word) for word in token_ids if self.tokenizer.decode([word]).strip()]
 
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[Sampled]:
         """The next word of each sequence."""
         if self._step_s:
             time.sleep(self._step_s)
@@ -166,7 +166,7 @@ class MeteredRunner(ScriptedRunner):
         self._num_steps = 0
         self._thread = 0
 
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[Sampled]:
         """As the script; one more step."""
         self._thread = threading.get_ident()
         self._last = RedisTimes()

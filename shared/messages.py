@@ -18,7 +18,8 @@ MAX_NUM_STOPS = 64
 MAX_NUM_CHOICES = 128
 MAX_NUM_PROMPTS = 2048
 
-TextOrTokens = str | tuple[Annotated[int, Meta(ge=0, le=INT32_MAX)], ...]
+TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
+TextOrTokens = str | tuple[TokenId, ...]
 """One prompt that is no chat: text to be tokenized, or token ids as they are."""
 
 
@@ -74,6 +75,16 @@ class SamplingParams(Message, frozen=True):
     stop: Annotated[tuple[str, ...], Meta(max_length=MAX_NUM_STOPS)] = ()
     logprobs: int | None = None
     """How many alternatives to report per token; None reports none."""
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] = {}
+    """Token id to what is added to its logit."""
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    """Both penalties count the tokens of the output so far, as OpenAI defines them."""
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether logits are changed before a token is drawn; workers of schema 1 can't."""
+        return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
 def weights_version(base_version: str, adapter_version: str | None) -> str:
@@ -125,8 +136,9 @@ class GenerationRequest(Message, frozen=True):
 
     @property
     def schema_version(self) -> int:
-        """The oldest schema that can serve it: workers of schema 1 know one sequence of a chat only."""
-        return 1 if self.messages and not self.prompts and self.n == 1 else 2
+        """The oldest schema that can serve it: those of schema 1 know one plain sequence of a chat."""
+        is_known_to_all = self.messages and not self.prompts and self.n == 1
+        return 1 if is_known_to_all and not self.sampling.adjusts_logits else 2
 
     @property
     def weights_version(self) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from shared.errors import InvalidRequest
-from worker.engine.sequence import Batch, Sequence
+from shared.errors import GenerationFailed, InvalidRequest
+from worker.engine.sequence import Batch, Sampled, SampledToken, Sequence
 from worker.engine.step_pace import StepPace
 
 EOS = 0
@@ -39,13 +39,13 @@ class FakeModelRunner:
         self._block_size = block_size
         self._cache: dict[tuple[int, int], tuple[str | None, list[int]]] = {}
 
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[Sampled]:
         self.batches.append([(item.seq.request_id, item.num_tokens) for item in batch])
         for item in batch:
             self._write(item.seq, item.num_tokens)
         for item in batch:
             self._check(item.seq, item.seq.num_computed_tokens + item.num_tokens)
-        return [self._next_token(item.seq) for item in batch if item.samples]
+        return [drawn(self._next_token(item.seq)) for item in batch if item.samples]
 
     def _write(self, seq: Sequence, num_tokens: int) -> None:
         for position in range(seq.num_computed_tokens, seq.num_computed_tokens + num_tokens):
@@ -60,6 +60,11 @@ class FakeModelRunner:
 
     def _slot(self, seq: Sequence, position: int) -> tuple[int, int]:
         return seq.block_table[position // self._block_size], position % self._block_size
+
+
+def drawn(token_id: int | None) -> Sampled:
+    """What a model says of a token that it drew; None stands for logits that are not finite."""
+    return GenerationFailed("not finite") if token_id is None else SampledToken(token_id)
 
 
 def letters(seq: Sequence) -> int:

@@ -24,7 +24,7 @@ from tests.waiting import wait_until
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import Engine
 from worker.engine.scheduler import Scheduler
-from worker.engine.sequence import Batch, OutOfDeviceMemory, Sequence
+from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
 from worker.serving import capacity
 from worker.serving.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
 from worker.serving.engine_loop import EngineLoop
@@ -39,7 +39,7 @@ class SlowRunner(FakeModelRunner):
         super().__init__(next_token, max_model_len=512)
         self.permits = threading.Semaphore(0)
 
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[Sampled]:
         self.permits.acquire()
         return super().run(batch)
 
@@ -402,7 +402,7 @@ class CrampedRunner(FakeModelRunner):
 
     num_failures_left = 1_000
 
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[Sampled]:
         if len(batch) > 2 and self.num_failures_left:
             self.num_failures_left -= 1
             raise OutOfDeviceMemory(f"{len(batch)} sequences")

@@ -22,7 +22,7 @@ from worker.engine.detokenizer import Detokenizer
 from worker.engine.records import Output, Prompt
 from worker.engine.request_output import Clock, RequestOutput
 from worker.engine.scheduler import Scheduler
-from worker.engine.sequence import Batch, Sequence, SequenceStatus
+from worker.engine.sequence import Batch, Sampled, Sequence, SequenceStatus
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class ModelRunner(Protocol):
     @property
     def adapter_versions(self) -> Mapping[str, str]: ...
 
-    def run(self, batch: Batch) -> Items[int | None]: ...
+    def run(self, batch: Batch) -> Items[Sampled]: ...
 
 
 class Tokenizer(Protocol):
@@ -94,9 +94,8 @@ class Engine:
         self.is_stalled = not batch
         if self.is_stalled:
             return []
-        token_ids = self._model_runner.run(batch)
-        sampled = self._scheduler.postprocess(batch, token_ids)
-        return [self._emit(seq, token_id) for seq, token_id in sampled]
+        sampled = self._scheduler.postprocess(batch, self._model_runner.run(batch))
+        return [self._emit(seq, token) for seq, token in sampled]
 
     def add_request(
         self,
@@ -205,10 +204,10 @@ class Engine:
             token_ids=prompt,
             num_prompt_tokens=len(prompt),
             max_tokens=self._num_tokens_to_generate(len(prompt), request.sampling),
+            eos_token_ids=self._tokenizer.eos_token_ids,
             adapter_version=adapter_name and self._model_runner.adapter_versions[adapter_name],
         )
-        eos_token_ids = self._tokenizer.eos_token_ids
-        return RequestOutput(request, seq, self._tokenizer.detokenizer(), eos_token_ids, self._clock)
+        return RequestOutput(request, seq, self._tokenizer.detokenizer(), self._clock)
 
     def _check_version(self, request: GenerationRequest) -> None:
         """Refuses other weights than the client was promised. Claims pass over such requests already.
@@ -248,9 +247,9 @@ class Engine:
             )
         return sampling.max_tokens or context - num_prompt_tokens
 
-    def _emit(self, seq: Sequence, token_id: int | None) -> Output:
+    def _emit(self, seq: Sequence, token: Sampled) -> Output:
         output = self._outputs[seq.request_id]
-        emitted = output.add(token_id)
+        emitted = output.add(token)
         if emitted.event.is_terminal:
             self._remove(seq.request_id)
         return emitted

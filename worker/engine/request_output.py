@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from shared.errors import GenerationFailed, LorelayError
+from shared.errors import LorelayError
 from shared.messages import FinishReason, GenerationRequest, StreamEvent, Usage
 from worker.engine.detokenizer import Detokenizer, StopChecker
 from worker.engine.records import Output
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import Sampled, SampledToken, Sequence
 
 Clock = Callable[[], float]
 
@@ -20,14 +20,12 @@ class RequestOutput:
         request: GenerationRequest,
         seq: Sequence,
         detokenizer: Detokenizer,
-        eos_token_ids: frozenset[int],
         clock: Clock,
     ) -> None:
         self.seq = seq
         self._request = request
         self._detokenizer = detokenizer
         self._stop_checker = StopChecker(request.sampling.stop)
-        self._eos_token_ids = eos_token_ids
         self._clock = clock
         self._started_s = clock()
         self._first_token_s: float | None = None
@@ -44,14 +42,14 @@ class RequestOutput:
                 if self._may_end:
                     self._stop_checker.add(text)
 
-    def add(self, token_id: int | None) -> Output:
-        """The event of one sampled token, which stands in `seq.token_ids` already; None is a failure."""
-        if token_id is None:
-            return self.fail(GenerationFailed("the model's logits are not finite"))
+    def add(self, token: Sampled) -> Output:
+        """The event of a sampled token, which stands in `seq.token_ids` already, or of an error."""
+        if not isinstance(token, SampledToken):
+            return self.fail(token)
         if self._first_token_s is None:
             self._first_token_s = self._clock()
-        text, finish_reason = self._release(token_id)
-        return self._event((token_id,), text, finish_reason)
+        text, finish_reason = self._release(token.token_id)
+        return self._event((token.token_id,), text, finish_reason)
 
     def abort(self) -> Output:
         """The terminal event of a request that its client gave up."""
@@ -83,7 +81,7 @@ class RequestOutput:
             text, stopped = self._stop_checker.add(text)
             if stopped:
                 return text, FinishReason.STOP
-        if self._may_end and not self.seq.sampling.ignore_eos and token_id in self._eos_token_ids:
+        if self._may_end and not self.seq.sampling.ignore_eos and token_id in self.seq.eos_token_ids:
             return text + self._stop_checker.flush(), FinishReason.STOP
         if self.seq.num_output_tokens >= self.seq.max_tokens:
             return text + self._stop_checker.flush(), FinishReason.LENGTH

@@ -7,7 +7,14 @@ from typing import Any
 
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.block_manager import BlockManager
-from worker.engine.sequence import Batch, ScheduledSequence, Sequence, SequenceStatus
+from worker.engine.sequence import (
+    Batch,
+    Sampled,
+    SampledToken,
+    ScheduledSequence,
+    Sequence,
+    SequenceStatus,
+)
 from worker.engine.step_pace import Chunk, StepPace
 
 MIN_CHUNK_TOKENS = 16
@@ -84,11 +91,11 @@ class Scheduler:
         decodes = self._schedule_decode()
         return decodes + self._schedule_prefill(self._pace.prefill_ms(len(decodes)))
 
-    def postprocess(self, batch: Batch, token_ids: Items[int | None]) -> list[tuple[Sequence, int | None]]:
+    def postprocess(self, batch: Batch, sampled: Items[Sampled]) -> list[tuple[Sequence, Sampled]]:
         """Records a step: computed tokens, and the sampled token of each sequence that reached its end.
 
-        `token_ids` has one entry per scheduled sequence that `samples`; None stands for logits that gave no
-        token, which is left to the caller to end.
+        `sampled` has one entry per scheduled sequence that `samples`; a sequence that got an error is left to
+        the caller to end.
         """
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)
@@ -97,13 +104,13 @@ class Scheduler:
             scheduled.seq.num_computed_tokens += scheduled.num_tokens
             # Not before: what a failed step left in its blocks must not be found.
             self._blocks.publish(scheduled.seq, scheduled.num_tokens)
-        sampled = list(zip(sampling, token_ids, strict=True))
-        for seq, token_id in sampled:
-            if token_id is None:
-                self._blocks.withdraw(seq)
+        drawn = list(zip(sampling, sampled, strict=True))
+        for seq, token in drawn:
+            if isinstance(token, SampledToken):
+                seq.token_ids.append(token.token_id)
             else:
-                seq.token_ids.append(token_id)
-        return sampled
+                self._blocks.withdraw(seq)
+        return drawn
 
     def _schedule_decode(self) -> list[ScheduledSequence]:
         batch: list[ScheduledSequence] = []

@@ -1,14 +1,46 @@
-"""One generation inside the engine, and the batch that one forward pass runs. Plain Python, no tensors."""
+"""A generation inside the engine, the batch of a forward pass, and the tokens drawn by it. No tensors."""
 
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
+from shared.errors import LorelayError
 from shared.messages import FinishReason, SamplingParams
 
 
 class OutOfDeviceMemory(Exception):
     """A step did not fit into the device's memory; nothing of it was recorded."""
+
+
+class SampledToken(NamedTuple):
+    """The token that a step drew for a sequence."""
+
+    token_id: int
+    logprob: float | None = None
+    """Natural logarithm of its probability; None if the request did not ask for it."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """The most likely token ids of this position with their logprobs, likeliest first."""
+
+
+Sampled = SampledToken | LorelayError
+"""What a step drew for a sequence: its token, or why there is none."""
+
+
+class LogitWishes(NamedTuple):
+    """Changes that a sequence wants of its next logits, as plain data: `worker.model.logits` makes them."""
+
+    banned: Collection[int] = ()
+    """Token ids that must not be drawn."""
+    bias: Mapping[int, float] = {}
+    """Token id to what is added to its logit."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the output has."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token once for each time that the output has it."""
+    output_token_ids: Items[int] = ()
+    """The output so far."""
 
 
 class SequenceStatus(Enum):
@@ -39,6 +71,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    eos_token_ids: frozenset[int] = frozenset()
+    """Tokens that end it."""
     adapter_version: str | None = None
     """Of the weights that fill its blocks; None without an adapter."""
     block_keys: list[bytes] = field(default_factory=list)
@@ -65,6 +99,20 @@ class Sequence:
     def may_not_end(self) -> bool:
         """Whether `min_tokens` still forbids an end-of-sequence token or a stop string."""
         return self.num_output_tokens < self.sampling.min_tokens
+
+    @property
+    def logit_wishes(self) -> LogitWishes | None:
+        """The changes it wants of the logits of its next token; None if it takes them as they are."""
+        sampling = self.sampling
+        if not (self.may_not_end or sampling.adjusts_logits):
+            return None
+        return LogitWishes(
+            banned=self.eos_token_ids if self.may_not_end else (),
+            bias=sampling.logit_bias,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            output_token_ids=self.output_token_ids,
+        )
 
 
 @dataclass(frozen=True, slots=True)

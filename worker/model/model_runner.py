@@ -15,7 +15,7 @@ from shared.logs import fields
 from shared.messages import ForwardState
 from shared.settings import AdapterSource, WorkerSettings
 from worker.engine.adapter_cache import AdapterCache
-from worker.engine.sequence import Batch, OutOfDeviceMemory, ScheduledSequence
+from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, ScheduledSequence, Sequence
 from worker.model import compiled, loading
 from worker.model.adapter_store import AdapterStore
 from worker.model.attention import AttentionState, QueryGroup, StepLayout, attach
@@ -125,20 +125,15 @@ class ModelRunner:
         return self._state.kv_cache.num_blocks
 
     @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Tokens that end a sequence."""
-        return self.tokenizer.eos_token_ids
-
-    @property
     def adapter_versions(self) -> Mapping[str, str]:
         """The adapters that can be used, and their versions."""
         return self._adapters.versions
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[Sampled]:
         """One forward pass; the next token of each sequence that `samples`, in batch order.
 
-        None stands for a token whose logits are not finite. The cache then holds all scheduled tokens; their
+        A sequence whose logits are not finite gets an error. The cache then holds all scheduled tokens; their
         blocks must be in the block tables, and `num_computed_tokens` is the caller's to advance.
 
         Raises:
@@ -151,12 +146,7 @@ class ModelRunner:
             logits = self._forward(batch)
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(str(error)) from error
-        return sample(logits, [self._sampling_row(item) for item in batch if item.samples])
-
-    def _sampling_row(self, item: ScheduledSequence) -> SamplingRow:
-        seq = item.seq
-        banned = self.eos_token_ids if seq.may_not_end else ()
-        return SamplingRow(seq.sampling, seq.index, seq.num_output_tokens, banned)
+        return sample(logits, [_sampling_row(item.seq) for item in batch if item.samples])
 
     @torch.inference_mode()
     def _forward(self, batch: Batch) -> Tensor:
@@ -260,6 +250,10 @@ class ModelRunner:
             self.max_model_len,
             extra=fields("allocate_cache"),
         )
+
+
+def _sampling_row(seq: Sequence) -> SamplingRow:
+    return SamplingRow(seq.sampling, seq.index, seq.num_output_tokens, seq.logit_wishes)
 
 
 def _make_kernels(device: torch.device) -> bool:

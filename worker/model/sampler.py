@@ -1,6 +1,6 @@
 """From logits to tokens: greedy, or drawn with random numbers that depend on the request alone."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from shared.errors import GenerationFailed
 from shared.messages import SamplingParams
+from worker.engine.sequence import LogitWishes, Sampled, SampledToken
+from worker.model.logits import adjust
 
 MIN_TEMPERATURE = 1e-6
 """Smaller ones would divide by zero in float32; the result is greedy long before."""
@@ -32,18 +35,18 @@ class SamplingRow(NamedTuple):
     """Index of the sequence within its request."""
     position: int
     """Output tokens before this one."""
-    banned: Collection[int] = ()
-    """Token ids that may not be picked."""
+    wishes: LogitWishes | None = None
+    """Changes of the logits; None leaves them as they are."""
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
-    """One token per row of `logits` (num_rows, vocab); None where a row has NaN or no finite largest entry.
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+    """One token per row of `logits` (num_rows, vocab); an error if a row has NaN or no finite largest entry.
 
     A row's token depends on its own logits and `SamplingRow` only, never on the other rows.
     """
     if not rows:
         return []
-    logits = _ban(logits, rows)
+    logits = adjust(logits, [row.wishes for row in rows])
     largest, tokens = logits.max(dim=-1)  # (num_rows,), NaN if the row has one
     drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0]
     plain = [n for n in drawn if not _filters(rows[n], logits)]
@@ -51,12 +54,19 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     for group, draw in ((plain, _draw_any), (filtered, _draw_likely)):
         if group:
             tokens[group] = draw(_scale(logits, largest, rows, group), [rows[n] for n in group])
-    picked: list[int | None] = tokens.masked_fill(~largest.isfinite(), _UNUSABLE).tolist()
+    picked: list[int] = tokens.masked_fill(~largest.isfinite(), _UNUSABLE).tolist()
     if hard := [n for n, token in enumerate(picked) if token == _UNDECIDED]:
         sorted_out = _draw_sorted(_scale(logits, largest, rows, hard), [rows[n] for n in hard])
         for n, token in zip(hard, sorted_out.tolist(), strict=True):
             picked[n] = token
-    return [None if token == _UNUSABLE else token for token in picked]
+    return [_sampled(token_id) for token_id in picked]
+
+
+def _sampled(token_id: int) -> Sampled:
+    """What the engine gets of a picked token: the place to add its logprob and its alternatives."""
+    if token_id == _UNUSABLE:
+        return GenerationFailed("the model's logits are not finite")
+    return SampledToken(token_id)
 
 
 def uniforms(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
@@ -90,14 +100,6 @@ def _multiply(
     """High and low 32 bits of the products."""
     product = words.astype(np.uint64) * multiplier
     return (product >> np.uint64(32)).astype(np.uint32), product.astype(np.uint32)
-
-
-def _ban(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    pairs = [(n, token_id) for n, row in enumerate(rows) for token_id in row.banned]
-    if not pairs:
-        return logits
-    row_index, token_index = torch.tensor(pairs, device=logits.device).T
-    return logits.index_put((row_index, token_index), logits.new_tensor(-torch.inf))
 
 
 def _filters(row: SamplingRow, logits: Tensor) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from shared.queue.records import Append, Claim
 from worker.engine.engine import ModelRunner
-from worker.engine.sequence import Batch, OutOfDeviceMemory
+from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
 
 
 class Faults:
@@ -123,7 +123,7 @@ class FaultyRunner:
         """As the runner's own."""
         return self._model_runner.adapter_versions
 
-    def run(self, batch: Batch) -> Sequence[int | None]:
+    def run(self, batch: Batch) -> Sequence[Sampled]:
         """One step, unless a fault was asked for."""
         self._faults.before_step(batch)
         return self._model_runner.run(batch)

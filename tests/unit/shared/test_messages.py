@@ -47,6 +47,7 @@ def test_an_event_reads_back_as_it_was_written(event: StreamEvent) -> None:
     [
         REQUEST,
         msgspec.structs.replace(REQUEST, messages=[], prompts=("ä\n", (1, 2, 3)), n=2),
+        msgspec.structs.replace(REQUEST, sampling=SamplingParams(logit_bias={7: -1.5}, presence_penalty=2)),
         msgspec.structs.replace(
             REQUEST, tenant="t", request_class=RequestClass.BATCH, priority=-7, wait_limit_s=1.5
         ),
@@ -96,13 +97,15 @@ def test_a_request_out_of_range_is_refused(field: dict[str, Any]) -> None:
         ({"messages": CHAT}, 1, 1),
         ({"messages": CHAT, "n": 3}, 3, 2),
         ({"prompts": ("text",)}, 1, 2),
+        ({"messages": CHAT, "sampling": SamplingParams(logit_bias={7: 1.5})}, 1, 2),
+        ({"messages": CHAT, "sampling": SamplingParams(presence_penalty=0.5)}, 1, 2),
         ({"prompts": ("text", (1, 2)), "n": 3}, 6, 2),
     ],
 )
 def test_a_request_that_earlier_workers_cant_serve_is_of_the_newer_schema(
     prompt: dict[str, Any], num_sequences: int, schema_version: int
 ) -> None:
-    request = GenerationRequest("id", "m", "base", SamplingParams(), **prompt)
+    request = msgspec.structs.replace(GenerationRequest("id", "m", "base", SamplingParams()), **prompt)
     assert (request.num_sequences, request.schema_version) == (num_sequences, schema_version)
     assert schema_version <= SCHEMA_VERSION
 

@@ -13,7 +13,7 @@ from worker.engine.block_manager import BlockManager
 from worker.engine.engine import Engine
 from worker.engine.records import Output
 from worker.engine.scheduler import Scheduler
-from worker.engine.sequence import Batch, Sequence
+from worker.engine.sequence import Batch, Sampled, Sequence
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 
@@ -25,7 +25,7 @@ class CheckingRunner(FakeModelRunner):
         super().__init__(adapter_versions={name: f"{name}1" for name in NAMES})
         self._store = store
 
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[Sampled]:
         self._store.check(batch)
         return super().run(batch)
 

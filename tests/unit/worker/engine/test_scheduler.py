@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.errors import GenerationFailed
 from shared.messages import SamplingParams
 from tests.block_checks import check_blocks
-from tests.fakes import FakeModelRunner, letters, unpaced
+from tests.fakes import FakeModelRunner, drawn, letters, unpaced
 from worker.engine.block_manager import BlockManager
 from worker.engine.scheduler import MIN_CHUNK_TOKENS, Scheduler
 from worker.engine.sequence import Sequence, SequenceStatus
@@ -267,7 +268,8 @@ def test_what_led_to_broken_logits_is_not_found() -> None:
     bench.scheduler.add(broken)
     bench.step()
     batch = bench.scheduler.schedule()
-    assert bench.scheduler.postprocess(batch, [None]) == [(broken, None)]
+    ((seq, why),) = bench.scheduler.postprocess(batch, [drawn(None)])
+    assert (seq, type(why)) == (broken, GenerationFailed)
     bench.scheduler.finish(broken)
     bench.scheduler.add(after)
     assert bench.step() == [("r1", 8)]
@@ -316,7 +318,7 @@ def test_an_isolated_sequence_runs_alone_even_if_the_others_hold_all_blocks() ->
     others = [make_sequence(f"r{i}", 7, 4) for i in range(2)]
     for seq in others:
         scheduler.add(seq)
-    scheduler.postprocess(scheduler.schedule(), [1, 1])
+    scheduler.postprocess(scheduler.schedule(), [drawn(1), drawn(1)])
     lone = make_sequence("lone", 5, 4)
     scheduler.add(lone)
     scheduler.isolate(lone)
@@ -325,7 +327,7 @@ def test_an_isolated_sequence_runs_alone_even_if_the_others_hold_all_blocks() ->
     for _ in range(2):
         batch = scheduler.schedule()
         assert [item.seq for item in batch] == [lone]
-        scheduler.postprocess(batch, [1])
+        scheduler.postprocess(batch, [drawn(1)])
     assert [seq.status for seq in others] == [SequenceStatus.RUNNING, SequenceStatus.WAITING]
     scheduler.isolate(None)
     assert len(scheduler.schedule()) > 1

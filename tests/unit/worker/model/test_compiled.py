@@ -21,7 +21,7 @@ from shared.settings import WorkerSettings
 from tests.compiled import need_kernels, wait_until_compiled
 from tests.tiny_models import add_adapter, build_adapter, build_model, generate_with_peft
 from tests.waiting import wait_until
-from worker.engine.sequence import ScheduledSequence, Sequence
+from worker.engine.sequence import SampledToken, ScheduledSequence, Sequence
 from worker.model.compile_graph import Job
 from worker.model.compiled import (
     MAX_NUM_DIFFERING_STEPS,
@@ -360,8 +360,8 @@ def generate(runner: ModelRunner, prompt: list[int], adapter_name: str | None) -
         "r", 0, adapter_name, SamplingParams(temperature=0), list(prompt), len(prompt), 8, block_table=[3, 1]
     )
     for _ in range(8):
-        (token_id,) = runner.run([ScheduledSequence(seq, len(seq.token_ids) - seq.num_computed_tokens)])
-        assert token_id is not None
+        (drawn,) = runner.run([ScheduledSequence(seq, len(seq.token_ids) - seq.num_computed_tokens)])
+        assert isinstance(drawn, SampledToken)
         seq.num_computed_tokens = len(seq.token_ids)
-        seq.token_ids.append(token_id)
+        seq.token_ids.append(drawn.token_id)
     return seq.token_ids[len(prompt) :]

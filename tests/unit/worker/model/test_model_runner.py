@@ -88,7 +88,7 @@ class HandScheduler:
             self.random.shuffle(running)
             batch = [self.schedule(sequences[n]) for n in running]
             self.most_together = max(self.most_together, len(batch))
-            tokens = iter(self.runner.run(batch))
+            tokens = (getattr(drawn, "token_id", None) for drawn in self.runner.run(batch))
             for n, item in zip(list(running), batch, strict=True):
                 samples = item.samples
                 item.seq.num_computed_tokens += item.num_tokens
@@ -239,9 +239,11 @@ def test_no_end_token_comes_before_min_tokens(models: Mapping[str, Path], tmp_pa
     first = generate_with_peft(folder, None, text, 1)[0]
     change_json(folder / "generation_config.json", eos_token_id=[2, first])
     runner = load(folder)
-    assert runner.eos_token_ids == {2, first}
+    eos = runner.tokenizer.eos_token_ids
+    assert eos == {2, first}
     free = sequence(text, num_tokens=1)
     bound = sequence(text, sampling=SamplingParams(temperature=0, min_tokens=1), num_tokens=1)
+    bound.eos_token_ids = eos
     outputs = HandScheduler(runner).run([free, bound])
     assert outputs[0] == [first]
     assert outputs[1][0] not in {2, first}

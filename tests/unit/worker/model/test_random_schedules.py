@@ -26,7 +26,7 @@ from worker.engine.block_manager import BlockManager
 from worker.engine.engine import Engine
 from worker.engine.records import Output
 from worker.engine.scheduler import Scheduler
-from worker.engine.sequence import Batch, OutOfDeviceMemory
+from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
 from worker.model.model_runner import ModelRunner
 
 torch.set_num_threads(1)
@@ -114,14 +114,14 @@ class FailingRunner:
     def adapter_versions(self) -> Mapping[str, str]:
         return self._runner.adapter_versions
 
-    def run(self, batch: Batch) -> list[int | None]:
+    def run(self, batch: Batch) -> list[Sampled]:
         fails, self.fails = self.fails if len(batch) > 1 else None, None
         if fails == "before":
             raise OutOfDeviceMemory
-        token_ids = self._runner.run(batch)
+        sampled = self._runner.run(batch)
         if fails == "after":
             raise OutOfDeviceMemory
-        return token_ids
+        return sampled
 
 
 class NumberTokenizer:
