@@ -13,11 +13,12 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import BaseRoute
 from starlette.staticfiles import StaticFiles
 
+from api.chat_routes import CHAT_COMPLETIONS
 from api.contract.chat_answer import ChatCompletion, ChatCompletionChunk
 from api.contract.chat_request import ChatCompletionRequest
 from api.errors import ErrorEnvelope
 from api.relay.relay import Relay
-from api.routes import CHAT_COMPLETIONS, Model, ModelList, Status
+from api.routes import Model, ModelList, Status
 from shared.errors import QueueUnavailable
 from shared.messages import ModelCard
 

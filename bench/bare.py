@@ -10,7 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from api.contract.chat_answer import DONE, ChunkWriter, Heading
+from api.contract.answer import Heading
+from api.contract.chat_answer import ChunkWriter
+from api.contract.server_events import DONE
 from shared.messages import StreamEvent
 
 

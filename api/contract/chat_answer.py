@@ -1,4 +1,4 @@
-"""Events as OpenAI's JSON: chunks of a stream, or one body."""
+"""Chat completions as OpenAI's JSON: chunks of a stream, or one body."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -6,30 +6,13 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from api.contract.answer import FINISH_REASONS, Heading, PublicFinishReason, UsageBody, to_usage_body
+from api.contract.server_events import DONE, on_one_line, render_data, render_id
 from shared.messages import StreamEvent, Usage
-
-DONE = b"data: [DONE]\n\n"
-
-PublicFinishReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
-
-
-class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """How the prompt's tokens came about."""
-
-    cached_tokens: int
-
-
-class UsageBody(msgspec.Struct, frozen=True):
-    """Token counts of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """What a chunk adds to its message."""
+    """The part of a message that one chunk adds."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -83,60 +66,20 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     usage: UsageBody
 
 
-class Heading(msgspec.Struct, frozen=True):
-    """What is the same in all chunks of an answer."""
-
-    id: str
-    created: int
-    model: str
-
-
-FINISH_REASONS: dict[str, PublicFinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-}
-
 _encode = msgspec.json.encode
 _MARK = "text"
-"""In place of a chunk's text."""
-_LINE_SEPARATORS = tuple((char.encode(), b"\\u%04x" % ord(char)) for char in "\u0085\u2028\u2029")
-"""Characters that end a line for `str.splitlines`, and their JSON escapes; the encoder escapes the others."""
-
-
-def render_data(encoded: bytes) -> bytes:
-    """A server-sent event of this JSON."""
-    return b"data: %b\n\n" % _on_one_line(encoded)
-
-
-def render_id(request_id: str, event_no: int) -> bytes:
-    """The `id:` line of an event; it goes in front of the event's data."""
-    return b"id: %b:%d\n" % (request_id.encode(), event_no)
-
-
-def render_resumption(request_id: str, first_event_no: int) -> bytes:
-    """The id that a resumed stream begins with: that of the last event before it.
-
-    Clients keep it for events without an id of their own. If such a stream ended with an error at once, its
-    reader would otherwise come back without an id, and get everything again.
-    """
-    return render_id(request_id, first_event_no - 1) if first_event_no else b""
-
-
-def to_usage_body(usage: Usage) -> UsageBody:
-    """OpenAI's form of the token counts."""
-    total = usage.prompt_tokens + usage.completion_tokens
-    details = PromptTokensDetails(usage.cached_tokens)
-    return UsageBody(usage.prompt_tokens, usage.completion_tokens, total, details)
+"""Placeholder for a chunk's text, at which the encoded chunk is cut in two."""
 
 
 class ChunkWriter:
-    """Renders the events of one request as server-sent events."""
+    """Writes the events of one request as server-sent events."""
+
+    is_stream = True
 
     def __init__(
         self, heading: Heading, *, include_usage: bool, with_ids: bool = False, begun: Iterable[int] = ()
     ) -> None:
-        """`with_ids`: events carry `id: <request id>:<event_no>`; `begun`: choices known to the client."""
+        """`with_ids`: events carry `id: <request id>:<event_no>`; `begun`: choices that have their role."""
         self._heading = heading
         self._include_usage = include_usage
         self._with_ids = with_ids
@@ -158,17 +101,17 @@ class ChunkWriter:
                 parts.append(self._render([], to_usage_body(event.usage)))
             parts.append(DONE)
         if parts and self._with_ids:
-            # On the last part: a client that saw the id has seen the whole event.
+            # The id goes with the last part, so a client that saw the id has seen the whole event.
             parts[-1] = render_id(self._heading.id, event.event_no) + parts[-1]
         return b"".join(parts)
 
     def _text_chunk(self, index: int, text: str) -> bytes:
-        """A chunk of text alone, which nearly all are: what stands around the text is encoded once."""
+        """A chunk of text alone, as nearly all are; the JSON around the text is encoded once per choice."""
         frame = self._frames.get(index)
         if frame is None:
             before, _, after = self._chunk(index, Delta(content=_MARK)).rpartition(_encode(_MARK))
             frame = self._frames[index] = before, after
-        return b"%b%b%b" % (frame[0], _on_one_line(_encode(text)), frame[1])
+        return b"%b%b%b" % (frame[0], on_one_line(_encode(text)), frame[1])
 
     def _chunk(self, index: int, delta: Delta, finish_reason: PublicFinishReason | None = None) -> bytes:
         choice = ChunkChoice(index, delta, None, finish_reason)
@@ -183,22 +126,23 @@ class ChunkWriter:
 
 
 class BodyWriter:
-    """Collects the events of one request into one body."""
+    """Collects the events of one request and writes them as one JSON object at the end."""
+
+    is_stream = False
 
     def __init__(self, heading: Heading, num_choices: int) -> None:
         self._heading = heading
         self._texts: list[list[str]] = [[] for _ in range(num_choices)]
         self._finish_reasons: list[PublicFinishReason] = ["stop"] * num_choices
 
-    def add(self, events: Iterable[StreamEvent]) -> None:
-        """Takes the next events."""
-        for event in events:
-            self._texts[event.index].append(event.text)
-            if event.finish_reason is not None:
-                self._finish_reasons[event.index] = FINISH_REASONS[event.finish_reason]
+    def render(self, event: StreamEvent) -> bytes:
+        """Nothing before the last event, which has the `usage`; then the whole body."""
+        self._texts[event.index].append(event.text)
+        if event.finish_reason is not None:
+            self._finish_reasons[event.index] = FINISH_REASONS[event.finish_reason]
+        return b"" if event.usage is None else self._body(event.usage)
 
-    def render(self, usage: Usage) -> bytes:
-        """The body of what was added."""
+    def _body(self, usage: Usage) -> bytes:
         heading = self._heading
         choices = [
             Choice(index, AssistantMessage("assistant", "".join(texts)), None, finish_reason)
@@ -210,12 +154,3 @@ class BodyWriter:
             heading.id, "chat.completion", heading.created, heading.model, choices, to_usage_body(usage)
         )
         return _encode(body)
-
-
-def _on_one_line(encoded: bytes) -> bytes:
-    """JSON that is one line for clients too that split decoded text with `str.splitlines`, as httpx does."""
-    if encoded.isascii():
-        return encoded
-    for separator, escape in _LINE_SEPARATORS:
-        encoded = encoded.replace(separator, escape)
-    return encoded

@@ -1,34 +1,63 @@
-"""Waiting for the events of an accepted request, within its queue time limit."""
+"""One request of a client: put on the queue or resumed, then its events, within the queue time limit."""
 
 import asyncio
 import math
 
 from api.relay.inbox import Inbox
-from api.relay.relay import Relay
-from shared.errors import GenerationFailed, LorelayError, NoWorker, QueueTimeout, QueueUnavailable, from_info
+from api.relay.queue_client import QueueClient
+from shared.errors import (
+    GenerationFailed,
+    LorelayError,
+    NoWorker,
+    QueueFull,
+    QueueTimeout,
+    QueueUnavailable,
+    ServerDraining,
+    from_info,
+)
 from shared.messages import FinishReason, GenerationRequest, StreamEvent
 
 RETRY_S = 1.0
 """Pause before Redis, which did not answer, is asked again whether a request still waits."""
 GONE_WAIT_S = 5.0
-"""How long a request that is neither queued nor running may still have events on their way."""
+"""Time for the last events of a request to arrive after Redis said that it neither waits nor runs."""
 
 
 class EventSource:
-    """The events of one request that was enqueued just now."""
+    """The events of one request."""
 
     def __init__(
-        self, relay: Relay, inbox: Inbox, request: GenerationRequest, queue_time_limit_s: float
+        self, queue: QueueClient, inbox: Inbox, request: GenerationRequest, queue_time_limit_s: float
     ) -> None:
-        self._relay = relay
+        self._queue = queue
         self._inbox = inbox
         self._request = request
         self._queue_time_limit_s = queue_time_limit_s
         self._loop = asyncio.get_running_loop()
-        self._check_at = self._loop.time() + queue_time_limit_s
+        self._check_at = math.inf
         self._was_gone = False
         self.has_ended = False
         """Whether the request is over: nothing is queued or runs under its id."""
+
+    async def enqueue(self, client: str, until: float) -> None:
+        """Puts the request on its queue.
+
+        Raises:
+            QueueFull, ServerDraining: it was refused, and has ended.
+            QueueUnavailable: Redis did not answer `until` then; the request may stand in the queue anyway.
+        """
+        try:
+            await self._queue.enqueue(self._request, client, until)
+        except (QueueFull, ServerDraining):
+            self.has_ended = True
+            raise
+        self._check_at = self._loop.time() + self._queue_time_limit_s
+
+    async def resume(self, first_event_no: int) -> None:
+        """Takes over a request that was enqueued before, from this event on."""
+        await self._queue.attach(self._request.request_id)
+        self._inbox.start_at(first_event_no)
+        self._check_at = self._loop.time() + self._queue_time_limit_s
 
     async def next(self, until: float) -> list[StreamEvent]:
         """The next events, at least one; none when the event loop's time passed `until` first.
@@ -49,9 +78,9 @@ class EventSource:
                 return []
 
     async def _check_queue(self) -> None:
-        """The queue time limit: removes the request unless a worker has it."""
+        """Removes the request, whose queue time limit is over, unless a worker has it."""
         try:
-            state = await self._relay.queue.abort_queued(self._request.request_id)
+            state = await self._queue.abort_queued(self._request.request_id)
         except QueueUnavailable:
             self._check_at = self._loop.time() + RETRY_S
             return
@@ -70,7 +99,7 @@ class EventSource:
 
     async def _queue_timeout(self) -> QueueTimeout:
         try:
-            has_worker = await self._relay.queue.has_live_worker(self._request)
+            has_worker = await self._queue.has_live_worker(self._request)
         except QueueUnavailable:
             has_worker = True
         waited = f"within the queue time limit of {self._queue_time_limit_s:g} s"

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from api import responses
+from api.contract.answer import Heading
+from api.contract.chat_answer import BodyWriter, ChunkWriter
 from api.relay import event_source
 from api.relay.inbox import Inbox
-from api.responses import ChatCall, ChatCompletionResponse
+from api.responses import GenerationCall, GenerationResponse
 from shared.errors import (
     GenerationFailed,
     GenerationTimeout,
@@ -117,8 +119,10 @@ def exchange(
 ) -> "asyncio.Task[None]":
     """An exchange under way."""
     request = GenerationRequest("id", "m", "base", SamplingParams())
-    call = ChatCall(request, stream=stream, include_usage=False, client="", admit_until=0)
-    response = ChatCompletionResponse(relay, ApiSettings(**settings), call)  # type: ignore[arg-type]
+    heading = Heading(request.request_id, request.created, request.model)
+    writer = ChunkWriter(heading, include_usage=False) if stream else BodyWriter(heading, request.n)
+    call = GenerationCall(request, writer, client="", admit_until=0)
+    response = GenerationResponse(relay, ApiSettings(**settings), call)  # type: ignore[arg-type]
     return asyncio.create_task(response({"type": "http"}, client.receive, client.send))
 
 

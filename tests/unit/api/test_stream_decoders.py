@@ -7,9 +7,10 @@ import httpx
 import httpx_sse
 import pytest
 
-from api.contract.chat_answer import DONE, ChunkWriter, Heading, render_data, render_resumption
+from api.contract.answer import Heading
+from api.contract.chat_answer import ChunkWriter
+from api.contract.server_events import DONE, PAUSED_COMMENT, QUEUED_COMMENT, render_data, render_resumption
 from api.errors import render_error
-from api.responses import PAUSED_COMMENT, QUEUED_COMMENT
 from shared.errors import InvalidRequest
 from shared.messages import FinishReason, StreamEvent, Usage
 from tests.decoders import DECODERS, Decoder

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from api.contract.chat_answer import DONE, BodyWriter, ChunkWriter, Heading
+from api.contract.answer import Heading
+from api.contract.chat_answer import BodyWriter, ChunkWriter
+from api.contract.server_events import DONE
 from shared.messages import FinishReason, StreamEvent, Usage
 
 HEADING = Heading("chatcmpl-1", 1_700_000_000, "m")
@@ -50,9 +52,9 @@ def test_an_event_that_releases_no_text_makes_no_chunk() -> None:
 
 def test_one_body_holds_all_choices_in_order_of_their_index() -> None:
     writer = BodyWriter(HEADING, num_choices=2)
-    writer.add(STREAM[:2])
-    writer.add(STREAM[2:])
-    body = json.loads(writer.render(USAGE))
+    *pieces, rendered = [writer.render(event) for event in STREAM]
+    assert not any(pieces)
+    body = json.loads(rendered)
     assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in body["choices"]] == [
         (0, "\u00e4\n\U0001f600", "stop"),
         (1, "bB", "length"),

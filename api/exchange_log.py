@@ -1,0 +1,60 @@
+"""The log line of one exchange: its outcome, status and times."""
+
+import logging
+import time
+
+from shared.logs import fields
+from shared.messages import GenerationRequest, StreamEvent
+
+logger = logging.getLogger(__name__)
+
+
+class ExchangeLog:
+    """Notes what becomes of one request, and logs it once at the end."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._request = request
+        self._begun_at = time.monotonic()
+        self._first_event_s: float | None = None
+        self._outcome = "unknown"
+        self._status = 200
+
+    @property
+    def has_events(self) -> bool:
+        """Whether an event has come."""
+        return self._first_event_s is not None
+
+    def note_events(self, events: list[StreamEvent]) -> None:
+        """Takes the time of the first events, and the outcome of the last."""
+        if events and self._first_event_s is None:
+            self._first_event_s = time.monotonic() - self._begun_at
+        if events and events[-1].is_terminal:
+            self._outcome = events[-1].finish_reason or "unknown"
+
+    def note_failure(self, outcome: str, status: int) -> None:
+        """Takes another outcome than the last event's: an error's code, or that the client left."""
+        self._outcome, self._status = outcome, status
+
+    def write(self) -> None:
+        """Writes the line."""
+        request, total_s = self._request, time.monotonic() - self._begun_at
+        first_event_s = self._first_event_s
+        logger.info(
+            "chat completion %s by %s ended: %s, %d, %.3f s (first event: %s)",
+            request.request_id,
+            request.model,
+            self._outcome,
+            self._status,
+            total_s,
+            "none" if first_event_s is None else f"{first_event_s:.3f} s",
+            extra=fields(
+                "request_end",
+                request_id=request.request_id,
+                model=request.model,
+                adapter_name=request.adapter_name,
+                outcome=self._outcome,
+                status=self._status,
+                total_s=total_s,
+                first_event_s=first_event_s,
+            ),
+        )
