@@ -1,6 +1,6 @@
-"""All settings: frozen objects read from `LORELAY_*` variables, checked when they are read.
+"""All settings: frozen objects, read from `LORELAY_*` environment variables and checked at once.
 
-A malformed value raises `ConfigurationError`, which names the variable. `lorelay serve`'s flags set the
+A malformed value raises `ConfigurationError`, which names the variable. The flags of `lorelay serve` set the
 same variables.
 """
 
@@ -19,13 +19,13 @@ from shared.errors import ConfigurationError
 ENV_PREFIX = "LORELAY_"
 
 MAX_DURATION = 1e9
-"""Thirty years of seconds. Redis takes no infinite ones."""
+"""Longest duration in seconds, some thirty years. An infinite one would be an error in Redis."""
 Seconds = Annotated[float, Field(gt=0, le=MAX_DURATION)]
 Count = Annotated[int, Field(gt=0)]
 
 
 class AdapterSource(NamedTuple):
-    """An adapter as configured: the name clients use, and a local folder or a Hugging Face id."""
+    """One configured adapter: the name that clients use, and a local folder or a Hugging Face id."""
 
     name: str
     path: str
@@ -34,11 +34,11 @@ class AdapterSource(NamedTuple):
 
 
 def parse_adapters(value: Any) -> Any:
-    """`"a=path b=path @file"`, or one bare path that is named by its folder, to `AdapterSource`s.
+    """Parses `"a=path b=path @file"`, or one bare path, whose folder's name becomes the adapter's.
 
     Raises:
-        ValueError: an entry is malformed, a name is taken twice or is `default`, a file can't be read; the
-            message tells a file's name and line.
+        ValueError: an entry is malformed, a name is used twice or is `default`, or a file can't be read; for
+            an entry of a file, the message has the file's name and the line.
     """
     entries = shlex.split(value) if isinstance(value, str) else value
     if entries and isinstance(entries[0], AdapterSource):
@@ -55,9 +55,9 @@ def parse_adapters(value: Any) -> Any:
 
 
 def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
-    """The adapters of a file with one `name=path` a line, each with where it stands.
+    """The adapters of a file with one `name=path` per line, each with its file and line.
 
-    Blank lines, and those that begin with `#`, say nothing. Folders may be relative to the file's own.
+    Blank lines and lines that begin with `#` are skipped. Paths may be relative to the file's folder.
     """
     file = Path(path).expanduser().absolute()
     try:
@@ -76,7 +76,7 @@ def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
 
 
 def _beside(folder: Path, path: str) -> str:
-    """A path that a file in `folder` names; a Hugging Face id stays as it is."""
+    """A path from a file in `folder`, made absolute; a Hugging Face id stays unchanged."""
     named = folder / Path(path).expanduser()
     return str(named) if named.is_dir() or path.startswith((".", "~")) else path
 
@@ -95,7 +95,7 @@ def _check_name(name: str) -> None:
     """Refuses names that no URL can carry.
 
     Raises:
-        ValueError: the name is of dots, or has a character that can't be printed.
+        ValueError: the name consists of dots, or has a character that can't be printed.
     """
     if name in (".", "..") or not name.isprintable():
         raise ValueError(f"{name!r} can't be the name of a model")
@@ -126,7 +126,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, **values: Any) -> Self:
-        """The settings from `values` and, for what they leave out, the environment.
+        """The settings from `values`; fields that are missing there come from the environment.
 
         Raises:
             ConfigurationError: names the first variable that is missing or malformed, and why.
@@ -140,10 +140,10 @@ class Settings(BaseSettings):
 
 
 class RedisSettings(Settings):
-    """Where the queue is."""
+    """The Redis server that has the queue."""
 
     redis_url: str
-    """`redis://`, `rediss://` (TLS) or `unix://`, with user and password if need be."""
+    """A `redis://`, `rediss://` (TLS) or `unix://` URL, with user and password where needed."""
 
     @field_validator("redis_url")
     @classmethod
@@ -154,105 +154,105 @@ class RedisSettings(Settings):
 
 
 class ServeSettings(Settings):
-    """What `lorelay serve` adds: where it listens, what it starts, where its own server keeps its data."""
+    """Settings of `lorelay serve` alone: its address, the number of workers, the embedded server's folder."""
 
     server_name: str = "0.0.0.0"
     server_port: Annotated[int, Field(ge=1, le=65535)] = 23333
     redis_url: str | None = None
-    """None: an embedded server."""
+    """None starts an embedded server."""
     state_dir: Path = Field(default_factory=default_state_dir)
     workers: Count = 1
 
 
 class ApiSettings(Settings):
-    """The HTTP side."""
+    """Settings of an API process."""
 
     log_level: LogLevel = "INFO"
     api_keys: Words = ()
-    """Without any, requests need no key."""
+    """Keys that clients may send; if empty, requests need none."""
     max_queue_depth: Count = 1_000
     max_total_queue_depth: Count = 10_000
     queue_time_limit_s: Seconds = 60
     generation_limit_s: Seconds = 600
     first_event_wait_s: Seconds = 10
-    """How long a stream waits for its first token before its headers go out."""
+    """Longest wait for the first token before a stream's headers are sent."""
     max_silence_s: Seconds = 0.5
-    """Silence on a stream after which its log is read."""
+    """Silence on a stream after which the API reads its log."""
     max_inbox_events: Count = 256
-    """Events buffered for a slow client; beyond it they are read from the log."""
+    """Events buffered for a slow client; further ones are read from the log."""
     max_body_bytes: Count = 4 * 1024 * 1024
     redis_timeout_s: Seconds = 2
     api_lease_s: Seconds = 6
-    """Time after which requests of an API that stopped renewing are aborted, unless detached."""
+    """Time after which the requests of a silent API process are aborted, unless they are detached."""
     api_drain_s: Seconds = 30
     result_ttl_s: Count = 300
     failure_ttl_s: Count = 24 * 3600
 
 
 class WorkerSettings(Settings):
-    """The model, its adapters, and the engine."""
+    """Settings of a worker: model, adapters, engine, leases."""
 
     log_level: LogLevel = "INFO"
-    """`rq worker`'s own `--logging_level`, `-v` and `-q` win."""
+    """Overridden by `rq worker`'s `--logging_level`, `-v` and `-q`."""
     model: str
     """Folder or Hugging Face id of the base model."""
     model_name: str = ""
-    """What clients call it; by default MODEL as given, for a folder its name."""
+    """The base's name for clients; by default `model`, or the last part of it if it is a folder."""
     adapters: Adapters = ()
     revision: str | None = None
     trust_remote_code: bool = False
     device: str = "auto"
-    """`auto` takes the first GPU where there is one."""
+    """`auto` takes the first GPU, or the CPU if there is none."""
     dtype: Dtype = "auto"
     session_len: Count | None = None
     """Context length in tokens; by default the model's own."""
     max_batch_size: Count = 32
     max_prefill_tokens: Count = 2048
-    """Most prompt tokens of one step, however fast the device is."""
+    """Most prompt tokens in one step, however fast the device is."""
     step_target_ms: Annotated[float, Field(gt=0, le=MAX_DURATION)] = 100
-    """How long a step with prompt tokens should take: chunks of long prompts are sized by it."""
+    """Aim for the duration of a step with prompt tokens; long prompts are divided into chunks by it."""
     cache_max_entry_count: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the free device memory that the KV cache may take."""
     cache_max_bytes: Count | None = None
-    """Upper bound of the KV cache; by default 2 GiB on the CPU, none on a GPU."""
+    """Largest KV cache; by default 2 GiB on a CPU, and on a GPU only limited by `cache_max_entry_count`."""
     block_size: Count = 16
     prefix_cache: bool = True
-    """Whether requests of the same model that begin alike share what the KV cache holds of it."""
+    """Whether requests of one model whose prompts begin alike share blocks of the KV cache."""
     max_resident_adapters: Count | None = None
     """Slots on the device; by default `max_batch_size`, so that no batch waits for a slot.
 
-    Fewer where a tenth of the device's free memory doesn't hold so many of the largest adapter.
+    There are fewer by default if that many of the largest adapter exceed a tenth of the free device memory.
     """
     max_cached_adapter_bytes: Count | None = None
-    """Adapters kept in host memory; by default a tenth of what is free at the start. Others are on disk."""
+    """Host memory for adapters without a slot; by default a tenth of what is free at the start."""
     max_wait_s: Seconds = 1
-    """Time after which a request may push the adapter of others out of its slot."""
+    """Wait after which a request for an adapter without a slot may evict another one that is in demand."""
     compile: Literal["off", "kernels", "graph"] = "graph"
-    """What the machine's C++ compiler builds, where there is one: nothing, the operators of a forward pass on
-    the CPU, or these and, in the background, the whole pass."""
+    """Products of the machine's C++ compiler, on a CPU: nothing, the kernels, or the kernels and, in the
+    background, the compiled forward pass."""
     num_threads: Count | None = None
     """CPU threads of the forward pass; by default torch's own choice."""
     lease_s: Seconds = 4
     heartbeat_s: Seconds = 1
     reap_s: Seconds = 0.5
     poll_s: Seconds = 0.2
-    """Longest silence between two appends while requests are held; each brings news of aborts."""
+    """Longest time between two appends while requests are held; the reply of each tells of aborts."""
     sweep_s: Seconds = 5
-    """Interval at which queues changed from outside are noticed."""
+    """Interval at which a worker looks for queues that were changed with RQ's tools."""
     api_lease_s: Seconds = 6
-    """Time after which an API that stopped renewing is taken for dead; the same for all processes."""
+    """Time after which a silent API process counts as dead; must be the same in all processes."""
     step_limit_s: Seconds = 60
-    """A step that takes longer is a hang: the process ends."""
+    """Longest step; a worker whose step takes longer counts as hung and ends itself."""
     max_crashes_alone: Count = 3
-    """Crashes of its worker, without company, after which a request has failed."""
+    """Crashes of its worker while a request ran alone, after which the request ends as failed."""
     drain_s: Seconds = 30
-    """How long running requests may finish after SIGTERM before they are handed back."""
+    """Time that running requests have after SIGTERM before they are handed back to their queues."""
     step_delay_s: Annotated[float, Field(ge=0, le=MAX_DURATION)] = 0
-    """A pause after each step, for tests."""
+    """Pause after each step, for tests."""
     faults: str = ""
-    """Faults on purpose, for tests: `worker/serving/faults.py`."""
+    """Deliberate faults, for tests: see `worker/serving/faults.py`."""
     stream_ttl_s: Seconds = 3_600
-    """Life of a token log that nobody appends to any more."""
+    """Life of a token log after the last append."""
     result_ttl_s: Count = 300
     failure_ttl_s: Count = 24 * 3600
 
@@ -274,7 +274,7 @@ class WorkerSettings(Settings):
 
     @property
     def base_name(self) -> str:
-        """The base model's public name."""
+        """The base model's name for clients."""
         if self.model_name:
             return self.model_name
         return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model

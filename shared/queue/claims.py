@@ -1,4 +1,4 @@
-"""Reading what a worker claimed: a record that can't be read concerns its own request only."""
+"""Decoding of claimed requests. A record that can't be read ends its own request only."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from shared.queue.names import queue_name
 from shared.queue.records import Claim, Held
 
 UNREADABLE = "A record of the request in Redis can't be read."
-"""The message that its client gets; the script prelude has it too."""
+"""The message for the client; `prelude.lua` has the same text."""
 
 
 class UnreadableRecord(GenerationFailed):
@@ -19,18 +19,18 @@ class UnreadableRecord(GenerationFailed):
     def __init__(self, reason: str) -> None:
         super().__init__(UNREADABLE)
         self.reason = reason
-        """The fault, for the log and the dead-lettered job: field names, never text of a prompt."""
+        """The reason, for the log and the failed job: names of fields, never text of a prompt."""
 
 
 def read_request(encoded: bytes) -> GenerationRequest:
     """The request of a job.
 
     Raises:
-        UnreadableRecord: it is none.
+        UnreadableRecord: the text is no valid request.
     """
     try:
         return decode_request(encoded)
-    # A RecursionError is JSON nested thousands deep.
+    # JSON that is nested thousands deep gives a RecursionError.
     except (msgspec.DecodeError, RecursionError) as error:
         raise UnreadableRecord(f"request: {error}") from error
 
@@ -38,12 +38,12 @@ def read_request(encoded: bytes) -> GenerationRequest:
 def read_claim(
     held: Held, queue: bytes, version: bytes, encoded: bytes, log: Sequence[bytes], *, alone: bool
 ) -> Claim:
-    """A claim from the records in Redis.
+    """Decodes a claim from the records in Redis.
 
-    `queue`, `version`: where the job waited, and the weights that it was chosen by.
+    `queue` is the queue that the job waited in, `version` the weights version in its job hash.
 
     Raises:
-        UnreadableRecord: the request or an entry of the log is not what its job says it is.
+        UnreadableRecord: the request or an entry of its log is malformed, or contradicts the job hash.
     """
     request = read_request(encoded)
     if request.request_id != held.request_id:

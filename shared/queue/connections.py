@@ -1,4 +1,4 @@
-"""Connections to Redis, the same way everywhere."""
+"""Connections to Redis, opened in the same way by every process."""
 
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -19,9 +19,9 @@ MIN_VERSION = (6, 2)
 
 
 class _ClosedMeansLost(AbstractConnection):
-    """A connection that broke unseen counts as lost, so that redis-py connects anew.
+    """Reports a connection that broke unnoticed as lost, so that redis-py connects again.
 
-    uvloop says so at the next write with a RuntimeError, which redis-py does not know.
+    uvloop raises a RuntimeError at the next write on such a connection, which redis-py does not handle.
     """
 
     async def send_packed_command(
@@ -49,7 +49,7 @@ _CONNECTION_CLASSES = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix"
 
 
 def connect(settings: RedisSettings, *, socket_timeout_s: float | None = None) -> redis.Redis:
-    """A blocking client; nothing is sent before its first command."""
+    """A blocking client; it connects with its first command."""
     return redis.Redis.from_url(settings.redis_url, socket_timeout=socket_timeout_s)
 
 
@@ -60,7 +60,7 @@ def connect_async(
     max_num_retries: int = 1,
     max_num_connections: int = 32,
 ) -> redis.asyncio.Redis:
-    """An asyncio client that gives up early: an HTTP client waits behind it.
+    """An asyncio client that gives up early, because an HTTP client waits for it.
 
     It opens at most `max_num_connections`; a command beyond them waits for `socket_timeout_s`.
     """
@@ -90,12 +90,15 @@ def check_server(connection: redis.Redis) -> None:
 
 
 def retry_briefly(connection: redis.Redis) -> None:
-    """Lets a client whose caller can't go on after a lost connection repeat its commands, for about 2 s."""
+    """Lets a client repeat its commands for about 2 s after a lost connection.
+
+    For callers that can't handle a lost connection themselves.
+    """
     connection.set_retry(Retry(ExponentialBackoff(cap=0.5, base=0.05), 7))
 
 
 def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.Redis:
-    """A client of its own to the server of another one; it repeats nothing, a lost connection shows."""
+    """A new client of the server that `connection` uses. It repeats nothing: a lost connection raises."""
     pool = connection.connection_pool
     options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s, "retry": Retry(NoBackoff(), 0)}
     return NamingRedis(
@@ -104,18 +107,18 @@ def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.R
 
 
 def is_passing(error: redis.RedisError) -> bool:
-    """Whether a failure says something of the server's present state, and not of what it was asked."""
+    """Whether a failure is due to the server's present state, so that the same command may succeed later."""
     is_lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
     return is_not_now(error) or (is_lost and not isinstance(error, redis.AuthenticationError))
 
 
 def is_wrong_type(error: object) -> bool:
-    """Whether a reply says that a key has another type than the command needs."""
+    """Whether Redis refused a command because its key has another type."""
     return isinstance(error, redis.ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 def same_server(url: str, connection: redis.Redis) -> bool:
-    """Whether a URL leads to the server and database that a client uses."""
+    """Whether a URL names the server and database that a client uses."""
 
     def address(options: dict[str, object]) -> tuple[object, ...]:
         return (

@@ -1,4 +1,4 @@
-"""A generation request as RQ's job hash."""
+"""The job hash of RQ's that carries a generation request."""
 
 from functools import cache
 
@@ -9,7 +9,7 @@ from rq.serializers import JSONSerializer
 from shared.messages import GenerationRequest
 
 FUNCTION = "worker.jobs.generate"
-"""What `job.data` names. The prompt stands in a field of our own, so no dashboard or log shows it."""
+"""The function named in `job.data`. The prompt is in a field of our own, so no dashboard or log shows it."""
 
 
 @cache

@@ -10,10 +10,10 @@ _HASH_DIGITS = 6
 
 @lru_cache(maxsize=4096)
 def slug(name: str) -> str:
-    """A name that is safe in Redis keys, RQ's comma lists and the dashboard's URLs.
+    """A form of a model's name that is safe in Redis keys, RQ's comma lists and the dashboard's URLs.
 
-    A name of `[a-z0-9_-]` stays as it is; any other is lowered, its other characters become `-`, and six hex
-    digits of its SHA-256 keep it unique.
+    A name of `[a-z0-9_-]` stays unchanged. Any other is lowered, its other characters become `-`, and six hex
+    digits of its SHA-256 are appended to keep it unique.
     """
     if _PLAIN.fullmatch(name):
         return name

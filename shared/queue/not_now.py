@@ -1,7 +1,8 @@
 """Replies of Redis and Valkey that mean "not now": workers wait, APIs answer 503.
 
-redis-py strips the code of a reply whose class it knows, and puts words before that of a pipeline; Redis 6.2
-wraps errors inside a script. `reply_of` undoes all of it, and `NOT_NOW` is matched against the result.
+redis-py removes the error code of a reply if it has an exception class for it, and puts a prefix before
+errors in a pipeline; Redis 6.2 wraps errors inside a script. `reply_of` restores the reply, which is then
+looked up in `NOT_NOW`.
 """
 
 import re
@@ -26,9 +27,9 @@ NOT_NOW = MappingProxyType(
         "UNBLOCKED": "the server became a replica, or an operator ended a wait with CLIENT UNBLOCK",
     }
 )
-"""Code, or code and first words, of each such reply, with the reason why it passes.
+"""Error code, or code and first words, of each such reply, with the reason why it passes by itself.
 
-`tests/unit/shared/queue/test_not_now.py` holds the ones that are left out on purpose.
+`tests/unit/shared/queue/test_not_now.py` lists the replies that are left out on purpose.
 """
 
 ERR = "ERR"
@@ -47,21 +48,21 @@ _CODES = {
     "ReadOnlyError": "READONLY",
     "TryAgainError": "TRYAGAIN",
 }
-"""By redis-py's class: the code that it has stripped."""
+"""The error code that redis-py removed, by the class of its exception."""
 _IN_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline ?caused error: (?:\(['\"])?", re.DOTALL)
 _IN_SCRIPT = re.compile(
     r"(?:ERR )?Error running script \(call to \w+\): @user_script:\d+: (?:@user_script: \d+: )?-?"
 )
 _DISCARDED = "Transaction discarded because of: "
 _CODE = re.compile(r"(?!ACL )[A-Z][A-Z0-9]*(?=\s|$)")
-"""`ERR ACL failure in script` begins like a code once redis-py has stripped the `ERR`."""
+"""Matches an error code. `ACL failure in script`, without its `ERR`, would look like one."""
 
 
 def reply_of(error: redis.RedisError) -> str:
-    """The reply behind an exception, as the server says it where no pipeline and no script is around it.
+    """The server's reply behind an exception, without what pipelines and scripts add to it.
 
-    It begins with its code, `ERR` where it has no other. An exception of redis-py's own (a lost connection)
-    gives `ERR` and its text.
+    It begins with its error code, or with `ERR` if it has none. An exception of redis-py itself (a lost
+    connection) gives `ERR` and its text.
     """
     text = str(error.args[0]) if error.args else ""
     text = _IN_PIPELINE.sub("", text, count=1)
@@ -72,12 +73,12 @@ def reply_of(error: redis.RedisError) -> str:
 
 
 def code_of(error: redis.RedisError) -> str:
-    """The first word of `reply_of`."""
+    """The error code: the first word of `reply_of`."""
     return reply_of(error).partition(" ")[0]
 
 
 def is_not_now(error: redis.RedisError) -> bool:
-    """Whether the server said that it serves again later."""
+    """Whether the server refused only for now."""
     reply = f"{reply_of(error)} "
     return any(reply.startswith(f"{said} ") for said in NOT_NOW)
 

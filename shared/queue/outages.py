@@ -1,4 +1,4 @@
-"""The log lines about a Redis that does not serve: one at the beginning, one at the end."""
+"""The log lines about an outage of Redis: one at its beginning, one at its end."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ from shared.queue.not_now import reply_of
 
 
 class Outages:
-    """Keeps which parts of a process wait for Redis; any thread may call it."""
+    """Tracks the parts of a process that wait for Redis. Thread-safe."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger
@@ -22,7 +22,7 @@ class Outages:
         self._began_at = 0.0
 
     def begin(self, part: str, error: BaseException) -> None:
-        """A part met a failure that passes; logged if no other part waits already."""
+        """Notes that a part waits for Redis; logs it if no other part waits already."""
         with self._lock:
             if not self._parts:
                 self._began_at = self._clock()
@@ -31,8 +31,8 @@ class Outages:
             self._parts.add(part)
 
     def end(self, part: str) -> None:
-        """A part was served; logged if it was the last one that waited."""
-        # Asked after every turn of every thread, which mostly has not waited.
+        """Notes that a part was served; logs it if it was the last one that waited."""
+        # No lock here: every turn of every thread calls this, nearly always for a part that has not waited.
         if part not in self._parts:
             return
         with self._lock:

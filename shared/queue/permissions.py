@@ -1,7 +1,7 @@
-"""What the user of a worker, an API or `lorelay status` must be allowed to do, and which of it is missing.
+"""The Redis permissions that a worker, an API and `lorelay status` need, and a check for missing ones.
 
-Servers check permissions when a command is queued in a transaction. So every command that is needed is queued
-with harmless arguments, and the connection is closed without an EXEC: nothing is carried out.
+Servers check permissions when a command is queued in a transaction. So the check queues every command that is
+needed, with harmless arguments, and closes the connection without an EXEC: nothing is executed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,18 +19,18 @@ from shared.queue import keys
 from shared.queue.not_now import code_of, is_not_now, reply_of
 
 CONTAINERS = ("CLIENT", "SCRIPT")
-"""Commands that are named by two words."""
+"""Commands whose names have two words."""
 PROBE = "permission-probe"
 PROBE_TIMEOUT_S = 5.0
 SHA = "0" * 40
 
 
 class Needs(NamedTuple):
-    """One program's commands, with arguments, and the keys and channels they name."""
+    """The commands of one program, with example arguments, and its keys and channels."""
 
     commands: Sequence[str]
     keys: Sequence[str]
-    """One name of each kind that it uses."""
+    """One example of each kind of key."""
     subscribes: Sequence[str]
     publishes: Sequence[str] = ()
 
@@ -158,23 +158,23 @@ def check(connection: redis.Redis, needs: Needs) -> None:
 
 
 def describe(rules: Iterable[str], username: str | None) -> str:
-    """What an operator has to do about missing rules."""
+    """The advice for an operator whose Redis user lacks these rules."""
     return f"Redis: a permission is missing: ACL SETUSER {username or 'default'} {' '.join(rules)}"
 
 
 def missing_rules(pool: redis.ConnectionPool, needs: Needs) -> list[str]:
-    """The rules that the pool's user lacks; `ACL SETUSER` takes them as they are.
+    """The rules that the pool's user lacks, in the form that `ACL SETUSER` takes.
 
     Raises:
         redis.RedisError: the server does not answer, or refuses for another reason.
     """
     with _connection(pool) as connection:
         lacking = _ask(connection, ["MULTI"])
-        # Without a transaction all the rest would be carried out.
+        # Without a transaction, the commands below would be executed.
         if not lacking:
             lacking = _queue(connection, needs)
     for channel in needs.subscribes:
-        # Redis 7 takes these in no transaction.
+        # Redis 7 refuses these commands inside a transaction.
         with _connection(pool) as connection:
             lacking += _ask(connection, ["SUBSCRIBE", channel], ["UNSUBSCRIBE", channel])
     if "+multi" not in lacking:
@@ -184,12 +184,12 @@ def missing_rules(pool: redis.ConnectionPool, needs: Needs) -> list[str]:
 
 
 def _around(needs: Needs) -> list[str]:
-    """Commands that are not queued."""
+    """The missing rules for commands that are checked outside the transaction."""
     return ["MULTI", "EXEC", "SUBSCRIBE", "UNSUBSCRIBE", *["PUBLISH"] * bool(needs.publishes)]
 
 
 def _queue(connection: ConnectionInterface, needs: Needs) -> list[str]:
-    """The rules that lack for what may stand in a transaction, which stays open."""
+    """The missing rules for commands that can be queued in a transaction, which stays open."""
     queued = [command.split() for command in needs.commands]
     queued += [[name, key] for key in needs.keys for name in ("EXISTS", "DEL")]
     queued += [["PUBLISH", channel, "x"] for channel in needs.publishes]
@@ -197,7 +197,7 @@ def _queue(connection: ConnectionInterface, needs: Needs) -> list[str]:
 
 
 def _ask(connection: ConnectionInterface, *commands: Sequence[str]) -> list[str]:
-    """Sends commands at once; the rules that lack for them."""
+    """Sends commands in one go; returns the missing rules."""
     for words in commands:
         connection.send_command(*words)  # type: ignore[no-untyped-call]
     rules = [_missing_rule(connection, words) for words in commands]
@@ -205,12 +205,12 @@ def _ask(connection: ConnectionInterface, *commands: Sequence[str]) -> list[str]
 
 
 def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str | None:
-    """Reads a command's reply; the rule that would allow it, if it needs one."""
+    """Reads a command's reply; returns the rule that is missing for it, if any."""
     try:
         # RESP3 answers SUBSCRIBE with a push.
         connection.read_response(push_request=True)
     except redis.ResponseError as error:
-        # Servers look at permissions first: whoever hears "not now" has them.
+        # Servers check permissions first, so a user who gets "not now" has them.
         if is_not_now(error):
             return None
         if code_of(error) != "NOPERM":
@@ -223,18 +223,18 @@ def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str 
 
 
 def _name(words: Sequence[str]) -> str:
-    """A command as ACL rules name it."""
+    """A command's name in ACL rules."""
     return "|".join(words[: 1 + (words[0] in CONTAINERS)]).lower()
 
 
 def _pattern(name: str) -> str:
-    """All keys of our prefix, or RQ's; all channels of a kind."""
+    """The pattern for all keys or channels with the prefix of this example, ours or RQ's."""
     return f"{name.partition(':')[0]}:*"
 
 
 @contextmanager
 def _connection(pool: redis.ConnectionPool) -> Iterator[ConnectionInterface]:
-    """A connection of its own, which is closed whatever state it is in."""
+    """A connection of its own, closed at the end in whatever state it is."""
     options = pool.connection_kwargs | {
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": PROBE_TIMEOUT_S,

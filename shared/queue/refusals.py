@@ -1,4 +1,4 @@
-"""What a process says before it ends because of a reply that will not change: one line, and what to do."""
+"""The last log line of a process that Redis refuses for good: the error, and the remedy."""
 
 import hashlib
 import re
@@ -30,7 +30,7 @@ _IN_PIPELINE = re.compile(r"Command # \d+ \((\S+)")
 
 
 class NamingRedis(redis.Redis):
-    """A client whose exceptions tell in a note which command or script failed."""
+    """A client that adds the failed command or script to its exceptions, as a note."""
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         try:
@@ -41,7 +41,7 @@ class NamingRedis(redis.Redis):
 
 
 def explain(error: redis.RedisError) -> str:
-    """One line: what failed, why, and what to do."""
+    """One line with the failed command, the error and the remedy."""
     if isinstance(error, redis.ConnectionError | redis.TimeoutError) and code_of(error) == "ERR":
         return f"can't reach Redis: {error}"
     reply = reply_of(error)
@@ -58,7 +58,7 @@ def _what_failed(error: redis.RedisError) -> str:
 
 
 def _name(args: tuple[Any, ...]) -> str:
-    """A command by its name, a script of ours by its file."""
+    """A command's name, or for one of our scripts its file."""
     if args[0] == "EVALSHA":
         return f"the script {_script_names().get(str(args[1]), args[1])}"
     return str(args[0])
@@ -66,7 +66,7 @@ def _name(args: tuple[Any, ...]) -> str:
 
 @cache
 def _script_names() -> dict[str, str]:
-    """By the SHA-1 that stands in a call."""
+    """The names of our scripts, by the SHA-1 that `EVALSHA` sends."""
     files = (resources.files("shared.queue") / "lua").iterdir()
     names = [file.name.removesuffix(".lua") for file in files if file.name.endswith(".lua")]
     return {hashlib.sha1(script_source(name).encode()).hexdigest(): name for name in names}

@@ -1,6 +1,6 @@
-"""Which models exist: written by starting workers, read by every API.
+"""The registry of models: starting workers write it, every API reads it.
 
-Cards outlive the workers that wrote them: a request for a model whose workers are away waits in its queue.
+Cards outlive the workers that wrote them, so a request for a model without a worker waits in its queue.
 """
 
 import logging
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN_LENGTH = 100
 UNREADABLE_TTL_MS = 86_400_000
-"""Life of a key that was set aside; the script prelude has it too."""
+"""Life of a key that was renamed because of its type; `prelude.lua` has the same number."""
 
 
 def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
-    """Adds cards; one that stands there already with the same base and version stays as it is.
+    """Adds cards; an existing card with the same base and version stays unchanged.
 
-    An entry that can't be read is replaced, and so is one of an earlier release, which tells less.
+    An entry that can't be read is replaced, and so is one of an earlier release, which has fewer fields.
 
     Raises:
-        RegistryConflict: a name is known with another base or version, or two names share a queue.
+        RegistryConflict: a name is registered with another base or version, or two names have the same queue.
     """
     cards = list(cards)
     mend(connection, {keys.MODELS: "hash"})
@@ -53,13 +53,13 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
 
 
 def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -> None:
-    """Puts the cards of a worker that serves already in the place of what was damaged.
+    """Writes the cards of a running worker again where the registry was damaged.
 
-    An entry that can't be read is replaced. One that is not there is added only if the whole registry was
-    lost (`fill`) or had another type, since an operator may have removed it. Of two versions the newer stays.
+    An entry that can't be read is replaced. A missing one is added only if the whole registry was lost
+    (`fill`) or had a wrong type, because an operator may have removed it. Of two cards the newer stays.
     """
     mend(connection, {keys.MODELS: "hash"})
-    # Whichever worker set it aside, within a minute all others have filled in theirs.
+    # A worker renamed a registry of a wrong type within the last minute: all workers add their cards again.
     fill |= connection.pttl(keys.unreadable(keys.MODELS)) > UNREADABLE_TTL_MS - 60_000
     stored = connection.hgetall(keys.MODELS)
     for card in cards:
@@ -105,12 +105,12 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
 
 
 async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_name: str | None) -> bool:
-    """Whether a worker that serves this model renewed its lease lately (by the server's clock)."""
+    """Whether a worker that serves this model holds a lease, by the server's clock."""
     seconds, _ = await connection.time()
     live = cast(
         "list[bytes]", await connection.zrangebyscore(keys.workers(slug(base)), seconds * 1000, "+inf")
     )
-    # By RQ's record, since a worker may have other adapters than the next one, or only some of its queues.
+    # RQ's record tells which queues each worker serves: they may have different adapters, or serve some only.
     serving = f"{RQ_KEY_PREFIX}:workers:{queue_name(base, adapter_name)}"
     names = [f"{RQ_KEY_PREFIX}:worker:".encode() + name for name in live]
     return bool(names) and any(await connection.smismember(serving, names))
@@ -122,7 +122,7 @@ def created_now() -> int:
 
 
 def _read(name: str, encoded: bytes | str) -> ModelCard | None:
-    """The card of a name; None if it can't be read, or is another model's."""
+    """The card of a name; None if it can't be read, or names another model."""
     try:
         card = decode_card(encoded)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -144,9 +144,9 @@ def _sorted(entries: Mapping[Any, bytes | str]) -> list[ModelCard]:
 
 
 def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
-    """Refuses a card whose base, or whose weights, are not those of the entry.
+    """Refuses a card whose base or weights differ from those of the entry.
 
-    An earlier release counted a base's version by other rules: then only what can be compared is.
+    An earlier release computed a base's version in another way; its entries are compared without it.
     """
     is_known = bool(card.base_version and stored.base_version)
     is_same = stored.base == card.base

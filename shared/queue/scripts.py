@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @cache
 def script_source(name: str) -> str:
-    """The text of `shared/queue/lua/<name>.lua` behind the prelude, on RQ's key prefix."""
+    """The text of `shared/queue/lua/<name>.lua` behind the prelude, with RQ's key prefix filled in."""
     folder = resources.files("shared.queue") / "lua"
     prelude = (folder / "prelude.lua").read_text().replace("@RQ@", RQ_KEY_PREFIX)
     prelude = prelude.replace("@UNREADABLE_RESULT@", exception_text(GenerationFailed(UNREADABLE)))
@@ -27,12 +27,12 @@ def script_source(name: str) -> str:
 
 
 def exception_text(error: LorelayError) -> str:
-    """An error as RQ's results store exceptions."""
+    """An error in the form in which RQ's results store exceptions."""
     return base64.b64encode(zlib.compress(f"{error.code}: {error.message}".encode())).decode()
 
 
 def log_unreadable(entries: Iterable[Sequence[bytes]]) -> None:
-    """Notes what a script set aside: requests, and keys of a wrong type."""
+    """Logs what a script found unreadable: requests, and keys of a wrong type."""
     for name, reason in entries:
         logger.error(
             "%s set aside: %s", name.decode(), reason.decode(errors="replace"), extra=fields("unreadable")
@@ -40,6 +40,6 @@ def log_unreadable(entries: Iterable[Sequence[bytes]]) -> None:
 
 
 def mend(connection: redis.Redis, kinds: Mapping[str, str]) -> None:
-    """Sets aside those of these shared keys that have another type than `kinds` says."""
+    """Renames each of these shared keys that has another type than `kinds` says."""
     script = connection.register_script(script_source("mend"))
     log_unreadable(script(args=[item for key, kind in kinds.items() for item in (kind, key)]))
