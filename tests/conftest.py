@@ -1,4 +1,4 @@
-"""Fixtures that every kind of test uses."""
+"""Fixtures for all tests."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from tests.redis_server import BINARIES, RedisServer, choose_server, server_bina
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--server` picks what the tests run on."""
+    """Adds `--server`, which chooses the server that the tests use."""
     parser.addoption("--server", choices=list(BINARIES), default="valkey", help="[default: %(default)s]")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before anything starts a server."""
+    """Chooses the server program before anything starts one."""
     choose_server(config.getoption("--server"))
 
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """One real server for the whole run; `connection` empties it for each test."""
+    """A real server for the whole run; `connection` empties it for each test."""
     folder = Path("/tmp") / f"lorelay-test-{tmp_path_factory.getbasetemp().name}"
     with RedisServer(server_binary(), folder) as server:
         yield server

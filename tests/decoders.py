@@ -15,7 +15,7 @@ Decoder = Callable[[Iterable[bytes]], Iterator[str]]
 
 
 def by_go(lines: Iterable[bytes]) -> Iterator[str]:
-    """The older decoder of openai-go: every blank line ends an event, even after nothing but a comment."""
+    """Decodes as older openai-go does: every blank line ends an event, even after nothing but a comment."""
     data: list[bytes] = []
     for line in lines:
         name, _, value = line.partition(b":")
@@ -27,7 +27,7 @@ def by_go(lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def by_lines(lines: Iterable[str]) -> Iterator[str]:
-    """A client written by hand: one line is one event."""
+    """Decodes as a hand-written client does: one line is one event."""
     yield from (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
 
 

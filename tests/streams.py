@@ -14,7 +14,7 @@ from shared.queue.worker_streams import WorkerStreams
 
 BASE = "tiny"
 QUEUES = [BASE, *(f"{BASE}-{name}" for name in ("a", "b", "c", "pirate", "not-loaded"))]
-"""Queues of the base and of the adapters that tests name."""
+"""The queues of the base and of the adapters that tests use."""
 CHANNEL = "lorelay:events:test"
 SECRET = "the prompt that nobody may see"
 
@@ -33,7 +33,7 @@ def make_request(adapter_name: str | None = None, **values: Any) -> GenerationRe
 
 
 class BlockingApi:
-    """`ApiStreams` without asyncio around it."""
+    """`ApiStreams` for tests without asyncio."""
 
     def __init__(self, url: str, channel: str = CHANNEL) -> None:
         self._url = url
@@ -57,7 +57,7 @@ class BlockingApi:
         return request.request_id
 
     def abort(self, request_id: str, **options: Any) -> str:
-        """`ApiStreams.abort`."""
+        """Calls `ApiStreams.abort`."""
 
         async def call() -> str:
             async with redis.asyncio.Redis.from_url(self._url) as connection:
@@ -67,7 +67,7 @@ class BlockingApi:
 
 
 def worker_streams(connection: redis.Redis, name: str = "w1", **options: Any) -> WorkerStreams:
-    """A worker's end with short leases; it serves `QUEUES`, unless given others, in any version."""
+    """A worker's end with short leases; it serves any version of `QUEUES`, or of the queues given."""
     defaults = {
         "base": BASE,
         "lease_s": 4,
@@ -82,7 +82,7 @@ def worker_streams(connection: redis.Redis, name: str = "w1", **options: Any) ->
 
 
 def reaper(connection: redis.Redis, name: str = "reaper") -> WorkerStreams:
-    """The end of a worker whose own lease holds, so that it may judge others."""
+    """The end of a worker whose own lease holds, so that it may reap others."""
     streams = worker_streams(connection, name)
     streams.renew([])
     return streams

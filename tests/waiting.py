@@ -1,4 +1,4 @@
-"""Waiting for a condition, with a deadline; the only place of the tests that sleeps."""
+"""Waiting for a condition, with a deadline; the only code of the tests that sleeps."""
 
 import time
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""The function that RQ's job data names. It never runs: LoraWorker claims jobs without calling it."""
+"""The function that RQ's jobs name. It never runs in a LoraWorker, which claims jobs without calling it."""
 
 
 def generate() -> None:
-    """Stops a stock worker that picked the job up.
+    """Fails the job in a plain RQ worker that picked it up, with the command that starts the right one.
 
     Raises:
         RuntimeError: always.

@@ -1,4 +1,4 @@
-"""RQ's own end of a worker: its birth, its commands and its death, on a Redis that may not serve now."""
+"""RQ's side of a worker (registration, commands, deregistration), which waits while Redis is away."""
 
 import os
 import time
@@ -23,10 +23,10 @@ FAREWELL_S = 4.0
 
 
 class RqWorker(BaseWorker):
-    """RQ's worker, which waits where RQ's own would end: a loaded model is not thrown away for a `BUSY`."""
+    """RQ's worker, but it waits where RQ's own ends: a `BUSY` must not cost a loaded model."""
 
     farewell_s = FAREWELL_S
-    """How long its end may wait for Redis, all in all: a lease, after which others know of it anyway."""
+    """Longest wait for Redis while the worker ends: one lease, after which others take over anyway."""
 
     def __init__(self, *args: Any, connection: redis.Redis, **kwargs: Any) -> None:
         kwargs["connection"] = NamingRedis(connection_pool=connection.connection_pool)
@@ -43,7 +43,7 @@ class RqWorker(BaseWorker):
         date_format: str = DEFAULT_LOGGING_DATE_FORMAT,
         log_format: str = DEFAULT_LOGGING_FORMAT,
     ) -> None:
-        """RQ's steps, each of which may be repeated."""
+        """Registers the worker as RQ does, but repeats each step until Redis answers."""
         for name in ("rq.worker", "rq.job"):
             setup_loghandlers(logging_level, date_format, log_format, name=name)
         self._patience.call(self.register_birth)
@@ -52,14 +52,14 @@ class RqWorker(BaseWorker):
         self._patience.call(lambda: self.set_state(WorkerStatus.STARTED))
 
     def register_birth(self) -> None:
-        """Also where an earlier try was carried out, but its reply was lost."""
+        """Registers this worker, also after an earlier try whose reply was lost."""
         if self.birth_date is not None:
-            # RQ would take what it wrote then for another worker of the same name.
+            # RQ would take the record of the earlier try for another worker of the same name, and refuse.
             self.connection.delete(self.key)
         super().register_birth()  # type: ignore[no-untyped-call]
 
     def teardown(self) -> None:
-        """Tells RQ that this worker ends; a Redis that does not serve for so long is left alone."""
+        """Tells RQ that this worker ends; gives up if Redis does not answer within `farewell_s`."""
         try:
             call_until(self.last_words_until(), self.register_death)
             self.unsubscribe()  # type: ignore[no-untyped-call]
@@ -69,20 +69,20 @@ class RqWorker(BaseWorker):
             )
 
     def last_words_until(self) -> float:
-        """When (`time.monotonic()`) an end gives up that begins with the first call."""
+        """The deadline (`time.monotonic()`) of calls to Redis while the worker ends; set by the first one."""
         if self._farewell_until is None:
             self._farewell_until = time.monotonic() + self.farewell_s
         return self._farewell_until
 
     def guard(self, run: Callable[[], None]) -> None:
-        """Runs a thread whose failure ends the worker: without it the other threads would serve nobody."""
+        """Runs a thread's function; its failure ends the worker, which can't serve without this thread."""
         try:
             run()
         except BaseException as error:
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """Ends the worker for an error in one of its threads."""
+        """Ends the worker because of an error in one of its threads."""
         if isinstance(error, redis.RedisError):
             self.log.error("Worker %s: %s", self.name, explain(error))
         else:
@@ -97,7 +97,7 @@ class RqWorker(BaseWorker):
         elif is_passing(exc):
             self._patience.call(lambda: self.connection.exists(self.key), part="commands")
             if pubsub.connection is not None:
-                # The subscription may be what was refused: the next connection subscribes anew.
+                # Redis may have refused the subscription itself: the next connection subscribes again.
                 pubsub.connection.disconnect()
         else:
             self.fail(exc)

@@ -14,7 +14,7 @@ class _Dying:
 
 
 class StoppedWhileLoading(LoraWorker):
-    """Its handler's exception is raised inside a `__del__`, where Python ignores it."""
+    """Gets SIGTERM inside a `__del__`, where Python ignores the exception that its handler raises."""
 
     def _load_model_runner(self, settings: WorkerSettings) -> Any:
         _Dying()
@@ -22,7 +22,7 @@ class StoppedWhileLoading(LoraWorker):
 
 
 class StoppedWhileRegistering(LoraWorker):
-    """RQ lists it already, and it listens to no commands yet."""
+    """Gets SIGTERM after RQ has registered it and before it listens to commands."""
 
     def subscribe(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Waiting for a Redis that does not serve now, in the threads that have nothing else to do."""
+"""Retries while Redis is away or says "not now", for threads that have nothing else to do meanwhile."""
 
 import logging
 import threading
@@ -23,14 +23,14 @@ RETRY_WAIT_S = 0.5
 
 
 class Patience:
-    """Repeats calls while Redis does not serve, until the worker is told to end."""
+    """Repeats calls while Redis does not answer, until the worker is told to end."""
 
     def __init__(self, outages: Outages) -> None:
         self._outages = outages
         self._has_end = threading.Event()
 
     def end(self) -> None:
-        """The worker is to end: whoever waits gives up."""
+        """Ends all waiting: the worker was told to end."""
         self._has_end.set()
 
     def call(
@@ -39,10 +39,10 @@ class Patience:
         part: str = "worker",
         waits_for: Callable[[redis.RedisError], bool] = is_passing,
     ) -> T:
-        """The result of a call that may be repeated.
+        """Repeats a call until it succeeds, and returns its result.
 
         Raises:
-            redis.RedisError: it failed with an error that is not waited for.
+            redis.RedisError: the call failed, and `waits_for` is false for its error.
             SystemExit: the worker was told to end while it waited.
         """
         while True:
@@ -60,11 +60,11 @@ class Patience:
 
 
 def call_until(give_up_at: float, call: Callable[[], T]) -> T:
-    """The result of a call that may be repeated, from a worker that ends.
+    """Repeats a call until it succeeds, and returns its result. For a worker that ends.
 
     Raises:
-        redis.RedisError: it failed with an error that does not pass, or until `time.monotonic()` passed
-            `give_up_at`.
+        redis.RedisError: the call failed with an error that a retry can't mend, or it still failed when
+            `time.monotonic()` passed `give_up_at`.
     """
     while True:
         try:
@@ -78,8 +78,8 @@ def call_until(give_up_at: float, call: Callable[[], T]) -> T:
 class PatientRedis(NamingRedis):
     """The client for `rq worker --connection-class`: it waits while the server says "not now".
 
-    `rq` asks the server whether queues are suspended before it makes the worker, and ends if that fails.
-    Where the server refuses for good, this client ends the process with one line.
+    `rq` asks the server whether queues are suspended before it creates the worker, and ends if that fails. If
+    the server refuses for good, this client ends the process with one line.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +88,7 @@ class PatientRedis(NamingRedis):
 
 
 class _PatientRetry(Retry):
-    """Repeats what failed with a reply that passes, however often; a lost connection a few times."""
+    """Repeats commands while the server says "not now", and three times after a lost connection."""
 
     def __init__(self, pool: redis.ConnectionPool) -> None:
         super().__init__(ExponentialBackoff(cap=0.5, base=0.05), 3)
