@@ -16,9 +16,9 @@ import redis
 
 from lorelay import embedded
 from lorelay.devices import num_usable_cores, visible_gpus, worker_environments
-from lorelay.serve import is_http_ready
+from lorelay.probes import is_http_ready
+from lorelay.processes import ChildSpec, start_process
 from lorelay.status import live_workers
-from lorelay.supervisor import ChildSpec, start_process
 from shared.messages import ForwardState
 from shared.settings import WorkerSettings
 

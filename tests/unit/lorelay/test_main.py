@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from lorelay import options, serve
+from lorelay import options, plan
 from lorelay.embedded import StateFolder
 from lorelay.main import main
-from lorelay.serve import make_plan
+from lorelay.plan import ServePlan, make_plan
 from shared.settings import AdapterSource, WorkerSettings
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
 
 
-def plan_for(*words: str) -> serve.ServePlan:
+def plan_for(*words: str) -> ServePlan:
     args = options.build_parser().parse_args(["serve", *words])
     values = options.given_values(args)
     return make_plan(values, options.as_variables(values), use_ssl=args.ssl)
@@ -221,5 +221,5 @@ def test_a_missing_certificate_stops_the_start(
 def test_missing_worker_packages_stop_the_start(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     assert "pip install -e '.[worker]'" in refusal(capsys, "smol")

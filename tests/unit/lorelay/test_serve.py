@@ -13,8 +13,11 @@ import redis
 from lorelay import options, serve
 from lorelay.embedded import StateFolder, running_url
 from lorelay.main import main
-from lorelay.serve import make_plan
-from lorelay.supervisor import ChildSpec, say
+from lorelay.plan import ServePlan, make_plan
+from lorelay.probes import is_http_ready
+from lorelay.processes import ChildSpec
+from lorelay.specs import api_spec, worker_specs
+from lorelay.supervisor import say
 from shared.messages import ModelCard
 from shared.queue import registry
 from tests.redis_server import RedisServer, free_port
@@ -55,10 +58,9 @@ class Launch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch = monkeypatch
         self._capfd = capfd
-        api, workers = serve._api_spec, serve._worker_specs
-        monkeypatch.setattr(serve, "_api_spec", lambda *args: stand_in(api(*args), API))
+        monkeypatch.setattr(serve, "api_spec", lambda *args: stand_in(api_spec(*args), API))
         monkeypatch.setattr(
-            serve, "_worker_specs", lambda *args: [stand_in(spec, WORKER) for spec in workers(*args)]
+            serve, "worker_specs", lambda *args: [stand_in(spec, WORKER) for spec in worker_specs(*args)]
         )
 
     def run(self, *words: str, version: str = "v1", **acts: Callable[[], object]) -> int:
@@ -177,7 +179,7 @@ def test_status_finds_the_embedded_server_by_its_folder(launch: Launch, tmp_path
 # The commands of the children
 
 
-def plan_for(*words: str) -> serve.ServePlan:
+def plan_for(*words: str) -> ServePlan:
     args = options.build_parser().parse_args(["serve", *words])
     values = options.given_values(args)
     return make_plan(values, options.as_variables(values), use_ssl=args.ssl)
@@ -185,7 +187,7 @@ def plan_for(*words: str) -> serve.ServePlan:
 
 def test_the_api_is_started_as_the_readme_starts_it(model: Path) -> None:
     plan = plan_for("smol", "--server-name", "127.0.0.1", "--server-port", str(free_port()))
-    spec = serve._api_spec(plan, "unix:///s")
+    spec = api_spec(plan, "unix:///s")
     assert spec.command[1:5] == ("-m", "uvicorn", "--factory", "api.main:create_app")
     assert "--ssl-keyfile" not in spec.command
     assert spec.env["LORELAY_REDIS_URL"] == "unix:///s"
@@ -197,14 +199,14 @@ def test_ssl_files_reach_the_api(model: Path, monkeypatch: pytest.MonkeyPatch) -
         (model / name).touch()
         monkeypatch.setenv(f"SSL_{name}", f"smol/{name}")
     plan = plan_for("smol", "--ssl")
-    command = serve._api_spec(plan, "unix:///s").command
+    command = api_spec(plan, "unix:///s").command
     assert command[command.index("--ssl-keyfile") + 1] == str(model / "KEYFILE")
     assert command[command.index("--ssl-certfile") + 1] == str(model / "CERTFILE")
     assert plan.url.startswith("https://")
 
 
 def test_the_workers_are_stock_rq_workers_with_variables_of_their_own(model: Path) -> None:
-    specs = serve._worker_specs(plan_for("smol", "--workers", "2"), "redis://:secret@host")
+    specs = worker_specs(plan_for("smol", "--workers", "2"), "redis://:secret@host")
     for spec in specs:
         assert spec.command[1:6] == ("-m", "rq.cli", "worker", "-w", "worker.LoraWorker")
         # A password in the arguments would show in the list of processes.
@@ -215,5 +217,5 @@ def test_the_workers_are_stock_rq_workers_with_variables_of_their_own(model: Pat
 
 
 def test_an_api_that_is_not_there_is_not_ready() -> None:
-    assert not serve.is_http_ready(f"http://127.0.0.1:{free_port()}")
-    assert not serve.is_http_ready(f"https://127.0.0.1:{free_port()}")
+    assert not is_http_ready(f"http://127.0.0.1:{free_port()}")
+    assert not is_http_ready(f"https://127.0.0.1:{free_port()}")

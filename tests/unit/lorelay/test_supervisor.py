@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lorelay.supervisor import (
-    HURRY_LIMIT_S,
-    Backoff,
-    ChildFailed,
-    ChildSpec,
-    Signals,
-    Supervisor,
-    describe_exit,
-)
+from lorelay.processes import ChildSpec, Signals, describe_exit
+from lorelay.supervisor import HURRY_LIMIT_S, Backoff, ChildFailed, Supervisor
 
 START_LIMIT_S = 30.0
 
@@ -103,7 +96,7 @@ def scene(signals: Signals, tmp_path: Path) -> Iterator[Scene]:
     scene = Scene(signals, tmp_path)
     yield scene
     for supervisor in (scene.supervisor, scene.fast):
-        pids = supervisor.pids().values()
+        pids = supervisor.pids.values()
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         supervisor.stop()
@@ -121,7 +114,7 @@ def test_the_wait_starts_over_after_a_long_life() -> None:
 
 
 def test_a_child_that_dies_is_started_again_with_growing_waits(scene: Scene) -> None:
-    scene.fast.settled = True
+    scene.fast.settle()
     scene.fast.start(python("flaky", "raise SystemExit(3)"))
     scene.fast.run_until(lambda: sum("again in" in line for line in scene.said) == 3)
     assert [line for line in scene.said if "again in" in line] == [
@@ -132,7 +125,7 @@ def test_a_child_that_dies_is_started_again_with_growing_waits(scene: Scene) -> 
 
 
 def test_a_child_that_waits_for_its_restart_is_not_started_before_its_time(scene: Scene) -> None:
-    scene.fast.settled = True
+    scene.fast.settle()
     scene.fast.start(python("flaky", "raise SystemExit(3)"))
     scene.fast.run_until(lambda: bool(scene.said))
     died_at = scene.clock.now
@@ -161,7 +154,7 @@ def test_what_started_last_stops_first(scene: Scene) -> None:
     scene.wait_until_up(scene.supervisor, "server", "worker", "api")
     assert scene.supervisor.stop()
     assert scene.order == ["api SIGTERM", "worker SIGTERM", "server SIGTERM"]
-    assert scene.supervisor.pids() == {}
+    assert scene.supervisor.pids == {}
 
 
 def test_children_that_started_together_are_told_together(scene: Scene) -> None:
@@ -209,12 +202,12 @@ def test_a_third_request_to_stop_kills_at_once(scene: Scene) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_to_stop_and_nothing_is_restarted_afterwards(scene: Scene, number: int) -> None:
-    scene.supervisor.settled = True
+    scene.supervisor.settle()
     scene.supervisor.start(scene.patient("api"))
     scene.wait_until_up(scene.supervisor, "api")
     os.kill(os.getpid(), number)
     scene.supervisor.run()
-    assert scene.supervisor.stop_asked
+    assert scene.supervisor.is_stopping
     assert scene.supervisor.stop()
     assert scene.said == ["stopping api"]
 
@@ -244,12 +237,12 @@ def test_a_process_that_ignores_hangups_goes_on_ignoring_them() -> None:
 def test_waiting_ends_at_its_limit(scene: Scene) -> None:
     scene.fast.start(scene.patient("api"))
     assert not scene.fast.run_until(lambda: False, limit_s=2)
-    assert not scene.fast.stop_asked
+    assert not scene.fast.is_stopping
 
 
 def test_a_child_leads_its_own_group_so_the_terminals_ctrl_c_passes_it_by(scene: Scene) -> None:
     scene.supervisor.start(scene.patient("api"))
-    (pid,) = scene.supervisor.pids().values()
+    (pid,) = scene.supervisor.pids.values()
     assert os.getpgid(pid) == pid
 
 
@@ -261,7 +254,7 @@ def test_what_a_dead_child_leaves_in_its_group_is_killed(scene: Scene) -> None:
         "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'], "
         f"pass_fds=({write_fd},)); raise SystemExit(1)"
     )
-    scene.supervisor.settled = True
+    scene.supervisor.settle()
     scene.supervisor.start(ChildSpec("api", (sys.executable, "-c", code), pass_fds=(write_fd,)))
     os.close(write_fd)
     scene.supervisor.run_until(lambda: bool(scene.said))
@@ -274,7 +267,8 @@ def test_what_a_dead_child_leaves_in_its_group_is_killed(scene: Scene) -> None:
 def test_children_end_when_their_supervisor_is_killed() -> None:
     code = (
         "import sys\n"
-        "from lorelay.supervisor import *\n"
+        "from lorelay.processes import ChildSpec, Signals\n"
+        "from lorelay.supervisor import Supervisor\n"
         "with Signals() as signals:\n"
         "    supervisor = Supervisor(signals)\n"
         "    child = 'import signal; print(1, flush=True); signal.pause()'\n"

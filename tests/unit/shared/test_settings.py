@@ -106,10 +106,10 @@ def test_adapters_may_stand_in_a_file_with_folders_relative_to_it(tmp_path: Path
     file = tmp_path / "adapters.txt"
     file.write_text("# ours\na=one more\n\n  b=org/hub-id\nc=./missing\nd=/some/where#1\n")
     assert WorkerSettings.load(adapters=f"'@{file}' e=x/y").adapters == (
-        AdapterSource("a", f"{tmp_path}/one more", str(file)),
-        AdapterSource("b", "org/hub-id", str(file)),
-        AdapterSource("c", f"{tmp_path}/missing", str(file)),
-        AdapterSource("d", "/some/where#1", str(file)),
+        AdapterSource("a", f"{tmp_path}/one more"),
+        AdapterSource("b", "org/hub-id"),
+        AdapterSource("c", f"{tmp_path}/missing"),
+        AdapterSource("d", "/some/where#1"),
         AdapterSource("e", "x/y"),
     )
 
