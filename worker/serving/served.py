@@ -66,5 +66,5 @@ def model_cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[M
             source=path,
             version=versions[name],
         )
-        for name, path, _ in settings.adapters
+        for name, path in settings.adapters
     ]
