@@ -1,4 +1,4 @@
-"""A real deployment to break: one server, workers with names, APIs, some of them behind proxies."""
+"""A real deployment for tests to break: one server, named workers, APIs, some of them behind proxies."""
 
 import contextlib
 import re
@@ -72,65 +72,65 @@ def build_models(folder: Path) -> dict[str, str]:
 
 
 class ChaosWorker:
-    """One `rq worker` process, and what Redis says of it."""
+    """One `rq worker` process, and what Redis tells about it."""
 
     def __init__(
         self, name: str, url: str, process: Process, connection: redis.Redis, *, is_plain: bool = True
     ) -> None:
         self.name = name
         self.is_plain = is_plain
-        """Whether it has the cluster's own settings."""
+        """Whether this worker has the cluster's own settings."""
         self.url = url
-        """By which it reaches the server."""
+        """The URL by which this worker reaches the server."""
         self.process = process
         self._connection = connection
 
     @property
     def is_running(self) -> bool:
-        """Whether its process is there."""
+        """Whether the process exists."""
         return self.process.is_running
 
     @property
     def is_serving(self) -> bool:
-        """Whether it has loaded its model."""
+        """Whether the worker has loaded its model."""
         return self.is_running and "serving " in self.process.output
 
     def wait_until_serving(self) -> Self:
-        """Returns when it takes requests."""
+        """Returns when the worker takes requests."""
         self.process.wait_for("serving ")
         return self
 
     def owned_ids(self) -> list[str]:
-        """The requests that it owns now."""
+        """The requests that this worker owns now."""
         members = self._connection.smembers(f"{RQ_KEY_PREFIX}:worker:{self.name}:executions")
         return [member.decode().partition(":")[0] for member in members]
 
     def owned_log_lengths(self) -> list[int]:
-        """How many events each of the requests that it owns has, fewest first."""
+        """The number of events of each request that this worker owns, fewest first."""
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in self.owned_ids():
             pipeline.llen(keys.log(request_id))
         return sorted(pipeline.execute())
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Sends SIGKILL."""
         self.process.kill()
 
     def freeze(self) -> None:
-        """SIGSTOP."""
+        """Sends SIGSTOP."""
         self.process.send(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT."""
+        """Sends SIGCONT."""
         self.process.send(signal.SIGCONT)
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Sends SIGTERM."""
         self.process.send(signal.SIGTERM)
 
 
 class ChaosApi:
-    """One uvicorn."""
+    """One uvicorn process."""
 
     def __init__(self, url: str, process: Process) -> None:
         self.url = url
@@ -138,14 +138,14 @@ class ChaosApi:
 
     @property
     def is_ready(self) -> bool:
-        """What `/ready` says."""
+        """Whether `/ready` answers 200."""
         with contextlib.suppress(httpx.HTTPError):
             return httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).status_code == 200
         return False
 
 
 class Cluster:
-    """One server with the workers and APIs on it. As a context manager all of them are killed at the end."""
+    """One server with its workers and APIs. At the end of a `with` statement all of them are killed."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class Cluster:
         self._processes: list[Process] = []
         self._num_read: dict[Process, int] = {}
         self.workers: list[ChaosWorker] = []
-        """All that were started and not found dead by `live_workers`."""
+        """All workers that were started and that `live_workers` has not found dead."""
         self.apis: list[ChaosApi] = []
 
     @property
@@ -190,7 +190,7 @@ class Cluster:
         worker_class: str = WORKER_CLASS,
         **settings: str,
     ) -> ChaosWorker:
-        """A worker, at the server or at the proxy that `url` names; `program` stands in for `rq`."""
+        """Starts a worker, at the server or at the proxy that `url` names; `program` replaces `rq`."""
         name, url = f"w{len(self._processes)}", url or self.server.url
         arguments = ["worker", "-u", url, "-w", worker_class, "--name", name]
         arguments += ["--connection-class", "worker.serving.patience.PatientRedis"]
@@ -200,7 +200,7 @@ class Cluster:
         return self.workers[-1].wait_until_serving() if wait else self.workers[-1]
 
     def start_api(self, url: str | None = None, **settings: str) -> ChaosApi:
-        """An API, at the server or at the proxy that `url` names; ready when this returns."""
+        """Starts an API, at the server or at the proxy that `url` names; returns when it is ready."""
         port = free_port()
         program = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app", "--port", str(port)]
         process = self._start([], program, {"redis_url": url or self.server.url} | settings)
@@ -221,16 +221,16 @@ class Cluster:
 
     def known_ids(self) -> set[str]:
         """The requests that wait or run now."""
-        # Queues twice: one that is claimed or handed back meanwhile is seen on one of its sides.
+        # The queues are read twice: a request that is claimed or handed back meanwhile is seen at least once.
         return self.queued_ids() | self.owned_ids() | self.queued_ids()
 
     def live_workers(self) -> list[ChaosWorker]:
-        """Those whose process is there."""
+        """The workers whose processes exist."""
         self.workers = [worker for worker in self.workers if worker.is_running]
         return self.workers
 
     def ensure_workers(self, num_workers: int) -> list[ChaosWorker]:
-        """So many workers with the cluster's own settings that serve, and no others."""
+        """Leaves this number of serving workers with the cluster's own settings, and no others."""
         plain = [worker for worker in self.live_workers() if worker.is_plain]
         for worker in set(self.workers) - set(plain[:num_workers]):
             worker.kill()
@@ -242,12 +242,12 @@ class Cluster:
         return list(self.workers)
 
     def start_companion(self) -> ChaosWorker:
-        """The only worker, too small for all of `ASKS`: one that is started next gets some of them."""
+        """Starts the only worker, too small for all of `ASKS`: a worker started next gets some of them."""
         self.ensure_workers(0)
         return self.start_worker(max_batch_size="24")
 
     def wait_until_leased(self, num_workers: int) -> None:
-        """Returns when just so many workers hold a lease of their own: the dead are forgotten."""
+        """Returns when exactly this number of workers holds a lease, so that dead ones are forgotten."""
 
         def is_leased() -> bool:
             seconds, micros = self.connection.time()
@@ -258,7 +258,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """No worker takes a request: what `rq suspend` does, and `rq resume` at the end."""
+        """Runs the context with claims suspended, as between `rq suspend` and `rq resume`."""
         suspend(self.connection)
         try:
             yield
@@ -266,7 +266,7 @@ class Cluster:
             resume(self.connection)
 
     def outputs(self, num_chars: int = 6000) -> list[tuple[str, str]]:
-        """The end of what each process wrote, under its name; nothing once the cluster is closed."""
+        """The last output of each process, under its name; empty once the cluster is closed."""
         if not self._folder.exists():
             return []
         named = [(worker.name, worker.process) for worker in self.workers]
@@ -274,7 +274,7 @@ class Cluster:
         return [(name, process.output[-num_chars:]) for name, process in named]
 
     def take_complaints(self) -> list[str]:
-        """What processes wrote since the last call of faults of their own, not of the world around them."""
+        """Log lines since the last call about faults of Lorelay itself, not of its surroundings."""
         found = []
         for process in self._processes:
             output = process.output
@@ -299,7 +299,7 @@ class Cluster:
         shutil.rmtree(self._folder)
 
     def _start(self, arguments: list[str], program: Sequence[str], settings: Mapping[str, str]) -> Process:
-        """`program` with `arguments`; without one it is `rq`."""
+        """Starts `program`, or `rq`, with `arguments`."""
         named = {f"LORELAY_{name.upper()}": value for name, value in (self._settings | settings).items()}
         log = self._folder / f"process-{len(self._processes)}.log"
         if program or self._nursery is None:

@@ -16,7 +16,7 @@ FIGURES = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder is one of faults."""
+    """Marks every test of this folder with `chaos`."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.chaos)
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    """Where workers come from; started at once, so that its imports run beside other things."""
+    """The nursery that forks workers; started early, so that its imports run beside other things."""
     with Nursery() as nursery:
         yield nursery
 
@@ -83,7 +83,7 @@ def node_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest) -> Measure:
-    """Notes a figure beside its limit for the table, and asserts it at five times the limit."""
+    """Adds a figure and its limit to the table; fails only beyond five times the limit."""
     figures = request.config.stash.setdefault(FIGURES, [])
 
     def note(what: str, seconds: float, limit_s: float) -> None:
@@ -97,7 +97,7 @@ def measure(request: pytest.FixtureRequest) -> Measure:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failed test shows what the processes of its clusters wrote."""
+    """Adds the output of the clusters' processes to the report of a failed test."""
     report = yield
     if report.failed:
         for value in getattr(item, "funcargs", {}).values():
@@ -108,7 +108,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The measured figures."""
+    """Prints the measured figures."""
     if figures := terminalreporter.config.stash.get(FIGURES, []):
         terminalreporter.section("measured under faults")
         for figure in figures:

@@ -1,4 +1,4 @@
-"""How long the place of a worker had nobody who serves, and which workers ended without being told to."""
+"""Measures how long no worker served in a dead one's place, and finds workers that ended by themselves."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ TOLD_TO_END = (0, -signal.SIGKILL)
 
 
 class Life(NamedTuple):
-    """One worker process; times of `time.monotonic()`, None while they are to come."""
+    """One worker process; times are of `time.monotonic()`, None before they come."""
 
     worker: ChaosWorker
     started_at: float
@@ -21,17 +21,17 @@ class Life(NamedTuple):
 
     @property
     def ended_by_itself(self) -> bool:
-        """Whether it served and then ended, neither killed nor drained."""
+        """Whether the worker served and then ended, neither killed nor drained."""
         has_served = self.serving_at is not None and self.ended_at is not None
         return has_served and self.worker.process.wait() not in TOLD_TO_END
 
 
 class Outage(NamedTuple):
-    """From the end of a worker to the first answer of its successor that serves."""
+    """The time from the end of a worker to the moment at which its successor serves."""
 
     seconds: float
     start_s: float
-    """The part in which that successor started."""
+    """The part of it in which the successor started."""
 
     @property
     def beyond_start_s(self) -> float:
@@ -48,7 +48,7 @@ class Downtime:
         self._thread = threading.Thread(target=self._run, name="downtime")
 
     def start(self) -> None:
-        """Watches from now on."""
+        """Begins to watch."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -58,7 +58,7 @@ class Downtime:
 
     @property
     def outages(self) -> list[Outage]:
-        """All that are over, by the URL through which the worker reaches the server."""
+        """All outages that are over, by the URL through which the worker reaches the server."""
         return [
             Outage(after.serving_at - life.ended_at, after.serving_at - after.started_at)
             for life in self._lives.values()
@@ -72,7 +72,7 @@ class Downtime:
         return [name for name, life in self._lives.items() if life.ended_by_itself]
 
     def _successor(self, life: Life) -> Life | None:
-        """The next one at the same URL that got as far as serving."""
+        """The next worker at the same URL that served."""
         later = [
             other
             for other in self._lives.values()

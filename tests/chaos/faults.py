@@ -1,4 +1,4 @@
-"""Faults drawn at random, made to a deployment whose every connection runs through a proxy."""
+"""Random faults for a deployment in which every connection runs through a proxy."""
 
 import random
 import time
@@ -15,7 +15,7 @@ START_LIMIT_S = 60
 WORKER_SCRIPTS = ("claim", "append", "renew", "reap", "sweep", "hand_back")
 SAID = ("BUSY", "NOREPLICAS", "READONLY")
 WEIGHTS = {"worker killed": 4, "worker frozen": 2, "worker drained": 2}
-"""How often a fault is drawn; once where nothing stands here."""
+"""The weights with which faults are drawn; 1 for those not listed."""
 
 
 class FaultMaker:
@@ -29,11 +29,11 @@ class FaultMaker:
         self._api_proxy = api_proxy
         self._rng = rng
         self.struck: list[tuple[float, str]] = []
-        """When, and which fault."""
+        """Time and name of each fault so far."""
         self.crash_times: list[float] = []
-        """When a worker was lost to its requests."""
+        """Times at which requests lost their worker."""
         self.garbled: set[str] = set()
-        """The requests of which a record was garbled: they may fail."""
+        """Requests that may fail because one of their records was garbled."""
         self._crashes: dict[str, Callable[[], None]] = {
             "worker killed": self._kill,
             "worker frozen": self._freeze,
@@ -54,7 +54,7 @@ class FaultMaker:
         }
 
     def strike(self, *, may_crash: bool) -> None:
-        """One fault, with its duration; one that loses a worker only if `may_crash`."""
+        """Causes one fault and waits for its end; loses a worker only if `may_crash`."""
         faults = self._others | (self._crashes if may_crash else {})
         names = sorted(faults)
         name = self._rng.choices(names, [WEIGHTS.get(name, 1) for name in names])[0]
@@ -80,12 +80,12 @@ class FaultMaker:
         wait_until(self._all_serve, START_LIMIT_S, "workers that serve behind all proxies")
 
     def _all_serve(self) -> bool:
-        """Whether each worker serves; one that died while it started (Redis was away) is started again."""
+        """Whether all workers serve; restarts those that died while starting because Redis was away."""
         self.restart_dead()
         return all(worker.is_serving for worker in self._cluster.workers)
 
     def _victim(self) -> ChaosWorker:
-        """A worker that serves: one that has just been started is left to load its model."""
+        """A serving worker, if any; those that still load their model are left alone."""
         serving = wait_until(self._serving, START_LIMIT_S, "a worker that serves")
         return self._rng.choice(serving)
 

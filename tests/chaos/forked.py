@@ -1,7 +1,7 @@
-"""`rq worker` in half a second: processes forked from one that has imported torch and transformers already.
+"""`rq worker` in half a second: forks of a process that has already imported torch and transformers.
 
-What runs in them is `rq`'s own entry point with the same arguments and environment as after a start from the
-shell; only the imports are done before. Tests start dozens of workers, and each would take four seconds.
+They run `rq`'s own entry point with the same arguments and environment as when started from the shell; only
+the imports are done before. Tests start dozens of workers, each of which would take four seconds.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ START_LIMIT_S = 60
 
 
 class ForkedProcess(Process):
-    """A child of the nursery; the same to its user as a process started from here."""
+    """A child of the nursery, with the methods of a process that was started from here."""
 
     def __init__(self, pid: int, log: Path, exit_codes: Mapping[int, int]) -> None:
         self.pid = pid
@@ -50,7 +50,7 @@ class ForkedProcess(Process):
 
 
 class Nursery:
-    """The process that the workers are forked from. As a context manager it is started and ended."""
+    """The process that workers are forked from. A `with` statement starts and ends it."""
 
     def __init__(self) -> None:
         self._exit_codes: dict[int, int] = {}
@@ -59,7 +59,7 @@ class Nursery:
         self._answered = threading.Semaphore(0)
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> ForkedProcess:
-        """`rq` with these arguments; its output goes to `log`."""
+        """Starts `rq` with these arguments; its output goes to `log`."""
         log.touch()
         order = {"arguments": list(arguments), "environment": dict(environment), "log": str(log)}
         with self._lock:
@@ -104,7 +104,7 @@ class Nursery:
 
 
 def main() -> None:
-    """The nursery: forks what stdin orders, tells pids and exit codes, kills what is left at the end."""
+    """Runs the nursery: forks on orders from stdin, reports pids and exit codes, at last kills the rest."""
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -144,7 +144,7 @@ def _fork(order: dict[str, object]) -> int:
 
 
 def _become(arguments: list[str], environment: dict[str, str], log: str) -> int:
-    """In the child: `rq` with its own output, arguments and environment; its exit code."""
+    """Runs `rq` in the child, with its own output, arguments and environment; returns its exit code."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)

@@ -1,4 +1,4 @@
-"""Records in Redis that somebody garbled: of one request, which may fail for it, or shared by all."""
+"""Garbles records in Redis: those of one request, which may then fail, or those that all requests share."""
 
 import random
 
@@ -10,7 +10,7 @@ from tests.chaos.cluster import BASE, Cluster
 
 _AS_STRING = "redis.call('DEL', KEYS[1]) redis.call('SET', KEYS[1], 'garbage')"
 _SET_FIELD = "redis.call('HSET', KEYS[1], ARGV[1], 'garbage')"
-# Only while the request waits or runs: nobody tidies up after one that has ended.
+# Only while the request waits or runs: nothing removes a record that is written after its end.
 _IF_OPEN = """
 local status = redis.call('HGET', ARGV[2], 'status')
 if status ~= 'queued' and status ~= 'started' then return 0 end
@@ -46,6 +46,6 @@ def garble_request(cluster: Cluster, rng: random.Random, garbled: set[str]) -> N
 
 
 def garble_shared(connection: redis.Redis, rng: random.Random) -> None:
-    """Puts a string in the place of a key that all requests share."""
+    """Replaces a key that all requests share with a string."""
     key = rng.choice(SHARED)(slug(BASE))
     connection.register_script(_AS_STRING)(keys=[key])

@@ -1,4 +1,4 @@
-"""A worker that stops itself where its model is loaded and nobody knows of it; for `rq worker -w`."""
+"""A worker that stops itself after loading its model, before it registers; for `rq worker -w`."""
 
 import os
 import signal

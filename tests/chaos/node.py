@@ -19,7 +19,7 @@ INSTALL_LIMIT_S = 60
 
 
 def install_openai(folder: Path) -> Path:
-    """Our script beside the package, in this folder; the test fails if the package can't be fetched."""
+    """Installs the package into this folder, beside our script; fails the test if it can't be fetched."""
     options = ["--no-audit", "--no-fund", "--fetch-retries", "1", "--cache", folder / "cache"]
     command = [BIN / "npm", "install", PACKAGE, "--prefix", folder, *options]
     try:
@@ -34,7 +34,7 @@ def install_openai(folder: Path) -> Path:
 
 
 def node_readers(script: Path) -> dict[str, Read]:
-    """The ways to read a stream from its beginning."""
+    """Node clients that read a stream from its beginning."""
 
     def reader(mode: str) -> Read:
         def read(url: str, reading: Reading) -> None:
@@ -46,7 +46,7 @@ def node_readers(script: Path) -> dict[str, Read]:
 
 
 def resuming_node_readers(script: Path) -> dict[str, Read]:
-    """The way to go on with one."""
+    """The Node client that resumes a stream."""
 
     def resume(url: str, reading: Reading) -> None:
         path = f"/chat/completions/{reading.request_id}/stream"

@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 def script_marker(name: str) -> bytes:
-    """What stands in every call of a script once the server knows it: its SHA-1 in hex."""
+    """The bytes by which a call of a script is recognised: the script's SHA-1 in hex."""
     return hashlib.sha1(script_source(name).encode()).hexdigest().encode()
 
 
 class Proxy:
     """Forwards connections to 127.0.0.1:`port`; all its methods may be called from any thread.
 
-    As a context manager it is started and ended. `url` is what the component gets in place of the server's.
+    A `with` statement starts and ends it. The component gets `url` in place of the server's URL.
     """
 
     def __init__(self, port: int) -> None:
@@ -41,46 +41,46 @@ class Proxy:
         self._thread = threading.Thread(target=self._run, name="proxy")
         self._server: asyncio.Server | None = None
         self.port = 0
-        """Where it listens."""
+        """The port that the proxy listens on."""
         self.num_accepted = 0
-        """Connections so far."""
+        """Number of connections so far."""
         self.num_swallowed = 0
-        """Replies swallowed so far."""
+        """Number of replies swallowed so far."""
 
     @property
     def url(self) -> str:
-        """What `redis.Redis.from_url` takes."""
+        """The URL of the proxy, for `redis.Redis.from_url`."""
         return f"redis://127.0.0.1:{self.port}"
 
     @property
     def num_links(self) -> int:
-        """Connections that are open now."""
+        """Number of open connections."""
         return len(self._links)
 
     def reset_all(self) -> int:
-        """Resets every connection, on both sides; how many there were."""
+        """Resets every connection, on both sides; returns their number."""
         return self._call(self._reset(1.0, random.Random(0)))
 
     def reset_some(self, rng: random.Random, share: float = 0.5) -> int:
-        """Resets each connection with a probability of `share`; how many it met."""
+        """Resets each connection with a probability of `share`; returns the number of those it reset."""
         return self._call(self._reset(share, rng))
 
     def hold(self, *, up: bool = True, down: bool = True) -> None:
-        """A black hole: bytes to the server (`up`) or from it (`down`) stay here; nobody is told."""
+        """Begins a black hole: bytes to the server (`up`) or from it (`down`) are held, without an error."""
         self._call(self._set_open(up=not up, down=not down))
 
     def release(self) -> None:
-        """Ends the black hole: what was held goes on, in order."""
+        """Ends the black hole: held bytes are forwarded in order."""
         self._call(self._set_open(up=True, down=True))
 
     def swallow_replies(self, marker: bytes, count: int = 1) -> None:
-        """The next commands with `marker` in them are carried out, but instead of a reply comes a reset."""
+        """Lets the next commands with `marker` through, but resets the connection in place of a reply."""
         self._call(self._set_marker(marker, count))
 
     def refuse(self, reply: str | None) -> None:
-        """Answers every command with this error from now on, without the server; None ends it.
+        """Answers every command with this error itself, until called with None.
 
-        Commands must be small: those of one chunk are counted.
+        Commands must be small, because the proxy counts the commands of one network read.
         """
         self._call(self._set_refusal(reply))
 
@@ -185,14 +185,14 @@ class Proxy:
 
 
 class _Link:
-    """One connection and its other half."""
+    """One connection of a component, and the proxy's own one to the server."""
 
     def __init__(self, *writers: asyncio.StreamWriter) -> None:
         self._writers = writers
         self.swallows = False
 
     def refuse(self, replies: bytes) -> None:
-        """Answers the client."""
+        """Answers the component with the error."""
         self._writers[0].write(replies)
 
     def reset(self) -> None:

@@ -1,7 +1,7 @@
-"""Random faults under load on a real deployment, and a table of what became of the requests.
+"""Random faults in a real deployment under load, and a table of what happened to the requests.
 
-`scripts/chaos --minutes M --seed S`. The same seed gives the same order of faults; what each of them meets
-depends on the machine. Exit code 1 if a request was lost or a token differs.
+`scripts/chaos --minutes M --seed S`. The same seed gives the same order of faults, but their timing depends
+on the machine. The exit code is 1 if a request was lost or a token differs.
 """
 
 import argparse
@@ -41,31 +41,31 @@ from tests.waiting import wait_until
 
 NUM_WORKERS = 3
 REFUSALS = ("queue_unavailable",)
-"""Errors of requests that were not accepted."""
+"""Error codes of requests that were not accepted."""
 TOLD_OF_GARBAGE = ("can't be read", "was removed from the queue")
-"""Parts of the messages that clients of garbled requests get."""
+"""Parts of the error messages that clients of garbled requests get."""
 MAX_NUM_CRASHES_MET = 2
 MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 2.5
 RESULT_TTL_S = 20
-"""Time for the recorder to read the log of a request that has ended, Redis being away now and then."""
+"""Life of an ended request's log: long enough for the recorder to read it although Redis is away at times."""
 
 
 class Book:
-    """What is known of the requests that are over; their texts are dropped once they are compared."""
+    """Results of the requests that are over; their texts are dropped once they are compared."""
 
     def __init__(self, reference: Reference, garbled: Collection[str]) -> None:
-        """`garbled`: the requests of which a record was garbled, as far as is known now."""
+        """`garbled` has the requests with a garbled record; it grows while the run goes on."""
         self._reference = reference
         self._garbled = garbled
         self._lock = threading.Lock()
         self.times: list[array[float]] = []
-        """Of each completed request: when it was sent, its chunks, its end."""
+        """Times of each completed request: sent, each chunk, end."""
         self.num_accepted = self.num_refused = self.num_garbled = 0
         self.losses: list[str] = []
         self.differences: list[str] = []
 
     def enter(self, answer: Answer) -> None:
-        """Takes the answer of a request that is over."""
+        """Adds the answer of a request that is over."""
         with self._lock:
             if answer.error_code in REFUSALS and answer.status != 200:
                 self.num_refused += 1
@@ -85,17 +85,17 @@ class Book:
         """Whether a record of this request was garbled."""
         if answer.request_id or not answer.errors:
             return answer.request_id in self._garbled
-        # An error in place of a stream does not name its request. No more of them count than were garbled.
+        # An error before the stream began does not name its request: at most as many count as were garbled.
         is_told = any(words in answer.errors[0]["message"] for words in TOLD_OF_GARBAGE)
         return is_told and self.num_garbled < len(self._garbled)
 
     def longest_pause(self) -> tuple[float, float]:
-        """The longest time that any client saw nothing: from when to when."""
+        """Begin and end of the longest pause that any client saw."""
         pauses = (pair for times in self.times for pair in itertools.pairwise(times))
         return max(pauses, key=lambda pause: pause[1] - pause[0], default=(0.0, 0.0))
 
     def recovery_s(self, fault_at: float) -> float:
-        """How long after a fault the last of the streams it met went on."""
+        """Time from a fault until the last stream that it interrupted went on."""
         return max(
             (_next(times, fault_at) - fault_at for times in self.times if _is_open(times, fault_at)),
             default=0.0,
@@ -103,7 +103,7 @@ class Book:
 
 
 class Recomputed:
-    """Counts the tokens that were computed again: those of requests that went back to their queues."""
+    """Counts recomputed tokens: those of requests that went back to their queues."""
 
     def __init__(self, url: str) -> None:
         self._connection = redis.Redis.from_url(url)
@@ -112,7 +112,7 @@ class Recomputed:
         self.num_requests = self.num_tokens = 0
 
     def start(self) -> None:
-        """Listens from now on."""
+        """Begins to count."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -166,7 +166,7 @@ def run(
     num_streams: int,
     nursery: Nursery,
 ) -> tuple[bool, list[str]]:
-    """Breaks a deployment for so long; whether nothing was lost and no token differs, and the report."""
+    """Breaks a deployment for a while; returns the report, and whether no request or token was lost."""
     with ExitStack() as stack:
         asks = [ask for n in (12, 30, 60) for ask in workload(32, max_tokens=n, tag=f"{n} ")]
         rng.shuffle(asks)
@@ -209,7 +209,7 @@ def run(
 
 
 def fault_free(models: dict[str, str], asks: list[Ask], nursery: Nursery) -> Reference:
-    """The answers to all requests from a quiet deployment."""
+    """The fault-free answers to all requests, from a deployment without faults."""
 
     def answer(asks: "list[Ask] | tuple[Ask, ...]") -> list[Answer]:
         with Cluster(models, nursery, step_delay_s="0") as cluster, Recorder(cluster.server.url) as recorder:
@@ -223,14 +223,14 @@ def fault_free(models: dict[str, str], asks: list[Ask], nursery: Nursery) -> Ref
 
 
 def find_garbled_faults(answer: Answer, expected: Expected) -> list[str]:
-    """The faults of an answer whose records were garbled: it may end early, but once, and with right text."""
+    """Mistakes in the answer of a garbled request: it may end early, but only once, and after right text."""
     if answer.is_complete:
         return [] if answer.text == expected.text else [f"text {answer.text!r} instead of {expected.text!r}"]
     return find_partial_faults(answer, expected)
 
 
 def break_for(seconds: float, maker: FaultMaker, load: Load, rng: random.Random) -> None:
-    """One fault after another; no request meets more than two crashes."""
+    """Causes one fault after another; no request meets more than two crashes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         maker.restart_dead()
@@ -244,7 +244,7 @@ def break_for(seconds: float, maker: FaultMaker, load: Load, rng: random.Random)
 
 
 def what_remains(cluster: Cluster) -> list[str]:
-    """C4 and C5, after the longest life that a key may have."""
+    """Checks C4 and C5 when the longest life that a key may have is over."""
     try:
         check_quiet(cluster.connection, BASE)
         wait_until(lambda: not request_keys(cluster.connection), CANCELED_TTL_S + RESULT_TTL_S)
@@ -261,7 +261,7 @@ def report(
     remains: list[str],
     complaints: list[str],
 ) -> list[str]:
-    """The table, and what went wrong in front of it."""
+    """The table, below a list of everything that went wrong."""
     recoveries = [book.recovery_s(at) for at in maker.crash_times] or [0.0]
     kinds = Counter(name for _, name in maker.struck)
     rows = {
@@ -286,13 +286,13 @@ def report(
 
 
 def describe_outage(outages: list[Outage]) -> str:
-    """The longest, without the start of the successor, which no supervisor can shorten."""
+    """The longest outage without the start of the successor, which no supervisor can shorten."""
     longest = max(outages, key=lambda outage: outage.beyond_start_s, default=Outage(0.0, 0.0))
     return f"{longest.beyond_start_s:.2f} s, and {longest.start_s:.2f} s in which its successor started"
 
 
 def describe_pause(start: float, end: float, struck: list[tuple[float, str]]) -> str:
-    """A pause, and the faults in it with the seconds since its beginning."""
+    """One line about a pause: its length, and the faults in it with the seconds since its beginning."""
     faults = ", ".join(f"{name} at {at - start:.1f}" for at, name in struck if start - 1 <= at <= end)
     return f"{end - start:.2f} s ({faults or 'no fault'})"
 
