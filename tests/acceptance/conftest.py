@@ -15,7 +15,7 @@ ADAPTERS = ROOT / "demo" / "adapters"
 
 @pytest.fixture(scope="session")
 def demo_model() -> str:
-    """The folder of the real model; fetched when it isn't there."""
+    """The folder of the demo model; downloaded if it isn't there."""
     command = [sys.executable, "-m", "demo.model"]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 

@@ -1,4 +1,8 @@
-"""Compares what clients saw with a run without faults, and looks for what should not be left in Redis."""
+"""Compares clients' answers with those of a run without faults, and finds keys left over in Redis.
+
+C1: every stream has one end. C2: its text and tokens are those of the run without faults. C3: event numbers
+have no gap and no repetition. C4: every key of a request expires. C5: nothing waits, runs or is owned.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -13,11 +17,11 @@ from tests.waiting import wait_until
 
 QUIET_LIMIT_S = 10
 CANCELED_TTL_S = 60
-"""How long RQ shows a request that was given up."""
+"""Life of an aborted request's job in RQ."""
 
 
 class Expected(NamedTuple):
-    """What a request gets when nothing goes wrong."""
+    """The answer of a request without faults."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -25,14 +29,14 @@ class Expected(NamedTuple):
 
 
 class Reference:
-    """The fault-free answers; each request is run once for it, when it is first asked for."""
+    """The fault-free answers; each request runs once for them, in `prepare`."""
 
     def __init__(self, run: Callable[[Sequence[Ask]], list[Answer]]) -> None:
         self._run = run
         self._known: dict[Ask, Expected] = {}
 
     def prepare(self, asks: Iterable[Ask]) -> None:
-        """Runs those that are not known; call it while nothing else is going on."""
+        """Runs the requests whose answers are not known yet; call it while nothing else runs."""
         if not (unknown := list(dict.fromkeys(ask for ask in asks if ask not in self._known))):
             return
         for answer in self._run(unknown):
@@ -47,7 +51,7 @@ class Reference:
 
 
 def find_faults(answer: Answer, expected: Expected) -> list[str]:
-    """What is wrong with the answer of a request that should have completed (C1, C2)."""
+    """Mistakes in the answer of a request that should have completed (C1, C2)."""
     faults = []
     if not answer.is_complete:
         faults.append(f"status {answer.status}, errors {answer.errors}, {answer.failure or 'not broken'}")
@@ -69,7 +73,7 @@ def find_faults(answer: Answer, expected: Expected) -> list[str]:
 
 
 def find_partial_faults(answer: Answer, expected: Expected) -> list[str]:
-    """What is wrong with an answer that may have ended early: one end, and nothing but a prefix before it."""
+    """Mistakes in an answer that may have ended early: it needs one end, and a right beginning before it."""
     if answer.is_complete:
         return find_faults(answer, expected)
     faults = [] if answer.num_ends == 1 else [f"{answer.num_ends} ends, {answer.failure}"]
@@ -79,7 +83,7 @@ def find_partial_faults(answer: Answer, expected: Expected) -> list[str]:
 
 
 def find_log_faults(answer: Answer) -> list[str]:
-    """What is wrong with a token log that has ended: numbers, ends, text (C2, C3)."""
+    """Mistakes in a token log that has ended: numbers, ends, text (C2, C3)."""
     log = answer.log or []
     faults = []
     if [event.event_no for event in log] != list(range(len(log))):
@@ -92,17 +96,17 @@ def find_log_faults(answer: Answer) -> list[str]:
 
 
 def check_complete(answers: Iterable[Answer], reference: Reference) -> None:
-    """C1 and C2 for requests that must all have completed."""
+    """Checks C1 and C2 for requests that must all have completed."""
     _report(answers, reference, find_faults)
 
 
 def check_partial(answers: Iterable[Answer], reference: Reference) -> None:
-    """C1, and C2 for those that completed; each other one ended with one error after a right beginning."""
+    """Checks C1, and C2 for completed requests; the others must have one error after a right beginning."""
     _report(answers, reference, find_partial_faults)
 
 
 def check_quiet(connection: redis.Redis, base: str) -> None:
-    """C5: soon nothing waits, runs, or is owned by anybody."""
+    """Checks C5: soon nothing waits, runs, or is owned by anybody."""
     try:
         wait_until(lambda: not find_remains(connection, base), QUIET_LIMIT_S)
     except AssertionError:
@@ -125,13 +129,13 @@ def find_remains(connection: redis.Redis, base: str) -> list[str]:
 
 
 def request_keys(connection: redis.Redis) -> dict[str, float]:
-    """C4: every key that names a request, and the seconds it has to live (-1: for ever)."""
+    """Every key that names a request, and the seconds until it expires (-1: never), for C4."""
     names = list(connection.scan_iter("*chatcmpl*", count=1000))
     return {name.decode(): life for name in names if (life := connection.pttl(name) / 1000) != -0.002}
 
 
 def check_expiry(connection: redis.Redis, max_ttl_s: float) -> None:
-    """C4, without the waiting: every key that names a request is about to go."""
+    """Checks C4 without waiting: every key that names a request expires within its time."""
 
     def limit_s(name: str) -> float:
         is_canceled = (

@@ -166,7 +166,7 @@ def run(
     num_streams: int,
     nursery: Nursery,
 ) -> tuple[bool, list[str]]:
-    """Breaks a deployment for a while; returns the report, and whether no request or token was lost."""
+    """Breaks a deployment for a while; returns whether no request or token was lost, and the report."""
     with ExitStack() as stack:
         asks = [ask for n in (12, 30, 60) for ask in workload(32, max_tokens=n, tag=f"{n} ")]
         rng.shuffle(asks)

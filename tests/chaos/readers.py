@@ -1,4 +1,4 @@
-"""Clients of other makers: each reads a stream with its own code, and notes what it was given."""
+"""Clients of other makers: each reads a stream with its own code and records what it got."""
 
 import asyncio
 import contextlib
@@ -19,11 +19,11 @@ from tests.chaos.recorder import CHAT, READ_LIMIT_S, Answer, Ask, Recorder, Run,
 from tests.decoders import DONE, by_go, by_lines
 
 NUM_TEXTS = 3
-"""Pieces of text after which a client leaves that is to come back."""
+"""Pieces of text after which a resuming client disconnects."""
 HTTPX_OPTIONS: dict[str, Any] = {"timeout": READ_LIMIT_S, "trust_env": False, "verify": False}
-"""Plain HTTP: loading certificates for each of many clients keeps the servers from working."""
+"""Options without TLS: loading certificates for each of many clients takes the servers' CPU time."""
 CLIENT_ERRORS = (httpx.HTTPError, openai.OpenAIError, requests.RequestException, ValueError)
-"""Faults that a client's own code finds; JSON that it can't read is a ValueError."""
+"""Exceptions with which clients report faults; JSON that they can't read is a ValueError."""
 
 
 @dataclass(eq=False)
@@ -33,29 +33,29 @@ class Reading(Answer):
     client: str = ""
     is_detached: bool = False
     other_url: str = ""
-    """The API at which it goes on if it leaves."""
+    """The API at which the client resumes."""
     last_id: str = ""
-    """The id of the last event, where the client tells it."""
+    """The id of the last event, for clients that expose it."""
     num_comments: int = 0
-    """Comments, where the client shows them."""
+    """Number of comments, for clients that expose them."""
 
     @property
     def name(self) -> str:
-        """The client, and whether its events have ids."""
+        """The client's name, and whether its events have ids."""
         return f"{self.client} {'with' if self.is_detached else 'without'} ids"
 
     @property
     def request_headers(self) -> dict[str, str]:
-        """Headers of its request."""
+        """The headers of the request."""
         return {DETACH: "true"} if self.is_detached else {}
 
     @property
     def is_under_way(self) -> bool:
-        """Whether some text has come, to one that came back after it did."""
+        """Whether some text has come; for a resuming client, after its return."""
         return len(self.chunks) > NUM_TEXTS
 
     def note(self, chunk: dict[str, Any]) -> None:
-        """A chunk or an error, in the form that a client hands out."""
+        """Records a chunk or an error, in the form in which the client delivers it."""
         self.status, self.request_id = 200, self.request_id or chunk.get("id", "")
         note_chunk(self, chunk)
 
@@ -100,25 +100,25 @@ def read_with_openai_helper(url: str, reading: Reading) -> None:
 
 
 def read_with_requests(url: str, reading: Reading) -> None:
-    """`requests` and its lines."""
+    """Reads with `requests`, line by line."""
     for data in by_lines(line.decode() for line in _requests_lines(url, reading)):
         _note_data(reading, data)
 
 
 def read_with_go_decoder(url: str, reading: Reading) -> None:
-    """The older decoder of openai-go."""
+    """Reads with the older decoder of openai-go."""
     for data in by_go(_requests_lines(url, reading)):
         _note_data(reading, data)
 
 
 def read_with_httpx_sse(url: str, reading: Reading) -> None:
-    """`httpx-sse`."""
+    """Reads with `httpx-sse`."""
     for event in _httpx_sse_events("POST", url + CHAT, reading.request_headers, json=reading.ask.body):
         _note_event(reading, event)
 
 
 def leave(url: str, reading: Reading) -> None:
-    """`httpx-sse`, which leaves after some text."""
+    """Reads with `httpx-sse` and leaves after some text."""
     events = _httpx_sse_events("POST", url + CHAT, reading.request_headers, json=reading.ask.body)
     with contextlib.closing(events):
         for event in events:
@@ -128,7 +128,7 @@ def leave(url: str, reading: Reading) -> None:
 
 
 def resume_with_openai(url: str, reading: Reading) -> None:
-    """The official client's `get`, with its own `Stream`."""
+    """Resumes with the official client's `get` and its own `Stream`."""
     with _openai_client(url) as client:
         for chunk in client.get(
             f"/chat/completions/{reading.request_id}/stream",
@@ -142,7 +142,7 @@ def resume_with_openai(url: str, reading: Reading) -> None:
 
 
 def resume_with_httpx_sse(url: str, reading: Reading) -> None:
-    """`httpx-sse`, with the last id that it told."""
+    """Resumes with `httpx-sse`, from the last id that it exposed."""
     resumed = f"{url}{CHAT}/{reading.request_id}/stream"
     for event in _httpx_sse_events("GET", resumed, {LAST_EVENT_ID: reading.last_id}):
         _note_event(reading, event)
@@ -181,7 +181,7 @@ class Readers(Recorder):
         self._resuming = resuming
 
     def start_all(self, api_url: str, other_url: str, asks: Sequence[Ask]) -> tuple[list[Reading], Run]:
-        """Every client, with ids and without, each with a request of its own."""
+        """Starts every client, with ids and without, each with a request of its own."""
         modes = [(client, is_detached) for client in self._plain for is_detached in (False, True)]
         modes += [(client, True) for client in self._resuming]
         readings = [
@@ -191,7 +191,7 @@ class Readers(Recorder):
         return readings, self.start_answers(api_url, list(readings))
 
     def exchange(self, api_url: str, answer: Answer) -> None:
-        """One stream, read by the reading's own client."""
+        """Reads one stream with the reading's own client."""
         assert isinstance(answer, Reading)
         read = (self._plain | self._resuming)[answer.client]
         try:
@@ -205,7 +205,7 @@ class Readers(Recorder):
             answer.failure = repr(error)
 
     def come_back(self, api_url: str, reading: Reading) -> None:
-        """`httpx-sse` goes on at this API after an error, with the last id that it told."""
+        """Resumes with `httpx-sse` at this API after an error, from the last id that it exposed."""
         reading.errors.clear()
         reading.num_done = 0
         resume_with_httpx_sse(api_url, reading)
@@ -213,7 +213,7 @@ class Readers(Recorder):
 
 
 def check_complete_readings(readings: Sequence[Reading], reference: Reference) -> None:
-    """Every client got all of the fault-free answer, and one end."""
+    """Checks that every client got the whole fault-free answer, and one end."""
     _report({reading.name: find_faults(reading, reference.of(reading.ask)) for reading in readings})
     for reading in readings:
         if reading.client in ("httpx-sse", "httpx-sse, resumed"):
@@ -222,7 +222,7 @@ def check_complete_readings(readings: Sequence[Reading], reference: Reference) -
 
 
 def check_broken_readings(readings: Sequence[Reading], reference: Reference, code: str) -> None:
-    """Every client got a beginning of the fault-free answer, and one error with this code."""
+    """Checks that every client got a beginning of the fault-free answer, and one error with this code."""
     _report({reading.name: find_partial_faults(reading, reference.of(reading.ask)) for reading in readings})
     assert {reading.name: reading.error_code for reading in readings} == {
         reading.name: code for reading in readings

@@ -1,4 +1,4 @@
-"""Clients that keep every chunk they see, with its time."""
+"""Clients that record every chunk with its time."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ class Ask:
 def workload(num_requests: int = 32, max_tokens: int = 40, tag: str = "") -> list[Ask]:
     """Requests of different prompts and lengths of prompt: base and adapters, greedy and sampled.
 
-    Each fourth has a stop string, whose beginning often occurs, so that text is held back.
+    Every fourth one has a stop string whose beginning often occurs, so that text is held back.
     """
     return [
         Ask(
@@ -70,7 +70,7 @@ def workload(num_requests: int = 32, max_tokens: int = 40, tag: str = "") -> lis
 
 @dataclass(eq=False)
 class Answer:
-    """What one client saw."""
+    """The answer as one client saw it."""
 
     ask: Ask
     sent_at: float = field(default_factory=time.monotonic)
@@ -82,10 +82,10 @@ class Answer:
     errors: list[dict[str, Any]] = field(default_factory=list)
     num_done: int = 0
     failure: str = ""
-    """How the connection broke, if it did."""
+    """The error with which the connection broke, or empty."""
     ended_at: float = 0.0
     log: list[StreamEvent] | None = None
-    """The token log at the end; None where Redis has none of it any more."""
+    """The token log at the end; None if Redis no longer has it."""
 
     @property
     def text(self) -> str:
@@ -94,21 +94,21 @@ class Answer:
 
     @property
     def num_ends(self) -> int:
-        """How often the client was told that it is over; must be 1."""
+        """How often the client was told of the end; must be 1."""
         return len(self.finish_reasons) + len(self.errors)
 
     @property
     def is_complete(self) -> bool:
-        """Whether it ended as it should, for all that the client can see."""
+        """Whether the answer ended without an error, as far as the client can see."""
         return self.status == 200 and not self.errors and not self.failure and self.num_ends == 1
 
     @property
     def error_code(self) -> str | None:
-        """The code of its error, if it got one."""
+        """The code of the error that the client got, or None."""
         return self.errors[0]["code"] if self.errors else None
 
     def longest_pause_s(self, since: float = 0.0) -> float:
-        """The longest time without a chunk, from `since` (or the sending, which counts) to the end."""
+        """The longest time without a chunk, between `since` (by default the sending) and the end."""
         times = [max(since, self.sent_at)]
         times += [at for at, _ in self.chunks if at > times[0]] + [max(self.ended_at, times[0])]
         return max(later - earlier for earlier, later in itertools.pairwise(times))
@@ -126,21 +126,21 @@ class Run:
 
     @property
     def request_ids(self) -> list[str]:
-        """Of those that got their headers."""
+        """Ids of the requests whose clients got their headers."""
         return [answer.request_id for answer in self.answers if answer.request_id]
 
     @property
     def num_started(self) -> int:
-        """Requests whose client has seen text."""
+        """Number of requests whose clients have seen text."""
         return sum(bool(answer.chunks) for answer in self.answers)
 
     @property
     def num_ended(self) -> int:
-        """Requests that are over."""
+        """Number of requests that are over."""
         return sum(bool(answer.ended_at) for answer in self.answers)
 
     def longest_pause_s(self, since: float = 0.0) -> float:
-        """The longest time that any client saw nothing, from then on."""
+        """The longest time without a chunk at any client, from `since` on."""
         return max(answer.longest_pause_s(since) for answer in self.answers)
 
     def wait(self, timeout_s: float = READ_LIMIT_S) -> list[Answer]:
@@ -175,9 +175,9 @@ class Load:
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(num_clients, thread_name_prefix="client")
         self.answers: list[Answer] = []
-        """Those that are over, in the order in which they ended."""
+        """Answers that are over, in the order in which they ended."""
         self.open_answers: list[Answer] = []
-        """Those that are on their way."""
+        """Answers that are under way."""
         self._futures = [self._pool.submit(self._work) for _ in range(num_clients)]
 
     def stop(self, timeout_s: float = READ_LIMIT_S) -> list[Answer]:
@@ -206,7 +206,7 @@ class Load:
 
 
 class Recorder:
-    """Sends requests to APIs and records what comes back. As a context manager it is closed at the end."""
+    """Sends requests to APIs and records their answers. A `with` statement closes it at the end."""
 
     def __init__(self, redis_url: str) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -229,18 +229,18 @@ class Recorder:
         num_clients: int,
         on_end: Callable[[Answer], None] = lambda answer: None,
     ) -> Load:
-        """Sends these requests again and again, so many at a time; `on_end` sees each answer at its end."""
+        """Sends these requests again and again, `num_clients` at a time; `on_end` gets each ended answer."""
         return Load(self, api_url, asks, num_clients, on_end)
 
     def record(self, api_url: str, answer: Answer) -> None:
-        """One exchange, from its sending to its end."""
+        """Runs one exchange, from sending to end."""
         answer.sent_at = time.monotonic()
         self.exchange(api_url, answer)
         answer.ended_at = time.monotonic()
         answer.log = self.read_log(answer.request_id)
 
     def exchange(self, api_url: str, answer: Answer) -> None:
-        """Sends one request and notes what comes back."""
+        """Sends one request and records its answer."""
         try:
             with self._client.stream("POST", f"{api_url}{CHAT}", json=answer.ask.body) as response:
                 answer.status, answer.headers = response.status_code, response.headers
@@ -254,7 +254,7 @@ class Recorder:
             answer.failure = repr(error)
 
     def read_log(self, request_id: str) -> list[StreamEvent] | None:
-        """The log; a server that is away now may be back before the log's time is over."""
+        """Reads a request's log; retries while the server is away, since the log lives on for a while."""
         deadline = time.monotonic() + LOG_WAIT_S
         while True:
             try:
@@ -291,7 +291,7 @@ def _read_line(answer: Answer, line: str) -> None:
 
 
 def note_chunk(answer: Answer, chunk: dict[str, Any]) -> None:
-    """An event that is JSON: a chunk or an error."""
+    """Records an event that is JSON: a chunk or an error."""
     if "error" in chunk:
         answer.errors.append(chunk["error"])
         return
@@ -303,7 +303,7 @@ def note_chunk(answer: Answer, chunk: dict[str, Any]) -> None:
 
 
 def _read_body(answer: Answer, body: dict[str, Any]) -> None:
-    """A whole answer, or an error with a status of its own."""
+    """Records a whole answer, or an error with a status of its own."""
     if "error" in body:
         answer.errors.append(body["error"])
         return

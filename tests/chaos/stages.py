@@ -1,4 +1,4 @@
-"""How far the requests of a worker have got: faults are timed by it, not by the clock."""
+"""The progress of a worker's requests, by which tests time their faults instead of by the clock."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -19,7 +19,7 @@ STAGES: dict[str, Callable[[list[int]], bool]] = {
 
 
 def pick_victim(workers: Sequence[ChaosWorker], stage: str = "in the middle") -> ChaosWorker:
-    """The first worker whose requests have got so far."""
+    """The first worker whose requests have reached this stage."""
 
     def find() -> ChaosWorker | None:
         return next((worker for worker in workers if STAGES[stage](worker.owned_log_lengths())), None)

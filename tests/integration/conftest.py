@@ -46,7 +46,7 @@ def tiny_settings(tiny_model: Path, tiny_adapters: dict[str, Path]) -> dict[str,
 def deploy(
     redis_server: RedisServer, connection: redis.Redis, tiny_settings: dict[str, str], tmp_path: Path
 ) -> Iterator[Callable[..., Deployment]]:
-    """Makes deployments of `tiny` with its adapters over an empty server; settings may be changed by name."""
+    """Makes deployments of `tiny` with its adapters over an empty server; keywords change settings."""
     deployments: list[Deployment] = []
 
     def make(**settings: str) -> Deployment:
@@ -60,7 +60,7 @@ def deploy(
 
 @pytest.fixture(scope="module")
 def served(tiny_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """One worker and one API on a server of their own, for tests that leave them as they are."""
+    """One worker and one API on a server of their own, for tests that don't disturb them."""
     folder = tmp_path_factory.mktemp("served")
     with tempfile.TemporaryDirectory(prefix="lorelay-") as server_folder:
         server = RedisServer(server_binary(), Path(server_folder))
