@@ -1,1 +1,1 @@
-"""What the API and the workers agree on: settings, messages, Redis keys and scripts."""
+"""Everything that the API and the workers must agree on: settings, messages, Redis keys and scripts."""

@@ -23,7 +23,7 @@ TextOrTokens = str | tuple[TokenId, ...]
 """One prompt that is no chat: text to be tokenized, or token ids as they are."""
 
 
-# What comes from JSON has no cycles; without gc=False the collector would look at it for each token.
+# Decoded JSON has no reference cycles; without gc=False the collector would scan every message in vain.
 class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Base of all messages: immutable; fields at their default take no bytes."""
 
@@ -33,7 +33,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended. `ABORT` and `ERROR` stay inside; HTTP shows the first three."""
+    """The reason why a sequence ended. HTTP shows the first three; `ABORT` and `ERROR` stay inside."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -47,19 +47,19 @@ class ForwardState(StrEnum):
 
     EAGER = "eager"
     COMPILING = "compiling"
-    """Eager, while the compiled one is built."""
+    """Eager, while the compiled forward pass is being built."""
     COMPILED = "compiled"
 
 
 class RequestClass(StrEnum):
-    """Who waits for a request: a person at the stream, or a batch job that fills idle hours."""
+    """The kind of waiting client: a person who reads the stream, or a batch job that fills idle hours."""
 
     INTERACTIVE = "interactive"
     BATCH = "batch"
 
 
 class SamplingParams(Message, frozen=True):
-    """How to pick tokens and when to end."""
+    """Parameters of sampling, and conditions for the end."""
 
     temperature: Annotated[float, Meta(ge=0)] = 1.0
     """0 is greedy."""
@@ -74,9 +74,9 @@ class SamplingParams(Message, frozen=True):
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], Meta(max_length=MAX_NUM_STOPS)] = ()
     logprobs: int | None = None
-    """How many alternatives to report per token; None reports none."""
+    """Number of alternatives to report per token; None reports no logprobs."""
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] = {}
-    """Token id to what is added to its logit."""
+    """Maps a token id to the number that is added to its logit."""
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     """Both penalties count the tokens of the output so far, as OpenAI defines them."""
@@ -88,7 +88,7 @@ class SamplingParams(Message, frozen=True):
 
 
 def weights_version(base_version: str, adapter_version: str | None) -> str:
-    """One name for the weights that answer a request: those of the base and, of an adapter, its own."""
+    """The weights version of a model: the base's version, and for an adapter also its own, in one string."""
     return base_version if adapter_version is None else f"{base_version}+{adapter_version}"
 
 
@@ -100,7 +100,7 @@ class GenerationRequest(Message, frozen=True):
 
     request_id: str
     model: str
-    """As the client wrote it: the name of the base or of an adapter."""
+    """The `model` that the client wrote: the name of the base or of an adapter."""
     base: str
     sampling: SamplingParams
     messages: list[dict[str, Any]] = []
@@ -113,7 +113,7 @@ class GenerationRequest(Message, frozen=True):
     created: int = 0
     """Unix seconds, by the API's clock; shown to the client."""
     tenant: Annotated[str, Meta(max_length=128)] = ""
-    """Whose share of the queue the request counts to: a digest or a name; empty if nobody is told apart."""
+    """The client whose share of the queue this request uses: a digest or a name; empty if all share one."""
     request_class: RequestClass = RequestClass.INTERACTIVE
     priority: Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)] = 0
     """Order among the waiting requests of one tenant and class: lower runs earlier."""
@@ -122,16 +122,16 @@ class GenerationRequest(Message, frozen=True):
     generation_limit_s: float | None = None
     """Seconds from the claim after which the request is ended with an error."""
     detached: bool = False
-    """Whether it runs on when its client has gone."""
+    """Whether the request runs on after its client has disconnected."""
 
     @property
     def num_prompts(self) -> int:
-        """How many prompts it has; a chat is one."""
+        """The number of prompts; a chat is one."""
         return len(self.prompts) or 1
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences it generates."""
+        """The number of sequences to generate."""
         return self.num_prompts * self.n
 
     @property
@@ -188,7 +188,7 @@ class StreamEvent(Message, frozen=True):
     index: int = 0
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    """What these tokens released; all texts so far are a prefix of decode(all ids so far)."""
+    """The text that these tokens completed; all texts so far are a prefix of decode(all ids so far)."""
     logprobs: tuple[PositionLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
@@ -201,7 +201,7 @@ class StreamEvent(Message, frozen=True):
 
 
 class ModelCard(Message, frozen=True, omit_defaults=False):
-    """What the registry knows of a base model or an adapter."""
+    """The registry's entry of a base model or an adapter."""
 
     name: str
     base: str
@@ -215,7 +215,7 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
     adapter_name: str | None = None
     """None for the base model itself."""
     base_version: str = ""
-    """The version of the base, of an adapter the one it was checked with; empty from an earlier release."""
+    """The base's version, for an adapter the one it was checked with; empty from an earlier release."""
 
     @property
     def weights_version(self) -> str:

@@ -1,1 +1,1 @@
-"""Redis as both sides see it: keys, scripts, records, the registry of models."""
+"""The use of Redis that both sides share: keys, scripts, records, the registry of models."""

@@ -26,7 +26,7 @@ class EndLost(GenerationFailed):
 
 
 class FoundRequest(NamedTuple):
-    """A request that was enqueued before, and how far it is."""
+    """A request that was enqueued before, and its progress."""
 
     request: GenerationRequest
     num_events: int
@@ -55,7 +55,7 @@ class ApiStreams:
     ) -> None:
         """Admits a request and puts it on its queue, in one step.
 
-        `client` is who may resume or abort it later: a digest of the API key.
+        `client` is a digest of the API key; only the same client may resume or abort the request.
 
         Raises:
             QueueFull: the queue, or all queues of the base together, are at their limit.
@@ -82,15 +82,15 @@ class ApiStreams:
             )
 
     async def abort(self, request_id: str, *, only_queued: bool = False, ttl_s: int = 60) -> str:
-        """Gives a request up: `queued` (removed, never runs), `running` (its worker is told) or `gone`."""
+        """Aborts a request: `queued` (it never runs), `running` (its worker is told) or `gone`."""
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
 
     async def find_request(self, request_id: str, client: str) -> FoundRequest:
-        """A request that this client sent, while its job is kept.
+        """Finds a request that this client sent, as long as its job is kept.
 
         Raises:
-            RequestNotFound: there is none of this id, or another client sent it.
+            RequestNotFound: no request has this id, or another client sent it.
             UnreadableRecord: its job or its log can't be read.
         """
         pipeline = self._connection.pipeline()
@@ -105,10 +105,11 @@ class ApiStreams:
         return FoundRequest(read_request(encoded), num_events, has_ended is not None)
 
     async def attach(self, request_id: str, stream_ttl_s: float) -> None:
-        """From now on this API is told of a request's events, and no other."""
+        """Makes this API the only one that gets a request's events from now on."""
         key = keys.reader(request_id)
         pipeline = self._connection.pipeline()
-        pipeline.set(key, self._channel, xx=True, keepttl=True)  # One that has ended goes with its log.
+        # The key of a request that has ended keeps its expiry, which is that of the log.
+        pipeline.set(key, self._channel, xx=True, keepttl=True)
         pipeline.set(key, self._channel, nx=True, px=int(stream_ttl_s * 1000))
         await pipeline.execute()
 
@@ -117,10 +118,10 @@ class ApiStreams:
         await self._connection.set(self._channel, 1, px=int(lease_s * 1000))
 
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
-        """The requests that are no more and whose log does not tell, each with the reason.
+        """The requests that ended without a last event in their log, each with the reason.
 
-        Their job is gone, was canceled in its queue, was set aside, or has ended (`EndLost`), which is a loss
-        only for whoever still hears nothing of it when asking again.
+        Their job is gone, was canceled in its queue, was unreadable, or has ended (`EndLost`). The last is an
+        error only if the reader still has no last event when it asks again.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in request_ids:
@@ -132,9 +133,9 @@ class ApiStreams:
     async def read_logs(
         self, positions: Sequence[tuple[str, int]], *, max_num_events: int
     ) -> list[list[StreamEvent] | None]:
-        """The events of each (request id, first event_no) in the logs now, at most so many of each.
+        """The events in the log of each (request id, first event_no), at most `max_num_events` of each.
 
-        None for a log that can't be read.
+        The result has None for a log that can't be read.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id, first in positions:
@@ -144,7 +145,7 @@ class ApiStreams:
 
 
 def _unless_fatal(replies: list[Any]) -> list[Any]:
-    """Replies of a pipeline, with those that say `WRONGTYPE`; any other error concerns all, and is raised."""
+    """The replies of a pipeline, `WRONGTYPE` errors included; any other error concerns all and is raised."""
     for reply in replies:
         if isinstance(reply, Exception) and not is_wrong_type(reply):
             raise reply
@@ -152,7 +153,7 @@ def _unless_fatal(replies: list[Any]) -> list[Any]:
 
 
 def _why_vanished(reply: Any) -> GenerationFailed | None:
-    """The end of a request, by the status of its job and the reason why it was set aside."""
+    """The error of a request, by the status of its job and the reason why it was unreadable."""
     if is_wrong_type(reply):
         return UnreadableRecord("job: a key of another type")
     status, unreadable = reply
@@ -164,7 +165,7 @@ def _why_vanished(reply: Any) -> GenerationFailed | None:
 
 
 def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
-    """The events of a part of a log; None if it is not just the events that belong there."""
+    """The events of a part of a log; None if an entry is no event or has a wrong number."""
     if is_wrong_type(reply):
         return None
     try:
@@ -176,10 +177,10 @@ def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
 
 
 def _retry_after_s(num_ended: int, over_s: float) -> int:
-    """When a client of a full queue should come back: when a few places will be free, within a minute.
+    """Seconds after which a client of a full queue should retry: when a few places will be free, at most 60.
 
-    Where nothing has ended while somebody waited, that is told by how long (`over_s`): in a burst on an idle
-    deployment soon, later and later where nothing moves.
+    If no request has ended while others waited, the answer grows with the length of that time (`over_s`): soon
+    in a burst on an idle deployment, ever later if nothing moves.
     """
     wait_s = NUM_PLACES_TO_AWAIT * over_s / num_ended if num_ended else over_s
     return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s)))
