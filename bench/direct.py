@@ -17,10 +17,10 @@ from bench.load import Load, prompts
 from shared.messages import GenerationRequest, SamplingParams
 from shared.settings import WorkerSettings
 from worker.engine.engine import Engine
-from worker.lora_worker import build_engine
 from worker.model.kernels.onednn import bound_caches
 from worker.model.kernels.threads import sleep_while_waiting, stays_eager
 from worker.serving.faults import Faults
+from worker.serving.service import build_engine
 
 
 class DirectResult(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from redis.connection import AbstractConnection
 from shared.settings import Settings, WorkerSettings
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.sequence import Batch, Sampled, SampledToken
+from worker.engine.served_models import ServedModel, ServedModels
 from worker.lora_worker import LoraWorker
 from worker.model.tokenizer import Tokenizer
 
@@ -26,6 +27,7 @@ TEXT = "the river runs past a stone bridge and a garden in the morning while the
 BLOCK_SIZE = 16
 NUM_BLOCKS = 1 << 16
 MAX_MODEL_LEN = 1 << 13
+VERSION = "script"
 
 
 class ScriptSettings(Settings):
@@ -65,19 +67,20 @@ class ScriptedRunner:
     block_size = BLOCK_SIZE
     num_blocks = NUM_BLOCKS
     max_model_len = MAX_MODEL_LEN
-    model_version = "script"
     forward_state = "scripted"
 
     def __init__(self, settings: WorkerSettings, step_s: float) -> None:
-        self.tokenizer = Tokenizer.load(settings.model)
+        tokenizer = Tokenizer.load(settings.model)
         self.vocab_size = 2**31
-        self.adapter_versions = {source.name: self.model_version for source in settings.adapters}
+        self.served = ServedModels(ServedModel(settings.base_name, VERSION, settings.model, tokenizer, 1))
+        for name, path in settings.adapters:
+            self.served.add(ServedModel(name, VERSION, path, tokenizer, 1, name))
         self.adapter_cache = AdapterCache(
             NoStore(), ThreadPoolExecutor(1), num_slots=settings.max_batch_size, max_num_bytes=1
         )
         self._step_s = step_s
-        token_ids = self.tokenizer.encode_chat([{"role": "user", "content": TEXT}])
-        self._words = [SampledToken(word) for word in token_ids if self.tokenizer.decode([word]).strip()]
+        token_ids = tokenizer.encode_chat([{"role": "user", "content": TEXT}])
+        self._words = [SampledToken(word) for word in token_ids if tokenizer.decode([word]).strip()]
 
     def run(self, batch: Batch) -> list[Sampled]:
         """The next word of each sequence."""
@@ -93,7 +96,7 @@ class ScriptedRunner:
 class ScriptedWorker(LoraWorker):
     """A LoraWorker without a model."""
 
-    def _load_model_runner(self, settings: WorkerSettings) -> Any:
+    def load_model(self, settings: WorkerSettings) -> Any:
         return ScriptedRunner(settings, ScriptSettings.load().step_s)
 
 
@@ -121,7 +124,7 @@ class MeteredWorker(ScriptedWorker):
             meter = self._model_runner.meter()
             Path(ScriptSettings.load().meter_file).write_bytes(msgspec.json.encode(meter))
 
-    def _load_model_runner(self, settings: WorkerSettings) -> Any:
+    def load_model(self, settings: WorkerSettings) -> Any:
         self._model_runner = MeteredRunner(settings, ScriptSettings.load().step_s, self._redis_times)
         return self._model_runner
 

@@ -17,8 +17,8 @@ from bench.load import LoadFailed, prompts
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
 from shared.settings import WorkerSettings
 from worker.engine.engine import Engine
-from worker.lora_worker import build_engine
 from worker.serving.faults import Faults
+from worker.serving.service import build_engine
 
 
 class Turn(msgspec.Struct, frozen=True):

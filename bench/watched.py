@@ -47,8 +47,8 @@ class WatchedWorker(LoraWorker):
         Path(WatchSettings.load().watch_file).write_bytes(msgspec.json.encode(watch))
         return has_worked
 
-    def _load_model_runner(self, settings: WorkerSettings) -> Any:
-        self._model_runner = super()._load_model_runner(settings)
+    def load_model(self, settings: WorkerSettings) -> Any:
+        self._model_runner = super().load_model(settings)
         self._before = _holdings(self._model_runner)
         return self._model_runner
 

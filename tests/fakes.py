@@ -1,10 +1,12 @@
 """Doubles of the device and the tokenizer, for tests of the control path without a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from shared.errors import GenerationFailed, InvalidRequest
+from tests.streams import BASE
 from worker.engine.sequence import Batch, Sampled, SampledToken, Sequence
+from worker.engine.served_models import ServedModel, ServedModels
 from worker.engine.step_pace import StepPace
 
 EOS = 0
@@ -28,12 +30,11 @@ class FakeModelRunner:
         *,
         block_size: int = 4,
         max_model_len: int = 64,
-        adapter_versions: Mapping[str, str] | None = None,
+        adapter_names: Iterable[str] = "abc",
     ) -> None:
         self.max_model_len = max_model_len
-        self.model_version = "m1"
         self.vocab_size = 2**20
-        self.adapter_versions = adapter_versions or {"a": "a1", "b": "b1", "c": "c1"}
+        self.served = served_models(adapter_names)
         self.batches: list[list[tuple[str, int]]] = []
         self._next_token = next_token or letters
         self._block_size = block_size
@@ -65,6 +66,14 @@ class FakeModelRunner:
 def drawn(token_id: int | None) -> Sampled:
     """What a model says of a token that it drew; None stands for logits that are not finite."""
     return GenerationFailed("not finite") if token_id is None else SampledToken(token_id)
+
+
+def served_models(adapter_names: Iterable[str] = (), base: str = BASE) -> ServedModels:
+    """A base of version `m1`, and adapters whose versions are their names and a 1."""
+    served = ServedModels(ServedModel(base, "m1", "folder", FakeTokenizer(), created=1))
+    for name in adapter_names:
+        served.add(ServedModel(name, f"{name}1", f"folder/{name}", FakeTokenizer(), 1, name))
+    return served
 
 
 def letters(seq: Sequence) -> int:

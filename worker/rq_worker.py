@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import redis
@@ -17,6 +16,7 @@ from shared.logs import fields
 from shared.queue.connections import is_passing, retry_briefly
 from shared.queue.outages import Outages
 from shared.queue.refusals import NamingRedis, explain
+from worker.serving.failure import Failure
 from worker.serving.patience import Patience, call_until
 
 FAREWELL_S = 4.0
@@ -34,7 +34,7 @@ class RqWorker(BaseWorker):
         retry_briefly(self.connection)
         self._outages = Outages(self.log)
         self._patience = Patience(self._outages)
-        self._failure: BaseException | None = None
+        self.failure = Failure(self.name)
         self._farewell_until: float | None = None
 
     def bootstrap(
@@ -74,21 +74,6 @@ class RqWorker(BaseWorker):
             self._farewell_until = time.monotonic() + self.farewell_s
         return self._farewell_until
 
-    def guard(self, run: Callable[[], None]) -> None:
-        """Runs a thread's function; its failure ends the worker, which can't serve without this thread."""
-        try:
-            run()
-        except BaseException as error:
-            self.fail(error)
-
-    def fail(self, error: BaseException) -> None:
-        """Ends the worker because of an error in one of its threads."""
-        if isinstance(error, redis.RedisError):
-            self.log.error("Worker %s: %s", self.name, explain(error))
-        else:
-            self.log.error("Worker %s: a thread failed", self.name, exc_info=error)
-        self._failure = error
-
     def _pubsub_exception_handler(
         self, exc: Exception, pubsub: PubSub, pubsub_thread: PubSubWorkerThread
     ) -> None:
@@ -100,5 +85,5 @@ class RqWorker(BaseWorker):
                 # Redis may have refused the subscription itself: the next connection subscribes again.
                 pubsub.connection.disconnect()
         else:
-            self.fail(exc)
+            self.failure.report(exc)
             pubsub_thread.stop()

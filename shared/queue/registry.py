@@ -4,7 +4,6 @@ Cards outlive the workers that wrote them, so a request for a model without a wo
 """
 
 import logging
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -114,11 +113,6 @@ async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_na
     serving = f"{RQ_KEY_PREFIX}:workers:{queue_name(base, adapter_name)}"
     names = [f"{RQ_KEY_PREFIX}:worker:".encode() + name for name in live]
     return bool(names) and any(await connection.smismember(serving, names))
-
-
-def created_now() -> int:
-    """The `created` of a new card: Unix seconds."""
-    return int(time.time())
 
 
 def _read(name: str, encoded: bytes | str) -> ModelCard | None:

@@ -34,7 +34,7 @@ def answers(demo_model: str) -> dict[tuple[str | None, str], list[int]]:
     runner = ModelRunner.load(settings)
     blocks = BlockManager(runner.num_blocks, runner.block_size)
     scheduler = Scheduler(blocks, unpaced(), max_batch_size=16, max_prefill_tokens=24)
-    engine = Engine(runner, runner.tokenizer, scheduler)
+    engine = Engine(runner, scheduler)
     tokens: dict[tuple[str | None, str], list[int]] = {}
     for prompt in PROMPTS:
         for adapter_name in (None, "pirate", "sentiment"):

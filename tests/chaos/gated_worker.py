@@ -14,8 +14,8 @@ LOADED = "model loaded"
 class GatedWorker(LoraWorker):
     """Stops itself (SIGSTOP) after loading; SIGCONT lets it go on."""
 
-    def _load_model_runner(self, settings: WorkerSettings) -> Any:
-        model_runner = super()._load_model_runner(settings)
+    def load_model(self, settings: WorkerSettings) -> Any:
+        model_runner = super().load_model(settings)
         sys.stderr.write(f"{LOADED}\n")
         sys.stderr.flush()
         os.kill(os.getpid(), signal.SIGSTOP)

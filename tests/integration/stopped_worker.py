@@ -16,9 +16,9 @@ class _Dying:
 class StoppedWhileLoading(LoraWorker):
     """Gets SIGTERM inside a `__del__`, where Python ignores the exception that its handler raises."""
 
-    def _load_model_runner(self, settings: WorkerSettings) -> Any:
+    def load_model(self, settings: WorkerSettings) -> Any:
         _Dying()
-        return super()._load_model_runner(settings)
+        return super().load_model(settings)
 
 
 class StoppedWhileRegistering(LoraWorker):

@@ -67,7 +67,7 @@ class ThreadedWorker:
             poll_s=0.02,
             encode=encode or FakeTokenizer().encode_chat,
         )
-        engine = Engine(runner, FakeTokenizer(), scheduler)
+        engine = Engine(runner, scheduler)
         self.loop = EngineLoop(engine, self.consumer, self.held, drain_s=drain_s)
         self._threads = [
             threading.Thread(target=run, daemon=True)
@@ -307,7 +307,7 @@ def make_heartbeat(
         HeldRequests(),
         consumer,
         WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
-        served=served,
+        served=lambda: served,
         on_beat=lambda: None,
         watch_engine=lambda: None,
         clock=lambda: now_s[0],
@@ -368,7 +368,7 @@ def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
         held,
         Consumer(streams, held, max_num_requests=8, poll_s=0.02),
         WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
-        served={BASE: ""},
+        served=lambda: {BASE: ""},
         on_beat=lambda: beats.append(now_s[0]),
         watch_engine=lambda: None,
         clock=lambda: now_s[0],

@@ -2,13 +2,11 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from typing import Any, Protocol
 
 from shared.errors import (
-    AdapterError,
-    AdapterVersionGone,
     ContextLengthExceeded,
     GenerationFailed,
     GenerationStopped,
@@ -18,11 +16,11 @@ from shared.errors import (
 from shared.logs import fields
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent
 from worker.engine.adapter_cache import AdapterCache
-from worker.engine.detokenizer import Detokenizer
 from worker.engine.records import Output, Prompt
 from worker.engine.request_output import Clock, RequestOutput
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, Sampled, Sequence, SequenceStatus
+from worker.engine.served_models import ServedModels
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +35,9 @@ class ModelRunner(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def model_version(self) -> str: ...
-
-    @property
-    def adapter_versions(self) -> Mapping[str, str]: ...
+    def served(self) -> ServedModels: ...
 
     def run(self, batch: Batch) -> Items[Sampled]: ...
-
-
-class Tokenizer(Protocol):
-    """What the engine needs of the tokenizer; see `worker.model.tokenizer`."""
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]: ...
-
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]: ...
-
-    def detokenizer(self) -> Detokenizer: ...
 
 
 class Engine:
@@ -62,14 +46,12 @@ class Engine:
     def __init__(
         self,
         model_runner: ModelRunner,
-        tokenizer: Tokenizer,
         scheduler: Scheduler,
         clock: Clock = time.monotonic,
         adapters: AdapterCache[Any] | None = None,
     ) -> None:
         """`adapters`: the scheduler's; None where all are resident."""
         self._model_runner = model_runner
-        self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._clock = clock
         self._adapters = adapters
@@ -188,39 +170,23 @@ class Engine:
         return outputs
 
     def _prepare(self, request: GenerationRequest, prompt: Prompt | None) -> RequestOutput:
-        adapter_name = request.adapter_name
-        if adapter_name is not None and adapter_name not in self._model_runner.adapter_versions:
-            raise AdapterError(f"adapter {adapter_name!r} is not loaded on this worker")
-        self._check_version(request)
+        model = self._model_runner.served.model_of(request)
         if prompt is None:
-            prompt = self._tokenizer.encode_chat(request.messages)
+            prompt = model.tokenizer.encode_chat(request.messages)
         if isinstance(prompt, LorelayError):
             raise prompt
         seq = Sequence(
             request_id=request.request_id,
             index=0,
-            adapter_name=adapter_name,
+            adapter_name=request.adapter_name,
             sampling=request.sampling,
             token_ids=prompt,
             num_prompt_tokens=len(prompt),
             max_tokens=self._num_tokens_to_generate(len(prompt), request.sampling),
-            eos_token_ids=self._tokenizer.eos_token_ids,
-            adapter_version=adapter_name and self._model_runner.adapter_versions[adapter_name],
+            eos_token_ids=model.tokenizer.eos_token_ids,
+            adapter_version=model.version if model.adapter_name else None,
         )
-        return RequestOutput(request, seq, self._tokenizer.detokenizer(), self._clock)
-
-    def _check_version(self, request: GenerationRequest) -> None:
-        """Refuses other weights than the client was promised. Claims pass over such requests already.
-
-        Raises:
-            AdapterVersionGone: this worker has other weights under the same name.
-        """
-        versions = self._model_runner.adapter_versions
-        mine = self._model_runner.model_version, versions.get(request.adapter_name or "")
-        asked = request.base_version, request.adapter_version
-        # An API of an earlier release does not tell the base's version.
-        if any(version not in (None, own) for version, own in zip(asked, mine, strict=True)):
-            raise AdapterVersionGone
+        return RequestOutput(request, seq, model.tokenizer.detokenizer(), self._clock)
 
     def _check_log(self, seq: Sequence) -> None:
         """Refuses tokens of a former worker that no worker could have written.

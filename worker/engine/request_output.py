@@ -5,9 +5,10 @@ from typing import Any
 
 from shared.errors import LorelayError
 from shared.messages import FinishReason, GenerationRequest, StreamEvent, Usage
-from worker.engine.detokenizer import Detokenizer, StopChecker
+from worker.engine.detokenizer import StopChecker
 from worker.engine.records import Output
 from worker.engine.sequence import Sampled, SampledToken, Sequence
+from worker.engine.served_models import Detokenizer
 
 Clock = Callable[[], float]
 
@@ -16,11 +17,7 @@ class RequestOutput:
     """The outgoing side of one request: text, finish reason, usage, the numbering of its events."""
 
     def __init__(
-        self,
-        request: GenerationRequest,
-        seq: Sequence,
-        detokenizer: Detokenizer,
-        clock: Clock,
+        self, request: GenerationRequest, seq: Sequence, detokenizer: Detokenizer, clock: Clock
     ) -> None:
         self.seq = seq
         self._request = request

@@ -1,10 +1,12 @@
 """Adapters on disk and in the device's slots: what moves the tensors for `AdapterCache`."""
 
+import time
 from typing import Any
 
 import torch
 
 from shared.errors import AdapterError
+from worker.engine.served_models import ServedModel, ServedModels
 from worker.model.adapter_files import LoadedAdapter, load_adapter
 from worker.model.lora import LoraStack, SlotWeights
 
@@ -12,14 +14,12 @@ from worker.model.lora import LoraStack, SlotWeights
 class AdapterStore:
     """The adapters that a worker was given, by name."""
 
-    def __init__(self, model: Any, base_name: str, lora: LoraStack) -> None:
-        """`base_name`: what the model is called, compared with the base that an adapter declares."""
+    def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
+        """`base_name` is compared with the base that an adapter declares; `served` gets each adapter."""
         self._model = model
         self._base_name = base_name
         self._lora = lora
-        self._paths: dict[str, str] = {}
-        self.versions: dict[str, str] = {}
-        """SHA-256 of each adapter, taken when it was registered."""
+        self._served = served
 
     def register(self, name: str, path: str) -> SlotWeights:
         """Reads and checks an adapter; from then on it is known by its name, with the version it has now.
@@ -29,8 +29,8 @@ class AdapterStore:
         """
         adapter = load_adapter(name, path, self._model, self._base_name)
         weights = self._prepare(name, adapter)
-        self._paths[name] = path
-        self.versions[name] = adapter.version
+        tokenizer = self._served.base.tokenizer
+        self._served.add(ServedModel(name, adapter.version, path, tokenizer, int(time.time()), name))
         return weights
 
     def read(self, name: str) -> SlotWeights:
@@ -39,9 +39,10 @@ class AdapterStore:
         Raises:
             AdapterError: it can't be served any more, or is another one by now.
         """
-        path = self._paths[name]
+        served = self._served.find(name)
+        path = served.source
         adapter = load_adapter(name, path, self._model)
-        if adapter.version != self.versions[name]:
+        if adapter.version != served.version:
             # The registry, and the prefix cache, know it by the version.
             raise AdapterError(
                 f"adapter {name!r} at {path}: its files have changed since this worker started; "

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Container, Iterable, Mapping
+import time
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from shared.messages import ForwardState
 from shared.settings import AdapterSource, WorkerSettings
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, ScheduledSequence, Sequence
+from worker.engine.served_models import ServedModel, ServedModels
 from worker.model import compiled, loading
 from worker.model.adapter_store import AdapterStore
 from worker.model.attention import AttentionState, QueryGroup, StepLayout, attach
@@ -43,16 +45,15 @@ class ModelRunner:
     """A loaded model with its KV cache and adapters. Not thread-safe."""
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer, settings: WorkerSettings, *, has_kernels: bool = False
+        self, model: Any, served: ServedModels, settings: WorkerSettings, *, has_kernels: bool = False
     ) -> None:
         """Checks the model and allocates its cache; use `load`.
 
         Raises:
             ConfigurationError: the model can't be served, or its cache doesn't fit.
         """
-        self.tokenizer = tokenizer
+        self.served = served
         self.block_size = settings.block_size
-        self.model_version = ""
         self._model = model
         self._run_model: Forward = self._run_eagerly
         self._lora = LoraStack({}, {}, model.dtype)
@@ -63,7 +64,7 @@ class ModelRunner:
         operators = native.new_state() if has_kernels else None
         token_layers, kept_layers = calls.select(model)
         self._lora = LoraStack(token_layers, kept_layers, model.dtype, operators)
-        self._adapters = AdapterStore(model, settings.model, self._lora)
+        self._adapters = AdapterStore(model, settings.model, self._lora, served)
         if operators is not None:
             self._state.use(operators)
         self._products = calls.group(token_layers) + [[name] for name in kept_layers]
@@ -91,8 +92,9 @@ class ModelRunner:
         with ThreadPoolExecutor(1, "kernels") as executor:
             has_kernels = None if settings.compile == "off" else executor.submit(_make_kernels, device)
             model = loading.load_model(folder, settings, device)
-        runner = cls(model, tokenizer, settings, has_kernels=bool(has_kernels and has_kernels.result()))
-        runner.model_version = loading.model_version(folder)
+        version, created = loading.model_version(folder), int(time.time())
+        served = ServedModels(ServedModel(settings.base_name, version, settings.model, tokenizer, created))
+        runner = cls(model, served, settings, has_kernels=bool(has_kernels and has_kernels.result()))
         runner._load_adapters(settings.adapters)
         if has_kernels and has_kernels.result() and settings.compile == "graph":
             runner._compile(folder, settings)
@@ -123,11 +125,6 @@ class ModelRunner:
     def num_blocks(self) -> int:
         """Blocks of the KV cache."""
         return self._state.kv_cache.num_blocks
-
-    @property
-    def adapter_versions(self) -> Mapping[str, str]:
-        """The adapters that can be used, and their versions."""
-        return self._adapters.versions
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
@@ -194,7 +191,7 @@ class ModelRunner:
             self.adapter_cache.fill_slots()
         except AdapterError as error:
             raise ConfigurationError(f"LORELAY_ADAPTERS: {error.message}") from error
-        if self.adapter_versions:
+        if self.served.adapters:
             logger.info("adapters: %s", self.adapter_cache.summary, extra=fields("load_adapters"))
 
     def _replace_products(self, kept_layers: Container[str], operators: OperatorState | None) -> None:

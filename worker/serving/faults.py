@@ -13,11 +13,12 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from shared.queue.records import Append, Claim
 from worker.engine.engine import ModelRunner
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
+from worker.engine.served_models import ServedModels
 
 
 class Faults:
@@ -114,14 +115,9 @@ class FaultyRunner:
         return self._model_runner.vocab_size
 
     @property
-    def model_version(self) -> str:
+    def served(self) -> ServedModels:
         """As the runner's own."""
-        return self._model_runner.model_version
-
-    @property
-    def adapter_versions(self) -> Mapping[str, str]:
-        """As the runner's own."""
-        return self._model_runner.adapter_versions
+        return self._model_runner.served
 
     def run(self, batch: Batch) -> Sequence[Sampled]:
         """One step, unless a fault was asked for."""

@@ -32,12 +32,12 @@ class Heartbeat:
         consumer: Consumer,
         settings: WorkerSettings,
         *,
-        served: Mapping[str, str],
+        served: Callable[[], Mapping[str, str]],
         on_beat: Callable[[], None],
         watch_engine: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`served`: see `WorkerStreams.serve`; these queues are swept, too."""
+        """`served` gives the queues of now and their versions, see `WorkerStreams.serve`; all are swept."""
         self._streams = streams
         self._held = held
         self._consumer = consumer
@@ -86,7 +86,7 @@ class Heartbeat:
         if connected_s >= self._settings.heartbeat_s:
             self._end_unserved()
         if now - self._swept_at >= self._settings.sweep_s:
-            self._streams.sweep(self._served)
+            self._streams.sweep(self._served())
             if not self._streams.serves(self._servable):
                 self._tell()
             self._swept_at = now
@@ -105,7 +105,7 @@ class Heartbeat:
 
     @property
     def _servable(self) -> Mapping[str, str]:
-        return {} if self._consumer.is_draining else self._served
+        return {} if self._consumer.is_draining else self._served()
 
     def _tell(self) -> None:
         """Tells Redis what this worker serves."""

@@ -1,30 +1,67 @@
-"""The models that a worker serves: their queues, their cards and versions, the slots of their adapters."""
+"""The queues that a worker claims from, and the cards that it registers: both follow `ServedModels`."""
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import Any
 
 from shared.errors import ConfigurationError
 from shared.messages import ModelCard
-from shared.queue import registry
 from shared.queue.names import queue_name
 from shared.queue.records import Slots
-from shared.settings import WorkerSettings
 from worker.engine.adapter_cache import AdapterCache
-
-if TYPE_CHECKING:
-    from worker.model.model_runner import ModelRunner
+from worker.engine.served_models import ServedModel, ServedModels
 
 ALL_QUEUES = "default"
-"""What `rq worker` passes without a queue argument."""
+"""The queue that `rq worker` passes on if it was given none."""
 
 
-def served_queues(settings: WorkerSettings, arguments: Sequence[str]) -> list[str]:
-    """The queue names behind the arguments of `rq worker`, which are model names."""
-    base = settings.base_name
+class ServedQueues:
+    """A worker's view of its models from the queue: one queue for each."""
+
+    def __init__(self, models: ServedModels, max_model_len: int, only: Collection[str] | None = None) -> None:
+        """`only` names the queues to claim from; None claims from those of all models, also later ones."""
+        self._models = models
+        self._max_model_len = max_model_len
+        self._only = only
+
+    def name_of(self, adapter_name: str | None) -> str:
+        """The queue of an adapter, or with None that of the base."""
+        return queue_name(self._models.base.name, adapter_name)
+
+    def versions(self) -> dict[str, str]:
+        """The queues to claim from now, each with the version of the weights that answer its requests."""
+        versions = {
+            self.name_of(model.adapter_name): self._models.weights_version(model) for model in self._models
+        }
+        if self._only is None:
+            return versions
+        return {queue: version for queue, version in versions.items() if queue in self._only}
+
+    def cards(self) -> list[ModelCard]:
+        """The registry's entries of all models: the base's, then its adapters'."""
+        return [self._card(model) for model in self._models]
+
+    def _card(self, model: ServedModel) -> ModelCard:
+        base = self._models.base
+        return ModelCard(
+            name=model.name,
+            base=base.name,
+            source=model.source,
+            version=model.version,
+            base_version=base.version,
+            created=model.created,
+            max_model_len=self._max_model_len,
+            adapter_name=model.adapter_name,
+        )
+
+
+def queues_of(base: str, adapter_names: Collection[str], arguments: Sequence[str]) -> list[str]:
+    """The queue names behind the arguments of `rq worker`, which are model names.
+
+    Raises:
+        ConfigurationError: an argument names no model of this worker.
+    """
     queues = {base: queue_name(base, None)}
-    queues |= {source.name: queue_name(base, source.name) for source in settings.adapters}
+    queues |= {name: queue_name(base, name) for name in adapter_names}
     if list(arguments) == [ALL_QUEUES]:
         return list(queues.values())
     for argument in arguments:
@@ -35,36 +72,6 @@ def served_queues(settings: WorkerSettings, arguments: Sequence[str]) -> list[st
     return [queues[argument] for argument in arguments]
 
 
-def adapter_slots(settings: WorkerSettings, adapters: AdapterCache[Any]) -> Slots:
-    resident = [queue_name(settings.base_name, name) for name in adapters.resident]
-    return Slots(adapters.num_slots, resident, settings.max_wait_s)
-
-
-def served_versions(cards: Sequence[ModelCard], queues: Collection[str]) -> dict[str, str]:
-    """The queues that this worker claims from, and the version of the weights that it has for each."""
-    versions = {queue_name(card.base, card.adapter_name): card.weights_version for card in cards}
-    return {queue: versions[queue] for queue in queues}
-
-
-def model_cards(settings: WorkerSettings, model_runner: "ModelRunner") -> list[ModelCard]:
-    """What this worker tells the registry: the base, then its adapters."""
-    base = ModelCard(
-        name=settings.base_name,
-        base=settings.base_name,
-        source=settings.model,
-        version=model_runner.model_version,
-        base_version=model_runner.model_version,
-        created=registry.created_now(),
-        max_model_len=model_runner.max_model_len,
-    )
-    versions = model_runner.adapter_versions
-    return [base] + [
-        msgspec.structs.replace(
-            base,
-            name=name,
-            adapter_name=name,
-            source=path,
-            version=versions[name],
-        )
-        for name, path in settings.adapters
-    ]
+def adapter_slots(queues: ServedQueues, adapters: AdapterCache[Any], max_wait_s: float) -> Slots:
+    """The state of the device's adapter slots, by queue, for a claim."""
+    return Slots(adapters.num_slots, [queues.name_of(name) for name in adapters.resident], max_wait_s)

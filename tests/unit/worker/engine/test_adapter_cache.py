@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from shared.messages import SamplingParams, StreamEvent
 from tests.adapters import FakeStore, FakeWeights, ManualExecutor
-from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
+from tests.fakes import FakeModelRunner, letters, unpaced
 from tests.streams import make_request
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.block_manager import BlockManager
@@ -22,7 +22,7 @@ class CheckingRunner(FakeModelRunner):
     """Refuses a batch whose adapters are not all resident."""
 
     def __init__(self, store: FakeStore) -> None:
-        super().__init__(adapter_versions={name: f"{name}1" for name in NAMES})
+        super().__init__(adapter_names=NAMES)
         self._store = store
 
     def run(self, batch: Batch) -> list[Sampled]:
@@ -42,7 +42,7 @@ class Bench:
             self.blocks, unpaced(), max_batch_size=8, max_prefill_tokens=16, adapters=self.cache
         )
         self.runner = CheckingRunner(self.store)
-        self.engine = Engine(self.runner, FakeTokenizer(), self.scheduler, adapters=self.cache)
+        self.engine = Engine(self.runner, self.scheduler, adapters=self.cache)
         self.events: dict[str, list[StreamEvent]] = {}
 
     def add(self, request_id: str, adapter_name: str | None, num_tokens: int = 4, **options: bool) -> None:

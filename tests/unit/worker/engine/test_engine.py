@@ -33,7 +33,7 @@ class Bench:
         self.runner = runner or FakeModelRunner()
         self.blocks = BlockManager(32, 4)
         scheduler = Scheduler(self.blocks, unpaced(), max_batch_size=8, max_prefill_tokens=16)
-        self.engine = Engine(self.runner, FakeTokenizer(), scheduler, self.clock)
+        self.engine = Engine(self.runner, scheduler, self.clock)
 
     def add(self, name: str = "r", events: tuple[StreamEvent, ...] = (), **values: object) -> list[Output]:
         sampling = values.pop("sampling", SamplingParams(temperature=0, max_tokens=4))

@@ -9,7 +9,9 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
 from shared.errors import AdapterError
+from tests.fakes import served_models
 from tests.tiny_models import build_adapter, build_model
+from worker.engine.served_models import ServedModels
 from worker.model import adapter_files
 from worker.model.adapter_files import CONFIG_FILE, WEIGHT_FILES
 from worker.model.adapter_store import AdapterStore
@@ -17,9 +19,14 @@ from worker.model.lora import LoraStack, linears
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> AdapterStore:
+def served() -> ServedModels:
+    return served_models()
+
+
+@pytest.fixture
+def store(tmp_path: Path, served: ServedModels) -> AdapterStore:
     model = AutoModelForCausalLM.from_pretrained(build_model(tmp_path / "model"))
-    return AdapterStore(model, "tiny", LoraStack(linears(model), {}, model.dtype))
+    return AdapterStore(model, "tiny", LoraStack(linears(model), {}, model.dtype), served)
 
 
 @pytest.fixture
@@ -28,7 +35,7 @@ def folder(store: AdapterStore, tmp_path: Path) -> Path:
 
 
 def test_a_file_that_cannot_be_read_is_told_with_the_adapters_name_at_the_start_and_later(
-    store: AdapterStore, folder: Path
+    store: AdapterStore, served: ServedModels, folder: Path
 ) -> None:
     store.register("good", str(folder))
     config = (folder / CONFIG_FILE).read_bytes()
@@ -38,7 +45,7 @@ def test_a_file_that_cannot_be_read_is_told_with_the_adapters_name_at_the_start_
         store.register("bad", str(folder))
     with pytest.raises(AdapterError, match=r"'good' at .*Is a directory"):
         store.read("good")
-    assert set(store.versions) == {"good"}
+    assert set(served.adapters) == {"good"}
     (folder / CONFIG_FILE).rmdir()
     (folder / CONFIG_FILE).write_bytes(config)
     store.read("good")

@@ -14,10 +14,10 @@ from shared.messages import SamplingParams
 from shared.settings import WorkerSettings
 from tests.streams import make_request
 from tests.tiny_models import build_adapter, build_model
-from worker.lora_worker import build_engine
 from worker.model.adapter_files import load_adapter
 from worker.model.model_runner import ModelRunner
 from worker.serving.faults import Faults
+from worker.serving.service import build_engine
 
 torch.set_num_threads(1)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from shared.errors import AdapterError
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
+from tests.fakes import served_models
 from tests.tiny_models import build_adapter, build_model, change_json
 from worker.model import adapter_files, lora
 from worker.model.adapter_files import WEIGHT_FILES, LayerWeights, LoadedAdapter, load_adapter
@@ -56,7 +57,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 
 def refusal(folder: Path | str, model: Any) -> str:
-    store = AdapterStore(model, "", LoraStack(lora.linears(model), {}, model.dtype))
+    store = AdapterStore(model, "", LoraStack(lora.linears(model), {}, model.dtype), served_models())
     with pytest.raises(AdapterError) as caught:
         store.register("mine", str(folder))
     message = caught.value.message

@@ -239,11 +239,11 @@ def test_no_end_token_comes_before_min_tokens(models: Mapping[str, Path], tmp_pa
     first = generate_with_peft(folder, None, text, 1)[0]
     change_json(folder / "generation_config.json", eos_token_id=[2, first])
     runner = load(folder)
-    eos = runner.tokenizer.eos_token_ids
-    assert eos == {2, first}
+    ends = runner.served.base.tokenizer.eos_token_ids
+    assert ends == {2, first}
     free = sequence(text, num_tokens=1)
     bound = sequence(text, sampling=SamplingParams(temperature=0, min_tokens=1), num_tokens=1)
-    bound.eos_token_ids = eos
+    free.eos_token_ids = bound.eos_token_ids = ends
     outputs = HandScheduler(runner).run([free, bound])
     assert outputs[0] == [first]
     assert outputs[1][0] not in {2, first}
@@ -285,7 +285,7 @@ def test_adapters_can_be_added_replaced_and_removed_between_steps(
         assert HandScheduler(runner).run([sequence(text, "mine")]) == [
             generate_with_peft(models["llama"], known[name], text, NUM_TOKENS)
         ]
-    assert list(runner.adapter_versions) == ["mine"]
+    assert list(runner.served.adapters) == ["mine"]
     remove_adapter(runner, "mine")
     assert HandScheduler(runner).run([sequence(text)]) == before
     with pytest.raises(AdapterError, match="'mine' is not loaded"):
@@ -458,10 +458,10 @@ def test_the_model_version_changes_with_the_weights_alone(tmp_path: Path) -> Non
 
 def test_the_model_version_changes_with_the_config(tmp_path: Path) -> None:
     folder = build_model(tmp_path)
-    version = load(folder).model_version
-    assert load(folder).model_version == version
+    version = load(folder).served.base.version
+    assert load(folder).served.base.version == version
     change_json(folder / "config.json", rms_norm_eps=1e-4)
-    assert load(folder).model_version != version
+    assert load(folder).served.base.version != version
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])

@@ -6,6 +6,7 @@ of memory. Further things that may happen to an engine are further methods of `S
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from worker.engine.engine import Engine
 from worker.engine.records import Output
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
+from worker.engine.served_models import ServedModels
 from worker.model.model_runner import ModelRunner
 
 torch.set_num_threads(1)
@@ -106,13 +108,9 @@ class FailingRunner:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self.max_model_len = runner.max_model_len
-        self.model_version = runner.model_version
+        self.served = _with_numbers(runner.served)
         self.vocab_size = runner.vocab_size
         self.fails: str | None = None
-
-    @property
-    def adapter_versions(self) -> Mapping[str, str]:
-        return self._runner.adapter_versions
 
     def run(self, batch: Batch) -> list[Sampled]:
         fails, self.fails = self.fails if len(batch) > 1 else None, None
@@ -136,6 +134,15 @@ class NumberTokenizer:
         return FakeDetokenizer()
 
 
+def _with_numbers(served: ServedModels) -> ServedModels:
+    """The same models with the tokenizer of numbers."""
+    base, *adapters = (replace(model, tokenizer=NumberTokenizer()) for model in served)
+    numbered = ServedModels(base)
+    for adapter in adapters:
+        numbered.add(adapter)
+    return numbered
+
+
 class Schedule:
     """An engine whose requests meet with all kinds of events."""
 
@@ -147,7 +154,7 @@ class Schedule:
         scheduler = Scheduler(
             self.blocks, unpaced(), max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
         )
-        self._engine = Engine(self._runner, NumberTokenizer(), scheduler)
+        self._engine = Engine(self._runner, scheduler)
 
     def add(self, number: int) -> None:
         """A new request."""

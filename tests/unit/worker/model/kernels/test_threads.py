@@ -38,7 +38,7 @@ def test_a_worker_chooses_before_torch_loads(choose: str) -> None:
         "from shared.settings import WorkerSettings\n"
         "assert 'torch' not in sys.modules\n"
         f"worker.lora_worker.{choose} = lambda **_: sys.exit('torch' in sys.modules)\n"
-        "worker.lora_worker.LoraWorker._load_model_runner(None, WorkerSettings(model='m'))\n"
+        "worker.lora_worker.LoraWorker.load_model(None, WorkerSettings(model='m'))\n"
         "raise RuntimeError('it did not')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,162 @@
+"""A worker without RQ: engine, consumer, engine loop and heartbeat, how they are wired and how they end."""
+
+import gc
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from shared.queue.outages import Outages
+from shared.queue.worker_streams import WorkerStreams
+from shared.settings import WorkerSettings
+from worker.engine.block_manager import BlockManager
+from worker.engine.engine import Engine
+from worker.engine.scheduler import Scheduler
+from worker.engine.step_pace import StepPace
+from worker.serving.consumer import IO, Consumer, HeldRequests
+from worker.serving.engine_loop import EngineLoop
+from worker.serving.failure import Failure
+from worker.serving.faults import Faults, FaultyRunner
+from worker.serving.heartbeat import Heartbeat
+from worker.serving.served import ServedQueues, adapter_slots
+
+if TYPE_CHECKING:
+    from worker.model.model_runner import ModelRunner
+
+logger = logging.getLogger("rq.worker")
+
+HUNG_EXIT_CODE = 70
+HEARTBEAT = "heartbeat"
+
+
+class WorkerService:
+    """Serves the queues of one model in this process. The engine runs in the thread that calls `run`."""
+
+    def __init__(
+        self,
+        model: "ModelRunner",
+        queues: ServedQueues,
+        settings: WorkerSettings,
+        *,
+        name: str,
+        make_streams: Callable[[], WorkerStreams],
+        on_beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`make_streams` is called once per thread that needs Redis; `on_beat` with each heartbeat."""
+        faults = Faults(settings.faults)
+        self._name = name
+        self._settings = settings
+        self._held = HeldRequests()
+        self._engine = build_engine(model, settings, faults)
+        self._consumer = Consumer(
+            make_streams(),
+            self._held,
+            max_num_requests=settings.max_batch_size,
+            poll_s=settings.poll_s,
+            slots=lambda: adapter_slots(queues, model.adapter_cache, settings.max_wait_s),
+            faults=faults,
+            encode=model.served.base.tokenizer.encode_chat,
+        )
+        model.adapter_cache.on_read = self._consumer.wake_engine
+        self._loop = EngineLoop(
+            self._engine,
+            self._consumer,
+            self._held,
+            drain_s=settings.drain_s,
+            step_delay_s=settings.step_delay_s,
+        )
+        self._heartbeat = Heartbeat(
+            make_streams(),
+            self._held,
+            self._consumer,
+            settings,
+            served=queues.versions,
+            on_beat=on_beat,
+            watch_engine=self._end_if_hung,
+        )
+
+    @property
+    def num_claimed(self) -> int:
+        """The number of requests claimed so far."""
+        return self._consumer.num_claimed
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._loop.is_draining
+
+    @property
+    def remains(self) -> str:
+        """What the engine still holds, for a log line."""
+        return self._engine.remains
+
+    def report_outages_to(self, outages: Outages) -> None:
+        """Lets all threads log an outage of Redis together, once."""
+        self._consumer.outages = self._heartbeat.outages = outages
+
+    def take_lease(self) -> None:
+        """Tells Redis that this worker lives and what it serves. Raises `redis.RedisError`."""
+        self._heartbeat.turn()
+
+    def drain(self) -> None:
+        """Claims no more and lets running requests finish; the second call ends them at once."""
+        self._loop.drain()
+
+    def stop_request(self, request_id: str) -> None:
+        """Ends one request that an operator stopped; nothing happens if it is not held."""
+        self._consumer.stop_request(request_id)
+
+    def run(self, failure: Failure, give_up_at: Callable[[], float], *, burst: bool = False) -> None:
+        """Serves until `drain`, until a thread fails, or with `burst` until nothing waits.
+
+        Then it stops in order: engine, I/O, requests that are left back to their queues, heartbeat.
+        `give_up_at()` is the `time.monotonic()` until which Redis may refuse to take requests back.
+        """
+        # Exclude libraries and model from garbage collection. They are never freed, and scanning them pauses
+        # every stream for 0.2 s.
+        gc.collect()
+        gc.freeze()
+        threads = {
+            name: threading.Thread(target=failure.guard, args=(run,), name=name, daemon=True)
+            for name, run in {**self._consumer.threads, HEARTBEAT: self._heartbeat.run}.items()
+        }
+        for thread in threads.values():
+            thread.start()
+        has_crashed, num_handed_back = True, 0
+        try:
+            self._loop.run(lambda: failure.error is not None or (burst and self._consumer.is_idle))
+            has_crashed = failure.is_crash
+        finally:
+            self._consumer.stop()
+            threads[IO].join()
+            try:
+                # After a crash the requests stay for others to reap, who count the crash against them.
+                if not has_crashed:
+                    num_handed_back = self._consumer.hand_back(give_up_at())
+            finally:
+                self._heartbeat.stop()
+                threads[HEARTBEAT].join()
+        if num_handed_back:
+            logger.warning("Worker %s: handed %d requests back", self._name, num_handed_back)
+
+    def _end_if_hung(self) -> None:
+        """Ends the process, without clean-up, if its engine hangs: others then take its requests over."""
+        if self._loop.step_age_s() > self._settings.step_limit_s:
+            logger.critical(
+                "Worker %s: a step takes over %g s, ending", self._name, self._settings.step_limit_s
+            )
+            os._exit(HUNG_EXIT_CODE)
+
+
+def build_engine(model: "ModelRunner", settings: WorkerSettings, faults: Faults) -> Engine:
+    """The engine of a worker around the model that runs its batches."""
+    blocks = BlockManager(model.num_blocks, model.block_size, shares_prefixes=settings.prefix_cache)
+    scheduler = Scheduler(
+        blocks,
+        StepPace(settings.step_target_ms),
+        max_batch_size=settings.max_batch_size,
+        max_prefill_tokens=settings.max_prefill_tokens,
+        adapters=model.adapter_cache,
+    )
+    return Engine(FaultyRunner(model, faults), scheduler, adapters=model.adapter_cache)
