@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from worker import LoraWorker
-from worker.serving.consumer import Consumer
+from worker.serving.service import WorkerService
 
 
 @pytest.mark.parametrize(
@@ -27,15 +27,15 @@ from worker.serving.consumer import Consumer
 )
 def test_a_command_that_can_not_be_read_raises_nothing(connection: redis.Redis, data: bytes) -> None:
     worker = LoraWorker(["default"], connection=connection)
-    worker._consumer = Mock(spec=Consumer)
+    worker._service = Mock(spec=WorkerService)
     worker.handle_payload({"type": "message", "data": data})
-    worker._consumer.stop_request.assert_not_called()
+    worker._service.stop_request.assert_not_called()
 
 
 @pytest.mark.parametrize("job_id", ["x", ["x"], {"a": 1}, None])
 def test_a_stop_names_a_request_by_text_whatever_was_sent(connection: redis.Redis, job_id: object) -> None:
     worker = LoraWorker(["default"], connection=connection)
-    worker._consumer = Mock(spec=Consumer)
+    worker._service = Mock(spec=WorkerService)
     command = json.dumps({"command": "stop-job", "job_id": job_id}).encode()
     worker.handle_payload({"type": "message", "data": command})
-    worker._consumer.stop_request.assert_called_once_with(str(job_id))
+    worker._service.stop_request.assert_called_once_with(str(job_id))
