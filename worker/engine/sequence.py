@@ -67,8 +67,6 @@ class Sequence:
     num_prompt_tokens: int
     max_tokens: int
     """Output tokens after which it ends with `length`; at least 1."""
-    eos_token_ids: frozenset[int] = frozenset()
-    """The tokens that end it, unless `sampling` ignores them."""
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
