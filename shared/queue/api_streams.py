@@ -179,7 +179,7 @@ def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
 def _retry_after_s(num_ended: int, over_s: float) -> int:
     """Seconds after which a client of a full queue should retry: when a few places will be free, at most 60.
 
-    If no request has ended while others waited, the answer grows with the length of that time (`over_s`): soon
+    If no request has ended while others waited, it grows with the length of that time (`over_s`): soon
     in a burst on an idle deployment, ever later if nothing moves.
     """
     wait_s = NUM_PLACES_TO_AWAIT * over_s / num_ended if num_ended else over_s
