@@ -83,7 +83,7 @@ class SamplingParams(Message, frozen=True):
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether logits are changed before a token is drawn; workers of schema 1 can't."""
+        """True if logits are changed before a token is drawn, which workers of schema 1 can't do."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
@@ -122,7 +122,7 @@ class GenerationRequest(Message, frozen=True):
     generation_limit_s: float | None = None
     """Seconds from the claim after which the request is ended with an error."""
     detached: bool = False
-    """Whether the request runs on after its client has disconnected."""
+    """True if the request runs on after its client has disconnected."""
 
     @property
     def num_prompts(self) -> int:
@@ -196,7 +196,7 @@ class StreamEvent(Message, frozen=True):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether this event ends its request."""
+        """True if this event ends its request."""
         return self.usage is not None or self.error is not None
 
 

@@ -215,7 +215,7 @@ class WorkerSettings(Settings):
     """Largest KV cache; by default 2 GiB on a CPU, and on a GPU only limited by `cache_max_entry_count`."""
     block_size: Count = 16
     prefix_cache: bool = True
-    """Whether requests of one model whose prompts begin alike share blocks of the KV cache."""
+    """If true, requests of one model whose prompts begin alike share blocks of the KV cache."""
     max_resident_adapters: Count | None = None
     """Slots on the device; by default `max_batch_size`, so that no batch waits for a slot.
 

@@ -1,4 +1,4 @@
-"""What must hold of a `BlockManager` between any two steps."""
+"""The invariants of a `BlockManager` between any two steps."""
 
 from collections import Counter
 from collections.abc import Iterable

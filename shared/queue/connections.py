@@ -107,18 +107,18 @@ def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.R
 
 
 def is_passing(error: redis.RedisError) -> bool:
-    """Whether a failure is due to the server's present state, so that the same command may succeed later."""
+    """True if a failure is due to the server's present state, so that the command may succeed later."""
     is_lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
     return is_not_now(error) or (is_lost and not isinstance(error, redis.AuthenticationError))
 
 
 def is_wrong_type(error: object) -> bool:
-    """Whether Redis refused a command because its key has another type."""
+    """True if Redis refused a command because its key has another type."""
     return isinstance(error, redis.ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 def same_server(url: str, connection: redis.Redis) -> bool:
-    """Whether a URL names the server and database that a client uses."""
+    """True if a URL names the server and database that a client uses."""
 
     def address(options: dict[str, object]) -> tuple[object, ...]:
         return (

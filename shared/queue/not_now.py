@@ -78,7 +78,7 @@ def code_of(error: redis.RedisError) -> str:
 
 
 def is_not_now(error: redis.RedisError) -> bool:
-    """Whether the server refused only for now."""
+    """True if the server refused only for now."""
     reply = f"{reply_of(error)} "
     return any(reply.startswith(f"{said} ") for said in NOT_NOW)
 

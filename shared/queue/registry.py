@@ -104,7 +104,7 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
 
 
 async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_name: str | None) -> bool:
-    """Whether a worker that serves this model holds a lease, by the server's clock."""
+    """True if a worker that serves this model holds a lease, by the server's clock."""
     seconds, _ = await connection.time()
     live = cast(
         "list[bytes]", await connection.zrangebyscore(keys.workers(slug(base)), seconds * 1000, "+inf")

@@ -79,7 +79,7 @@ class ChaosWorker:
     ) -> None:
         self.name = name
         self.is_plain = is_plain
-        """Whether this worker has the cluster's own settings."""
+        """True if this worker has the cluster's own settings."""
         self.url = url
         """The URL by which this worker reaches the server."""
         self.process = process
@@ -87,12 +87,12 @@ class ChaosWorker:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process exists."""
+        """True while the process exists."""
         return self.process.is_running
 
     @property
     def is_serving(self) -> bool:
-        """Whether the worker has loaded its model."""
+        """True once the worker has loaded its model."""
         return self.is_running and "serving " in self.process.output
 
     def wait_until_serving(self) -> Self:
@@ -138,7 +138,7 @@ class ChaosApi:
 
     @property
     def is_ready(self) -> bool:
-        """Whether `/ready` answers 200."""
+        """True if `/ready` answers 200."""
         with contextlib.suppress(httpx.HTTPError):
             return httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).status_code == 200
         return False

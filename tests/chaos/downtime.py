@@ -21,7 +21,7 @@ class Life(NamedTuple):
 
     @property
     def ended_by_itself(self) -> bool:
-        """Whether the worker served and then ended, neither killed nor drained."""
+        """True if the worker served and then ended, neither killed nor drained."""
         has_served = self.serving_at is not None and self.ended_at is not None
         return has_served and self.worker.process.wait() not in TOLD_TO_END
 

@@ -80,7 +80,7 @@ class FaultMaker:
         wait_until(self._all_serve, START_LIMIT_S, "workers that serve behind all proxies")
 
     def _all_serve(self) -> bool:
-        """Whether all workers serve; restarts those that died while starting because Redis was away."""
+        """True if all workers serve; restarts those that died while starting because Redis was away."""
         self.restart_dead()
         return all(worker.is_serving for worker in self._cluster.workers)
 

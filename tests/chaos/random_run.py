@@ -82,7 +82,7 @@ class Book:
             answer.chunks, answer.log = [], None
 
     def _is_garbled(self, answer: Answer) -> bool:
-        """Whether a record of this request was garbled."""
+        """True if a record of this request was garbled."""
         if answer.request_id or not answer.errors:
             return answer.request_id in self._garbled
         # An error before the stream began does not name its request: at most as many count as were garbled.

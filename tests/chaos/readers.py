@@ -51,7 +51,7 @@ class Reading(Answer):
 
     @property
     def is_under_way(self) -> bool:
-        """Whether some text has come; for a resuming client, after its return."""
+        """True once some text has come; for a resuming client, after its return."""
         return len(self.chunks) > NUM_TEXTS
 
     def note(self, chunk: dict[str, Any]) -> None:

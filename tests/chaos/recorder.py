@@ -94,12 +94,12 @@ class Answer:
 
     @property
     def num_ends(self) -> int:
-        """How often the client was told of the end; must be 1."""
+        """The number of times that the client was told of the end; must be 1."""
         return len(self.finish_reasons) + len(self.errors)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the answer ended without an error, as far as the client can see."""
+        """True if the answer ended without an error, as far as the client can see."""
         return self.status == 200 and not self.errors and not self.failure and self.num_ends == 1
 
     @property

@@ -124,7 +124,7 @@ def test_a_client_that_does_not_read_harms_nobody_else_and_gets_all_when_it_does
 
 
 def read_text(connection: socket.socket) -> str:
-    """What a stream says, read to its end at once."""
+    """The body of a stream, read to its end at once."""
     with connection.makefile("rb") as file:
         lines = []
         while (line := file.readline().strip()) != b"data: [DONE]":

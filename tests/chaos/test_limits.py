@@ -146,7 +146,7 @@ def test_a_running_job_deleted_by_an_operator_ends_with_an_error_and_a_queued_on
 
 
 def rq(cluster: Cluster, *arguments: str) -> str:
-    """What an `rq` command says."""
+    """The output of an `rq` command."""
     command = [BIN / "rq", *arguments, "-u", cluster.server.url]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
 

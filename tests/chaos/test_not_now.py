@@ -82,7 +82,7 @@ def wired(wired_cluster: Wired) -> Iterator[Wired]:
 
 
 def lines(worker: ChaosWorker, text: str) -> int:
-    """How many lines of a worker's log hold a text."""
+    """The number of lines in a worker's log that contain a text."""
     return worker.process.output.count(text)
 
 
@@ -100,7 +100,7 @@ def test_open_streams_pause_and_go_on_with_the_same_worker(
     cluster, worker = wired.cluster, wired.worker
     before = lines(worker, LOST)
     run = wired.recorder.start(cluster.api.url, ASKS)
-    # One that comes later would be refused.
+    # A request that comes later would be refused.
     wait_until(lambda: run.num_started == len(ASKS), 30, "all streams")
     with FAULTS[code](cluster.connection):
         wait_until(lambda: ready(cluster)[0] == 503, what="/ready to turn 503")

@@ -21,7 +21,7 @@ NUM_CLIENTS = 16
 GONE = "adapter_version_gone"
 GONE_LIMIT_S = 2.0
 REFUSED = ("model_not_found",)
-"""What a client gets while the adapter is not registered: its request was not accepted."""
+"""The error code while the adapter is not registered: the request was not accepted."""
 ASKS = workload(24, max_tokens=16, tag="swap ")
 
 
@@ -112,7 +112,7 @@ def test_requests_for_weights_whose_last_worker_died_end_soon_with_an_error_of_t
         Recorder(cluster.server.url) as recorder,
     ):
         api = cluster.start_api()
-        # So slow that nothing ends before the new worker has started, however busy the machine is.
+        # Slow enough that nothing ends before the new worker has started, however busy the machine is.
         old = cluster.start_worker(step_delay_s="0.2")
         running = recorder.start(api.url, [Ask("a", f"runs {number}", max_tokens=400) for number in range(2)])
         wait_until(lambda: running.num_started == 2, 30, "both streams")

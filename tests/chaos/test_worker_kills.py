@@ -12,7 +12,7 @@ from tests.chaos.stages import ASKS, STAGES, pick_victim
 from tests.waiting import wait_until
 
 RESTART_S = 5
-"""How long nobody is there when there is no spare worker."""
+"""Seconds without any worker when there is no spare one."""
 POINTS = ["appended:20", "ended:1"]
 MORE_POINTS = ["claimed:1", "appending:1", "appending:20", "appended:1", "ending:1", "ending:3", "ended:3"]
 

@@ -36,7 +36,7 @@ def own_connection(server: RedisServer) -> Iterator[redis.Redis]:
 
 
 def failure(call: Callable[[], object]) -> redis.RedisError:
-    """What a call that must fail raises."""
+    """The exception of a call that must fail."""
     with pytest.raises(redis.RedisError) as caught:
         call()
     return caught.value
@@ -100,7 +100,7 @@ def test_a_script_that_an_operator_killed_before_it_wrote_is_called_again(
 
 
 def error_of_ping(connection: redis.Redis, code: str) -> redis.RedisError | None:
-    """What the server replies, if the reply has this code."""
+    """The server's reply; the test fails if it has another code."""
     try:
         connection.ping()
     except redis.RedisError as error:

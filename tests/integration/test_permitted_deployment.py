@@ -19,7 +19,7 @@ CHAT = "/v1/chat/completions"
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "stream": True}
 DETACH = {"X-Lorelay-Detach": "true"}
 OPTIONAL = {"client|setinfo", "client|maint_notifications", "client"}
-"""What redis-py tells the server of itself, whether or not it may."""
+"""Commands with which redis-py introduces itself to the server, permitted or not."""
 SELDOM = {"hexists", "ping", "hdel", "persist", "lrem", "zrangebyscore", "smismember", "rename"}
 """Needed if a name comes back, a channel is silent, a request is given up, a key has a wrong type."""
 
@@ -63,7 +63,7 @@ def commands_sent(admin: redis.Redis) -> set[str]:
 
 
 def denied(admin: redis.Redis) -> set[str]:
-    """What the user tried and was not allowed to do."""
+    """Commands that the user tried and was not permitted."""
     return {entry["object"] for entry in admin.acl_log()}
 
 

@@ -32,7 +32,7 @@ WAITING = ("chatcmpl-waiting-0", "chatcmpl-waiting-1")
 ENDED, ELSEWHERE = "chatcmpl-ended", "chatcmpl-elsewhere"
 ON_BASE = (*RUNNING, HANDED_BACK, *WAITING, ABORTED)
 RIGHT_ENDS = {ABORTED: "canceled"}
-"""Of those that don't finish."""
+"""The end of requests that don't finish."""
 TYPES: dict[str, Callable[[redis.Redis, str], object]] = {
     "string": lambda connection, key: connection.set(key, "garbage"),
     "list": lambda connection, key: connection.rpush(key, "garbage"),
@@ -120,11 +120,11 @@ class World:
         other.sweep(QUEUES)
 
     def ends(self) -> dict[str, str]:
-        """What became of each request that had not ended."""
+        """The state of each request that had not ended."""
         return {request_id: self._end_of(request_id) for request_id in (*ON_BASE, ELSEWHERE)}
 
     def is_told(self, request_id: str) -> bool:
-        """Whether the client of a request that did not finish learns of it, by the log or by its job."""
+        """True if the client of a request that did not finish learns of it, by the log or by its job."""
         log = self.connection.lrange(keys.log(request_id), -1, -1)
         if log and decode_event(log[0]).error is not None:
             return True

@@ -59,14 +59,14 @@ ALL_PASSING = [reply for replies in PASSING.values() for reply in replies]
 
 
 def parsed(reply: str) -> redis.RedisError:
-    """What redis-py makes of a reply."""
+    """The exception that redis-py makes of a reply."""
     error = BaseParser.parse_error(reply)
     assert isinstance(error, redis.RedisError)
     return error
 
 
 def in_pipeline(reply: str) -> redis.RedisError:
-    """What a pipeline raises: the command may be of a client's own text."""
+    """The exception of a pipeline, which quotes the command, and with it a client's text."""
     error = parsed(reply)
     redis.client.Pipeline.annotate_exception(None, error, 1, ["SET", "a) BUSY (b", "OOM LOADING"])  # type: ignore[arg-type]
     return error
@@ -79,12 +79,12 @@ def in_async_pipeline(reply: str) -> redis.RedisError:
 
 
 def in_exec(reply: str) -> redis.RedisError:
-    """As a server says it that refuses EXEC itself."""
+    """The reply of a server that refuses EXEC itself."""
     return parsed(f"EXECABORT Transaction discarded because of: {reply}")
 
 
 def in_script(reply: str) -> redis.RedisError:
-    """As Redis 7 says it."""
+    """The reply of Redis 7."""
     return parsed(f"{reply} script: f_{'a' * 40}, on @user_script:12.")
 
 
@@ -93,12 +93,12 @@ def in_valkey_script(reply: str) -> redis.RedisError:
 
 
 def refused_in_old_script(reply: str) -> redis.RedisError:
-    """As Redis 6.2 says it when it refuses a call."""
+    """The reply of Redis 6.2 when it refuses a call."""
     return raised_in_old_script(f"@user_script: 12: -{reply}")
 
 
 def raised_in_old_script(reply: str) -> redis.RedisError:
-    """As Redis 6.2 says it when a call fails."""
+    """The reply of Redis 6.2 when a call fails."""
     return parsed(f"ERR Error running script (call to f_{'a' * 40}): @user_script:12: {reply}")
 
 
