@@ -6,7 +6,7 @@ __all__ = ["LoraWorker"]
 
 
 def __getattr__(name: str) -> Any:
-    """The worker's class, when it is asked for: whoever imports the engine loads neither RQ nor Redis."""
+    """Imports `LoraWorker` on demand, so that importing the engine loads neither RQ nor Redis."""
     if name != "LoraWorker":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from worker.lora_worker import LoraWorker

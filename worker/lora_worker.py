@@ -1,4 +1,4 @@
-"""`rq worker -w worker.LoraWorker`: RQ's worker that holds many requests at once."""
+"""`rq worker -w worker.LoraWorker`: an RQ worker that runs many requests at once."""
 
 import contextlib
 import os
@@ -63,7 +63,7 @@ class LoraWorker(RqWorker):
         """Loads the model, then serves until SIGTERM (or, with `burst`, until the queues are empty).
 
         Raises:
-            SystemExit: with a non-zero code after a configuration error or anything else abnormal.
+            SystemExit: with code 2 after a configuration error, 1 after any other error.
         """
         _refuse_options(
             max_jobs=max_jobs,
@@ -92,7 +92,7 @@ class LoraWorker(RqWorker):
                 self.teardown()
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """SIGTERM and SIGINT: drain; the second one hands back at once. While loading: end."""
+        """Handles SIGTERM and SIGINT: drains, hands back at once the second time; ends if still loading."""
         self._patience.end()
         if self._service is None:
             self._stop_asked = True
@@ -102,12 +102,12 @@ class LoraWorker(RqWorker):
         self._service.drain()
 
     def _rq_keys(self) -> dict[str, str]:
-        """The keys that RQ's registration writes to, with the type that each must have."""
+        """The keys that RQ's registration writes, and the type that each must have."""
         sets = [f"{RQ_KEY_PREFIX}:workers:{name}" for name in self.queue_names()]
         return {self.key: "hash", **dict.fromkeys([f"{RQ_KEY_PREFIX}:workers", *sets], "set")}
 
     def _prepare(self) -> WorkerSettings:
-        """Settings, and the queues this worker registers for."""
+        """Checks server and settings, and sets the queues that this worker registers for."""
         # If the URL leads nowhere, the worker ends; a server that answers "not now" is waited for.
         self._patience.call(self._check_server, waits_for=is_not_now)
         url = os.environ.get(f"{ENV_PREFIX}REDIS_URL")
@@ -169,7 +169,7 @@ class LoraWorker(RqWorker):
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
 
     def handle_payload(self, message: Any) -> None:
-        """RQ's commands; `stop-job` and `stop-execution` end one of many running requests."""
+        """Obeys RQ's commands; `stop-job` and `stop-execution` end one of many running requests."""
         try:
             payload = parse_payload(message)
             if payload["command"] not in ("stop-job", "stop-execution"):
@@ -181,7 +181,7 @@ class LoraWorker(RqWorker):
             self.log.error("Worker %s: a command can't be read: %r", self.name, error)
 
     def _beat(self, cards: Sequence[ModelCard], forward_state: str) -> None:
-        """RQ's own heartbeat, for `rq info` and the dashboard. A Redis that came back empty is told anew."""
+        """Sends RQ's own heartbeat, for `rq info`; registers again in a Redis that lost its data."""
         with connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection:
             mend(connection, {self.key: "hash"})
             is_forgotten = not connection.exists(self.key)
@@ -195,7 +195,7 @@ class LoraWorker(RqWorker):
                 pipeline.execute()
 
     def _streams(self, settings: WorkerSettings) -> WorkerStreams:
-        """A stream end with a connection of its own: a thread that blocks on it blocks nobody else."""
+        """`WorkerStreams` on a connection of its own, so that a thread that blocks on it blocks no other."""
         return WorkerStreams(
             connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S),
             base=settings.base_name,
@@ -212,7 +212,7 @@ class LoraWorker(RqWorker):
 
 
 def _log_to_streams(level: str, date_format: str, log_format: str) -> None:
-    """Adds RQ's handlers where there are none yet; sets the level in any case."""
+    """Adds RQ's log handlers to loggers without any, and sets the level of all."""
     for package in ("rq.worker", "worker", "shared"):
         setup_loghandlers(level, date_format, log_format, package)
 

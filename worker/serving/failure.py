@@ -19,11 +19,11 @@ class Failure:
 
     @property
     def is_crash(self) -> bool:
-        """Whether a request may be at fault: a reply of Redis is no request's fault."""
+        """True if a request may have caused the error, which no reply of Redis is."""
         return self.error is not None and not isinstance(self.error, redis.RedisError)
 
     def report(self, error: BaseException) -> None:
-        """Logs an error and notes it; the engine loop ends the worker after its present step."""
+        """Logs and keeps an error; the engine loop ends the worker after its current step."""
         if isinstance(error, redis.RedisError):
             logger.error("Worker %s: %s", self._worker_name, explain(error))
         else:
@@ -31,7 +31,7 @@ class Failure:
         self.error = self.error or error
 
     def guard(self, run: Callable[[], None]) -> None:
-        """Runs the function of a thread and reports its error: the other threads alone would serve nobody."""
+        """Runs the function of a thread and reports its error; the other threads can't serve without it."""
         try:
             run()
         except BaseException as error:

@@ -18,11 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """What a live worker does at intervals, whatever its engine is busy with.
+    """The periodic work of a live worker, whatever its engine is busy with.
 
-    It judges others (reaps leases, takes requests without a reader for orphans) only once its own connection
-    has been up for a whole lease: after a restart of Redis every lease looks expired until its owner has had
-    the time to renew it.
+    It reaps leases, and aborts requests of silent APIs, only once its own connection has been up for a whole
+    lease: after a restart of Redis every lease looks expired until its owner has had the time to renew it.
     """
 
     def __init__(
@@ -37,14 +36,14 @@ class Heartbeat:
         watch_engine: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`served` gives the queues of now and their versions, see `WorkerStreams.serve`; all are swept."""
+        """`served` returns the queues to sweep and their versions, see `WorkerStreams.serve`."""
         self._streams = streams
         self._held = held
         self._consumer = consumer
         self._settings = settings
         self._served = served
         self._told: Mapping[str, str] | None = None
-        """Queues and versions that Redis was told last."""
+        """The queues and versions that Redis was told last."""
         self._on_beat = on_beat
         self._watch_engine = watch_engine
         self._clock = clock
@@ -54,11 +53,11 @@ class Heartbeat:
         self._renewed_at = self._swept_at = float("-inf")
 
     def stop(self) -> None:
-        """Ends `run` after its present turn."""
+        """Ends `run` after its current turn."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Takes turns until `stop`; what was refused for now is made up for at the next one."""
+        """Takes turns until `stop`; if Redis is away, the next turn makes up for the missed one."""
         while not self._stopped.wait(min(self._settings.heartbeat_s, self._settings.reap_s)):
             self._watch_engine()
             try:
@@ -72,7 +71,7 @@ class Heartbeat:
                 self.outages.end("heartbeat")
 
     def turn(self) -> None:
-        """Renews, reaps and sweeps where it is time to."""
+        """Renews, reaps and sweeps, each if its interval is over."""
         now = self._clock()
         connected_s = now - self._connected_since if self._connected_since is not None else 0.0
         if now - self._renewed_at >= self._settings.heartbeat_s:
@@ -82,7 +81,7 @@ class Heartbeat:
             self._connected_since = now
         if connected_s >= self._settings.lease_s:
             self._reap()
-        # Not after a whole lease, as for reaping: a live worker renews its own entry within a heartbeat.
+        # Here one heartbeat suffices, not a whole lease: live workers renew their own entries within it.
         if connected_s >= self._settings.heartbeat_s:
             self._end_unserved()
         if now - self._swept_at >= self._settings.sweep_s:
@@ -99,7 +98,7 @@ class Heartbeat:
             self._tell()
         self._consumer.abort(news.aborted)
         if not news.in_time:
-            # The server, or this process, was paused: others must have the time to renew theirs first.
+            # Redis or this process was paused: other workers must get the time to renew their leases first.
             self._connected_since = self._clock()
         self._on_beat()
 

@@ -73,5 +73,5 @@ def queues_of(base: str, adapter_names: Collection[str], arguments: Sequence[str
 
 
 def adapter_slots(queues: ServedQueues, adapters: AdapterCache[Any], max_wait_s: float) -> Slots:
-    """The state of the device's adapter slots, by queue, for a claim."""
+    """The adapter slots of the device, by queue, for a claim."""
     return Slots(adapters.num_slots, [queues.name_of(name) for name in adapters.resident], max_wait_s)

@@ -83,12 +83,12 @@ class WorkerService:
 
     @property
     def is_draining(self) -> bool:
-        """Whether `drain` was called."""
+        """True once `drain` was called."""
         return self._loop.is_draining
 
     @property
     def remains(self) -> str:
-        """What the engine still holds, for a log line."""
+        """The requests and blocks that the engine still holds, for a log line."""
         return self._engine.remains
 
     def report_outages_to(self, outages: Outages) -> None:
