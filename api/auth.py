@@ -10,20 +10,20 @@ from shared.errors import InvalidApiKey
 
 
 class ApiKeyCheck:
-    """Dependency of the `/v1` routes: a Bearer key out of `keys`. Without any keys, everybody may enter."""
+    """Dependency of the `/v1` routes: asks for one of `keys` as Bearer; without keys, lets everybody in."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = tuple(key.encode() for key in keys)
 
     def client_of(self, request: Request) -> str:
-        """Who sent a checked request: a digest of its key, empty where no keys are asked for."""
+        """The sender of a checked request: a digest of its key, or empty if no keys are asked for."""
         return hashlib.sha256(_bearer(request).encode()).hexdigest() if self._keys else ""
 
     async def __call__(self, request: Request) -> None:
         """Checks one request.
 
         Raises:
-            InvalidApiKey: it has no key, or none of ours.
+            InvalidApiKey: it has no key, or a wrong one.
         """
         if not self._keys:
             return
@@ -33,7 +33,7 @@ class ApiKeyCheck:
             raise InvalidApiKey
 
     def _is_known(self, given: str) -> bool:
-        # Constant time: every key is compared, and compare_digest does not stop at the first difference.
+        # Compares all keys, in constant time; else the time taken would tell how much of a key is right.
         candidate = given.encode("latin-1")
         return sum(hmac.compare_digest(candidate, key) for key in self._keys) > 0
 

@@ -11,7 +11,7 @@ async def read_body(request: Request, max_num_bytes: int) -> bytes:
     """The whole body.
 
     Raises:
-        RequestTooLarge: it is longer than `max_num_bytes`; what comes after is not read.
+        RequestTooLarge: it is longer than `max_num_bytes`; the rest is not read.
         ClientDisconnect: the client left before its end.
     """
     announced = request.headers.get("content-length", "")

@@ -1,4 +1,4 @@
-"""The documentation page and its schema: open to everybody, complete without the internet."""
+"""The documentation page and its OpenAPI schema: need no API key and no internet access."""
 
 import copy
 from functools import cache
@@ -126,7 +126,7 @@ def _example(model: str) -> dict[str, Any]:
 
 
 def _with_models(schema: dict[str, Any], cards: list[ModelCard] | None) -> dict[str, Any]:
-    """The schema with the served models in its text, and one of them in its example."""
+    """The schema with the served models in its description, and one of them in its example."""
     schema = copy.deepcopy(schema)
     schema["info"]["description"] += f"\n\n{_describe(cards)}"
     if cards:

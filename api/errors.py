@@ -22,13 +22,13 @@ SERVER_TYPE = "server_error"
 
 
 class Mapped(NamedTuple):
-    """How one class of exception looks in HTTP."""
+    """The HTTP status, error type and headers of one class of exception."""
 
     status: int
     type: str
     retry_after_s: int | None = None
     permanent: bool = False
-    """A repetition would fail as well: the official clients are told not to retry."""
+    """True if a repetition would fail as well; the official clients are then told not to retry."""
     headers: Mapping[str, str] = {}
 
 
@@ -62,7 +62,7 @@ MAPPING: dict[type[LorelayError], Mapped] = {
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """What is wrong; all four keys are always there."""
+    """The error itself; all four keys are always there."""
 
     message: str
     type: str
@@ -117,7 +117,7 @@ async def _handle_ours(request: Request, exc: Exception) -> Response:
 
 
 async def _handle_http(request: Request, exc: Exception) -> Response:
-    """What the router itself refuses: an unknown path, a method that a path does not have."""
+    """Answers requests that the router refuses: an unknown path, or a method that a path does not have."""
     assert isinstance(exc, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, INVALID_REQUEST_TYPE)
     message = f"{exc.detail}: {request.method} {request.url.path}"
@@ -127,7 +127,7 @@ async def _handle_http(request: Request, exc: Exception) -> Response:
 
 
 async def _handle_parameter(request: Request, exc: Exception) -> Response:
-    """A parameter of the URL, checked by FastAPI."""
+    """Answers a bad parameter of the URL, which FastAPI checks."""
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
     name = str(first["loc"][-1])
@@ -135,7 +135,7 @@ async def _handle_parameter(request: Request, exc: Exception) -> Response:
 
 
 async def _handle_disconnect(request: Request, exc: Exception) -> Response:
-    """The client left while it was still sending: nobody reads this answer."""
+    """Answers a client that left while it was still sending; nobody reads this answer."""
     return Response(status_code=400)
 
 

@@ -21,7 +21,7 @@ class ExchangeLog:
 
     @property
     def has_events(self) -> bool:
-        """Whether an event has come."""
+        """True once an event has come."""
         return self._first_event_s is not None
 
     def note_events(self, events: list[StreamEvent]) -> None:

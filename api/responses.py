@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = 10.0
 """Silence on an open stream after which a comment line goes out."""
 LAST_WORDS_S = 1.0
-"""How long a client that reads slowly may hold up the error that ends its stream."""
+"""Longest time that a slow reader may hold up the error that ends its stream."""
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before its answer; used in our log only."""
 

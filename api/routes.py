@@ -23,7 +23,7 @@ class Model(msgspec.Struct, frozen=True):
     created: int
     owned_by: str
     root: str
-    """Where its weights come from."""
+    """Source of its weights: a folder or a Hugging Face id."""
     parent: str | None
     """The base model of an adapter."""
     max_model_len: int

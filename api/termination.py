@@ -1,4 +1,4 @@
-"""The end of an API process: what happens at SIGTERM, before the server stops."""
+"""A hook at SIGTERM that runs before the HTTP server stops."""
 
 import asyncio
 import signal
@@ -10,9 +10,9 @@ from types import FrameType
 
 @contextmanager
 def at_termination(callback: Callable[[], None]) -> Iterator[None]:
-    """Calls `callback` in the running event loop at SIGTERM or SIGINT; then goes on as the server would.
+    """Calls `callback` in the running event loop at SIGTERM or SIGINT, then the handler that was there.
 
-    Only where the server handles these signals itself, in the main thread: uvicorn does.
+    Does nothing outside the main thread, or if nobody handles these signals; uvicorn does in its process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -24,8 +24,8 @@ def run(redis_url: str, host: str, port: int) -> None:
         )
     import rq.serializers
 
-    # Some of its pages fetch jobs without naming a serializer; Lorelay's jobs are JSON, and pickle from Redis
-    # would run whatever stands there.
+    # Some of its pages fetch jobs with RQ's default serializer, pickle. It can't read Lorelay's jobs, which
+    # are JSON, and unpickling would run code that anybody may have put into Redis.
     rq.serializers.PickleSerializer = rq.serializers.JSONSerializer  # type: ignore[assignment]
     dashboard = importlib.import_module("rq_dashboard.cli").run
     pages = importlib.import_module("rq_dashboard.web").blueprint
@@ -36,6 +36,6 @@ def run(redis_url: str, host: str, port: int) -> None:
 
 
 def _unavailable(error: redis.RedisError) -> tuple[str, int, dict[str, str]]:
-    """The page while Redis does not serve; by itself Flask shows none, and logs a traceback."""
+    """The page while Redis does not serve; without it Flask would answer 500 and log a traceback."""
     sys.stderr.write(f"lorelay: {explain(error)}\n")
     return f"{explain(error)}\n", 503, {"Content-Type": "text/plain", "Retry-After": "1"}

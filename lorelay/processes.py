@@ -31,7 +31,7 @@ class ChildSpec:
     cwd: Path | None = None
     pass_fds: tuple[int, ...] = ()
     stop_limit_s: float = 10.0
-    """How long it may take from SIGTERM to its end; then it is killed."""
+    """Time from SIGTERM to its end; then it is killed."""
     hurry_signal: int = signal.SIGTERM
     """Signal that makes it end sooner, sent after a SIGTERM."""
 

@@ -90,7 +90,7 @@ def _start_server(folder: embedded.StateFolder, supervisor: Supervisor) -> None:
 def _is_ready(
     plan: ServePlan, connection: redis.Redis, workers: Sequence[ChildSpec], supervisor: Supervisor
 ) -> bool:
-    """Whether every worker serves and the API reaches the queue."""
+    """True if every worker serves and the API reaches the queue."""
     try:
         live = live_workers(connection, plan.worker.base_name)
     except redis.RedisError:

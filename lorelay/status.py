@@ -1,6 +1,6 @@
-"""What runs and what waits, read from Redis without changing anything: `lorelay status`.
+"""`lorelay status`: workers, models and queues, read from Redis without changing anything.
 
-`rq info` is a cleaner: it removes what it takes for dead. These readers are not.
+`rq info`, in contrast, removes workers and jobs that it takes for dead.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,16 +21,16 @@ class WorkerStatus(msgspec.Struct, frozen=True):
 
     name: str
     base: str | None
-    """None: it has not begun to serve yet, or its base is not registered."""
+    """Base model; None if it has not begun to serve yet, or its base is not registered."""
     host: str
     pid: int | None
     state: str
-    """RQ's word: starting, idle, busy, suspended; empty when RQ has none."""
+    """State in RQ's words: starting, idle, busy, suspended; empty if RQ has none."""
     num_running: int
     alive: bool
-    """Whether it renewed its lease lately. A worker that still loads its model has none."""
+    """True if its lease has not lapsed. A worker that still loads its model has none."""
     forward: str
-    """How it computes: `eager`, `compiled`, or eager while it is `compiling`; empty at first."""
+    """Its forward pass: `eager`, `compiled`, or eager while it is `compiling`; empty at first."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -128,7 +128,7 @@ def to_text(status: Status) -> str:
 
 
 def _leases(connection: redis.Redis, base: str) -> dict[str, bool]:
-    """Worker names of a base, and whether each has a lease now, by the server's clock."""
+    """Worker names of a base, each with True if its lease has not lapsed by the server's clock."""
     now_ms = _now_ms(connection)
     key = keys.workers(slug(base))
     entries = _readable(lambda: connection.zrange(key, 0, -1, withscores=True), [])
@@ -183,7 +183,7 @@ def _members(connection: redis.Redis, kind: str) -> set[str]:
 
 
 def _readable(read: Callable[[], Any], default: Any) -> Any:
-    """A value; the default in place of a key of another type, which the other tables are shown without."""
+    """A value; the default if its key has another type, so that one damaged key spoils one table only."""
     try:
         return read()
     except redis.ResponseError as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from lorelay.processes import STOP_SIGNALS, ChildSpec, SignalSource, describe_exit, start_process
 
 HURRY_LIMIT_S = 5.0
-"""How long a child may take once the user asked to stop a second time."""
+"""Time that a child has to end after the user asked to stop a second time."""
 POLL_S = 0.25
 
 
@@ -112,7 +112,7 @@ class Supervisor:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether somebody asked to stop; nothing is restarted any more."""
+        """True once somebody asked to stop; nothing is restarted any more."""
         return self._is_stopping
 
     @property

@@ -43,7 +43,7 @@ class AnswerWriter(Protocol):
 
     @property
     def is_stream(self) -> bool:
-        """Whether pieces are sent as they come; if not, the body is sent as a whole at its end."""
+        """True if pieces are sent as they come; false if the body is sent as a whole at its end."""
 
     def render(self, event: StreamEvent) -> bytes:
         """The bytes that an event adds to the body, possibly none. Events without an error only."""

@@ -23,11 +23,11 @@ class TextPart(StrictModel):
     type: Annotated[str, AfterValidator(_check_part_type)]
     """`text`; other part types are not served."""
     text: str
-    """Joined with the other parts as it is, without anything in between."""
+    """The text; parts are joined without a separator."""
 
 
 class FunctionCall(StrictModel):
-    """What an assistant called."""
+    """A function that an assistant called, with its arguments."""
 
     name: str
     """The function's name."""
@@ -39,11 +39,11 @@ class ToolCall(StrictModel):
     """A call that an assistant made earlier in the conversation."""
 
     id: str
-    """Referred to by the `tool_call_id` of the answer."""
+    """Id that the `tool_call_id` of the answering message repeats."""
     type: Literal["function"]
     """Always `function`."""
     function: FunctionCall
-    """What was called."""
+    """The function and its arguments."""
 
 
 def _content_kind(value: Any) -> str:
@@ -94,7 +94,7 @@ class ChatMessage(StrictModel):
         return self
 
     def to_template(self) -> dict[str, Any]:
-        """What a chat template gets: content as one string, and the other fields that are set."""
+        """The message for a chat template: content as one string, and the other fields that are set."""
         rest = self.model_dump(include={"name", "tool_calls", "tool_call_id", "function_call"})
         return {
             "role": self.role,

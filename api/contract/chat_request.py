@@ -1,4 +1,4 @@
-"""The body of `POST /v1/chat/completions`, and what it means to the workers."""
+"""The body of `POST /v1/chat/completions`, and the sampling parameters that it stands for."""
 
 import secrets
 from typing import Annotated, Any
@@ -42,12 +42,12 @@ Stop = Annotated[
 
 
 class StreamOptions(StrictModel):
-    """How to stream."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     """Adds one last chunk with the token counts."""
     include_obfuscation: Annotated[bool | None, neutral(False)] = None
-    """Not served: false."""
+    """Only false is served."""
 
 
 class ServedFields(StrictModel):
@@ -94,19 +94,19 @@ class ChatCompletionRequest(UnservedExtensions, UnservedOpenAIFields, LabelField
 
     @property
     def max_output_tokens(self) -> int | None:
-        """The bound that counts, under either name."""
+        """Most tokens to generate, under whichever of its two names it was given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
+        """True if a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def to_sampling(self) -> SamplingParams:
-        """What the workers need of it; draws a seed when none is given."""
+        """The sampling parameters for the workers; draws a seed when none is given."""
         top_p = 1.0 if self.top_p is None else self.top_p
         top_k = max(self.top_k or 0, 0)
-        if top_p == 0:  # No token has probability 0 or less: OpenAI takes the single best one.
+        if top_p == 0:  # OpenAI takes the single likeliest token; here a nucleus of 0 would be empty.
             top_p, top_k = 1.0, 1
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,

@@ -1,4 +1,4 @@
-"""How request bodies are checked: strict pydantic models, and their failures as our exceptions."""
+"""Checks of request bodies: strict pydantic models, whose failures become exceptions of ours."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ MAX_PARAM_LENGTH = 100
 
 
 class StrictModel(BaseModel):
-    """No coercion (a bool is no int, `1.0` is no int), no unknown fields, no NaN or infinity."""
+    """Base of request models: no coercion (neither true nor `1.0` is an int), no unknown fields, no NaN."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
@@ -31,7 +31,7 @@ def _check_length(value: Any) -> Any:
 
 
 BOUNDED = BeforeValidator(_check_length)
-"""For lists: pydantic makes an error of every wrong item; very many would hold the process up."""
+"""Limit on list lengths. Without it pydantic would build an error for each of a million wrong items."""
 
 Model = TypeVar("Model", bound=StrictModel)
 
@@ -39,8 +39,8 @@ Model = TypeVar("Model", bound=StrictModel)
 def neutral(*values: Any) -> AfterValidator:
     """Marks a field that OpenAI or a sibling server knows and Lorelay does not serve yet.
 
-    None and `values` mean what leaving it out means, and pass; any other value of the right type is refused
-    as unsupported. Serving the field one day means taking the mark away.
+    None and `values` mean the same as leaving the field out, and pass; any other value of the right type is
+    refused as unsupported. A field that gets served loses the mark.
     """
     served = " or ".join(json.dumps(value) for value in values or (None,))
 
@@ -53,12 +53,12 @@ def neutral(*values: Any) -> AfterValidator:
 
 
 def unsupported(message: str) -> PydanticCustomError:
-    """For validators: right by OpenAI's contract, not served by Lorelay."""
+    """The error to raise in a validator for a value that OpenAI allows and Lorelay does not serve."""
     return PydanticCustomError(UNSUPPORTED, "{text}", {"text": message})
 
 
 def invalid(message: str, *, field: str | None = None) -> PydanticCustomError:
-    """For validators: wrong; a validator of a whole model names the `field` at fault."""
+    """The error to raise in a validator for a wrong value; validators of a whole model name its `field`."""
     return PydanticCustomError("invalid", "{text}", {"text": message, "field": field})
 
 
@@ -94,7 +94,7 @@ def _to_exception(detail: ErrorDetails, body: Any) -> InvalidRequest:
 
 
 def _param(detail: ErrorDetails, body: Any) -> str:
-    """Where it is wrong, in OpenAI's notation: `messages[0].role`."""
+    """The place of the error in OpenAI's notation, e.g. `messages[0].role`."""
     location = detail["loc"]
     field = detail.get("ctx", {}).get("field")
     path = _path(location, body, ends_outside=detail["type"] == "missing")
@@ -102,7 +102,7 @@ def _param(detail: ErrorDetails, body: Any) -> str:
 
 
 def _path(location: Sequence[int | str], body: Any, *, ends_outside: bool) -> str:
-    """`location` without pydantic's own steps (names of union members), which lead nowhere in the body."""
+    """`location` as a path in the body, without pydantic's names of union members, which are not in it."""
     path, value = "", body
     for position, step in enumerate(location):
         if isinstance(step, int) and isinstance(value, list):

@@ -1,6 +1,7 @@
-"""Fields of a chat completion that OpenAI, lmdeploy or vLLM know and Lorelay does not serve yet, or ignores.
+"""Fields of a chat completion that OpenAI, lmdeploy or vLLM know and Lorelay does not serve, or ignores.
 
-A client may send them at their neutral value; labels that change nothing are accepted with any valid value.
+A client may send an unserved field with its neutral value, which means the same as leaving it out. Labels,
+which have no effect here, may have any valid value.
 """
 
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class LabelFields(StrictModel):
-    """Accepted and without effect."""
+    """Labels that clients attach to a request; they change nothing here."""
 
     user: str | None = None
     """Accepted, without effect."""
@@ -38,65 +39,65 @@ class UnservedOpenAIFields(StrictModel):
     """OpenAI's fields, each accepted at its neutral value."""
 
     n: Annotated[int | None, Field(ge=1, le=128), neutral(1)] = None
-    """Not served yet: 1."""
+    """Only 1 is served so far."""
     logprobs: Annotated[bool | None, neutral(False)] = None
-    """Not served yet: false."""
+    """Only false is served so far."""
     top_logprobs: Annotated[int | None, Field(ge=0, le=20), neutral(0)] = None
-    """Not served yet: 0."""
+    """Only 0 is served so far."""
     tools: Annotated[list[Object] | None, BOUNDED, neutral([])] = None
-    """Not served yet: empty."""
+    """Only an empty array is served so far."""
     tool_choice: Annotated[str | Object | None, neutral("none", "auto")] = None
-    """Not served yet: `none` or `auto`."""
+    """Only `none` and `auto` are served so far."""
     parallel_tool_calls: Annotated[bool | None, neutral(True)] = None
-    """Not served yet: true."""
+    """Only true is served so far."""
     functions: Annotated[list[Object] | None, BOUNDED, neutral([])] = None
-    """Not served: empty."""
+    """Only an empty array is served."""
     function_call: Annotated[str | Object | None, neutral("none", "auto")] = None
-    """Not served: `none` or `auto`."""
+    """Only `none` and `auto` are served."""
     response_format: Annotated[Object | None, neutral({"type": "text"})] = None
-    """Not served yet: `{"type": "text"}`."""
+    """Only `{"type": "text"}` is served so far."""
     logit_bias: Annotated[Object | None, neutral({})] = None
-    """Not served yet: empty."""
+    """Only an empty object is served so far."""
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2), neutral(0)] = None
-    """Not served yet: 0."""
+    """Only 0 is served so far."""
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2), neutral(0)] = None
-    """Not served yet: 0."""
+    """Only 0 is served so far."""
     reasoning_effort: Annotated[Effort | None, neutral("none", "medium")] = None
-    """Not served: `medium`, the default, or `none`."""
+    """Only `medium`, the default, and `none` are served."""
     verbosity: Annotated[Literal["low", "medium", "high"] | None, neutral("medium")] = None
-    """Not served: `medium`."""
+    """Only `medium` is served."""
     modalities: Annotated[list[str] | None, BOUNDED, neutral(["text"])] = None
-    """Not served: `["text"]`."""
+    """Only `["text"]` is served."""
     audio: Annotated[Object | None, neutral()] = None
-    """Not served: null."""
+    """Only null is served."""
     prediction: Annotated[Object | None, neutral()] = None
-    """Not served: null."""
+    """Only null is served."""
     web_search_options: Annotated[Object | None, neutral()] = None
-    """Not served: null."""
+    """Only null is served."""
     moderation: Annotated[Object | None, neutral()] = None
-    """Not served: null."""
+    """Only null is served."""
 
 
 class UnservedExtensions(StrictModel):
     """Fields of lmdeploy and vLLM, each accepted at its neutral value."""
 
     min_p: Annotated[float | None, Field(ge=0, le=1), neutral(0)] = None
-    """Not served: 0."""
+    """Only 0 is served."""
     repetition_penalty: Annotated[float | None, Field(gt=0), neutral(1)] = None
-    """Not served: 1."""
+    """Only 1 is served."""
     skip_special_tokens: Annotated[bool | None, neutral(True)] = None
-    """Not served: true."""
+    """Only true is served."""
     stop_token_ids: Annotated[list[int] | None, BOUNDED, neutral([])] = None
-    """Not served: empty."""
+    """Only an empty array is served."""
     include_stop_str_in_output: Annotated[bool | None, neutral(False)] = None
-    """Not served: false."""
+    """Only false is served."""
     chat_template_kwargs: Annotated[Object | None, neutral({})] = None
-    """Not served: empty."""
+    """Only an empty object is served."""
     add_generation_prompt: Annotated[bool | None, neutral(True)] = None
-    """Not served: true."""
+    """Only true is served."""
     continue_final_message: Annotated[bool | None, neutral(False)] = None
-    """Not served: false."""
+    """Only false is served."""
     min_new_tokens: Annotated[int | None, Field(ge=0), neutral(0)] = None
-    """Not served: 0; see `min_tokens`."""
+    """Only 0 is served; see `min_tokens`."""
     session_id: Annotated[int | None, neutral(-1)] = None
-    """Not served: -1."""
+    """Only -1 is served."""

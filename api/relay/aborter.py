@@ -21,7 +21,7 @@ class Aborter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether Redis has not taken an abort yet."""
+        """True while Redis has not taken all aborts."""
         return bool(self._until)
 
     def abort(self, request_id: str, until: float) -> None:

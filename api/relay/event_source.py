@@ -37,7 +37,7 @@ class EventSource:
         self._check_at = math.inf
         self._was_gone = False
         self.has_ended = False
-        """Whether the request is over: nothing is queued or runs under its id."""
+        """True once the request is over: nothing is queued or runs under its id."""
 
     async def enqueue(self, client: str, until: float) -> None:
         """Puts the request on its queue.

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable
 from shared.messages import StreamEvent
 
 MAX_SILENCE_FACTOR = 4
-"""How much longer than the first silence the later ones may get while a request's log stays empty."""
+"""Bound of the pause between readings of an empty log, as a multiple of `max_silence_s`."""
 
 
 class Inbox:
     """Delivers each event of one request exactly once, in order of `event_no`, to one consumer.
 
-    `put` takes what pub/sub brings: late, twice, or with gaps. What it could not take (a gap, or a consumer
-    so slow that `max_num_events` wait already) makes the inbox `behind`, and the rest comes from the log:
-    whoever owns the inbox reads it from `next_event_no` when `wants_log` says so, and calls `put_log`.
+    `put` takes events as pub/sub brings them: late, twice, or with gaps. After a gap, or once
+    `max_num_events` wait for a slow consumer, the inbox is behind and needs the log: its owner polls
+    `wants_log`, reads the log from `next_event_no` on and calls `put_log`.
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class Inbox:
     ) -> None:
         self.request_id = request_id
         self.next_event_no = 0
-        """The event that comes next; all before it were taken."""
+        """Number of the next event; all events before it were taken."""
         self._max_num_events = max_num_events
         self._max_silence_s = self._silence_s = max_silence_s
         self._call_for_log = call_for_log
@@ -45,7 +45,7 @@ class Inbox:
         self.fall_behind()
 
     def put(self, event: StreamEvent) -> None:
-        """Takes the next event; drops one it has, and any that it can't take in order."""
+        """Takes an event if it is the next one; drops it if it came before or is out of order."""
         if event.event_no < self.next_event_no:
             return
         if event.event_no > self.next_event_no:
@@ -61,32 +61,32 @@ class Inbox:
         self._wake()
 
     def put_log(self, events: Iterable[StreamEvent], *, is_all: bool) -> None:
-        """Takes what the log holds from `next_event_no`, at the time of the question, on."""
+        """Takes events read from the log; `is_all` is False if the log may hold more."""
         for event in events:
             self.put(event)
         if not is_all:
             self.fall_behind()
 
     def fall_behind(self) -> None:
-        """Something may be in the log that did not come here."""
+        """Notes that the log may hold events that did not come here, and asks the owner to read it."""
         self._behind = True
         self._call_for_log()
 
     def fail(self, error: Exception) -> None:
-        """Ends the delivery: `get` raises `error`. The first one counts."""
+        """Ends the delivery: `get` raises `error`, or an earlier one."""
         self._error = self._error or error
         self._wake()
 
     def wants_log(self, now: float) -> bool:
-        """Whether to read the log now: behind or silent, and with room for what it holds."""
+        """True if the log should be read now: behind or silent, and the consumer has taken all events."""
         if self._events or self._error is not None:
             return False
         return self._behind or now - self._last_heard >= self._silence_s
 
     def log_is_being_read(self) -> None:
-        """To be called before the log is read: what goes wrong from now on calls for another reading."""
+        """Call this before reading the log. Gaps found from now on ask for another reading."""
         self._behind = False
-        # A request that waits long is asked about less often; its first event ends that.
+        # Each reading of a log that stays empty doubles the pause to the next one, up to the bound.
         self._last_heard = self._loop.time()
         self._silence_s = min(self._silence_s * 2, self._max_silence_s * MAX_SILENCE_FACTOR)
 
@@ -106,7 +106,7 @@ class Inbox:
             await self._wait(until)
 
     def close(self) -> None:
-        """Drops the alarm of a consumer that left."""
+        """Cancels the timer; for the end of the exchange."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
@@ -118,7 +118,7 @@ class Inbox:
         return events
 
     async def _wait(self, until: float) -> None:
-        # One timer serves many tokens: it is left as it is while it rings no later than asked for.
+        # The timer stays if it rings early enough: setting one for each token would cost CPU time.
         if self._alarm is None or self._alarm.when() > until:
             self.close()
             self._alarm = self._loop.call_at(until, self._ring)

@@ -107,7 +107,7 @@ class QueueClient:
             return await registry.fetch_cards(self._connection)
 
     async def has_live_worker(self, request: GenerationRequest) -> bool:
-        """Whether a worker that serves the request's model is alive."""
+        """True if a worker that serves the request's model is alive."""
         async with queue_errors(self.deadline()):
             return await registry.has_live_worker(self._connection, request.base, request.adapter_name)
 

@@ -69,7 +69,7 @@ class Relay:
 
     @property
     def is_aborting(self) -> bool:
-        """Whether Redis has not taken an abort yet."""
+        """True while Redis has not taken all aborts."""
         return self._aborter.is_busy
 
     def start(self) -> None:
