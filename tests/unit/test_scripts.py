@@ -10,6 +10,13 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
+def write_program(path: Path, *lines: str) -> None:
+    """A shell script in place of a program."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(("#!/bin/sh", *lines, "")))
+    path.chmod(0o755)
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of what `scripts/setup` looks at."""
@@ -22,9 +29,7 @@ def checkout(tmp_path: Path) -> Path:
 def setup(checkout: Path, python: str) -> subprocess.CompletedProcess[str]:
     """Runs it where `.venv/bin/python` is this shell script."""
     own = checkout / ".venv" / "bin" / "python"
-    own.parent.mkdir(parents=True)
-    own.write_text(f"#!/bin/sh\n{python}\n")
-    own.chmod(0o755)
+    write_program(own, python)
     # With `true` for a Python, a new environment would be an empty one.
     done = subprocess.run(
         [checkout / "scripts/setup"],
@@ -51,3 +56,19 @@ def test_one_that_lacks_something_is_left_alone_and_its_owner_told(
     done = setup(checkout, python)
     assert done.returncode == 1
     assert lacking in done.stderr
+
+
+def test_an_activated_environment_is_made_anew_with_the_python_behind_it(checkout: Path) -> None:
+    bin_folder, python = checkout / ".venv" / "bin", checkout / "python"
+    write_program(bin_folder / "python3", f'case "$2" in *_base_executable*) echo {python} ;; esac')
+    (checkout / ".venv" / "setup-stamp").write_text("that of an earlier release")
+    write_program(python, "mkdir -p .venv/bin", "ln -s /bin/true .venv/bin/python")
+    done = subprocess.run(
+        [checkout / "scripts/setup"],
+        env={**os.environ, "PYTHON": "python3", "PATH": f"{bin_folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (bin_folder / "python").is_symlink()
