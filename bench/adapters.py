@@ -17,7 +17,7 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """What the adapters of a measurement have in common."""
+    """Rank and targets that all adapters of a measurement share."""
 
     rank: int
     targets: tuple[str, ...]
@@ -45,7 +45,7 @@ class AdapterMaker:
         rank, generator = self._kind.rank, torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> torch.Tensor:
-            # Small beside the model's weights: the text stays text.
+            # Small weights change the text little; large ones would turn it into noise.
             return (torch.randn(shape, generator=generator) * 0.01).bfloat16()
 
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The least that a Starlette app does to stream chunks: what the API's work per token is compared with.
+"""A Starlette app that only streams chunks, as the yardstick for the API's work per token.
 
 `uvicorn --factory bench.bare:create_app`
 """
@@ -27,7 +27,7 @@ def create_app() -> Starlette:
 
 
 async def _stream(request: Request) -> Response:
-    """As many chunks as the request has `max_tokens`, each as Lorelay's API writes it."""
+    """Streams `max_tokens` chunks of the form that Lorelay's API writes."""
     body = await request.json()
     writer = ChunkWriter(Heading("chatcmpl-" + "0" * 32, 0, body["model"]), include_usage=False, begun=[0])
     chunk = writer.render(StreamEvent(event_no=0, text=" river"))

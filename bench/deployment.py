@@ -50,7 +50,7 @@ class Uvicorn:
 
     @property
     def pid(self) -> int:
-        """Of its process, once it has started."""
+        """Id of its process; only once it has started."""
         assert self._process is not None
         return self._process.pid
 
@@ -74,7 +74,7 @@ class Uvicorn:
 
 
 class Deployment:
-    """Workers and one API over a server of their own, in `folder`; a context manager that ends them all."""
+    """Workers, one API and a Redis server, all in `folder`; a context manager that ends them."""
 
     def __init__(
         self,
@@ -93,11 +93,11 @@ class Deployment:
         self._state = embedded.StateFolder(folder / "state")
         self._stack = contextlib.ExitStack()
         self.worker_pids: list[int] = []
-        """Once it has started."""
+        """Process ids of its workers; empty before it has started."""
 
     @property
     def url(self) -> str:
-        """The API's, without `/v1`."""
+        """URL of the API, without `/v1`."""
         return self.api.url
 
     @property
@@ -106,15 +106,15 @@ class Deployment:
         return self._worker_settings.base_name
 
     def worker_log(self, number: int) -> Path:
-        """What the worker of this number, from 0, writes to."""
+        """Log file of a worker; workers are numbered from 0."""
         return self._log(f"worker-{number}")
 
     def connect(self) -> redis.Redis:
-        """A client of its server; close it."""
+        """A new client of its Redis server; the caller closes it."""
         return redis.Redis.from_url(self._state.url, socket_timeout=5)
 
     def forward_states(self) -> set[str]:
-        """How its workers compute now, as `lorelay status` shows it; empty for one that doesn't serve yet."""
+        """Forward states of its workers, as in `lorelay status`; empty for one that doesn't serve yet."""
         with self.connect() as connection:
             live = live_workers(connection, self.base_name)
         keys = [(socket.gethostname(), pid) for pid in self.worker_pids]
@@ -178,7 +178,7 @@ def wait_until(
     needed: Mapping[Path, subprocess.Popen[bytes]],
     limit_s: float = START_LIMIT_S,
 ) -> None:
-    """Returns when the condition holds. `needed`: what must run for it, by log.
+    """Returns when the condition holds. `needed`: the processes it depends on, by log file.
 
     Raises:
         StartFailed: one of these has ended, or the time is over.
@@ -193,7 +193,7 @@ def wait_until(
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, twice for workers that drain; SIGKILL when that does not help."""
+    """Ends a process: SIGTERM, a second one for a worker that drains, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return

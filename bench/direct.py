@@ -1,4 +1,4 @@
-"""The engine of one worker driven in process: no API, no Redis. What the service is compared with.
+"""The engine of one worker driven in process, without API and Redis, to compare the service with.
 
 `python -m bench.direct --models m1,m2` reads the worker's `LORELAY_*` variables and prints one JSON line.
 """
@@ -24,7 +24,7 @@ from worker.serving.service import build_engine
 
 
 class DirectResult(msgspec.Struct, frozen=True):
-    """What an engine did by itself."""
+    """Output of an engine without the service around it."""
 
     num_tokens: int
     wall_s: float

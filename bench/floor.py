@@ -1,7 +1,8 @@
-"""F(B), the machine's limit: tokens per second that the matrix products alone of a decode step allow.
+"""F(B), this machine's speed limit at batch size B, in tokens per second.
 
-Every Linear of the model is multiplied once by a batch of B rows, in bfloat16: packed by oneDNN where there
-is one, q/k/v and gate/up fused. No attention, norms, sampling, adapters: no decode step is faster.
+A decode step that did nothing but its matrix products would reach it: every Linear of the model is multiplied
+once by a batch of B rows, in bfloat16, with q/k/v and gate/up fused and weights packed by oneDNN if there is
+one. Attention, norms, sampling and adapters are left out, so no real step is faster.
 
 `python -m bench.floor --model FOLDER --batch 16` prints one JSON line.
 """
@@ -21,7 +22,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MIN_NUM_STEPS = 25
 NUM_WARM_UP_STEPS = 5
 DURATION_S = 2.0
-"""That of quick steps, since what neighbours leave of the memory's speed changes within a second."""
+"""Shortest measurement: processes beside this one take memory bandwidth, which varies within a second."""
 
 Shape = tuple[int, int]
 """(out, in) of a weight."""
@@ -37,12 +38,12 @@ class Floor(msgspec.Struct, frozen=True):
 
     @property
     def tokens_per_s(self) -> float:
-        """What no decode step of this batch exceeds."""
+        """Speed limit of a decode step of this batch size."""
         return self.batch / self.step_s
 
 
 def measure(model: str, batch: int, *, device: str = "cpu", num_threads: int | None = None) -> Floor:
-    """Times the products of a model folder's weights, random ones in their place."""
+    """Times the matrix products of a model, with random weights of the same shapes."""
     import torch
 
     if num_threads is not None:
@@ -88,7 +89,7 @@ def fuse(named: Iterable[tuple[str, Shape]]) -> list[Shape]:
 
 
 def _pack(weights: list[Any], inputs: dict[int, Any]) -> tuple[str, Callable[[], object]]:
-    """The fastest way this machine has for the products, by name."""
+    """Name of this machine's fastest way to do the products, and a function that does them once."""
     import torch
 
     batch = next(iter(inputs.values())).shape[0]
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    # As fast as spinning on a quiet machine, and many times as fast beside other work.
+    # If idle threads spun, they would slow this down many times on a machine with other work.
     sleep_while_waiting(is_eager=True)
     floor = measure(args.model, args.batch, device=args.device, num_threads=args.threads)
     fields = msgspec.structs.asdict(floor) | {"tokens_per_s": floor.tokens_per_s}

@@ -32,7 +32,7 @@ class Load:
     """Requests, and how many of them at a time."""
 
     models: Sequence[str]
-    """One per request, taken in turn."""
+    """Models to ask, one per request, in turn."""
     num_requests: int = 64
     concurrency: int = 16
     max_tokens: int = 64
@@ -45,12 +45,12 @@ class Load:
 
 @dataclass
 class Stream:
-    """What the client of one request saw; times are of `time.perf_counter`."""
+    """One request as its client saw it; times are of `time.perf_counter`."""
 
     model: str
     started_s: float
     text_at_s: list[float] = field(default_factory=list)
-    """When each chunk with text came."""
+    """Arrival time of each chunk with text."""
     request_id: str = ""
     num_prompt_tokens: int = 0
     num_tokens: int = 0
@@ -59,12 +59,12 @@ class Stream:
 
     @property
     def first_text_s(self) -> float:
-        """From the request to the first text, which must have come."""
+        """Seconds from the request to its first text, which must have come."""
         return self.text_at_s[0] - self.started_s
 
     @property
     def gaps_s(self) -> list[float]:
-        """Between one chunk with text and the next."""
+        """Seconds between one chunk with text and the next."""
         return [later - earlier for earlier, later in itertools.pairwise(self.text_at_s)]
 
 
@@ -77,7 +77,7 @@ class LoadResult:
 
     @property
     def errors(self) -> list[str]:
-        """Of the requests that did not get their whole answer."""
+        """Errors of the requests that did not get their whole answer."""
         return [stream.error for stream in self.streams if stream.error]
 
     @property
@@ -97,7 +97,7 @@ class LoadResult:
 
 
 class LoadFailed(Exception):
-    """A request of a measurement did not get its answer: there is no figure."""
+    """A request of a measurement did not get its answer, so there is no figure."""
 
 
 class Client:
@@ -155,7 +155,7 @@ class Client:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Lines of the body; httpx's own splitting decodes each piece, on cores that the server needs."""
+    """Lines of the body. httpx's own `aiter_lines` costs more CPU, which the server beside us needs."""
     rest = b""
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")

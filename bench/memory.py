@@ -1,8 +1,8 @@
-"""Whether a worker keeps to its memory while a thousand adapters come and go.
+"""A check that a worker's memory does not grow while a thousand adapters come and go.
 
 `python -m bench.memory --model MODEL --minutes 10 --adapters 1000` asks for all adapters in turn, so that
-each comes from disk, and prints JSON: the worker's memory over time, what it holds at the end, and faults:
-these make it exit with an error. Linux only; the worker reads further settings from `LORELAY_*`.
+each comes from disk, and prints JSON: the worker's memory over time, what it holds at the end, and faults.
+It exits with an error if there are faults. Linux only; the worker reads further settings from `LORELAY_*`.
 """
 
 import argparse
@@ -27,13 +27,14 @@ from bench.own import WATCHED, adapters_setting
 from bench.watched import Holdings, Watch
 
 ALLOWED_MIB = 256
-"""Growth after the start, when weights, KV cache, slots and host memory for adapters are there in full: for
-oneDNN's caches, activations, and what the allocator keeps."""
+"""Growth that is no fault: oneDNN's caches, activations, and memory that the allocator keeps.
+
+Weights, KV cache, slots and host memory for adapters are allocated in full before the first sample."""
 ALLOWED_TENSORS = 500
-"""More at the end than at the start: tables that a Linear makes for its adapters when they are first used."""
+"""New tensors that are no fault: each Linear makes tables for its adapters when they are first used."""
 CONCURRENCY = 4
 MAX_NUM_WORDS = 60
-"""Prompts are of any length up to it: ever new shapes are what caches of products grow with."""
+"""Longest prompt in words; lengths vary because each new shape makes oneDNN's caches grow."""
 PAUSE_AFTER_ERROR_S = 1.0
 SETTINGS: Mapping[str, str] = {
     "device": "cpu",
@@ -55,7 +56,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class MemoryResult(msgspec.Struct, frozen=True):
-    """What a run showed."""
+    """Result of a run."""
 
     num_requests: int
     num_failed: int
@@ -63,25 +64,25 @@ class MemoryResult(msgspec.Struct, frozen=True):
     middle: Sample
     end: Sample
     highest_mib: float
-    """Of the worker."""
+    """Highest memory of the worker."""
     mib_per_minute: float
     """Growth of the worker in the second half, by least squares."""
     before: Holdings
     after: Holdings
     ended: str
-    """What the worker's log says of the requests and blocks that it held at its end."""
+    """Requests and cache blocks that the worker held at its end, in its log's words."""
     faults: list[str]
 
 
 @dataclass
 class Course:
-    """What happened while the service was asked."""
+    """Samples and answers, collected during a run."""
 
     samples: list[Sample] = field(default_factory=list)
     num_requests: int = 0
-    """That were answered."""
+    """Number of requests that were answered."""
     errors: list[str] = field(default_factory=list)
-    """Of those that were not."""
+    """Errors of the others."""
 
 
 def run(
@@ -93,7 +94,7 @@ def run(
     interval_s: float = 5.0,
     **settings: str,
 ) -> MemoryResult:
-    """Serves for this time, then looks at what is left. `folder`: a temporary one; `settings`: the worker's.
+    """Serves for `duration_s`, then judges the memory. `folder` is a temporary one; `settings` the worker's.
 
     Raises:
         StartFailed: the service did not come up.
@@ -171,7 +172,7 @@ def _last_words(log: Path) -> str:
 
 
 def judge(course: Course, watch: Watch, ended: str) -> MemoryResult:
-    """What a run of two samples or more showed; `ended`: what the worker's log says that it held."""
+    """The result of a run of two samples or more; `ended`: the last words of the worker's log."""
     samples = course.samples
     later = samples[(len(samples) - 1) // 2 :]
     growth = statistics.linear_regression([s.at_s / 60 for s in later], [s.worker_mib for s in later])

@@ -36,15 +36,17 @@ METERED = "bench.scripted.MeteredWorker"
 WATCHED = "bench.watched.WatchedWorker"
 STEP_S = 0.02
 CPU_TICK_S = 0.01
-"""How finely the CPU time of a process is counted."""
+"""Resolution of a process's CPU time."""
 NUM_SLOW_LOG_ENTRIES = 10_000
 SLOW_US = 10
-"""What the server's log takes in: scripts, but not each command inside them, which would slow them down."""
+"""Threshold of the server's slow log: scripts exceed it, the commands inside them do not.
+
+If each command were logged, the scripts would be measured slower than they are."""
 
 
 @dataclass(frozen=True)
 class OwnSizes(Sizes):
-    """How much work the measurements of a deployment of our own do."""
+    """Amount of work in the measurements of a deployment of our own."""
 
     num_adapters: int = 8
     rank: int = 16
@@ -54,7 +56,7 @@ class OwnSizes(Sizes):
     num_idle_requests: int = 50
     num_loads: int = 24
     num_load_prompt_words: int = 10
-    """Few: what a load adds is small beside the time that a long prompt takes."""
+    """Few, because the time of a long prompt would hide the time that a load adds."""
     num_relay_streams: int = 256
     num_relay_tokens: int = 512
     script_batch: int = 32
@@ -65,25 +67,25 @@ class OwnSizes(Sizes):
 
 @dataclass
 class Context:
-    """What the stages share."""
+    """Settings and results that the stages share."""
 
     folder: Path
-    """A temporary one."""
+    """Temporary folder."""
     settings: Mapping[str, str]
-    """Of all deployments: model, device, dtype."""
+    """Settings of all deployments: model, device, dtype."""
     sizes: OwnSizes
     wanted: frozenset[str]
     given_adapters: Mapping[str, str] = field(default_factory=dict)
-    """The user's, in place of random ones."""
+    """Adapters of the user, in place of random ones."""
     floors: dict[int, list[float]] = field(default_factory=dict)
-    """F by batch, tokens/s, each time that it was measured."""
+    """F in tokens/s by batch size; one entry for each time that it was measured."""
     forward_states: set[str] = field(default_factory=set)
-    """How the workers that were measured computed."""
+    """Forward states of the workers that were measured."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def device(self) -> str:
-        """Where F is measured."""
+        """Device on which F is measured."""
         return self.settings["device"].replace("auto", "cpu")
 
     def floor(self, batch: int) -> float:
@@ -105,7 +107,7 @@ class Context:
             folder, {**self.settings, **settings}, num_workers=num_workers, worker_class=worker_class
         ) as deployment:
             yield deployment
-            # Not before: what was compiled may turn out to be wrong.
+            # Read at the end: a compiled pass that turns out wrong is given up during the run.
             self.forward_states |= deployment.forward_states()
 
     def make_adapters(self, count: int, rank: int, targets: Sequence[str]) -> dict[str, str]:
@@ -116,11 +118,11 @@ class Context:
         return {f"a{n}": str(folder / f"a{n}") for n in range(count)}
 
     def ask(self, module: str, *arguments: str, **settings: str) -> Any:
-        """What a module run in a process of its own prints, decoded from JSON."""
+        """Runs a module in a process of its own; its output, decoded from JSON."""
         return msgspec.json.decode(self.run(module, *arguments, **settings).splitlines()[-1])
 
     def run(self, module: str, *arguments: str, **settings: str) -> bytes:
-        """What a module run in a process of its own prints."""
+        """Runs a module in a process of its own; its output."""
         variables = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(
@@ -141,7 +143,7 @@ class Stage(NamedTuple):
 
 
 def mixed_batches(context: Context) -> Iterator[Figure]:
-    """Eight adapters on all projections."""
+    """Batches of eight adapters on all projections, and the rows that share their deployment."""
     sizes = context.sizes
     if context.device != "cpu":  # before a worker takes the device's memory
         for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
@@ -166,7 +168,7 @@ def mixed_batches(context: Context) -> Iterator[Figure]:
 
 
 def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
-    """What the client waits for its first text beyond what the engine took for its first token."""
+    """Time to the client's first text minus the engine's time to its first token."""
     answers = asyncio.run(measure_idle(server, [server.base] * sizes.num_idle_requests, sizes))
     streams = [stream for stream in answers if stream.text_at_s]
     with deployment.connect() as connection:
@@ -190,7 +192,7 @@ def _direct_speed(context: Context, settings: Mapping[str, str], server: Server)
 
 
 def many_adapters(context: Context) -> Iterator[Figure]:
-    """As many adapters in a batch as it has rows."""
+    """A batch in which each row has another adapter."""
     sizes = context.sizes
     count = sizes.num_small_adapters
     adapters = context.make_adapters(count, 8, ATTENTION)
@@ -200,7 +202,7 @@ def many_adapters(context: Context) -> Iterator[Figure]:
 
 
 def thousand_adapters(context: Context) -> Iterator[Figure]:
-    """Many registered, a tenth of them asked for, few of these often."""
+    """A thousand registered adapters, of which a tenth is asked for, by a Zipf distribution."""
     sizes = context.sizes
     adapters = context.make_adapters(sizes.num_registered, 8, ATTENTION)
     asked = list(adapters)[: sizes.num_asked]
@@ -221,7 +223,7 @@ def _compare(
 
 
 def adapter_loads(context: Context) -> Iterator[Figure]:
-    """An adapter that is not on the device."""
+    """Time to the first token of an adapter that is not on the device."""
     adapters = context.make_adapters(2, context.sizes.rank, ALL_PROJECTIONS)
     if "cached" in context.wanted:
         yield _added_by_loads("cached", context, adapters, num_reads=0)
@@ -233,7 +235,7 @@ def adapter_loads(context: Context) -> Iterator[Figure]:
 def _added_by_loads(
     key: str, context: Context, adapters: Mapping[str, str], *, num_reads: int, **settings: str
 ) -> Figure:
-    """One slot, out of which two adapters push each other: each is asked for twice, after the base.
+    """Time that a load adds: two adapters evict each other from one slot, each asked twice after the base.
 
     Raises:
         LoadFailed: a request failed, or other than `num_reads` adapters came from disk.
@@ -246,7 +248,7 @@ def _added_by_loads(
     ) as deployment:
         server = Server(deployment.url, deployment.base_name)
         served.warm_up(server, [server.base], sizes)
-        # The first one was given the slot at the start.
+        # The first adapter got the slot at the start, so the second one begins.
         turns = itertools.islice(itertools.cycle(reversed(list(adapters))), sizes.num_loads)
         models = [model for adapter in turns for model in (server.base, adapter, adapter)]
         streams = asyncio.run(measure_idle(server, models, sizes))
@@ -262,7 +264,7 @@ def _added_by_loads(
 
 
 def relay(context: Context) -> Iterator[Figure]:
-    """The API's work per token beside that of an app that does nothing else."""
+    """The API's CPU time per token, compared with an app that only streams."""
     sizes = context.sizes
     num_streams, num_tokens = sizes.num_relay_streams, sizes.num_relay_tokens
 
@@ -281,7 +283,7 @@ def relay(context: Context) -> Iterator[Figure]:
 
 
 def workers(context: Context) -> Iterator[Figure]:
-    """Workers that sleep instead of computing: what the queue lets through."""
+    """Throughput of the queue: workers sleep instead of computing."""
     speeds = []
     for num_workers in (4, 1):
         batch = 4
@@ -300,7 +302,7 @@ def workers(context: Context) -> Iterator[Figure]:
 
 
 def redis_costs(context: Context) -> Iterator[Figure]:
-    """What Redis takes of the engine's thread, and of a step."""
+    """Redis's share of the engine thread's CPU time, and of a step."""
     batch, num_tokens = context.sizes.script_batch, context.sizes.num_script_tokens
     meter_file = context.folder / "meter.json"
     with context.deploy(
@@ -335,5 +337,5 @@ STAGES = (
 
 
 def adapters_setting(adapters: Mapping[str, str]) -> str:
-    """As `LORELAY_ADAPTERS` names them."""
+    """The adapters as a value of `LORELAY_ADAPTERS`."""
     return " ".join(shlex.quote(f"{name}={path}") for name, path in adapters.items())

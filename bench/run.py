@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def has_compiler(environ: Mapping[str, str]) -> bool:
-    """Whether the workers of this machine compile: there is a `g++`, and it is not left out."""
+    """True if the workers of this machine compile: there is a `g++`, and compiling is not off."""
     return environ.get("LORELAY_COMPILE") != "off" and shutil.which(COMPILER) is not None
 
 
@@ -142,7 +142,7 @@ def _measure(context: Context, stages: Iterable[Stage], all_goals: Mapping[str, 
 
 
 def _heading(words: Sequence[str], weights: str, context: Context) -> list[str]:
-    """`weights`: what F was measured with, and where."""
+    """Lines above the table; `weights` names the model and device that F was measured with."""
     now = datetime.datetime.now().astimezone()
     floors = sorted(context.floors.items())
     facts = [weights, ", ".join(f"F({batch}) = {_range(speeds)} tokens/s" for batch, speeds in floors)]
@@ -159,7 +159,7 @@ def _range(speeds: Sequence[float]) -> str:
 
 
 def _processor() -> str:
-    """What the processor is called, where Linux says it."""
+    """Name of the processor; on systems other than Linux its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""Workers whose engine is a script: all of Lorelay but the model, to see what the rest costs.
+"""Workers with a script in place of the model, to measure the cost of all the rest of Lorelay.
 
-`rq worker -w bench.scripted.ScriptedWorker`; `MeteredWorker` also writes down who spends time on Redis.
+`rq worker -w bench.scripted.ScriptedWorker`; `MeteredWorker` also writes down the time in Redis code.
 """
 
 import functools
@@ -31,14 +31,14 @@ VERSION = "script"
 
 
 class ScriptSettings(Settings):
-    """What a scripted engine does."""
+    """Settings of a scripted worker."""
 
     model_config = SettingsConfigDict(env_prefix="LORELAY_BENCH_", frozen=True)
 
     step_s: float = 0.0
-    """How long a step takes, without any work."""
+    """Duration of a step, in which the engine sleeps."""
     meter_file: str = ""
-    """Where `MeteredWorker` writes its `Meter`, as JSON."""
+    """File to which `MeteredWorker` writes its `Meter`, as JSON."""
 
 
 class NoWeights:
@@ -48,10 +48,10 @@ class NoWeights:
 
 
 class NoStore:
-    """Where such adapters come from."""
+    """The store of these adapters."""
 
     def read(self, name: str) -> NoWeights:
-        """At once."""
+        """An adapter, without reading anything."""
         return NoWeights()
 
     def put(self, name: str, weights: NoWeights) -> None:
@@ -62,7 +62,7 @@ class NoStore:
 
 
 class ScriptedRunner:
-    """Stands where the model runner does: the same words again and again, each step after a fixed time."""
+    """A model that repeats the same words, one a step, each step after a fixed time."""
 
     block_size = BLOCK_SIZE
     num_blocks = NUM_BLOCKS
@@ -137,7 +137,7 @@ class RedisTimes:
 
     def __init__(self) -> None:
         self.cpu_s: dict[int, float] = defaultdict(float)
-        """By thread."""
+        """CPU seconds by thread."""
         self.num_calls: Counter[int] = Counter()
 
     def install(self) -> None:
@@ -170,7 +170,7 @@ class MeteredRunner(ScriptedRunner):
         self._thread = 0
 
     def run(self, batch: Batch) -> list[Sampled]:
-        """As the script; one more step."""
+        """Runs the script's step after a look at the times."""
         self._thread = threading.get_ident()
         self._last = RedisTimes()
         self._last.cpu_s, self._last.num_calls = self._times.cpu_s.copy(), self._times.num_calls.copy()
@@ -179,7 +179,7 @@ class MeteredRunner(ScriptedRunner):
         return super().run(batch)
 
     def meter(self) -> Meter:
-        """What happened between the first step and the last."""
+        """The calls and CPU time between the first step and the last."""
         first, last = self._first or self._last, self._last
         cpu_s = {thread: total_s - first.cpu_s[thread] for thread, total_s in last.cpu_s.items()}
         num_calls = last.num_calls - first.num_calls

@@ -1,4 +1,4 @@
-"""Figures of any OpenAI-compatible server, by what its clients see."""
+"""Figures of any OpenAI-compatible server, measured by its clients."""
 
 import asyncio
 import contextlib
@@ -16,23 +16,23 @@ from bench.yardstick import Figure
 SPEED_KEYS = frozenset({"base", "mixed", "mixed-base", "ttft"})
 KEYS = SPEED_KEYS | {"stream", "gap"}
 NUM_GAPS_BEFORE = 20
-"""Gaps of each running stream that make up what is usual, before the new prompts arrive."""
+"""Gaps of each running stream from which the median is taken before the new prompts arrive."""
 POLL_S = 0.02
 LIMIT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work the measurements do."""
+    """Amount of work in the measurements."""
 
     concurrency: int = 16
     num_requests: int = 64
     max_tokens: int = 64
     num_prompt_words: int = 90
     num_alone: int = 4
-    """Requests one after the other, for the speed of one stream, and ..."""
+    """Requests one after the other, for the speed of one stream."""
     num_alone_rounds: int = 3
-    """... how many times, each between two measurements of F(1): the median counts."""
+    """Repetitions of that, each between two measurements of F(1); the median counts."""
     num_long_prompts: int = 16
     num_long_prompt_words: int = 960
     """About 1,000 tokens."""
@@ -45,7 +45,7 @@ class Server:
     """A server to measure."""
 
     url: str
-    """Without `/v1`."""
+    """URL without `/v1`."""
     base: str
     adapters: Sequence[str] = ()
     api_key: str = "none"
@@ -70,8 +70,8 @@ def rows(
 ) -> Iterator[Figure]:
     """The rows that any server can have; `floor` measures F(batch), in tokens/s.
 
-    It does so before and after each row that F divides, which takes the mean: what neighbours leave of this
-    machine's memory bandwidth changes F(1) by a third within minutes.
+    F is measured before and after each row that is divided by it, and the mean counts: other processes take
+    memory bandwidth, which changes F(1) by a third within minutes.
 
     Raises:
         LoadFailed: a request failed.
@@ -134,7 +134,7 @@ class Gaps:
 
     median_before_s: float
     longest_s: float
-    """While long prompts arrived and were answered."""
+    """Longest gap while long prompts arrived and were answered."""
 
 
 def measure_gaps(server: Server, sizes: Sizes) -> Gaps:
@@ -182,9 +182,9 @@ async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
 
 
 def without_ends(extra: Mapping[str, Any], num_tokens: int) -> Mapping[str, Any]:
-    """Makes a stream that ignores the end of its text one that never meets it.
+    """Bans the end-of-text token for streams that ignore it anyway.
 
-    The token of an end has no text, so its step would look like a gap.
+    That token has no text, so its step would look like a gap.
     """
     return {**extra, "min_tokens": num_tokens} if extra.get("ignore_eos") else extra
 

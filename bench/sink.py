@@ -1,4 +1,4 @@
-"""A client that takes streams and counts their chunks, so cheap that the server is what is measured."""
+"""A client that counts the chunks of streams at so little cost that the server is the bottleneck."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ LIMIT_S = 120.0
 
 
 async def take_streams(url: str, model: str, num_streams: int, num_tokens: int) -> None:
-    """Opens so many streams at once and reads each to its end.
+    """Opens `num_streams` streams at once and reads each to its end.
 
     Raises:
         LoadFailed: a stream broke off, or has not a chunk for each token.
@@ -31,7 +31,7 @@ async def _count(url: str, model: str, num_tokens: int) -> int:
             piece = await reader.read(1 << 16)
             if not piece:
                 raise LoadFailed(f"a stream broke off: {end[-200:].decode(errors='replace')}")
-            # A mark that is cut in two by the border of a piece counts once, with the second one.
+            # A mark that is cut in two by the end of a piece counts once, with the next piece.
             end = end[-len(b'"content"') + 1 :] + piece
             count += end.count(b'"content"')
         return count

@@ -36,7 +36,7 @@ def load_engine(settings: WorkerSettings) -> Engine:
 
 
 def chat(engine: Engine, base: str, texts: Iterator[str], num_turns: int, max_tokens: int) -> Turn:
-    """A chat whose every turn sends all that was said before.
+    """Runs a chat whose every turn sends the whole conversation so far.
 
     Raises:
         LoadFailed: a turn did not get its answer.

@@ -12,16 +12,16 @@ from worker.lora_worker import LoraWorker
 
 
 class WatchSettings(Settings):
-    """Where the worker writes."""
+    """Settings of a watched worker."""
 
     model_config = SettingsConfigDict(env_prefix="LORELAY_BENCH_", frozen=True)
 
     watch_file: str
-    """Gets the `Watch`, as JSON, when the worker has drained."""
+    """File to which the worker writes its `Watch`, as JSON, when it has drained."""
 
 
 class Holdings(msgspec.Struct, frozen=True):
-    """What a worker holds after garbage was collected."""
+    """Memory that a worker holds, after a garbage collection."""
 
     num_tensors: int
     tensor_bytes: int
@@ -32,7 +32,7 @@ class Holdings(msgspec.Struct, frozen=True):
 
 
 class Watch(msgspec.Struct, frozen=True):
-    """What a worker held before its first request, and after its last one."""
+    """Memory that a worker held before its first request and after its last one."""
 
     before: Holdings
     after: Holdings
@@ -56,9 +56,9 @@ class WatchedWorker(LoraWorker):
 def _holdings(model_runner: Any) -> Holdings:
     import torch
 
-    gc.unfreeze()  # what is frozen would not be counted
+    gc.unfreeze()  # frozen objects would not be counted
     gc.collect()
-    # Not isinstance: it would ask lazy modules, and those would load.
+    # `isinstance` would read `__class__` of lazy modules, which would load them.
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     adapters = model_runner.adapter_cache
     return Holdings(

@@ -1,4 +1,4 @@
-"""The rows of the yardstick: what is measured, what must be reached, what is aimed at."""
+"""The rows of the yardstick: their titles, the marks that must be reached, and the aims."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ class Goal:
     """One row before it is measured."""
 
     key: str
-    """How `--only` names it."""
+    """Name of the row for `--only`."""
     title: str
     must: float
     aim: float
@@ -20,7 +20,7 @@ class Goal:
 
 
 class Verdict(StrEnum):
-    """How a figure stands to its goal."""
+    """The mark that a figure reaches: the aim, the must, or neither."""
 
     AIM = "aim"
     MUST = "ok"
@@ -29,7 +29,7 @@ class Verdict(StrEnum):
 
 
 class Figure(NamedTuple):
-    """What was measured for the row of this key; None with the reason in its place."""
+    """The value measured for a row, by its key; None with the reason in `detail` if there is none."""
 
     key: str
     value: float | None
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def verdict(self) -> Verdict:
-        """How the figure stands to the goal."""
+        """The mark that the figure reaches."""
         if self.figure.value is None:
             return Verdict.NONE
         if self._reaches(self.goal.aim):

@@ -24,7 +24,7 @@ MIN_COLUMN_WIDTH = 20
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said, and how fast."""
+    """The answer of one model, and its speed."""
 
     text: str
     num_tokens: int
@@ -98,7 +98,7 @@ def rows(columns: list[list[str]], column: int) -> list[str]:
 
 
 def next_steps(base_url: str, model: str) -> str:
-    """What to try next, from a shell and from Python."""
+    """Hints for further requests, from a shell and from Python."""
     message = '{"role": "user", "content": "How do I make a cup of tea?"}'
     return f"""
 Try next:

@@ -82,7 +82,7 @@ def serve_command(model: str, port: int) -> tuple[str, ...]:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> bool:
-    """Whether the server came to serve all models before it ended."""
+    """True if the server came to serve all models before it ended."""
     while server.poll() is None:
         # The registry first: asking the API each time would fill its log.
         if has_all_models() and is_http_ready(url):
@@ -92,7 +92,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> bool:
 
 
 def has_all_models() -> bool:
-    """Whether the worker has registered the base model and all adapters."""
+    """True if the worker has registered the base model and all adapters."""
     try:
         with redis.Redis.from_url(running_url(STATE_DIR), socket_timeout=5) as connection:
             return len(list_cards(connection)) > len(ADAPTERS)

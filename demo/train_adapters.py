@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one adapter is trained; `name` is also that of its training text and of its folder."""
+    """Training of one adapter; its training text and its folder have the same `name`."""
 
     name: str
     rank: int = 8
@@ -156,7 +156,7 @@ def pad(examples: list[Example]) -> dict[str, torch.Tensor]:
 def save(model: PeftModel, folder: Path) -> Path:
     """Writes adapter_config.json and adapter_model.safetensors (bfloat16), and nothing else."""
     shutil.rmtree(folder, ignore_errors=True)
-    # Where the base lies on this machine is nobody else's business.
+    # The Hugging Face id replaces the base's folder on this machine, which others don't have.
     model.peft_config["default"].base_model_name_or_path = BASE_MODEL_ID
     # "auto" would ask the model hub for the base's vocabulary; LoRA leaves the embeddings alone.
     model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ("api", "lorelay", "scripts")
+CHECKED = ("api", "bench", "demo", "lorelay", "scripts")
 """Files and folders that must be free of findings."""
 
 WORDS = r"What|One (?:that|which|whose|who)|Those|Else|As|Of|By|Not|How|Where"
