@@ -84,7 +84,7 @@ class ApiServer:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """URL of the API."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
@@ -110,7 +110,7 @@ class ApiServer:
         wait_until(lambda: self._server.started, what="uvicorn")
 
     def stop(self) -> None:
-        """As SIGTERM does."""
+        """Stops it in the way in which SIGTERM does."""
         self._server.should_exit = True
         self._thread.join(DEADLINE_S)
         assert not self._thread.is_alive(), "uvicorn does not end"
@@ -185,7 +185,7 @@ class ScriptedWorker:
         self.emit(claim, "", error=ErrorInfo(code=code, message=message, param=param))
 
     def is_aborted(self, claim: Claim) -> bool:
-        """Whether the API gave this running request up."""
+        """True if the API gave this running request up."""
         return claim.held.request_id in self.streams.append([claim.held], []).aborted
 
     @contextlib.contextmanager

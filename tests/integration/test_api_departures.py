@@ -98,7 +98,7 @@ def test_a_hundred_departures_leave_nothing_behind(api: ApiServer, worker: Scrip
 
 
 def num_connections(worker: ScriptedWorker) -> int:
-    """Of the server: ours, the subscriber's, the API's pool."""
+    """Open connections of the server: ours, the subscriber's, the API's pool."""
     return len(worker.connection.client_list())
 
 
@@ -136,7 +136,7 @@ def uvicorn_process(
 
 
 def is_up(url: str) -> bool:
-    """Whether the API answers."""
+    """True if the API answers."""
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(f"{url}/health").status_code == 200
     return False

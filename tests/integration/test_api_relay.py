@@ -45,7 +45,7 @@ class FaultyQueue(QueueClient):
     def __init__(self, redis_settings: RedisSettings, settings: ApiSettings) -> None:
         super().__init__(redis_settings, settings)
         self.errors: dict[str, list[Exception]] = {"abort": [], "read_logs": [], "renew_lease": []}
-        """By method, the errors of its next calls."""
+        """Errors that the next calls of a method raise."""
         self.aborts: list[tuple[str, Exception | None]] = []
 
     def _fail_if_told(self, method: str) -> None:
@@ -97,7 +97,7 @@ def subscribers(connection: redis.Redis) -> list[dict[str, str]]:
 
 
 def actions(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the relay logged."""
+    """The actions that the relay logged."""
     return [record.action for record in caplog.records if record.name == "api.relay.relay"]
 
 

@@ -16,7 +16,7 @@ from shared.settings import ApiSettings, RedisSettings
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """Of an API with a key, and without Redis."""
+    """A client of an API with a key, and without Redis."""
     app = create_app(ApiSettings(api_keys=("sk",)), RedisSettings(redis_url="redis://127.0.0.1:1"))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host") as client:
         yield client

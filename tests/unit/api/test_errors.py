@@ -25,7 +25,7 @@ from shared.errors import (
 from shared.settings import ApiSettings, RedisSettings
 
 RETRYABLE = {408, 409, 429, *range(500, 600)}
-"""What the official clients repeat unless they are told not to."""
+"""Statuses after which the official clients repeat a request unless they are told not to."""
 
 
 def test_every_exception_of_lorelay_has_a_mapping_of_its_own() -> None:

@@ -1,4 +1,4 @@
-"""What a run of the memory bench makes of what it saw."""
+"""The memory bench turns its samples into a result, and growth into faults."""
 
 import msgspec
 import pytest

@@ -1,4 +1,4 @@
-"""What `scripts/bench` takes for granted of the machine it runs on."""
+"""`scripts/bench` knows whether the workers of this machine compile."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What tests of the command line share: an environment without settings, folders to name."""
+"""Fixtures of the command line's tests: an environment without settings, folders to name."""
 
 import os
 from pathlib import Path

@@ -88,7 +88,7 @@ def test_a_folder_stays_in_use_while_its_server_lives(folder: Path) -> None:
     with StateFolder(folder) as state:
         server = subprocess.Popen(state.command(find_binary()), pass_fds=(state.lock_fd,))
         wait_until(lambda: answers(state.url))
-    # As after a killed `lorelay serve`: the process named in the lock is gone.
+    # A killed `lorelay serve` leaves this: the process named in the lock is gone.
     (folder / "lock").write_text("")
     with pytest.raises(ConfigurationError, match="in use"), StateFolder(folder, lock_wait_s=0.1):
         pass

@@ -145,7 +145,7 @@ def test_the_url_that_is_shown_can_be_opened_here(model: Path, name: str, url: s
     assert plan_for("smol", "--server-name", name).url.startswith(url)
 
 
-# What stops the start
+# Errors that stop the start
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def python(name: str, code: str) -> ChildSpec:
 
 @pytest.fixture(autouse=True)
 def hangup_is_not_ignored() -> Iterator[None]:
-    """As in a terminal, even where the tests run under nohup."""
+    """Restores the default of SIGHUP, which nohup sets to ignore."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)

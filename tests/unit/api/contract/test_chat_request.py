@@ -1,4 +1,4 @@
-"""What a body may say, what is refused and under which name, and what the workers are told."""
+"""Request bodies: the values that are allowed, the refusals and their names, the sampling parameters."""
 
 import json
 from typing import Any

@@ -28,15 +28,15 @@ async def take(inbox: Inbox) -> list[int]:
 
 
 def read_log(inbox: Inbox, log: list[StreamEvent], page: int = 100) -> None:
-    """What the relay's log reader does."""
+    """Reads the log as the relay does."""
     first = inbox.next_event_no
     inbox.log_is_being_read()
     found = log[first : first + page]
     inbox.put_log(found, is_all=len(found) < page)
 
 
-# What happens next: the worker writes an event and publishes it or not, an old message comes (again), the log
-# is asked for, the answer of an earlier question comes, the client takes what is there.
+# Steps of a delivery: the worker writes an event and publishes it or not, an old message comes (again),
+# the log is asked for, the answer of an earlier question comes, the client takes the events that are there.
 STEPS = st.lists(
     st.one_of(
         st.just(("write", True)),
