@@ -16,7 +16,7 @@ import msgspec
 from bench.load import Load, prompts
 from shared.messages import GenerationRequest, SamplingParams
 from shared.settings import WorkerSettings
-from worker.engine.engine import Engine
+from worker.engine.ports import Engine
 from worker.model.kernels.onednn import bound_caches
 from worker.model.kernels.threads import sleep_while_waiting, stays_eager
 from worker.serving.faults import Faults
@@ -57,7 +57,7 @@ def run(engine: Engine, load: Load, base: str) -> DirectResult:
 
     def add(count: int) -> None:
         for request in itertools.islice(waiting, count):
-            engine.add_request(request)
+            engine.add_request(request, engine.encode(request))
 
     add(load.concurrency)
     while engine.has_work:

@@ -16,7 +16,7 @@ import msgspec
 from bench.load import LoadFailed, prompts
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
 from shared.settings import WorkerSettings
-from worker.engine.engine import Engine
+from worker.engine.ports import Engine
 from worker.serving.faults import Faults
 from worker.serving.service import build_engine
 
@@ -51,7 +51,7 @@ def chat(engine: Engine, base: str, texts: Iterator[str], num_turns: int, max_to
             request_id=f"turn-{number}", model=base, base=base, messages=list(messages), sampling=sampling
         )
         started_s, first_token_s = time.perf_counter(), 0.0
-        engine.add_request(request)
+        engine.add_request(request, engine.encode(request))
         while engine.has_work:
             events += [append.event for append in engine.step()]
             if events and not first_token_s:

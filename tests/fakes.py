@@ -1,10 +1,17 @@
 """Doubles of the device and the tokenizer, for tests of the control path without a model."""
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from shared.errors import GenerationFailed, InvalidRequest
+from shared.errors import AdapterError, GenerationFailed, InvalidRequest, LorelayError
+from shared.messages import ForwardState, GenerationRequest
 from tests.streams import BASE
+from worker.engine.block_manager import BlockManager
+from worker.engine.engine import BatchingEngine
+from worker.engine.ports import Adapters, Engine, Model
+from worker.engine.records import Prompts
+from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, Sampled, SampledToken, Sequence
 from worker.engine.served_models import ServedModel, ServedModels
 from worker.engine.step_pace import StepPace
@@ -17,7 +24,26 @@ def unpaced() -> StepPace:
     return StepPace(100, clock=lambda: 0.0)
 
 
-class FakeModelRunner:
+class AllResident:
+    """Adapters that are all on the device."""
+
+    num_slots = 1 << 30
+    resident: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.on_read: Callable[[], None] = lambda: None
+
+    def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
+        return True
+
+    def is_loading(self, name: str | None) -> bool:
+        return False
+
+    def settle(self) -> dict[str, AdapterError]:
+        return {}
+
+
+class FakeModel:
     """Draws each token from a function of the sequence alone, and checks what it is given.
 
     It keeps what every place of a cache would stand for, the tokens up to there and their adapter: a token
@@ -31,14 +57,22 @@ class FakeModelRunner:
         block_size: int = 4,
         max_model_len: int = 64,
         adapter_names: Iterable[str] = "abc",
+        num_blocks: int = 512,
+        adapter_cache: Adapters | None = None,
     ) -> None:
         self.max_model_len = max_model_len
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.adapter_cache = adapter_cache or AllResident()
+        self.forward_state = ForwardState.EAGER
+        self.is_closed = False
         self.vocab_size = 2**20
         self.served = served_models(adapter_names)
         self.batches: list[list[tuple[str, int]]] = []
         self._next_token = next_token or letters
-        self._block_size = block_size
         self._cache: dict[tuple[int, int], tuple[str | None, list[int]]] = {}
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def run(self, batch: Batch) -> list[Sampled]:
         self.batches.append([(item.seq.request_id, item.num_tokens) for item in batch])
@@ -60,12 +94,7 @@ class FakeModelRunner:
         return seq.adapter_version or seq.adapter_name, seq.token_ids[: position + 1]
 
     def _slot(self, seq: Sequence, position: int) -> tuple[int, int]:
-        return seq.block_table[position // self._block_size], position % self._block_size
-
-
-def drawn(token_id: int | None) -> Sampled:
-    """What a model says of a token that it drew; None stands for logits that are not finite."""
-    return GenerationFailed("not finite") if token_id is None else SampledToken(token_id)
+        return seq.block_table[position // self.block_size], position % self.block_size
 
 
 def served_models(adapter_names: Iterable[str] = (), base: str = BASE) -> ServedModels:
@@ -74,6 +103,39 @@ def served_models(adapter_names: Iterable[str] = (), base: str = BASE) -> Served
     for name in adapter_names:
         served.add(ServedModel(name, f"{name}1", f"folder/{name}", FakeTokenizer(), 1, name))
     return served
+
+
+def build_engine(
+    model: Model,
+    blocks: BlockManager | None = None,
+    *,
+    max_batch_size: int = 8,
+    max_prefill_tokens: int = 16,
+    clock: Callable[[], float] = time.monotonic,
+) -> BatchingEngine:
+    """An engine on a model, with steps that take no time."""
+    blocks = blocks or BlockManager(model.num_blocks, model.block_size)
+    scheduler = Scheduler(
+        blocks,
+        unpaced(),
+        max_batch_size=max_batch_size,
+        max_prefill_tokens=max_prefill_tokens,
+        adapters=model.adapter_cache,
+    )
+    return BatchingEngine(model, scheduler, clock)
+
+
+def encoded(engine: Engine, request: GenerationRequest) -> Prompts:
+    """What the prompt encoder gives the engine for a request."""
+    try:
+        return engine.encode(request)
+    except LorelayError as error:
+        return error
+
+
+def drawn(token_id: int | None) -> Sampled:
+    """What a model says of a token that it drew; None stands for logits that are not finite."""
+    return GenerationFailed("not finite") if token_id is None else SampledToken(token_id)
 
 
 def letters(seq: Sequence) -> int:
@@ -104,6 +166,9 @@ class FakeTokenizer:
         if text == "unsayable":
             raise InvalidRequest("the chat template refuses it", param="messages")
         return [ord(character) for character in text]
+
+    def encode_text(self, text: str) -> list[int]:
+        return self.encode_chat([{"content": text}])
 
     def detokenizer(self) -> FakeDetokenizer:
         return FakeDetokenizer()

@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 from rq.command import parse_payload
@@ -25,14 +25,13 @@ from shared.queue.refusals import explain
 from shared.queue.scripts import mend
 from shared.queue.worker_streams import WorkerStreams
 from shared.settings import ENV_PREFIX, WorkerSettings
+from worker.engine.ports import Engine, Model
 from worker.model.kernels.onednn import bound_caches
 from worker.model.kernels.threads import sleep_while_waiting, stays_eager
 from worker.rq_worker import RqWorker
+from worker.serving.faults import Faults
 from worker.serving.served import ALL_QUEUES, ServedQueues, queues_of
-from worker.serving.service import WorkerService
-
-if TYPE_CHECKING:
-    from worker.model.model_runner import ModelRunner
+from worker.serving.service import WorkerService, build_engine
 
 SOCKET_TIMEOUT_S = 5.0
 
@@ -129,7 +128,11 @@ class LoraWorker(RqWorker):
         permissions.check(self.connection, permissions.WORKER)
         check_server(self.connection)
 
-    def load_model(self, settings: WorkerSettings) -> "ModelRunner":
+    def load_engine(self, settings: WorkerSettings, faults: Faults) -> Engine:
+        """The engine that this worker serves with. A worker with another engine replaces this method."""
+        return build_engine(self.load_model(settings), settings, faults)
+
+    def load_model(self, settings: WorkerSettings) -> Model:
         """Loads the model and its adapters; heavy libraries are imported here. Subclasses may replace it."""
         sleep_while_waiting(is_eager=stays_eager(settings.compile))
         bound_caches()
@@ -139,16 +142,18 @@ class LoraWorker(RqWorker):
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
         self.farewell_s = settings.lease_s
-        with contextlib.closing(self.load_model(settings)) as model:
+        faults = Faults(settings.faults)
+        with contextlib.closing(self.load_engine(settings, faults)) as engine:
             only = None if self._has_all_queues else self.queue_names()
-            queues = ServedQueues(model.served, model.max_model_len, only)
+            queues = ServedQueues(engine.served, engine.max_model_len, only)
             self._service = service = WorkerService(
-                model,
+                engine,
                 queues,
                 settings,
                 name=self.name,
+                faults=faults,
                 make_streams=lambda: self._streams(settings),
-                on_beat=lambda: self._beat(queues.cards(), model.forward_state),
+                on_beat=lambda: self._beat(queues.cards(), engine.forward_state),
             )
             service.report_outages_to(self._outages)
             if self._stop_asked:

@@ -11,11 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shared.messages import SamplingParams
 from shared.settings import WorkerSettings
 from tests.acceptance.conftest import ADAPTERS
-from tests.fakes import unpaced
+from tests.fakes import build_engine
 from tests.streams import make_request
-from worker.engine.block_manager import BlockManager
-from worker.engine.engine import Engine
-from worker.engine.scheduler import Scheduler
+from worker.engine.engine import BatchingEngine
 from worker.model.model_runner import ModelRunner
 
 PROMPTS = ("What is the capital of France?", "Tell me about the sea.", "The bus was late again.")
@@ -32,9 +30,7 @@ def answers(demo_model: str) -> dict[tuple[str | None, str], list[int]]:
         model=demo_model, adapters=adapters, dtype="float32", session_len=512, max_prefill_tokens=24
     )
     runner = ModelRunner.load(settings)
-    blocks = BlockManager(runner.num_blocks, runner.block_size)
-    scheduler = Scheduler(blocks, unpaced(), max_batch_size=16, max_prefill_tokens=24)
-    engine = Engine(runner, scheduler)
+    engine = build_engine(runner, max_batch_size=16, max_prefill_tokens=24)
     tokens: dict[tuple[str | None, str], list[int]] = {}
     for prompt in PROMPTS:
         for adapter_name in (None, "pirate", "sentiment"):
@@ -45,14 +41,14 @@ def answers(demo_model: str) -> dict[tuple[str | None, str], list[int]]:
                 messages=[{"role": "user", "content": prompt}],
                 sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
             )
-            assert engine.add_request(request) == []
+            assert engine.add_request(request, engine.encode(request)) == []
             _step(engine, tokens)
     while engine.has_work:
         _step(engine, tokens)
     return tokens
 
 
-def _step(engine: Engine, tokens: dict[tuple[str | None, str], list[int]]) -> None:
+def _step(engine: BatchingEngine, tokens: dict[tuple[str | None, str], list[int]]) -> None:
     for append in engine.step():
         adapter, prompt = append.request_id.split("|")
         tokens[None if adapter == "None" else adapter, prompt] += append.event.token_ids

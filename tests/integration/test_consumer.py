@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -12,18 +11,16 @@ import redis
 from rq.job import Job
 from rq.suspension import resume, suspend
 
-from shared.messages import FinishReason, SamplingParams, StreamEvent, decode_event
+from shared.errors import InvalidRequest
+from shared.messages import FinishReason, GenerationRequest, SamplingParams, StreamEvent, decode_event
 from shared.queue import keys
 from shared.queue.records import Append, Claim, Held
 from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from shared.settings import WorkerSettings
-from tests.fakes import FakeModelRunner, FakeTokenizer, letters, unpaced
+from tests.fakes import FakeModel, build_engine, letters
 from tests.redis_server import RedisServer
 from tests.streams import BASE, BlockingApi, claim, last, make_request, token, worker_streams
 from tests.waiting import wait_until
-from worker.engine.block_manager import BlockManager
-from worker.engine.engine import Engine
-from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
 from worker.serving import capacity
 from worker.serving.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
@@ -32,7 +29,12 @@ from worker.serving.heartbeat import Heartbeat
 from worker.serving.prompt_encoder import LONG_PROMPT_CHARS, Encode
 
 
-class SlowRunner(FakeModelRunner):
+def not_at_all(request: GenerationRequest) -> list[list[int]]:
+    """Stands for the encoder of a consumer whose claims go to no engine."""
+    raise InvalidRequest("not at all")
+
+
+class SlowRunner(FakeModel):
     """Waits for a permit before each step, so that a test decides how far a generation gets."""
 
     def __init__(self, next_token: Callable[[Sequence], int | None] | None = None) -> None:
@@ -50,7 +52,7 @@ class ThreadedWorker:
     def __init__(
         self,
         url: str,
-        runner: FakeModelRunner,
+        runner: FakeModel,
         *,
         max_num_requests: int = 8,
         drain_s: float = 30,
@@ -58,16 +60,15 @@ class ThreadedWorker:
     ) -> None:
         self.name = f"w-{uuid4().hex}"
         self.held = HeldRequests()
-        scheduler = Scheduler(BlockManager(512, 4), unpaced(), max_batch_size=8, max_prefill_tokens=64)
+        engine = build_engine(runner, max_prefill_tokens=64)
         self.connection = redis.Redis.from_url(url, socket_timeout=5)
         self.consumer = Consumer(
             worker_streams(self.connection, self.name),
             self.held,
             max_num_requests=max_num_requests,
             poll_s=0.02,
-            encode=encode or FakeTokenizer().encode_chat,
+            encode=encode or engine.encode,
         )
-        engine = Engine(runner, scheduler)
         self.loop = EngineLoop(engine, self.consumer, self.held, drain_s=drain_s)
         self._threads = [
             threading.Thread(target=run, daemon=True)
@@ -104,10 +105,10 @@ def api(redis_server: RedisServer, connection: redis.Redis) -> BlockingApi:
 
 @pytest.fixture
 def start_worker(redis_server: RedisServer) -> Iterator[Callable[..., ThreadedWorker]]:
-    workers: list[tuple[ThreadedWorker, FakeModelRunner]] = []
+    workers: list[tuple[ThreadedWorker, FakeModel]] = []
 
-    def start(runner: FakeModelRunner | None = None, **options: object) -> ThreadedWorker:
-        runner = runner or FakeModelRunner(max_model_len=512)
+    def start(runner: FakeModel | None = None, **options: object) -> ThreadedWorker:
+        runner = runner or FakeModel(max_model_len=512)
         worker = ThreadedWorker(redis_server.url, runner, **options).start()
         workers.append((worker, runner))
         return worker
@@ -238,8 +239,8 @@ def test_what_a_hurried_drain_leaves_goes_on_at_another_worker_without_a_gap(
 def test_events_wait_while_the_connection_is_down_and_arrive_once(
     connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
 ) -> None:
-    worker = start_worker(SlowRunner())
-    runner = worker.loop._engine._model_runner
+    runner = SlowRunner()
+    start_worker(runner)
     request_id = api.enqueue(request_of(50))
     for _ in range(5):
         runner.permits.release(10)
@@ -284,7 +285,7 @@ def test_a_request_that_moved_on_is_dropped_and_its_events_are_not_written(
 
 
 def test_the_engine_pauses_while_too_many_steps_are_unsent(redis_server: RedisServer) -> None:
-    worker = ThreadedWorker(redis_server.url, FakeModelRunner())
+    worker = ThreadedWorker(redis_server.url, FakeModel())
     consumer = worker.consumer
     for _ in range(MAX_NUM_UNSENT_STEPS):
         consumer.outbox.put_nowait([])
@@ -316,7 +317,7 @@ def make_heartbeat(
 
 def test_a_heartbeat_tells_what_its_worker_serves_until_it_drains(connection: redis.Redis) -> None:
     streams = worker_streams(connection, "w1")
-    consumer = Consumer(streams, HeldRequests(), max_num_requests=8, poll_s=0.02)
+    consumer = Consumer(streams, HeldRequests(), encode=not_at_all, max_num_requests=8, poll_s=0.02)
     now_s = [0.0]
     heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m1")
     heartbeat.turn()
@@ -340,7 +341,7 @@ def test_a_heartbeat_ends_requests_for_weights_that_nobody_has_after_a_beat_of_i
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     streams = worker_streams(connection, "w1")
-    consumer = Consumer(streams, HeldRequests(), max_num_requests=8, poll_s=0.02)
+    consumer = Consumer(streams, HeldRequests(), encode=not_at_all, max_num_requests=8, poll_s=0.02)
     now_s = [0.0]
     heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m2")
     request_id = api.enqueue(make_request(base_version="m1"))
@@ -366,7 +367,7 @@ def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
     heartbeat = Heartbeat(
         streams,
         held,
-        Consumer(streams, held, max_num_requests=8, poll_s=0.02),
+        Consumer(streams, held, encode=not_at_all, max_num_requests=8, poll_s=0.02),
         WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
         served=lambda: {BASE: ""},
         on_beat=lambda: beats.append(now_s[0]),
@@ -397,7 +398,7 @@ def test_a_request_refused_by_the_engine_ends_with_its_error(
     wait_until(lambda: not worker.held)
 
 
-class CrampedRunner(FakeModelRunner):
+class CrampedRunner(FakeModel):
     """Has memory for two sequences, until it failed so many times."""
 
     num_failures_left = 1_000
@@ -489,11 +490,11 @@ class StuckEncode:
         self.may_go_on = threading.Event()
         self.num_begun = 0
 
-    def __call__(self, messages: list[dict[str, Any]]) -> list[int]:
-        if len(messages[0]["content"]) > LONG_PROMPT_CHARS:
+    def __call__(self, request: GenerationRequest) -> list[list[int]]:
+        if len(request.messages[0]["content"]) > LONG_PROMPT_CHARS:
             self.num_begun += 1
             assert self.may_go_on.wait(10)
-        return [ord("x")]
+        return [[ord("x")]]
 
 
 def long_request() -> object:
@@ -551,7 +552,7 @@ def test_a_request_given_up_while_its_prompt_was_encoded_ends(
 def test_a_request_that_moved_away_while_its_prompt_was_encoded_does_not_run_here(
     connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
 ) -> None:
-    encode, runner = StuckEncode(), FakeModelRunner()
+    encode, runner = StuckEncode(), FakeModel()
     worker = start_worker(runner, encode=encode)
     api.enqueue(long_request())
     wait_until(lambda: encode.num_begun)
@@ -585,20 +586,20 @@ def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [api.enqueue(make_request()) for _ in range(2)]
-    consumer = Consumer(worker_streams(connection), HeldRequests(), max_num_requests=2, poll_s=0.01)
+    held = HeldRequests()
+    consumer = Consumer(worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01)
     with lost_replies(monkeypatch), pytest.raises(redis.ConnectionError):
-        consumer._claim()
-    assert consumer.commands.empty()
-    consumer._claim()
-    arrivals = consumer.commands.get_nowait().add
-    assert [arrival.claim.held.request_id for arrival in arrivals] == ids
+        consumer.turn()
+    assert not held
+    consumer.turn()
+    assert [entry.request_id for entry in held.snapshot()] == ids
 
 
 def test_a_running_worker_asks_for_more_only_while_something_waits(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, max_num_requests=3, poll_s=0.01)
+    consumer = Consumer(worker_streams(connection), held, encode=not_at_all, max_num_requests=3, poll_s=0.01)
     num_held: list[int] = []
     claim_once = WorkerStreams.claim
 
@@ -621,7 +622,7 @@ def test_a_claim_whose_reply_was_lost_is_repeated_though_nothing_waits_any_more(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, max_num_requests=2, poll_s=0.01)
+    consumer = Consumer(worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01)
     api.enqueue(make_request())
     consumer.turn()
     second = api.enqueue(make_request())
@@ -635,12 +636,12 @@ def test_what_is_handed_back_while_all_else_ends_is_claimed_in_the_same_turn(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, max_num_requests=2, poll_s=0.01)
+    consumer = Consumer(worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01)
     ids = [api.enqueue(make_request()) for _ in range(2)]
     consumer.turn()
-    first, second = (arrival.claim for arrival in consumer.commands.get_nowait().add)
-    consumer.shed(second.held)
-    consumer.outbox.put([last(first, 0)])
+    first, second = held.snapshot()
+    consumer.shed(second)
+    consumer.outbox.put([last(Claim(first, make_request(), ()), 0)])
     consumer.turn()
     assert [entry.request_id for entry in held.snapshot()] == ids[1:]
     assert not consumer.is_idle
@@ -652,14 +653,12 @@ def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     api.enqueue(make_request())
     held = HeldRequests()
     streams = worker_streams(connection)
-    consumer = Consumer(streams, held, max_num_requests=1, poll_s=0.01)
-    consumer._claim()
-    ((claimed, _),) = consumer.commands.get_nowait().add
-    end: list[Append] = [last(claimed, 0)]
-    streams.append([claimed.held], end)
+    consumer = Consumer(streams, held, encode=not_at_all, max_num_requests=1, poll_s=0.01)
+    consumer.turn()
+    (claimed,) = held.snapshot()
+    end: list[Append] = [last(Claim(claimed, make_request(), ()), 0)]
+    streams.append([claimed], end)
     consumer.outbox.put(end)
-    consumer._collect(1)
-    consumer._send()
-    assert consumer._unsent == []
+    consumer.turn()
     assert consumer.commands.empty()
     assert not held

@@ -73,6 +73,11 @@ class BlockManager:
             seq.block_table.append(block)
         seq.num_computed_tokens = len(seq.block_table) * self.block_size
 
+    def has_prompt(self, seq: Sequence) -> bool:
+        """Whether a sequence would find all blocks of its prompt that can be shared; true if none can."""
+        num_blocks = (seq.num_prompt_tokens - 1) // self.block_size if self._shares_prefixes else 0
+        return not num_blocks or self._block_keys(seq, num_blocks)[-1] in self._published
+
     def publish(self, seq: Sequence, num_tokens: int) -> None:
         """Lets others find the blocks that a sequence filled with the last `num_tokens` computed tokens."""
         num_full = seq.num_computed_tokens // self.block_size

@@ -1,64 +1,51 @@
-"""The engine: requests in, events out, one step at a time. `Engine.step` is the architecture."""
+"""The engine: requests in, events out, one step at a time. `BatchingEngine.step` is the architecture."""
 
 import logging
 import time
-from collections.abc import Iterable
-from collections.abc import Sequence as Items
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
 
-from shared.errors import (
-    ContextLengthExceeded,
-    GenerationFailed,
-    GenerationStopped,
-    GenerationTimeout,
-    LorelayError,
-)
+from shared.errors import GenerationFailed, GenerationStopped, GenerationTimeout, LorelayError
 from shared.logs import fields
-from shared.messages import GenerationRequest, SamplingParams, StreamEvent
-from worker.engine.adapter_cache import AdapterCache
-from worker.engine.records import Output, Prompt
+from shared.messages import GenerationRequest, StreamEvent
+from worker.engine.intake import Intake
+from worker.engine.ports import Model, Residency
+from worker.engine.records import Output, Prompts
 from worker.engine.request_output import Clock, RequestOutput
 from worker.engine.scheduler import Scheduler
-from worker.engine.sequence import Batch, Sampled, Sequence, SequenceStatus
+from worker.engine.sequence import Batch
 from worker.engine.served_models import ServedModels
 
 logger = logging.getLogger(__name__)
 
 
-class ModelRunner(Protocol):
-    """What the engine needs of the device; see `worker.model.model_runner`."""
+class BatchingEngine:
+    """The `Engine` of this project: many requests of different adapters in one batch. Does no network I/O."""
 
-    @property
-    def max_model_len(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def served(self) -> ServedModels: ...
-
-    def run(self, batch: Batch) -> Items[Sampled]: ...
-
-
-class Engine:
-    """Runs many requests of different adapters in one batch. Single-threaded; does no network I/O."""
-
-    def __init__(
-        self,
-        model_runner: ModelRunner,
-        scheduler: Scheduler,
-        clock: Clock = time.monotonic,
-        adapters: AdapterCache[Any] | None = None,
-    ) -> None:
-        """`adapters`: the scheduler's; None where all are resident."""
-        self._model_runner = model_runner
+    def __init__(self, model: Model, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
+        """`clock` counts seconds."""
+        self._model = model
         self._scheduler = scheduler
-        self._clock = clock
-        self._adapters = adapters
+        self._intake = Intake(model, clock)
         self._outputs: dict[str, RequestOutput] = {}
         self._batch: Batch = []
         self.is_stalled = False
-        """Whether the last step ran nothing, because all that could run waits for an adapter."""
+
+    def step(self) -> list[Output]:
+        """Runs one batch and returns the events it brought, at most one per sequence."""
+        self._batch = batch = self._scheduler.schedule()
+        self.is_stalled = not batch
+        if self.is_stalled:
+            return []
+        outputs: list[Output] = []
+        for seq, token in self._scheduler.postprocess(batch, self._model.run(batch)):
+            # An error of one sequence ends all of its request, those behind it in the batch, too.
+            if request := self._outputs.get(seq.request_id):
+                outputs.append(emitted := request.add(seq.index, token))
+                if emitted.event.is_terminal:
+                    self._remove(seq.request_id)
+                elif seq.finish_reason:
+                    self._scheduler.finish(seq)
+        return outputs
 
     @property
     def has_work(self) -> bool:
@@ -70,35 +57,47 @@ class Engine:
         """What it holds, for a log line: nothing but zeros when all requests have ended."""
         return f"{len(self._outputs)} requests, {self._scheduler.num_blocks_in_use} cache blocks in use"
 
-    def step(self) -> list[Output]:
-        """Runs one batch and returns the events it brought, at most one per request."""
-        self._batch = batch = self._scheduler.schedule()
-        self.is_stalled = not batch
-        if self.is_stalled:
-            return []
-        sampled = self._scheduler.postprocess(batch, self._model_runner.run(batch))
-        return [self._emit(seq, token) for seq, token in sampled]
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence, in tokens."""
+        return self._model.max_model_len
+
+    @property
+    def served(self) -> ServedModels:
+        """The base and the adapters that can be used now."""
+        return self._model.served
+
+    @property
+    def adapters(self) -> Residency:
+        """Which adapters are on the device."""
+        return self._model.adapter_cache
+
+    @property
+    def forward_state(self) -> str:
+        """A `ForwardState`."""
+        return self._model.forward_state
+
+    def call_when_ready(self, wake: Callable[[], None]) -> None:
+        """Calls `wake`, in another thread, whenever an adapter was read."""
+        self._model.adapter_cache.on_read = wake
+
+    def encode(self, request: GenerationRequest) -> list[list[int]]:
+        """The token ids of each prompt of a request. May be called in any thread."""
+        return self._intake.encode(request)
 
     def add_request(
         self,
         request: GenerationRequest,
+        prompts: Prompts,
         events: Iterable[StreamEvent] = (),
         *,
-        prompt: Prompt | None = None,
         alone: bool = False,
     ) -> list[Output]:
-        """Takes a request in; `events` is what its log holds already, `prompt` what came of encoding it.
-
-        `alone`: nothing runs until `run_alone`, then its steps without the others until `allow_company`, so
-        that a crash is its own.
-        A request that can't run ends here: the list then holds its terminal error event, else it is empty.
-        """
+        """Takes a request in, or ends it at once with an error; see `Engine`."""
         self.drop_request(request.request_id)
         events = tuple(events)
         try:
-            output = self._prepare(request, prompt)
-            output.resume(events)
-            self._check_log(output.seq)
+            output = self._intake.prepare(request, prompts, events)
         except LorelayError as error:
             return [_refusal(request.request_id, error, len(events))]
         # Nothing but this request is at work here, so nothing else can be at fault.
@@ -106,17 +105,18 @@ class Engine:
             logger.exception("request %s can't be taken in", request.request_id, extra=fields("add_request"))
             return [_refusal(request.request_id, GenerationFailed(), len(events))]
         self._outputs[request.request_id] = output
-        self._scheduler.add(output.seq)
+        for seq in output.sequences:
+            self._scheduler.add(seq)
         if alone:
-            self._scheduler.isolate(output.seq)
+            self._scheduler.isolate(request.request_id)
         return []
 
     def run_alone(self) -> None:
-        """It is known that a crash from now on is that of the request which was added to run alone."""
+        """Lets the request run that was added to run alone."""
         self._scheduler.run_isolated()
 
     def allow_company(self) -> None:
-        """The request that ran alone is beyond doubt: all run together again."""
+        """Lets all requests run together again."""
         self._scheduler.isolate(None)
 
     def holds(self, request_id: str) -> bool:
@@ -124,7 +124,7 @@ class Engine:
         return request_id in self._outputs
 
     def abort_request(self, request_id: str) -> list[Output]:
-        """Ends a request that its client gave up; nothing if it has ended already."""
+        """Ends a request that its client gave up; nothing if it is not here."""
         output = self._remove(request_id)
         return [output.abort()] if output else []
 
@@ -138,10 +138,7 @@ class Engine:
         self._remove(request_id)
 
     def shed(self) -> tuple[str | None, list[Output]]:
-        """Makes room after a step that did not fit into memory: its newest request, to be handed back.
-
-        One that did not fit even alone ends with an error instead.
-        """
+        """Drops the newest request of a step that did not fit into memory; see `Engine`."""
         ran = {scheduled.seq.request_id for scheduled in self._batch}
         newest = next(request_id for request_id in reversed(self._outputs) if request_id in ran)
         output = self._outputs[newest]
@@ -154,76 +151,26 @@ class Engine:
         """Ends the requests that are over their generation limit."""
         expired = [output for output in self._outputs.values() if output.is_over_limit]
         for output in expired:
-            self._remove(output.seq.request_id)
+            self._remove(output.request_id)
         return [output.fail(GenerationTimeout()) for output in expired]
 
     def settle_adapters(self) -> list[Output]:
         """Takes in the adapters that were read since; ends the requests of those that can't be served."""
-        if self._adapters is None:
-            return []
         outputs: list[Output] = []
-        for name, error in self._adapters.settle().items():
-            for seq in self._scheduler.waiting_for(name):
-                output = self._outputs[seq.request_id]
-                self._remove(seq.request_id)
-                outputs.append(output.fail(error))
+        for name, error in self._model.adapter_cache.settle().items():
+            for request_id in self._scheduler.requests_waiting_for(name):
+                if output := self._remove(request_id):
+                    outputs.append(output.fail(error))
         return outputs
 
-    def _prepare(self, request: GenerationRequest, prompt: Prompt | None) -> RequestOutput:
-        model = self._model_runner.served.model_of(request)
-        if prompt is None:
-            prompt = model.tokenizer.encode_chat(request.messages)
-        if isinstance(prompt, LorelayError):
-            raise prompt
-        seq = Sequence(
-            request_id=request.request_id,
-            index=0,
-            adapter_name=request.adapter_name,
-            sampling=request.sampling,
-            token_ids=prompt,
-            num_prompt_tokens=len(prompt),
-            max_tokens=self._num_tokens_to_generate(len(prompt), request.sampling),
-            eos_token_ids=model.tokenizer.eos_token_ids,
-            adapter_version=model.version if model.adapter_name else None,
-        )
-        return RequestOutput(request, seq, model.tokenizer.detokenizer(), self._clock)
-
-    def _check_log(self, seq: Sequence) -> None:
-        """Refuses tokens of a former worker that no worker could have written.
-
-        Raises:
-            GenerationFailed: they are more than the request may have, or not of this model's vocabulary.
-        """
-        if seq.num_output_tokens >= seq.max_tokens:
-            raise GenerationFailed("The log of the request can't be read: more tokens than were asked for.")
-        vocab_size = self._model_runner.vocab_size
-        if not all(0 <= token_id < vocab_size for token_id in seq.token_ids[seq.num_prompt_tokens :]):
-            raise GenerationFailed("The log of the request can't be read: a token that the model lacks.")
-
-    def _num_tokens_to_generate(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
-        context = self._model_runner.max_model_len
-        asked = sampling.max_tokens or sampling.min_tokens
-        if num_prompt_tokens + (asked or 1) > context:
-            completion = f" and {asked} for the completion" if asked else ""
-            is_minimum = not sampling.max_tokens and num_prompt_tokens < context
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {context} tokens, but {num_prompt_tokens} tokens "
-                f"were given in the messages{completion}{' (min_tokens)' if is_minimum else ''}.",
-                param="min_tokens" if is_minimum else None,
-            )
-        return sampling.max_tokens or context - num_prompt_tokens
-
-    def _emit(self, seq: Sequence, token: Sampled) -> Output:
-        output = self._outputs[seq.request_id]
-        emitted = output.add(token)
-        if emitted.event.is_terminal:
-            self._remove(seq.request_id)
-        return emitted
+    def close(self) -> None:
+        """Ends what the model does in the background."""
+        self._model.close()
 
     def _remove(self, request_id: str) -> RequestOutput | None:
         output = self._outputs.pop(request_id, None)
-        if output and output.seq.status is not SequenceStatus.FINISHED:
-            self._scheduler.finish(output.seq)
+        for seq in output.sequences if output else ():
+            self._scheduler.finish(seq)
         return output
 
 

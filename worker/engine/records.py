@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from shared.errors import LorelayError
 from shared.messages import StreamEvent
 
-Prompt = list[int] | LorelayError
-"""A prompt's tokens, or why there are none."""
+Prompts = list[list[int]] | LorelayError
+"""The token ids of each prompt of a request, or why there are none."""
 
 
 class Output(NamedTuple):

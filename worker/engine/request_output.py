@@ -3,117 +3,159 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from shared.errors import LorelayError
+from shared.errors import GenerationFailed, LorelayError
 from shared.messages import FinishReason, GenerationRequest, StreamEvent, Usage
 from worker.engine.detokenizer import StopChecker
 from worker.engine.records import Output
-from worker.engine.sequence import Sampled, SampledToken, Sequence
+from worker.engine.sequence import Sampled, SampledToken, Sequence, SequenceStatus
 from worker.engine.served_models import Detokenizer
 
 Clock = Callable[[], float]
 
 
-class RequestOutput:
-    """The outgoing side of one request: text, finish reason, usage, the numbering of its events."""
+class SequenceOutput:
+    """The text of one sequence, and where it ends."""
 
-    def __init__(
-        self, request: GenerationRequest, seq: Sequence, detokenizer: Detokenizer, clock: Clock
-    ) -> None:
+    def __init__(self, seq: Sequence, detokenizer: Detokenizer) -> None:
         self.seq = seq
-        self._request = request
         self._detokenizer = detokenizer
-        self._stop_checker = StopChecker(request.sampling.stop)
-        self._clock = clock
-        self._started_s = clock()
-        self._first_token_s: float | None = None
-        self._next_event_no = 0
+        self._stop_checker = StopChecker(seq.sampling.stop)
 
-    def resume(self, events: Iterable[StreamEvent]) -> None:
+    def resume(self, event: StreamEvent) -> None:
         """Takes over from a former worker: its tokens join the sequence, its text is not sent again."""
-        for event in events:
-            self._next_event_no = event.event_no + 1
-            self.seq.num_cached_tokens = 0  # its prompt was computed for it once, elsewhere
-            for token_id in event.token_ids:
-                self.seq.token_ids.append(token_id)
-                text = self._detokenizer.add(token_id)
-                if self._may_end:
-                    self._stop_checker.add(text)
+        if event.finish_reason is not None:
+            self.seq.finish_reason, self.seq.status = event.finish_reason, SequenceStatus.FINISHED
+        for token_id in event.token_ids:
+            self.seq.token_ids.append(token_id)
+            text = self._detokenizer.add(token_id)
+            if self._may_end:
+                self._stop_checker.add(text)
 
-    def add(self, token: Sampled) -> Output:
-        """The event of a sampled token, which stands in `seq.token_ids` already, or of an error."""
-        if not isinstance(token, SampledToken):
-            return self.fail(token)
-        if self._first_token_s is None:
-            self._first_token_s = self._clock()
-        text, finish_reason = self._release(token.token_id)
-        return self._event((token.token_id,), text, finish_reason)
+    def add(self, token_id: int) -> str:
+        """The text that a token releases; if it is the last one, the sequence gets its finish reason.
 
-    def abort(self) -> Output:
-        """The terminal event of a request that its client gave up."""
-        return self._event((), "", FinishReason.ABORT)
-
-    def fail(self, error: LorelayError) -> Output:
-        """The terminal event of a request that can't go on."""
-        self.seq.finish_reason = FinishReason.ERROR
-        event = StreamEvent(
-            event_no=self._next_event_no, finish_reason=FinishReason.ERROR, error=error.to_info()
-        )
-        return Output(self.seq.request_id, event, self._meta())
-
-    @property
-    def is_over_limit(self) -> bool:
-        """Whether the request ran longer than its generation limit."""
-        limit_s = self._request.generation_limit_s
-        return limit_s is not None and self._clock() - self._started_s > limit_s
+        The token stands in `seq.token_ids` already.
+        """
+        seq, text = self.seq, self._detokenizer.add(token_id)
+        may_end = self._may_end
+        if may_end:
+            text, stopped = self._stop_checker.add(text)
+            if stopped:
+                seq.finish_reason = FinishReason.STOP
+                return text
+        if may_end and token_id in seq.eos_token_ids and not seq.sampling.ignore_eos:
+            seq.finish_reason = FinishReason.STOP
+        elif seq.num_output_tokens >= seq.max_tokens:
+            seq.finish_reason = FinishReason.LENGTH
+        else:
+            return text
+        return text + self._stop_checker.flush()
 
     @property
     def _may_end(self) -> bool:
         """Whether the newest token is behind `min_tokens`: stop strings are looked for from there on only."""
         return self.seq.num_output_tokens > self.seq.sampling.min_tokens
 
-    def _release(self, token_id: int) -> tuple[str, FinishReason | None]:
-        """The text that a token releases, and whether it ends the sequence."""
-        text = self._detokenizer.add(token_id)
-        if self._may_end:
-            text, stopped = self._stop_checker.add(text)
-            if stopped:
-                return text, FinishReason.STOP
-        if self._may_end and not self.seq.sampling.ignore_eos and token_id in self.seq.eos_token_ids:
-            return text + self._stop_checker.flush(), FinishReason.STOP
-        if self.seq.num_output_tokens >= self.seq.max_tokens:
-            return text + self._stop_checker.flush(), FinishReason.LENGTH
-        return text, None
 
-    def _event(self, token_ids: tuple[int, ...], text: str, finish_reason: FinishReason | None) -> Output:
-        self.seq.finish_reason = finish_reason
+class RequestOutput:
+    """The outgoing side of a request: the events of all its sequences, its usage, its end."""
+
+    def __init__(self, request: GenerationRequest, outputs: list[SequenceOutput], clock: Clock) -> None:
+        """`outputs`: by index; `request` itself is not kept, its messages may be megabytes."""
+        self.request_id = request.request_id
+        self._model, self._adapter_name = request.model, request.adapter_name
+        self._limit_s, self._num_choices = request.generation_limit_s, request.n
+        self._outputs = outputs
+        self._num_running = len(outputs)
+        self._clock = clock
+        self._started_s = clock()
+        self._first_token_s: float | None = None
+        self._next_event_no = 0
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The sequences that have not ended."""
+        seqs = (output.seq for output in self._outputs)
+        return [seq for seq in seqs if seq.status is not SequenceStatus.FINISHED]
+
+    def resume(self, events: Iterable[StreamEvent]) -> None:
+        """Takes over from a former worker: each sequence goes on, or stays ended, as the log tells.
+
+        Raises:
+            GenerationFailed: the log has a sequence that was not asked for.
+        """
+        for event in events:
+            if not 0 <= event.index < len(self._outputs):
+                raise GenerationFailed("The log of the request can't be read: more sequences than asked for.")
+            self._outputs[event.index].resume(event)
+            self._next_event_no = event.event_no + 1
+        if self._next_event_no:
+            self._num_running = len(self.sequences)
+            for output in self._outputs:
+                output.seq.num_cached_tokens = 0  # the prompts were computed for it once, elsewhere
+
+    def add(self, index: int, token: Sampled) -> Output:
+        """The event of what was drawn for a sequence; an error ends the whole request."""
+        if not isinstance(token, SampledToken):
+            return self.fail(token)
+        if self._first_token_s is None:
+            self._first_token_s = self._clock()
+        output = self._outputs[index]
+        text = output.add(token.token_id)
+        finish_reason = output.seq.finish_reason
+        self._num_running -= finish_reason is not None
+        return self._event(index, (token.token_id,), text, finish_reason)
+
+    def abort(self) -> Output:
+        """The terminal event of a request that its client gave up."""
+        self._num_running = 0
+        return self._event(0, (), "", FinishReason.ABORT)
+
+    def fail(self, error: LorelayError) -> Output:
+        """The terminal event of a request that can't go on."""
         event = StreamEvent(
-            event_no=self._next_event_no,
-            index=self.seq.index,
-            token_ids=token_ids,
-            text=text,
-            finish_reason=finish_reason,
-            usage=self._usage() if finish_reason else None,
+            event_no=self._next_event_no, finish_reason=FinishReason.ERROR, error=error.to_info()
         )
+        return Output(self.request_id, event, self._meta(FinishReason.ERROR))
+
+    @property
+    def is_over_limit(self) -> bool:
+        """Whether the request ran longer than its generation limit."""
+        return self._limit_s is not None and self._clock() - self._started_s > self._limit_s
+
+    def _event(
+        self, index: int, token_ids: tuple[int, ...], text: str, finish_reason: FinishReason | None
+    ) -> Output:
+        """The next event; with the end of the last sequence it is the terminal one."""
+        event_no, has_ended = self._next_event_no, not self._num_running
         self._next_event_no += 1
-        return Output(self.seq.request_id, event, self._meta() if finish_reason else None)
+        usage = self._usage() if has_ended else None
+        event = StreamEvent(event_no, index, token_ids, text, None, finish_reason, usage)
+        return Output(self.request_id, event, self._meta(finish_reason) if has_ended else None)
 
     def _usage(self) -> Usage:
+        """Tokens of the whole request: of each prompt once, whatever the number of its choices."""
+        seqs = [output.seq for output in self._outputs]
+        firsts = range(0, len(seqs), self._num_choices)
+        by_prompt = [seqs[first : first + self._num_choices] for first in firsts]
         return Usage(
-            prompt_tokens=self.seq.num_prompt_tokens,
-            completion_tokens=self.seq.num_output_tokens,
-            cached_tokens=self.seq.num_cached_tokens or 0,
+            prompt_tokens=sum(choices[0].num_prompt_tokens for choices in by_prompt),
+            completion_tokens=sum(seq.num_output_tokens for seq in seqs),
+            # The choice that found the least had to compute the rest; the others found that, too.
+            cached_tokens=sum(min(seq.num_cached_tokens or 0 for seq in choices) for choices in by_prompt),
         )
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self, finish_reason: FinishReason | None) -> dict[str, Any]:
         """What dashboards show of a finished request: never text."""
         now = self._clock()
         first_token_s = None if self._first_token_s is None else self._first_token_s - self._started_s
+        usage = self._usage()
         return {
-            "model": self._request.model,
-            "adapter": self._request.adapter_name,
-            "finish_reason": self.seq.finish_reason,
-            "prompt_tokens": self.seq.num_prompt_tokens,
-            "completion_tokens": self.seq.num_output_tokens,
+            "model": self._model,
+            "adapter": self._adapter_name,
+            "finish_reason": finish_reason,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
             "first_token_s": first_token_s and round(first_token_s, 4),
             "total_s": round(now - self._started_s, 4),
         }

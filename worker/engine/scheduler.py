@@ -3,10 +3,9 @@
 import itertools
 from collections import deque
 from collections.abc import Sequence as Items
-from typing import Any
 
-from worker.engine.adapter_cache import AdapterCache
 from worker.engine.block_manager import BlockManager
+from worker.engine.ports import Adapters
 from worker.engine.sequence import (
     Batch,
     Sampled,
@@ -35,9 +34,8 @@ class Scheduler:
         *,
         max_batch_size: int,
         max_prefill_tokens: int,
-        adapters: AdapterCache[Any] | None = None,
+        adapters: Adapters,
     ) -> None:
-        """`adapters`: which ones are resident; None where all are."""
         self._blocks = blocks
         self._adapters = adapters
         self._pace = pace
@@ -45,13 +43,15 @@ class Scheduler:
         self._max_prefill_tokens = max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._lone: Sequence | None = None
+        self._lone: str | None = None
+        """The request that runs alone; nothing runs until `run_isolated`."""
         self._may_run_lone = False
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence runs, or waits for more than the reading of its adapter."""
-        return bool(self._running) or any(not self._is_loading(seq) for seq in self._waiting)
+        is_loading = self._adapters.is_loading
+        return bool(self._running) or any(not is_loading(seq.adapter_name) for seq in self._waiting)
 
     @property
     def num_blocks_in_use(self) -> int:
@@ -62,32 +62,40 @@ class Scheduler:
         """Queues a sequence behind those that wait already."""
         self._waiting.append(seq)
 
-    def waiting_for(self, adapter_name: str) -> list[Sequence]:
-        """The sequences of an adapter that wait, next one first; the others of it run, so they have it."""
-        return [seq for seq in self._waiting if seq.adapter_name == adapter_name]
+    def requests_waiting_for(self, adapter_name: str) -> list[str]:
+        """The requests of an adapter that wait, next one first; the others of it run, so they have it."""
+        return list(
+            dict.fromkeys(seq.request_id for seq in self._waiting if seq.adapter_name == adapter_name)
+        )
 
-    def isolate(self, seq: Sequence | None) -> None:
-        """Nothing runs until `run_isolated`, then this sequence (added before) alone; None ends that."""
-        self._lone = seq
+    def isolate(self, request_id: str | None) -> None:
+        """Nothing runs until `run_isolated`, then this request (added before) alone; None ends that."""
+        self._lone = request_id
         self._may_run_lone = False
 
     def run_isolated(self) -> None:
-        """Lets the isolated sequence run."""
+        """Lets the isolated request run; the others give their blocks and their adapters' slots back."""
         self._may_run_lone = True
+        for seq in [seq for seq in reversed(self._running) if self._must_wait(seq)]:
+            self._preempt(seq)
 
     def finish(self, seq: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its blocks."""
-        if seq is self._lone:
-            self._lone = None
+        """Takes a sequence out, wherever it is, and frees its blocks.
+
+        With the last one of a request its isolation ends.
+        """
         (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
         self._blocks.free(seq)
         seq.status = SequenceStatus.FINISHED
+        if seq.request_id == self._lone:
+            others = itertools.chain(self._running, self._waiting)
+            self._lone = self._lone if any(not self._must_wait(other) for other in others) else None
 
     def schedule(self) -> Batch:
         """The next step's batch; empty where all that may run waits for its adapter, or to be isolated."""
         self._pace.start_step()
-        if self._lone is not None:
-            return self._schedule_alone(self._lone) if self._may_run_lone else []
+        if self._lone is not None and not self._may_run_lone:
+            return []
         decodes = self._schedule_decode()
         return decodes + self._schedule_prefill(self._pace.prefill_ms(len(decodes)))
 
@@ -122,40 +130,29 @@ class Scheduler:
                 batch.append(ScheduledSequence(seq, 1))
         return batch
 
-    def _schedule_alone(self, seq: Sequence) -> list[ScheduledSequence]:
-        """The next step of one sequence; the others keep their blocks as long as there is room."""
-        if seq.status is SequenceStatus.WAITING and not self._bring_alone(seq):
-            return []
-        while not (self._admit(seq) and self._blocks.can_allocate(seq, seq.num_uncomputed_tokens)):
-            self._preempt(next(other for other in reversed(self._running) if other is not seq))
-        self._blocks.allocate(seq, seq.num_uncomputed_tokens)
-        num_ms = self._pace.prefill_ms(0)
-        return [ScheduledSequence(seq, self._fit(seq, num_ms, self._max_prefill_tokens, MIN_CHUNK_TOKENS))]
+    def _must_wait(self, seq: Sequence) -> bool:
+        """Whether another request runs alone."""
+        return self._lone is not None and seq.request_id != self._lone
 
-    def _is_loading(self, seq: Sequence) -> bool:
-        return self._adapters is not None and self._adapters.is_loading(seq.adapter_name)
+    def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:
+        """The waiting sequences that may join the running ones, of which `prompts` are in prefill.
 
-    def _ready(self) -> list[Sequence]:
-        """Those that wait, and whose adapters are resident; others are brought as far as there are slots."""
-        if self._adapters is None:
-            return list(self._waiting)
+        Their adapters are resident; others are brought as far as there are slots. Of the choices of a prompt
+        that is not in the cache, the first one computes it; the others join when they find it there.
+        """
         in_use = {seq.adapter_name for seq in self._running}
+        computed = {seq.prompt for seq in prompts}
         ready: list[Sequence] = []
         for seq in self._waiting:
-            if self._adapters.bring(seq.adapter_name, in_use):
-                in_use.add(seq.adapter_name)
-                ready.append(seq)
+            if self._must_wait(seq) or not self._adapters.bring(seq.adapter_name, in_use):
+                continue
+            in_use.add(seq.adapter_name)
+            if not self._blocks.has_prompt(seq):
+                if seq.prompt in computed:
+                    continue
+                computed.add(seq.prompt)
+            ready.append(seq)
         return ready
-
-    def _bring_alone(self, seq: Sequence) -> bool:
-        """Whether the adapter of a sequence is resident; others make room for it."""
-        if self._adapters is None or self._is_loading(seq):
-            return self._adapters is None
-        while not self._adapters.bring(seq.adapter_name, {other.adapter_name for other in self._running}):
-            if self._adapters.is_loading(seq.adapter_name) or not self._running:
-                return False
-            self._preempt(self._running[-1])
-        return True
 
     def _fit(self, seq: Sequence, num_ms: float, max_num_tokens: int, min_num_tokens: int = 0) -> int:
         """How many of its next tokens a sequence computes in that time, within these limits."""
@@ -168,7 +165,8 @@ class Scheduler:
         So a short prompt soon gets past long ones, and no prompt takes more than twice its time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
-        prompts += itertools.islice(self._ready(), max(0, self._max_batch_size - len(self._running)))
+        if self._waiting:
+            prompts += self._ready(prompts)[: max(0, self._max_batch_size - len(self._running))]
         # No room for it: what it waits for must not go to a newer one.
         if not (num_ms and prompts and self._admit(prompts[0])):
             return []

@@ -71,6 +71,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    prompt_no: int = 0
+    """Which of the request's prompts it continues."""
     eos_token_ids: frozenset[int] = frozenset()
     """Tokens that end it."""
     adapter_version: str | None = None
@@ -79,6 +81,11 @@ class Sequence:
     """What its full blocks are found by, as far as known; see `BlockManager`."""
     num_cached_tokens: int | None = None
     """Prompt tokens that were not computed when it first ran, because the cache had them; None before."""
+
+    @property
+    def prompt(self) -> tuple[str, int]:
+        """Equal for the choices of one prompt of one request."""
+        return self.request_id, self.prompt_no
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -16,12 +16,14 @@ class Detokenizer(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Chat to tokens and back; see `worker.model.tokenizer`."""
+    """Prompts to tokens and back, in any thread; see `worker.model.tokenizer`."""
 
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]: ...
+
+    def encode_text(self, text: str) -> list[int]: ...
 
     def detokenizer(self) -> Detokenizer: ...
 

@@ -70,6 +70,18 @@ class Tokenizer:
             ) from error
         return list(encoded["input_ids"])
 
+    def encode_text(self, text: str) -> list[int]:
+        """The text's tokens, with the special tokens that the tokenizer puts around every text.
+
+        Raises:
+            InvalidRequest: it can't be tokenized.
+        """
+        try:
+            return list(self._backend(text)["input_ids"])
+        # Tokenizers raise errors of many kinds, e.g. for half a surrogate pair.
+        except Exception as error:
+            raise InvalidRequest(f"The prompt can't be tokenized: {error}", param="prompt") from error
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids` without special tokens."""
         if self._fast is not None:

@@ -8,7 +8,6 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 from uuid import uuid4
 
 import redis
@@ -19,8 +18,8 @@ from shared.queue.names import queue_name
 from shared.queue.outages import Outages
 from shared.queue.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Slots
 from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
-from worker.engine.records import Prompt
 from worker.serving.capacity import Capacity
+from worker.serving.commands import Commands, Inbox
 from worker.serving.faults import Faults
 from worker.serving.patience import RETRY_WAIT_S, call_until
 from worker.serving.prompt_encoder import Encode, PromptEncoder
@@ -30,27 +29,6 @@ logger = logging.getLogger(__name__)
 MAX_NUM_UNSENT_STEPS = 32
 IDLE_WAIT_S = 1.0
 IO = "io"
-
-
-class Arrival(NamedTuple):
-    """A claimed request on its way to the engine."""
-
-    claim: Claim
-    prompt: Prompt | None = None
-    """None leaves it to the engine to encode it."""
-
-
-class Commands(NamedTuple):
-    """What the engine is asked to do before its next step."""
-
-    add: Sequence[Arrival] = ()
-    abort: Sequence[str] = ()
-    stop: Sequence[str] = ()
-    drop: Sequence[str] = ()
-    run_alone: bool = False
-    """Whether Redis knows by now that the isolated request runs alone."""
-    allow_company: bool = False
-    """Whether the request that ran alone is cleared."""
 
 
 class HeldRequests:
@@ -66,7 +44,7 @@ class HeldRequests:
     def __len__(self) -> int:
         return len(self._queues)
 
-    def __contains__(self, held: Held) -> bool:
+    def __contains__(self, held: object) -> bool:
         return held in self._queues
 
     @property
@@ -127,16 +105,13 @@ class Consumer:
         streams: WorkerStreams,
         held: HeldRequests,
         *,
+        encode: Encode,
         max_num_requests: int,
         poll_s: float,
         slots: Callable[[], Slots] = lambda: UNLIMITED_SLOTS,
         faults: Faults | None = None,
-        encode: Encode | None = None,
     ) -> None:
-        """`slots` tells where adapters find room on the device now.
-
-        `encode` turns messages into a prompt, beside the engine's thread; else the engine does it.
-        """
+        """`slots` tells where adapters find room on the device now."""
         self._slots = slots
         self._streams = streams
         self._held = held
@@ -150,11 +125,9 @@ class Consumer:
         self._draining = threading.Event()
         self._stopped = threading.Event()
         self._to_shed: queue.SimpleQueue[Held] = queue.SimpleQueue()
-        self.commands: queue.SimpleQueue[Commands] = queue.SimpleQueue()
+        self.commands: Inbox = queue.SimpleQueue()
         self.outbox: queue.Queue[list[Append]] = queue.Queue(MAX_NUM_UNSENT_STEPS)
-        self._encoder = (
-            PromptEncoder(encode, self._deliver, lambda claim: claim.held in held) if encode else None
-        )
+        self._encoder = PromptEncoder(encode, self.commands, held)
         self.num_claimed = 0
         self.is_idle = False
         """Whether the last turn found nothing to do."""
@@ -163,8 +136,7 @@ class Consumer:
     def threads(self) -> dict[str, Callable[[], None]]:
         """What has to run beside the engine, each in a thread of its own, by name."""
         encoder = self._encoder
-        lanes = {"short prompts": encoder.run_short, "long prompts": encoder.run_long} if encoder else {}
-        return {IO: self.run, **lanes}
+        return {IO: self.run, "short prompts": encoder.run_short, "long prompts": encoder.run_long}
 
     def wake_engine(self) -> None:
         """Ends the engine's waiting for commands: it has something else to see to."""
@@ -183,8 +155,7 @@ class Consumer:
         """Ends `threads`, each after what it does now."""
         self._draining.set()
         self._stopped.set()
-        if self._encoder is not None:
-            self._encoder.stop()
+        self._encoder.stop()
 
     def run(self) -> None:
         """Takes turns until `stop`; a Redis that does not serve is waited for, what is unsent waits."""
@@ -303,7 +274,7 @@ class Consumer:
         return has_shed
 
     def _claim(self) -> None:
-        room = self._capacity.num_requests - len(self._held)
+        room = self._capacity.num_sequences - len(self._held)
         if room <= 0 or self._draining.is_set() or self._held.has_lone_request:
             return
         # Kept until there is a reply: a repeated call brings what one claimed whose reply was lost.
@@ -315,13 +286,4 @@ class Consumer:
         if claims:
             self._faults.claimed(claims)
             self.num_claimed += len(claims)
-            self._pass_in(claims)
-
-    def _pass_in(self, claims: Sequence[Claim]) -> None:
-        if self._encoder is not None:
             self._encoder.take(claims)
-        else:
-            self.commands.put(Commands(add=[Arrival(claim) for claim in claims]))
-
-    def _deliver(self, claim: Claim, prompt: Prompt) -> None:
-        self.commands.put(Commands(add=[Arrival(claim, prompt)]))

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from shared.logs import fields
 from shared.queue.records import Append, Held
-from worker.engine.engine import Engine
+from worker.engine.ports import Engine
 from worker.engine.records import Output
 from worker.engine.sequence import OutOfDeviceMemory
-from worker.serving.consumer import Arrival, Commands, Consumer, HeldRequests
+from worker.serving.commands import Arrival, Commands
+from worker.serving.consumer import Consumer, HeldRequests
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class EngineLoop:
         self._owned: dict[str, Held] = {}
         """By request id: the claims of the requests that the engine has."""
         self._step_started_s: float | None = None
+        engine.call_when_ready(consumer.wake_engine)
 
     def step_age_s(self) -> float:
         """How long the present step has been running; 0 between steps. For other threads."""
@@ -119,13 +121,13 @@ class EngineLoop:
         return appends
 
     def _add(self, arrival: Arrival) -> list[Append]:
-        """Takes a request in, unless it was lost, or claimed anew, while its prompt was encoded."""
-        claim, prompt = arrival
+        """Takes a request in, unless it was lost, or claimed anew, while its prompts were encoded."""
+        claim, prompts = arrival
         if claim.held not in self._held:
             return []
         self._owned[claim.held.request_id] = claim.held
         appends = self._to_appends(
-            self._engine.add_request(claim.request, claim.events, prompt=prompt, alone=claim.alone)
+            self._engine.add_request(claim.request, prompts, claim.events, alone=claim.alone)
         )
         if claim.alone and not appends:
             self._held.isolate(claim.held)

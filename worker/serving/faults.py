@@ -3,7 +3,7 @@
 Words, separated by spaces:
     kill=POINT:N    SIGKILL at the Nth pass of a named point: claimed, appending, appended, ending, ended
     fail=POINT:N    an exception there, in the I/O thread
-    poison=WORD     SIGKILL in the first step of a request whose messages contain WORD
+    poison=WORD     SIGKILL in the first step of a request whose prompt contains WORD
     raise=WORD      an exception in the first step of such a request
     oom=N           out of device memory in a step of more than N sequences
     hang=N          the Nth step never ends
@@ -14,11 +14,11 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 from shared.queue.records import Append, Claim
-from worker.engine.engine import ModelRunner
+from worker.engine.ports import Model
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
-from worker.engine.served_models import ServedModels
 
 
 class Faults:
@@ -65,9 +65,10 @@ class Faults:
     def claimed(self, claims: Iterable[Claim]) -> None:
         """Requests were claimed."""
         for claim in claims:
-            if self._poison and self._poison in str(claim.request.messages):
+            text = str((claim.request.messages, claim.request.prompts))
+            if self._poison and self._poison in text:
                 self._poisoned.add(claim.held.request_id)
-            if self._raising and self._raising in str(claim.request.messages):
+            if self._raising and self._raising in text:
                 self._raised_by.add(claim.held.request_id)
         self.reach("claimed")
 
@@ -79,50 +80,43 @@ class Faults:
         """Events were appended, and nothing was done with the reply yet."""
         self.reach("ended" if any(append.event.is_terminal for append in appends) else "appended")
 
-    def before_step(self, batch: Batch) -> None:
-        """A batch is about to run.
+    def before_step(self, request_ids: Sequence[str]) -> None:
+        """A batch is about to run, of one sequence for each of `request_ids`.
 
         Raises:
             OutOfDeviceMemory: asked for.
             RuntimeError: asked for.
         """
         self.reach("step")
-        if any(item.seq.request_id in self._poisoned for item in batch):
+        if not self._poisoned.isdisjoint(request_ids):
             _die()
-        if any(item.seq.request_id in self._raised_by for item in batch):
+        if not self._raised_by.isdisjoint(request_ids):
             _fail()
-        if self._max_batch_size is not None and len(batch) > self._max_batch_size:
-            raise OutOfDeviceMemory(f"{len(batch)} sequences")
+        if self._max_batch_size is not None and len(request_ids) > self._max_batch_size:
+            raise OutOfDeviceMemory(f"{len(request_ids)} sequences")
         if self._num_passes["step"] == self._hang_step:
             threading.Event().wait()
 
 
-class FaultyRunner:
-    """A model runner whose steps may fail on purpose."""
+class FaultyModel:
+    """A model whose steps may fail on purpose, and all else of which is another's."""
 
-    def __init__(self, model_runner: ModelRunner, faults: Faults) -> None:
-        self._model_runner = model_runner
+    def __init__(self, model: Model, faults: Faults) -> None:
+        self._model = model
         self._faults = faults
 
-    @property
-    def max_model_len(self) -> int:
-        """As the runner's own."""
-        return self._model_runner.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """As the runner's own."""
-        return self._model_runner.vocab_size
-
-    @property
-    def served(self) -> ServedModels:
-        """As the runner's own."""
-        return self._model_runner.served
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
     def run(self, batch: Batch) -> Sequence[Sampled]:
         """One step, unless a fault was asked for."""
-        self._faults.before_step(batch)
-        return self._model_runner.run(batch)
+        self._faults.before_step([item.seq.request_id for item in batch])
+        return self._model.run(batch)
+
+
+def with_faults(model: Model, faults: Faults) -> Model:
+    """The model with these faults."""
+    return cast(Model, FaultyModel(model, faults))
 
 
 def _fail() -> None:

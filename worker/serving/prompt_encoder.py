@@ -1,16 +1,16 @@
 """Prompts to tokens beside the engine's thread: a long one takes seconds, in which all others go on."""
 
 import queue
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Container, Iterable
 
 from shared.errors import LorelayError
 from shared.messages import GenerationRequest
-from shared.queue.records import Claim
-from worker.engine.records import Prompt
+from shared.queue.records import Claim, Held
+from worker.engine.records import Prompts
+from worker.serving.commands import Arrival, Commands, Inbox
 
-Encode = Callable[[list[dict[str, Any]]], list[int]]
-Deliver = Callable[[Claim, Prompt], None]
+Encode = Callable[[GenerationRequest], list[list[int]]]
+"""`Engine.encode`."""
 
 LONG_PROMPT_CHARS = 32_768
 
@@ -18,22 +18,17 @@ LONG_PROMPT_CHARS = 32_768
 class PromptEncoder:
     """Two lanes, each for a thread of its own, so that short prompts don't wait for long ones."""
 
-    def __init__(
-        self, encode: Encode, deliver: Deliver, is_wanted: Callable[[Claim], bool] = lambda claim: True
-    ) -> None:
-        """`deliver` gets each claim with its prompt.
-
-        Claims that are not wanted any more when their turn comes are skipped.
-        """
+    def __init__(self, encode: Encode, inbox: Inbox, held: Container[Held]) -> None:
+        """`inbox` gets each claim with its prompts; claims that are not `held` any more are skipped."""
         self._encode = encode
-        self._deliver = deliver
-        self._is_wanted = is_wanted
+        self._inbox = inbox
+        self._held = held
         self._is_stopped = False
         self._short: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
         self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
 
     def take(self, claims: Iterable[Claim]) -> None:
-        """Queues claims; each is delivered from a lane's thread, not always in this order."""
+        """Queues claims; each arrives in the inbox from a lane's thread, not always in this order."""
         for claim in claims:
             lane = self._long if _num_chars(claim.request) > LONG_PROMPT_CHARS else self._short
             lane.put(claim)
@@ -54,16 +49,16 @@ class PromptEncoder:
 
     def _run(self, lane: queue.SimpleQueue[Claim | None]) -> None:
         while (claim := lane.get()) is not None and not self._is_stopped:
-            if not self._is_wanted(claim):
-                continue
-            self._deliver(claim, self._encode_one(claim.request))
+            if claim.held in self._held:
+                self._inbox.put(Commands(add=[Arrival(claim, self._encode_all(claim.request))]))
 
-    def _encode_one(self, request: GenerationRequest) -> Prompt:
+    def _encode_all(self, request: GenerationRequest) -> Prompts:
         try:
-            return self._encode(request.messages)
+            return self._encode(request)
         except LorelayError as error:
             return error
 
 
 def _num_chars(request: GenerationRequest) -> int:
-    return sum(len(str(message.get("content") or "")) for message in request.messages)
+    chat = sum(len(str(message.get("content") or "")) for message in request.messages)
+    return chat + sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))

@@ -1,13 +1,12 @@
 """The queues that a worker claims from, and the cards that it registers: both follow `ServedModels`."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from shared.errors import ConfigurationError
 from shared.messages import ModelCard
 from shared.queue.names import queue_name
 from shared.queue.records import Slots
-from worker.engine.adapter_cache import AdapterCache
+from worker.engine.ports import Residency
 from worker.engine.served_models import ServedModel, ServedModels
 
 ALL_QUEUES = "default"
@@ -72,6 +71,6 @@ def queues_of(base: str, adapter_names: Collection[str], arguments: Sequence[str
     return [queues[argument] for argument in arguments]
 
 
-def adapter_slots(queues: ServedQueues, adapters: AdapterCache[Any], max_wait_s: float) -> Slots:
+def adapter_slots(queues: ServedQueues, adapters: Residency, max_wait_s: float) -> Slots:
     """The adapter slots of the device, by queue, for a claim."""
     return Slots(adapters.num_slots, [queues.name_of(name) for name in adapters.resident], max_wait_s)

@@ -5,24 +5,21 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from shared.queue.outages import Outages
 from shared.queue.worker_streams import WorkerStreams
 from shared.settings import WorkerSettings
 from worker.engine.block_manager import BlockManager
-from worker.engine.engine import Engine
+from worker.engine.engine import BatchingEngine
+from worker.engine.ports import Engine, Model
 from worker.engine.scheduler import Scheduler
 from worker.engine.step_pace import StepPace
 from worker.serving.consumer import IO, Consumer, HeldRequests
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.failure import Failure
-from worker.serving.faults import Faults, FaultyRunner
+from worker.serving.faults import Faults, with_faults
 from worker.serving.heartbeat import Heartbeat
 from worker.serving.served import ServedQueues, adapter_slots
-
-if TYPE_CHECKING:
-    from worker.model.model_runner import ModelRunner
 
 logger = logging.getLogger("rq.worker")
 
@@ -35,30 +32,29 @@ class WorkerService:
 
     def __init__(
         self,
-        model: "ModelRunner",
+        engine: Engine,
         queues: ServedQueues,
         settings: WorkerSettings,
         *,
         name: str,
+        faults: Faults,
         make_streams: Callable[[], WorkerStreams],
         on_beat: Callable[[], None] = lambda: None,
     ) -> None:
         """`make_streams` is called once per thread that needs Redis; `on_beat` with each heartbeat."""
-        faults = Faults(settings.faults)
         self._name = name
         self._settings = settings
         self._held = HeldRequests()
-        self._engine = build_engine(model, settings, faults)
+        self._engine = engine
         self._consumer = Consumer(
             make_streams(),
             self._held,
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
-            slots=lambda: adapter_slots(queues, model.adapter_cache, settings.max_wait_s),
+            slots=lambda: adapter_slots(queues, engine.adapters, settings.max_wait_s),
             faults=faults,
-            encode=model.served.base.tokenizer.encode_chat,
+            encode=engine.encode,
         )
-        model.adapter_cache.on_read = self._consumer.wake_engine
         self._loop = EngineLoop(
             self._engine,
             self._consumer,
@@ -149,7 +145,7 @@ class WorkerService:
             os._exit(HUNG_EXIT_CODE)
 
 
-def build_engine(model: "ModelRunner", settings: WorkerSettings, faults: Faults) -> Engine:
+def build_engine(model: Model, settings: WorkerSettings, faults: Faults) -> Engine:
     """The engine of a worker around the model that runs its batches."""
     blocks = BlockManager(model.num_blocks, model.block_size, shares_prefixes=settings.prefix_cache)
     scheduler = Scheduler(
@@ -159,4 +155,4 @@ def build_engine(model: "ModelRunner", settings: WorkerSettings, faults: Faults)
         max_prefill_tokens=settings.max_prefill_tokens,
         adapters=model.adapter_cache,
     )
-    return Engine(FaultyRunner(model, faults), scheduler, adapters=model.adapter_cache)
+    return BatchingEngine(with_faults(model, faults), scheduler)

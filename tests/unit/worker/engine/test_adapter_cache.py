@@ -6,23 +6,22 @@ from hypothesis import strategies as st
 
 from shared.messages import SamplingParams, StreamEvent
 from tests.adapters import FakeStore, FakeWeights, ManualExecutor
-from tests.fakes import FakeModelRunner, letters, unpaced
+from tests.fakes import FakeModel, build_engine, letters
 from tests.streams import make_request
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.block_manager import BlockManager
-from worker.engine.engine import Engine
+from worker.engine.ports import Adapters
 from worker.engine.records import Output
-from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, Sampled, Sequence
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 
 
-class CheckingRunner(FakeModelRunner):
+class CheckingRunner(FakeModel):
     """Refuses a batch whose adapters are not all resident."""
 
-    def __init__(self, store: FakeStore) -> None:
-        super().__init__(adapter_names=NAMES)
+    def __init__(self, store: FakeStore, adapters: Adapters) -> None:
+        super().__init__(adapter_names=NAMES, adapter_cache=adapters)
         self._store = store
 
     def run(self, batch: Batch) -> list[Sampled]:
@@ -38,11 +37,8 @@ class Bench:
         self.disk = ManualExecutor()
         self.cache = AdapterCache(self.store, self.disk, num_slots=num_slots, max_num_bytes=max_num_bytes)
         self.blocks = BlockManager(64, 4)
-        self.scheduler = Scheduler(
-            self.blocks, unpaced(), max_batch_size=8, max_prefill_tokens=16, adapters=self.cache
-        )
-        self.runner = CheckingRunner(self.store)
-        self.engine = Engine(self.runner, self.scheduler, adapters=self.cache)
+        self.runner = CheckingRunner(self.store, self.cache)
+        self.engine = build_engine(self.runner, self.blocks)
         self.events: dict[str, list[StreamEvent]] = {}
 
     def add(self, request_id: str, adapter_name: str | None, num_tokens: int = 4, **options: bool) -> None:
@@ -52,7 +48,7 @@ class Bench:
             messages=[{"role": "user", "content": "hello"}],
             sampling=SamplingParams(temperature=0, max_tokens=num_tokens),
         )
-        assert self.engine.add_request(request, **options) == []
+        assert self.engine.add_request(request, self.engine.encode(request), **options) == []
 
     def step(self) -> None:
         """What the engine loop does in one turn."""

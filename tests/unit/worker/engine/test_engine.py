@@ -4,15 +4,13 @@ from unittest.mock import patch
 
 import pytest
 
-from shared.errors import InvalidRequest, from_info
+from shared.errors import from_info
 from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
 from tests.block_checks import check_blocks
-from tests.fakes import FakeModelRunner, FakeTokenizer, spell, unpaced
+from tests.fakes import FakeModel, build_engine, encoded, spell
 from tests.streams import make_request
 from worker.engine.block_manager import BlockManager
-from worker.engine.engine import Engine
 from worker.engine.records import Output
-from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import OutOfDeviceMemory
 
 
@@ -28,12 +26,11 @@ class Clock:
 class Bench:
     """An engine on fakes, with a clock to turn."""
 
-    def __init__(self, runner: FakeModelRunner | None = None) -> None:
+    def __init__(self, runner: FakeModel | None = None) -> None:
         self.clock = Clock()
-        self.runner = runner or FakeModelRunner()
+        self.runner = runner or FakeModel()
         self.blocks = BlockManager(32, 4)
-        scheduler = Scheduler(self.blocks, unpaced(), max_batch_size=8, max_prefill_tokens=16)
-        self.engine = Engine(self.runner, scheduler, self.clock)
+        self.engine = build_engine(self.runner, self.blocks, clock=self.clock)
 
     def add(self, name: str = "r", events: tuple[StreamEvent, ...] = (), **values: object) -> list[Output]:
         sampling = values.pop("sampling", SamplingParams(temperature=0, max_tokens=4))
@@ -42,7 +39,7 @@ class Bench:
         request = make_request(
             request_id=name, messages=[{"role": "user", "content": text}], sampling=sampling, **values
         )
-        return self.engine.add_request(request, events, alone=alone)
+        return self.engine.add_request(request, encoded(self.engine, request), events, alone=alone)
 
     def finish(self) -> dict[str, list[StreamEvent]]:
         """Steps until nothing is left; the events of each request."""
@@ -62,7 +59,7 @@ def sampling(**values: object) -> SamplingParams:
 
 
 def test_a_request_ends_with_stop_at_the_end_of_sequence_token() -> None:
-    bench = Bench(FakeModelRunner(spell("ahoy")))
+    bench = Bench(FakeModel(spell("ahoy")))
     assert bench.add(sampling=sampling()) == []
     events = bench.finish()["r"]
     assert text_of(events) == "ahoy"
@@ -73,21 +70,21 @@ def test_a_request_ends_with_stop_at_the_end_of_sequence_token() -> None:
 
 
 def test_a_request_ends_with_length_at_its_token_limit() -> None:
-    bench = Bench(FakeModelRunner(spell("ahoy there")))
+    bench = Bench(FakeModel(spell("ahoy there")))
     bench.add(sampling=sampling(max_tokens=4))
     events = bench.finish()["r"]
     assert (text_of(events), events[-1].finish_reason) == ("ahoy", FinishReason.LENGTH)
 
 
 def test_without_a_token_limit_a_request_ends_at_the_end_of_the_context() -> None:
-    bench = Bench(FakeModelRunner(lambda seq: ord("x"), max_model_len=16))
+    bench = Bench(FakeModel(lambda seq: ord("x"), max_model_len=16))
     bench.add(sampling=sampling(max_tokens=None))
     events = bench.finish()["r"]
     assert (text_of(events), events[-1].finish_reason) == ("x" * 11, FinishReason.LENGTH)
 
 
 def test_ignore_eos_goes_on_past_the_end_of_sequence_token() -> None:
-    bench = Bench(FakeModelRunner(spell("ahoy")))
+    bench = Bench(FakeModel(spell("ahoy")))
     bench.add(sampling=sampling(max_tokens=6, ignore_eos=True))
     events = bench.finish()["r"]
     assert events[-1].finish_reason is FinishReason.LENGTH
@@ -95,26 +92,26 @@ def test_ignore_eos_goes_on_past_the_end_of_sequence_token() -> None:
 
 
 def test_a_stop_string_over_several_tokens_ends_the_text_before_it() -> None:
-    bench = Bench(FakeModelRunner(spell("one STOP two")))
+    bench = Bench(FakeModel(spell("one STOP two")))
     bench.add(sampling=sampling(stop=("STOP",)))
     events = bench.finish()["r"]
     assert (text_of(events), events[-1].finish_reason) == ("one ", FinishReason.STOP)
 
 
 def test_text_held_back_for_a_stop_string_is_released_at_the_end() -> None:
-    bench = Bench(FakeModelRunner(spell("one STO")))
+    bench = Bench(FakeModel(spell("one STO")))
     bench.add(sampling=sampling(stop=("STOP",)))
     assert text_of(bench.finish()["r"]) == "one STO"
 
 
 def test_min_tokens_keeps_the_end_of_sequence_token_from_ending() -> None:
-    bench = Bench(FakeModelRunner(lambda seq: 0 if seq.num_output_tokens in (1, 4) else ord("x")))
+    bench = Bench(FakeModel(lambda seq: 0 if seq.num_output_tokens in (1, 4) else ord("x")))
     bench.add(sampling=sampling(min_tokens=3))
     assert bench.finish()["r"][-1].usage.completion_tokens == 5
 
 
 def test_min_tokens_keeps_a_stop_string_from_ending() -> None:
-    bench = Bench(FakeModelRunner(spell("a.b.c.d")))
+    bench = Bench(FakeModel(spell("a.b.c.d")))
     bench.add(sampling=sampling(min_tokens=3, stop=(".",)))
     assert text_of(bench.finish()["r"]) == "a.b"
 
@@ -146,12 +143,12 @@ def test_a_resumed_request_goes_on_where_its_log_ends() -> None:
 
 def test_a_resumed_request_sends_nothing_again_of_what_min_tokens_let_pass() -> None:
     params = sampling(min_tokens=4, stop=("abSTOP", "c"))
-    whole_bench = Bench(FakeModelRunner(spell("xcabd ab")))
+    whole_bench = Bench(FakeModel(spell("xcabd ab")))
     whole_bench.add(sampling=params)
     whole = whole_bench.finish()["r"]
     assert text_of(whole) == "xcabd ab"
     for num_written in range(1, len(whole)):
-        bench = Bench(FakeModelRunner(spell("xcabd ab")))
+        bench = Bench(FakeModel(spell("xcabd ab")))
         bench.add(events=tuple(whole[:num_written]), sampling=params)
         assert bench.finish()["r"] == whole[num_written:]
 
@@ -170,7 +167,7 @@ def test_the_usage_tells_how_much_of_a_prompt_was_cached() -> None:
 
 
 def test_the_next_turn_of_a_chat_computes_its_own_tokens_only() -> None:
-    bench = Bench(FakeModelRunner(spell("x" * 20)))
+    bench = Bench(FakeModel(spell("x" * 20)))
     text = "hello"
     for turn in range(4):
         num_batches = len(bench.runner.batches)
@@ -196,7 +193,7 @@ def test_a_resumed_request_finds_its_blocks_but_reports_no_cached_tokens() -> No
 
 
 def test_a_prompt_over_the_context_is_refused_with_both_numbers() -> None:
-    bench = Bench(FakeModelRunner(max_model_len=8))
+    bench = Bench(FakeModel(max_model_len=8))
     (append,) = bench.add(sampling=sampling(max_tokens=4))
     assert append.event.error.code == "context_length_exceeded"
     assert "8 tokens" in append.event.error.message
@@ -205,14 +202,14 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers() -> None:
 
 
 def test_a_prompt_that_fills_the_context_leaves_no_room_to_answer() -> None:
-    bench = Bench(FakeModelRunner(max_model_len=5))
+    bench = Bench(FakeModel(max_model_len=5))
     for min_tokens in (0, 1):
         (append,) = bench.add(sampling=sampling(max_tokens=None, min_tokens=min_tokens))
         assert (append.event.error.code, append.event.error.param) == ("context_length_exceeded", "messages")
 
 
 def test_more_min_tokens_than_the_context_leaves_are_refused_by_name() -> None:
-    bench = Bench(FakeModelRunner(max_model_len=8))
+    bench = Bench(FakeModel(max_model_len=8))
     (append,) = bench.add(sampling=sampling(max_tokens=None, min_tokens=4))
     assert (append.event.error.code, append.event.error.param) == ("context_length_exceeded", "min_tokens")
     assert "8 tokens" in append.event.error.message
@@ -221,7 +218,7 @@ def test_more_min_tokens_than_the_context_leaves_are_refused_by_name() -> None:
 
 
 def test_as_many_min_tokens_as_the_context_leaves_are_served() -> None:
-    bench = Bench(FakeModelRunner(max_model_len=8))
+    bench = Bench(FakeModel(max_model_len=8))
     assert bench.add(sampling=sampling(max_tokens=None, min_tokens=3)) == []
     assert bench.finish()["r"][-1].usage == Usage(prompt_tokens=5, completion_tokens=3)
 
@@ -229,16 +226,6 @@ def test_as_many_min_tokens_as_the_context_leaves_are_served() -> None:
 def test_what_the_chat_template_refuses_ends_as_an_invalid_request() -> None:
     (append,) = Bench().add(text="unsayable")
     assert (append.event.error.code, append.event.error.param) == ("invalid_request_error", "messages")
-
-
-def test_what_could_not_be_encoded_elsewhere_ends_with_that_error_and_is_not_encoded_again() -> None:
-    bench = Bench()
-    with patch.object(FakeTokenizer, "encode_chat") as encode:
-        (append,) = bench.engine.add_request(
-            make_request(request_id="r"), prompt=InvalidRequest("no", param="messages")
-        )
-    assert (append.event.error.code, append.event.error.message) == ("invalid_request_error", "no")
-    encode.assert_not_called()
 
 
 def test_an_adapter_that_is_not_loaded_ends_as_an_adapter_error() -> None:
@@ -335,7 +322,7 @@ def test_a_request_over_its_generation_limit_ends_with_an_error() -> None:
 
 
 def test_logits_that_give_no_token_fail_their_own_request_only() -> None:
-    bench = Bench(FakeModelRunner(lambda seq: None if seq.request_id == "bad" else ord("x")))
+    bench = Bench(FakeModel(lambda seq: None if seq.request_id == "bad" else ord("x")))
     bench.add("bad")
     bench.add("good")
     events = bench.finish()
@@ -345,7 +332,7 @@ def test_logits_that_give_no_token_fail_their_own_request_only() -> None:
 
 @pytest.mark.parametrize("ended_by", ["stop", "error"])
 def test_the_meta_of_a_finished_request_tells_numbers_and_no_text(ended_by: str) -> None:
-    bench = Bench(FakeModelRunner(spell("hi") if ended_by == "stop" else lambda seq: None))
+    bench = Bench(FakeModel(spell("hi") if ended_by == "stop" else lambda seq: None))
     bench.add(model="a", adapter_name="a", text="secret", sampling=sampling())
     while True:
         (append,) = bench.engine.step()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from shared.errors import GenerationFailed
 from shared.messages import SamplingParams
 from tests.block_checks import check_blocks
-from tests.fakes import FakeModelRunner, drawn, letters, unpaced
+from tests.fakes import AllResident, FakeModel, drawn, letters, unpaced
 from worker.engine.block_manager import BlockManager
 from worker.engine.scheduler import MIN_CHUNK_TOKENS, Scheduler
 from worker.engine.sequence import Sequence, SequenceStatus
@@ -42,9 +42,13 @@ class Bench:
     ) -> None:
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE, shares_prefixes=shares_prefixes)
         self.scheduler = Scheduler(
-            self.blocks, unpaced(), max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
+            self.blocks,
+            unpaced(),
+            max_batch_size=max_batch_size,
+            max_prefill_tokens=max_prefill_tokens,
+            adapters=AllResident(),
         )
-        self.runner = FakeModelRunner(block_size=BLOCK_SIZE)
+        self.runner = FakeModel(block_size=BLOCK_SIZE)
 
     def step(self) -> list[tuple[str, int]]:
         """Runs one step, finishes what reached its end, and returns what was scheduled."""
@@ -68,7 +72,7 @@ def test_it_tells_which_sequences_of_an_adapter_wait() -> None:
     for seq in (runs, waits, make_sequence("d", adapter_name="b"), make_sequence("e"), next_one):
         bench.scheduler.add(seq)
     bench.step()
-    assert bench.scheduler.waiting_for("a") == [waits, next_one]
+    assert bench.scheduler.requests_waiting_for("a") == [waits.request_id, next_one.request_id]
 
 
 def test_a_sequence_joins_the_running_batch_at_any_step() -> None:
@@ -165,8 +169,9 @@ class SlowDevice:
             StepPace(100, lambda: self.now_s),
             max_batch_size=16,
             max_prefill_tokens=1000,
+            adapters=AllResident(),
         )
-        self._runner = FakeModelRunner()
+        self._runner = FakeModel()
 
     def add(self, *names: str, num_prompt_tokens: int) -> None:
         """Prompts that run for long."""
@@ -314,20 +319,22 @@ def test_any_schedule_gives_every_sequence_the_tokens_it_gets_alone(
 
 
 def test_an_isolated_sequence_runs_alone_even_if_the_others_hold_all_blocks() -> None:
-    scheduler = Scheduler(BlockManager(4, 4), unpaced(), max_batch_size=8, max_prefill_tokens=64)
+    scheduler = Scheduler(
+        BlockManager(4, 4), unpaced(), max_batch_size=8, max_prefill_tokens=64, adapters=AllResident()
+    )
     others = [make_sequence(f"r{i}", 7, 4) for i in range(2)]
     for seq in others:
         scheduler.add(seq)
     scheduler.postprocess(scheduler.schedule(), [drawn(1), drawn(1)])
     lone = make_sequence("lone", 5, 4)
     scheduler.add(lone)
-    scheduler.isolate(lone)
+    scheduler.isolate("lone")
     assert scheduler.schedule() == []
     scheduler.run_isolated()
     for _ in range(2):
         batch = scheduler.schedule()
         assert [item.seq for item in batch] == [lone]
         scheduler.postprocess(batch, [drawn(1)])
-    assert [seq.status for seq in others] == [SequenceStatus.RUNNING, SequenceStatus.WAITING]
+    assert [seq.status for seq in others] == [SequenceStatus.WAITING] * 2
     scheduler.isolate(None)
     assert len(scheduler.schedule()) > 1

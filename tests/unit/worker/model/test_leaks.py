@@ -70,13 +70,13 @@ class Service:
         self.cache = self.runner.adapter_cache
         self.engine = build_engine(self.runner, settings, Faults())
         self._was_read = threading.Event()
-        self.cache.on_read = self._was_read.set
+        self.engine.call_when_ready(self._was_read.set)
 
     def add(self, request_id: str, adapter_name: str) -> None:
         request = make_request(
             adapter_name, request_id=request_id, sampling=SamplingParams(temperature=0, max_tokens=3)
         )
-        assert self.engine.add_request(request) == []
+        assert self.engine.add_request(request, self.engine.encode(request)) == []
 
     def finish(self, adapter_names: Sequence[str]) -> None:
         """Runs a request of each, all at once, and gives the first one up half-way."""

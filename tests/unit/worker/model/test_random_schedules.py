@@ -20,13 +20,11 @@ from shared.messages import GenerationRequest, SamplingParams, StreamEvent
 from shared.settings import WorkerSettings
 from tests.block_checks import check_blocks
 from tests.compiled import need_kernels, wait_until_compiled
-from tests.fakes import FakeDetokenizer, unpaced
+from tests.fakes import FakeDetokenizer, build_engine
 from tests.streams import make_request
 from tests.tiny_models import build_adapter, build_model, generate_with_peft
 from worker.engine.block_manager import BlockManager
-from worker.engine.engine import Engine
 from worker.engine.records import Output
-from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
 from worker.engine.served_models import ServedModels
 from worker.model.model_runner import ModelRunner
@@ -107,10 +105,11 @@ class FailingRunner:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self.max_model_len = runner.max_model_len
         self.served = _with_numbers(runner.served)
-        self.vocab_size = runner.vocab_size
         self.fails: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
 
     def run(self, batch: Batch) -> list[Sampled]:
         fails, self.fails = self.fails if len(batch) > 1 else None, None
@@ -151,10 +150,9 @@ class Schedule:
         self.cases: dict[str, Case] = {}
         self.events: dict[str, list[StreamEvent]] = {}
         self._runner = FailingRunner(model.runner)
-        scheduler = Scheduler(
-            self.blocks, unpaced(), max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
+        self._engine = build_engine(
+            self._runner, self.blocks, max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
         )
-        self._engine = Engine(self._runner, scheduler)
 
     def add(self, number: int) -> None:
         """A new request."""
@@ -208,7 +206,8 @@ class Schedule:
             messages=[{"role": "user", "content": case.prompt}],
             sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
         )
-        assert self._engine.add_request(request, self.events[request_id]) == []
+        prompts = self._engine.encode(request)
+        assert self._engine.add_request(request, prompts, self.events[request_id]) == []
 
     def _running(self) -> Iterator[str]:
         return (name for name, events in self.events.items() if not (events and events[-1].is_terminal))

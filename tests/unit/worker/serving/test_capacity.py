@@ -1,4 +1,4 @@
-"""How many requests a worker holds after memory was short."""
+"""How many sequences a worker holds after memory was short."""
 
 from worker.serving.capacity import NUM_STEPS_TO_GROW, Capacity
 
@@ -11,21 +11,21 @@ def count_steps(capacity: Capacity, num_steps: int) -> None:
 def test_one_fewer_than_did_not_fit_is_held_but_at_least_one() -> None:
     capacity = Capacity(8)
     capacity.shrink(num_held=6)
-    assert capacity.num_requests == 5
+    assert capacity.num_sequences == 5
     for _ in range(6):
         capacity.shrink(num_held=6)  # what is handed back may still count as held
-    assert capacity.num_requests == 1
+    assert capacity.num_sequences == 1
 
 
 def test_it_grows_by_one_after_many_good_steps_up_to_what_was_configured() -> None:
     capacity = Capacity(4)
     capacity.shrink(num_held=3)
     count_steps(capacity, NUM_STEPS_TO_GROW - 1)
-    assert capacity.num_requests == 2
+    assert capacity.num_sequences == 2
     count_steps(capacity, 1)
-    assert capacity.num_requests == 3
+    assert capacity.num_sequences == 3
     count_steps(capacity, 5 * NUM_STEPS_TO_GROW)
-    assert capacity.num_requests == 4
+    assert capacity.num_sequences == 4
 
 
 def test_the_good_steps_begin_anew_after_one_that_did_not_fit() -> None:
@@ -34,4 +34,4 @@ def test_the_good_steps_begin_anew_after_one_that_did_not_fit() -> None:
     count_steps(capacity, NUM_STEPS_TO_GROW - 1)
     capacity.shrink(num_held=4)
     count_steps(capacity, NUM_STEPS_TO_GROW - 1)
-    assert capacity.num_requests == 2
+    assert capacity.num_sequences == 2

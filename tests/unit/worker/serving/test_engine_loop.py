@@ -1,43 +1,59 @@
 """How the engine loop ends."""
 
 import queue
+from collections.abc import Callable
 from unittest.mock import Mock
 
 import pytest
 
+from shared.messages import SamplingParams
 from shared.queue.records import Claim, Held
+from tests.engines import InMemoryEngine
 from tests.streams import make_request
-from worker.engine.engine import Engine
 from worker.engine.sequence import OutOfDeviceMemory
-from worker.serving.consumer import Arrival, Commands, Consumer
+from worker.serving.commands import Arrival, Commands
+from worker.serving.consumer import Consumer, HeldRequests
 from worker.serving.engine_loop import EngineLoop
 
 
 class Bench:
-    """A loop whose engine always has work, on a clock that each step moves by a second."""
+    """A loop whose engine has work for long, on a clock that each step moves by a second."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.held = ["a request"]
-        self.consumer = Mock(spec=Consumer, commands=Mock())
-        self.consumer.commands.get.side_effect = queue.Empty
-        self.engine = Mock(
-            spec=Engine,
-            has_work=True,
-            is_stalled=False,
-            step=self.step,
-            expire_requests=list,
-            settle_adapters=list,
-        )
+        self.at_step: dict[float, Callable[[], object]] = {}
+        self.consumer = Mock(spec=Consumer, commands=queue.SimpleQueue(), outbox=queue.Queue())
+        self.engine = InMemoryEngine(before_step=self.step)
+        self.held = HeldRequests()
         self.loop = EngineLoop(self.engine, self.consumer, self.held, drain_s=10, clock=lambda: self.now_s)
-        self.at_step = {}
+        self.add("r")
 
-    def step(self) -> list[object]:
+    def claim(self, request_id: str) -> Claim:
+        """A request that is held, and not yet encoded."""
+        sampling = SamplingParams(max_tokens=1000)
+        claim = Claim(Held(request_id, "x"), make_request(request_id=request_id, sampling=sampling), ())
+        self.held.add(claim)
+        return claim
+
+    def arrive(self, claim: Claim) -> None:
+        """Puts a claimed request into the engine's inbox."""
+        self.consumer.commands.put(Commands(add=[Arrival(claim, [[1, 2, 3]])]))
+
+    def add(self, request_id: str) -> Held:
+        """A request that is held, and on its way to the engine."""
+        claim = self.claim(request_id)
+        self.arrive(claim)
+        return claim.held
+
+    def step(self) -> None:
         self.now_s += 1
         self.at_step.get(self.now_s, lambda: None)()
         if self.now_s > 100:
             pytest.fail("the loop does not end")
-        return []
+
+    def run(self, num_steps: int) -> None:
+        """Runs the loop for so many steps."""
+        self.loop.run(should_stop=lambda: self.now_s == num_steps)
 
 
 def test_a_drain_ends_when_its_time_is_over() -> None:
@@ -50,7 +66,7 @@ def test_a_drain_ends_when_its_time_is_over() -> None:
 
 def test_a_drain_ends_as_soon_as_nothing_is_held() -> None:
     bench = Bench()
-    bench.at_step = {5: bench.loop.drain, 7: bench.held.clear}
+    bench.at_step = {5: bench.loop.drain, 7: lambda: bench.held.remove(["r"])}
     bench.loop.run()
     assert bench.now_s == 7
 
@@ -62,21 +78,58 @@ def test_a_second_drain_ends_at_once() -> None:
     assert bench.now_s == 6
 
 
-def test_a_step_out_of_memory_sheds_what_the_engine_names_and_the_others_count_as_good() -> None:
-    bench, claim = Bench(), Claim(Held("r", "x"), make_request(request_id="r"), ())
-    bench.held = [claim.held]
-    bench.loop = EngineLoop(bench.engine, bench.consumer, bench.held, drain_s=10)
-    bench.consumer.commands.get.side_effect = [Commands(add=[Arrival(claim)]), *[queue.Empty] * 9]
-    bench.engine.add_request.return_value = []
-    bench.engine.step = Mock(side_effect=[[], OutOfDeviceMemory, []])
-    bench.engine.shed.return_value = "r", []
-    turns = iter([False] * 3)
-    bench.loop.run(should_stop=lambda: next(turns, True))
-    bench.consumer.shed.assert_called_once_with(claim.held)
+def fail() -> None:
+    raise OutOfDeviceMemory
+
+
+def test_a_step_out_of_memory_sheds_its_newest_request_and_the_others_count_as_good() -> None:
+    bench = Bench()
+    newest = bench.add("newest")
+    bench.at_step = {2: fail}
+    bench.run(num_steps=3)
+    bench.consumer.shed.assert_called_once_with(newest)
     assert bench.consumer.count_step.call_count == 2
+    assert not bench.engine.holds("newest")
+
+
+def test_events_leave_under_the_claims_that_they_belong_to() -> None:
+    bench = Bench()
+    bench.run(num_steps=2)
+    steps = [bench.consumer.outbox.get_nowait() for _ in range(2)]
+    assert [[(append.held, append.event.event_no) for append in appends] for appends in steps] == [
+        [(Held("r", "x"), 0)],
+        [(Held("r", "x"), 1)],
+    ]
+
+
+def test_a_request_that_moved_away_while_it_was_encoded_is_not_taken_in() -> None:
+    bench = Bench()
+    bench.add("moved")
+    bench.held.remove(["moved"])
+    bench.run(num_steps=1)
+    assert bench.engine.holds("r")
+    assert not bench.engine.holds("moved")
+
+
+def test_an_operator_may_stop_a_request_that_is_still_to_come() -> None:
+    bench = Bench()
+    late = bench.claim("late")
+    bench.consumer.commands.put(Commands(stop=["late"]))
+    bench.at_step = {1: lambda: bench.arrive(late)}
+    bench.run(num_steps=2)
+    (append,) = bench.consumer.outbox.get_nowait()
+    assert append.held.request_id == "r"
+    stopped, _ = bench.consumer.outbox.get_nowait()
+    assert (stopped.held, stopped.event.error.code) == (late.held, "generation_stopped")
+
+
+def test_a_stalled_engine_is_woken_by_what_it_waits_for() -> None:
+    bench = Bench()
+    bench.engine.wake()
+    bench.consumer.wake_engine.assert_called_once()
 
 
 def test_the_loop_ends_when_it_is_told_to_stop() -> None:
     bench = Bench()
-    bench.loop.run(should_stop=lambda: bench.now_s == 3)
+    bench.run(num_steps=3)
     assert bench.now_s == 3

@@ -1,11 +1,38 @@
 """Prompts that are encoded beside the engine."""
 
-from typing import Any
+import queue
 
 from shared.errors import InvalidRequest
+from shared.messages import GenerationRequest
 from shared.queue.records import Claim, Held
 from tests.streams import make_request
-from worker.serving.prompt_encoder import Prompt, PromptEncoder
+from worker.serving.commands import Arrival, Commands
+from worker.serving.prompt_encoder import LONG_PROMPT_CHARS, PromptEncoder
+
+
+class Bench:
+    """An encoder, its inbox, and what it encoded."""
+
+    def __init__(self, *texts: str) -> None:
+        self.claims = [claim_of(text) for text in texts]
+        self.held = {claim.held for claim in self.claims}
+        self.inbox: queue.SimpleQueue[Commands] = queue.SimpleQueue()
+        self.encoded: list[str] = []
+        self.encoder = PromptEncoder(self.encode, self.inbox, self.held)
+        self.encoder.take(self.claims)
+
+    def encode(self, request: GenerationRequest) -> list[list[int]]:
+        (message,) = request.messages
+        self.encoded.append(message["content"])
+        if message["content"] == "stop":
+            self.encoder.stop()
+        if message["content"] == "bad":
+            raise InvalidRequest("no")
+        return [[len(message["content"])]]
+
+    def arrivals(self) -> list[Arrival]:
+        """What came into the inbox."""
+        return [arrival for _ in range(self.inbox.qsize()) for arrival in self.inbox.get().add]
 
 
 def claim_of(text: str) -> Claim:
@@ -13,41 +40,29 @@ def claim_of(text: str) -> Claim:
     return Claim(Held(request.request_id, "x"), request, ())
 
 
-def encode(messages: list[dict[str, Any]]) -> list[int]:
-    if messages[0]["content"] == "bad":
-        raise InvalidRequest("no")
-    return [len(messages[0]["content"])]
+def test_prompts_arrive_with_their_tokens_or_with_the_reason_why_there_are_none() -> None:
+    bench = Bench("four", "bad", "stop")
+    bench.encoder.run_short()
+    good, bad, _ = bench.arrivals()
+    assert good == Arrival(bench.claims[0], [[4]])
+    assert (bad.claim, type(bad.prompts)) == (bench.claims[1], InvalidRequest)
 
 
-def test_prompts_are_delivered_with_their_tokens_or_with_the_reason_why_there_are_none() -> None:
-    delivered: list[tuple[str, Prompt]] = []
-    encoder = PromptEncoder(encode, lambda claim, prompt: delivered.append((claim.held.request_id, prompt)))
-    claims = [claim_of("four"), claim_of("bad")]
-    encoder.take(claims)
-    encoder._short.put(None)
-    encoder.run_short()
-    assert [request_id for request_id, _ in delivered] == [claim.held.request_id for claim in claims]
-    assert delivered[0][1] == [4]
-    assert isinstance(delivered[1][1], InvalidRequest)
-
-
-def test_a_claim_that_is_not_wanted_any_more_is_not_encoded() -> None:
-    encoded: list[str] = []
-    claims = [claim_of("one"), claim_of("two")]
-    encoder = PromptEncoder(
-        lambda messages: encoded.append(messages[0]["content"]) or [],
-        lambda claim, prompt: None,
-        lambda claim: claim is claims[1],
-    )
-    encoder.take(claims)
-    encoder._short.put(None)
-    encoder.run_short()
-    assert encoded == ["two"]
+def test_a_claim_that_is_not_held_any_more_is_not_encoded() -> None:
+    bench = Bench("one", "two", "stop")
+    bench.held.remove(bench.claims[0].held)
+    bench.encoder.run_short()
+    assert bench.encoded == ["two", "stop"]
 
 
 def test_a_stop_leaves_what_waits() -> None:
-    encoded: list[str] = []
-    encoder = PromptEncoder(lambda messages: encoded.append("x") or [], lambda claim, prompt: encoder.stop())
-    encoder.take([claim_of("one"), claim_of("two")])
-    encoder.run_short()
-    assert encoded == ["x"]
+    bench = Bench("stop", "two")
+    bench.encoder.run_short()
+    assert bench.encoded == ["stop"]
+
+
+def test_long_prompts_have_a_lane_of_their_own() -> None:
+    long = "x" * (LONG_PROMPT_CHARS + 1)
+    bench = Bench(long, "stop")
+    bench.encoder.run_short()
+    assert bench.encoded == ["stop"]

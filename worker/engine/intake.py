@@ -1,0 +1,120 @@
+"""Takes requests in: from a request and its log to sequences that can run, or the reason why not."""
+
+import time
+from collections.abc import Callable, Iterable
+
+from shared.errors import ContextLengthExceeded, GenerationFailed, InvalidRequest, LorelayError
+from shared.messages import GenerationRequest, StreamEvent
+from worker.engine.ports import Model
+from worker.engine.records import Prompts
+from worker.engine.request_output import RequestOutput, SequenceOutput
+from worker.engine.sequence import Sequence
+from worker.engine.served_models import ServedModel
+
+
+class Intake:
+    """Checks requests against a model, and makes their sequences."""
+
+    def __init__(self, model: Model, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` counts seconds; the generation limit of a request is measured by it."""
+        self._model = model
+        self._clock = clock
+
+    def encode(self, request: GenerationRequest) -> list[list[int]]:
+        """The token ids of each prompt. May be called in any thread."""
+        tokenizer = self._model.served.model_of(request).tokenizer
+        if not request.prompts:
+            return [tokenizer.encode_chat(request.messages)]
+        return [
+            tokenizer.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
+            for prompt in request.prompts
+        ]
+
+    def prepare(
+        self, request: GenerationRequest, prompts: Prompts, events: Iterable[StreamEvent]
+    ) -> RequestOutput:
+        """The request with its sequences, which go on where its log ends.
+
+        Raises:
+            LorelayError: the request can't run, or its log is none that a worker could have written.
+        """
+        model = self._model.served.model_of(request)
+        if isinstance(prompts, LorelayError):
+            raise prompts
+        self._check_tokens(request, prompts)
+        outputs = [
+            self._sequence_output(request, model, index, prompts[index // request.n])
+            for index in range(len(prompts) * request.n)
+        ]
+        output = RequestOutput(request, outputs, self._clock)
+        output.resume(events)
+        self._check_log(output)
+        return output
+
+    def _sequence_output(
+        self, request: GenerationRequest, model: ServedModel, index: int, prompt: list[int]
+    ) -> SequenceOutput:
+        seq = Sequence(
+            request_id=request.request_id,
+            index=index,
+            adapter_name=request.adapter_name,
+            sampling=request.sampling,
+            token_ids=list(prompt),
+            num_prompt_tokens=len(prompt),
+            max_tokens=self._num_tokens_to_generate(len(prompt), request),
+            prompt_no=index // request.n,
+            eos_token_ids=model.tokenizer.eos_token_ids,
+            adapter_version=model.version if model.adapter_name else None,
+        )
+        return SequenceOutput(seq, model.tokenizer.detokenizer())
+
+    def _check_tokens(self, request: GenerationRequest, prompts: list[list[int]]) -> None:
+        """Refuses token ids of the client that the model lacks: they would break the step of all.
+
+        Raises:
+            InvalidRequest: a prompt is empty, or a token id is beyond the vocabulary.
+        """
+        param = "prompt" if request.prompts else "messages"
+        if not all(prompts):
+            raise InvalidRequest("The prompt has no tokens.", param=param)
+        if any(map(self._lacks, prompts)):
+            raise InvalidRequest("The prompt has a token id that the model lacks.", param=param)
+        if self._lacks(list(request.sampling.logit_bias)):
+            raise InvalidRequest("'logit_bias' names a token id that the model lacks.", param="logit_bias")
+
+    def _check_log(self, output: RequestOutput) -> None:
+        """Refuses tokens of a former worker that no worker could have written.
+
+        Raises:
+            GenerationFailed: they are more than the request may have, or not of this model's vocabulary.
+        """
+        running = output.sequences
+        if not running or any(seq.num_output_tokens >= seq.max_tokens for seq in running):
+            raise GenerationFailed("The log of the request can't be read: more tokens than were asked for.")
+        if any(self._lacks(seq.output_token_ids) for seq in running):
+            raise GenerationFailed("The log of the request can't be read: a token that the model lacks.")
+
+    def _lacks(self, token_ids: list[int]) -> bool:
+        """Whether one of these token ids is not of the model's vocabulary."""
+        return bool(token_ids) and not (min(token_ids) >= 0 and max(token_ids) < self._model.vocab_size)
+
+    def _num_tokens_to_generate(self, num_prompt_tokens: int, request: GenerationRequest) -> int:
+        sampling, context = request.sampling, self._model.max_model_len
+        asked = sampling.max_tokens or sampling.min_tokens
+        if num_prompt_tokens + (asked or 1) > context:
+            raise _too_long(num_prompt_tokens, request, context)
+        return sampling.max_tokens or context - num_prompt_tokens
+
+
+def _too_long(num_prompt_tokens: int, request: GenerationRequest, context: int) -> ContextLengthExceeded:
+    """The error that tells the client which of its numbers to change."""
+    sampling = request.sampling
+    asked = sampling.max_tokens or sampling.min_tokens
+    completion = f" and {asked} for the completion" if asked else ""
+    is_minimum = not sampling.max_tokens and num_prompt_tokens < context
+    given_in, param = ("prompt", "prompt") if request.prompts else ("messages", None)
+    return ContextLengthExceeded(
+        f"This model's maximum context length is {context} tokens, but {num_prompt_tokens} tokens "
+        f"were given in the {given_in}{completion}{' (min_tokens)' if is_minimum else ''}.",
+        param="min_tokens" if is_minimum else param,
+    )
