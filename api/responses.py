@@ -19,7 +19,7 @@ from api.relay.inbox import Inbox
 from api.relay.relay import Relay
 from shared.errors import GenerationTimeout, LorelayError, ServerDraining
 from shared.logs import log_unexpected
-from shared.messages import GenerationRequest, StreamEvent
+from shared.messages import GenerationRequest
 from shared.settings import ApiSettings
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class GenerationResponse(Response):
         self._relay = relay
         self._settings = settings
         self._call = call
+        self._writer = call.writer
         self._log = ExchangeLog(call.request)
         self._is_started = False
 
@@ -117,7 +118,7 @@ class GenerationResponse(Response):
         Raises:
             LorelayError: an event is an error; those before it are sent.
         """
-        loop, is_stream = asyncio.get_running_loop(), self._call.writer.is_stream
+        loop, is_stream = asyncio.get_running_loop(), self._writer.is_stream
         silence_s = self._settings.first_event_wait_s if is_stream else math.inf
         while not source.has_ended:
             events = await source.next(loop.time() + silence_s)
@@ -126,27 +127,21 @@ class GenerationResponse(Response):
                 await self._send(PAUSED_COMMENT if self._log.has_events else QUEUED_COMMENT, send)
                 continue
             self._log.note_events(events)
-            rendered, error = self._render(events)
-            if rendered or error is None:
-                await self._send(b"".join(rendered), send, is_last=source.has_ended and error is None)
-            if error is not None:
-                raise error
-
-    def _render(self, events: list[StreamEvent]) -> tuple[list[bytes], LorelayError | None]:
-        """The pieces of the events up to the first error, and that error."""
-        pieces: list[bytes] = []
-        for event in events:
-            error = error_of(event)
-            if error is not None:
-                return pieces, error
-            pieces.append(self._call.writer.render(event))
-        return pieces, None
+            pieces: list[bytes] = []
+            for event in events:
+                error = error_of(event)
+                if error is not None:
+                    if pieces:
+                        await self._send(b"".join(pieces), send)
+                    raise error
+                pieces.append(self._writer.render(event))
+            await self._send(b"".join(pieces), send, is_last=source.has_ended)
 
     async def _send(self, piece: bytes, send: Send, *, is_last: bool = False) -> None:
-        is_stream = self._call.writer.is_stream
-        if not (is_stream or is_last):
-            return
         if not self._is_started:
+            is_stream = self._writer.is_stream
+            if not (is_stream or is_last):
+                return
             await self._start(send, None if is_stream else len(piece))
             piece = render_resumption(self._call.request.request_id, self._call.resume_from or 0) + piece
         if piece or is_last:
