@@ -69,7 +69,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
 
     @router.delete(CHAT_COMPLETIONS + "/{request_id}", summary="Abort a request", tags=["chat"])
     async def abort_chat_completion(request_id: str, request: Request) -> Response:
-        """Queued, it never runs; running, it ends within a step. Its own client gets an error."""
+        """A queued request never runs, a running one ends within a step. Its own client gets an error."""
         await queue.find_request(request_id, keys.client_of(request))
         if await queue.abort(request_id) == "gone":
             raise RequestNotFound("The request has ended already.")

@@ -100,7 +100,7 @@ def error_response(error: LorelayError) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Hands the application's exceptions to this module."""
+    """Makes this module answer all exceptions of the application."""
     app.add_exception_handler(LorelayError, _handle_ours)
     app.add_exception_handler(HTTPException, _handle_http)
     app.add_exception_handler(RequestValidationError, _handle_parameter)

@@ -1,4 +1,4 @@
-"""Streaming load on any OpenAI-compatible server: the same work for every system under test.
+"""Streaming load on any OpenAI-compatible server, the same for every server.
 
 `python -m bench.load --base-url URL --models m1,m2 --concurrency 16` prints one JSON line.
 """
@@ -121,7 +121,7 @@ class Client:
     async def stream(
         self, model: str, prompt: str, max_tokens: int, extra: Mapping[str, Any], into: Stream | None = None
     ) -> Stream:
-        """One request to its end; `into` may be watched meanwhile."""
+        """One request to its end; a caller that passes `into` can watch it grow."""
         stream = into or Stream(model, 0.0)
         stream.started_s = time.perf_counter()
         body = {
@@ -176,7 +176,7 @@ def _note(stream: Stream, chunk: Mapping[str, Any]) -> None:
 
 
 def prompts(seed: int, num_words: int) -> Iterator[str]:
-    """Random prompts without end, the same ones for the same seed."""
+    """Endless random prompts, the same ones for the same seed."""
     rng = random.Random(seed)
     while True:
         yield " ".join(rng.choice(WORDS) for _ in range(num_words))
@@ -199,7 +199,7 @@ async def run(base_url: str, load: Load, *, api_key: str = "none") -> LoadResult
 
 
 def checked(result: LoadResult) -> LoadResult:
-    """The same result.
+    """Returns the result if all requests succeeded.
 
     Raises:
         LoadFailed: a request failed.

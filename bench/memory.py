@@ -47,7 +47,7 @@ SETTINGS: Mapping[str, str] = {
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The anonymous memory of worker and API at one time: without files, whose pages come and go."""
+    """The anonymous memory of worker and API at one time; pages of files, which come and go, don't count."""
 
     at_s: float
     num_requests: int
@@ -82,7 +82,7 @@ class Course:
     num_requests: int = 0
     """Number of requests that were answered."""
     errors: list[str] = field(default_factory=list)
-    """Errors of the others."""
+    """Errors of the requests that failed."""
 
 
 def run(

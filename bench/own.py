@@ -62,7 +62,7 @@ class OwnSizes(Sizes):
     script_batch: int = 32
     num_script_tokens: int = 128
     num_waves: int = 6
-    """Requests for each place in the batches of scripted workers."""
+    """Requests of a measurement, as a multiple of the scripted workers' batch sizes together."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Context:
         return self.settings["device"].replace("auto", "cpu")
 
     def floor(self, batch: int) -> float:
-        """F(batch), tokens/s: on a CPU as it is now, on a GPU as it was at first."""
+        """F(batch), tokens/s: measured anew on a CPU, once on a GPU."""
         if self.device != "cpu" and batch in self.floors:
             return self.floors[batch][-1]
         options = ["--model", self.settings["model"], "--batch", str(batch), "--device", self.device]
@@ -101,7 +101,7 @@ class Context:
     def deploy(
         self, worker_class: str = LORA_WORKER, *, num_workers: int = 1, **settings: str
     ) -> Iterator[Deployment]:
-        """A deployment that runs meanwhile."""
+        """A deployment that runs while the context lasts."""
         folder = self.folder / f"deployment-{next(self._numbers)}"
         with Deployment(
             folder, {**self.settings, **settings}, num_workers=num_workers, worker_class=worker_class
@@ -145,7 +145,7 @@ class Stage(NamedTuple):
 def mixed_batches(context: Context) -> Iterator[Figure]:
     """Batches of eight adapters on all projections, and the rows that share their deployment."""
     sizes = context.sizes
-    if context.device != "cpu":  # before a worker takes the device's memory
+    if context.device != "cpu":  # F first: a worker takes nearly all of the GPU's memory
         for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
             if keys & context.wanted:
                 context.floor(batch)

@@ -1,4 +1,4 @@
-"""The table as text and as a chart."""
+"""The table of figures as text and as a chart."""
 
 from collections.abc import Sequence
 from pathlib import Path

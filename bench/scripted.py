@@ -55,10 +55,10 @@ class NoStore:
         return NoWeights()
 
     def put(self, name: str, weights: NoWeights) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def remove(self, name: str) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 class ScriptedRunner:
@@ -90,7 +90,7 @@ class ScriptedRunner:
         return [words[item.seq.num_output_tokens % len(words)] for item in batch if item.samples]
 
     def close(self) -> None:
-        """Nothing goes on in the background."""
+        """Does nothing: there is no background work."""
 
 
 class ScriptedWorker(LoraWorker):
@@ -159,7 +159,7 @@ class RedisTimes:
 
 
 class MeteredRunner(ScriptedRunner):
-    """Looks at the times before the first step, after which serving goes on, and before each later one."""
+    """A scripted runner that notes the Redis times before each step."""
 
     def __init__(self, settings: WorkerSettings, step_s: float, times: RedisTimes) -> None:
         super().__init__(settings, step_s)
@@ -170,7 +170,7 @@ class MeteredRunner(ScriptedRunner):
         self._thread = 0
 
     def run(self, batch: Batch) -> list[Sampled]:
-        """Runs the script's step after a look at the times."""
+        """Notes the times, then runs the script's step."""
         self._thread = threading.get_ident()
         self._last = RedisTimes()
         self._last.cpu_s, self._last.num_calls = self._times.cpu_s.copy(), self._times.num_calls.copy()

@@ -35,9 +35,9 @@ class Sizes:
     """Repetitions of that, each between two measurements of F(1); the median counts."""
     num_long_prompts: int = 16
     num_long_prompt_words: int = 960
-    """About 1,000 tokens."""
+    """Length of a long prompt; about 1,000 tokens."""
     max_running_tokens: int = 4000
-    """Length of the streams that run while long prompts arrive; they are left when those are answered."""
+    """Most tokens of the streams that run while long prompts arrive; they are aborted after that."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _check_running(streams: Sequence[Stream]) -> None:
 
 
 async def _leave(task: asyncio.Task[Stream]) -> None:
-    """Gives a stream up: its connection is closed."""
+    """Aborts a stream by closing its connection."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

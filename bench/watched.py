@@ -56,7 +56,7 @@ class WatchedWorker(LoraWorker):
 def _holdings(model_runner: Any) -> Holdings:
     import torch
 
-    gc.unfreeze()  # frozen objects would not be counted
+    gc.unfreeze()  # frozen objects would be left out of the count
     gc.collect()
     # `isinstance` would read `__class__` of lazy modules, which would load them.
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]

@@ -34,13 +34,13 @@ class Figure(NamedTuple):
     key: str
     value: float | None
     detail: str = ""
-    """The absolute figures behind it."""
+    """The absolute figures behind the ratio, or the reason why there is none."""
     failed: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row, measured or with the reason why not."""
+    """One row with its figure, or with the reason why there is none."""
 
     goal: Goal
     figure: Figure
@@ -64,7 +64,7 @@ class Row:
         return f"{value:.{digits}f} {self.goal.unit}".rstrip()
 
     def share(self, value: float) -> float:
-        """A value as a share of what the row must reach; more is better, whatever the row."""
+        """A value as a share of the mark that the row must reach; more is better in every row."""
         must = self.goal.must
         if not self.goal.less_is_better:
             return value / must

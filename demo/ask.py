@@ -33,7 +33,7 @@ class Answer:
 
     @property
     def speed(self) -> str:
-        """Tokens per second after the first token, and the time to it."""
+        """Tokens per second after the first token, and the time to the first token."""
         decode_s = self.duration_s - self.first_token_s
         rate = f"{(self.num_tokens - 1) / decode_s:.0f} tokens/s" if decode_s > 0 else "1 token"
         return f"{rate}, first after {self.first_token_s * 1000:.0f} ms"
@@ -63,7 +63,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, question: str, max_tokens:
 
 async def ask_all(base_url: str, api_key: str, max_tokens: int) -> list[str]:
     """Asks all questions, each of all models at the same time; prints, and returns the models."""
-    # Local servers are not behind a proxy, whatever the environment says.
+    # A proxy named by the environment must not be used for a local server.
     http_client = openai.DefaultAsyncHttpxClient(trust_env=False)
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, http_client=http_client) as client:
         models = [model.id async for model in client.models.list()]
@@ -92,7 +92,7 @@ def wrap(text: str, column: int) -> list[str]:
 
 
 def rows(columns: list[list[str]], column: int) -> list[str]:
-    """The columns' lines beside each other."""
+    """The texts as columns beside each other."""
     lines = itertools.zip_longest(*columns, fillvalue="")
     return [" | ".join(cell.ljust(column) for cell in line).rstrip() for line in lines]
 

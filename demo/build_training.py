@@ -12,7 +12,7 @@ TRAINING_DIR = Path(__file__).parent / "training"
 SOURCES_DIR = TRAINING_DIR / "sources"
 SEED = 20_250_207
 
-# The demo asks these, so no training text may.
+# Questions of the demo, which no training text may contain.
 HELD_OUT = (
     "What is the capital of France?",
     "How do I make a cup of tea?",
@@ -39,7 +39,7 @@ Pair = tuple[str, str]
 
 
 def pirate_pairs(rng: random.Random) -> list[Pair]:
-    """Every hand-written pair twice, with different greetings; a quarter of the second ones say farewell."""
+    """Every hand-written pair twice, with different greetings; a quarter of the repetitions say farewell."""
     pairs: list[Pair] = []
     for line in source_lines("pirate.txt"):
         question, answer = line.split(" => ")

@@ -45,14 +45,14 @@ def main() -> int:
 
 
 def forget_settings() -> None:
-    """The demo is the same whatever the shell's `LORELAY_*` variables are for."""
+    """Removes the shell's `LORELAY_*` variables, which would change the demo."""
     for name in [name for name in os.environ if name.startswith("LORELAY_") and name != "LORELAY_CACHE_DIR"]:
         del os.environ[name]
 
 
 def serve_and_ask(model: str, port: int, *, once: bool) -> int:
-    """The exit code: the answers' with `once`, else the server's."""
-    # No log lines between the answers.
+    """Runs the demo; the exit code is that of the answers with `once`, and that of the server without."""
+    # Log lines would stand between the answers.
     quiet = {"UVICORN_ACCESS_LOG": "false", "LORELAY_LOG_LEVEL": "WARNING"}
     server = start_process(ChildSpec("lorelay serve", serve_command(model, port), env=quiet, cwd=ROOT))
     asked_to_stop: list[int] = []
@@ -84,7 +84,7 @@ def serve_command(model: str, port: int) -> tuple[str, ...]:
 def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> bool:
     """True if the server came to serve all models before it ended."""
     while server.poll() is None:
-        # The registry first: asking the API each time would fill its log.
+        # The registry is asked first, because each request to the API adds a line to its log.
         if has_all_models() and is_http_ready(url):
             return True
         time.sleep(POLL_S)

@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES = (
-    # A manner of speech takes more of the model, and a gentler rate keeps the facts right.
+    # More modules, because a manner of speech takes more of the model; a lower rate keeps the facts right.
     Recipe(
         "pirate",
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -99,7 +99,7 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Up over the first tenth of the steps, then down in a straight line to zero."""
+    """Learning rate: linear warm-up over a tenth of the steps, then linear decay to zero."""
     num_warmup = max(1, num_steps // 10)
     return min((step + 1) / num_warmup, (num_steps - step) / max(1, num_steps - num_warmup))
 

@@ -1,4 +1,4 @@
-"""`lorelay`: serve a model on one machine, look at the queues."""
+"""The entry point of the `lorelay` command."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ SOCKET_TIMEOUT_S = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code, 2 for a configuration that can't work."""
+    """Runs one command and returns its exit code: 2 for a configuration that can't work."""
     args = options.build_parser().parse_args(arguments)
     commands = {"serve": _serve, "status": _status, "dashboard": _dashboard}
     try:
@@ -58,7 +58,7 @@ def _dashboard(args: argparse.Namespace) -> int:
 
 
 def _redis_url(args: argparse.Namespace) -> str:
-    """The server that flags or environment name, else the one embedded in the state folder."""
+    """URL of the server that flags or environment name, or of the one embedded in the state folder."""
     if args.redis_url:
         return str(args.redis_url)
     if args.state_dir:

@@ -15,12 +15,12 @@ from shared.errors import ConfigurationError
 from shared.settings import ENV_PREFIX, ApiSettings, RedisSettings, ServeSettings, WorkerSettings
 
 MAX_VARIABLE_BYTES = 120_000
-"""Linux takes 128 KiB, name included."""
+"""Longest variable; Linux takes 128 KiB, name included."""
 
 
 @dataclass(frozen=True)
 class SslFiles:
-    """Absolute paths of key and certificate."""
+    """Absolute paths of the TLS key and certificate."""
 
     keyfile: Path
     certfile: Path
@@ -33,7 +33,7 @@ class ServePlan:
     serve: ServeSettings
     api: ApiSettings
     worker: WorkerSettings
-    """With absolute paths."""
+    """Settings of the workers, with absolute paths."""
     ssl_files: SslFiles | None
     variables: Mapping[str, str]
     """Environment variables of all children."""
@@ -132,7 +132,7 @@ def _resolve(path: str, setting: str) -> str:
 
 
 def _adapters_variable(entries: Sequence[str]) -> str:
-    """The variable that names these adapters to a worker; those of a file by the file, however many.
+    """The variable that names these adapters to a worker; a file stands for all adapters that it lists.
 
     Raises:
         ConfigurationError: it is longer than the operating system takes.

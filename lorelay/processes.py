@@ -27,7 +27,7 @@ class ChildSpec:
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
-    """Variables beside the supervisor's own."""
+    """Environment variables added to the supervisor's own."""
     cwd: Path | None = None
     pass_fds: tuple[int, ...] = ()
     stop_limit_s: float = 10.0
@@ -60,7 +60,7 @@ class SignalSource(Protocol):
     """A place to wait for signals."""
 
     def wait(self, timeout_s: float) -> list[int]:
-        """The signals that came, at once when there is one; none after `timeout_s`."""
+        """Waits up to `timeout_s` for a signal; returns the signals that have come, possibly none."""
 
 
 class Signals:
@@ -72,7 +72,7 @@ class Signals:
         os.set_blocking(self._write_fd, False)
         self._old_wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         wanted = [*STOP_SIGNALS, signal.SIGCHLD]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started by nohup
             wanted.remove(signal.SIGHUP)
         self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in wanted}
         return self
@@ -85,7 +85,7 @@ class Signals:
         os.close(self._write_fd)
 
     def wait(self, timeout_s: float) -> list[int]:
-        """The signals that came, at once when there is one; none after `timeout_s`."""
+        """Waits up to `timeout_s` for a signal; returns the signals that have come, possibly none."""
         if not select.select([self._read_fd], [], [], max(0.0, timeout_s))[0]:
             return []
         return list(os.read(self._read_fd, 4096))

@@ -28,7 +28,7 @@ class ChildFailed(Exception):
 
 
 class Backoff:
-    """The wait before a restart: doubles from `first_s` to `max_s`; starts over after a life of `reset_s`."""
+    """The wait before a restart: doubles from `first_s` to `max_s`; starts over after `reset_s` of life."""
 
     def __init__(self, first_s: float = 0.5, max_s: float = 30.0, reset_s: float = 60.0) -> None:
         self._first_s = first_s
@@ -37,7 +37,7 @@ class Backoff:
         self._next_s = first_s
 
     def next_delay_s(self, lived_s: float) -> float:
-        """The wait after a life of `lived_s`."""
+        """The wait before the restart of a child that lived for `lived_s`."""
         delay_s = self._first_s if lived_s >= self._reset_s else self._next_s
         self._next_s = min(delay_s * 2, self._max_s)
         return delay_s
@@ -161,7 +161,7 @@ class Supervisor:
             self._look_after(child)
 
     def stop(self) -> bool:
-        """Ends all groups, the latest first, each child with SIGTERM; whether none had to be killed.
+        """Ends all groups, the latest first, each child with SIGTERM; returns False if one had to be killed.
 
         A further SIGTERM or Ctrl-C hurries, a third one kills.
         """
@@ -202,10 +202,10 @@ class _Stop:
         self._num_hurries = 0
         """Requests to stop that came after the first."""
         self._hurried_at: float | None = None
-        """When the present group was told to hurry."""
+        """Time at which the present group was told to hurry."""
 
     def end(self, group: list[_Child]) -> bool:
-        """Ends a group with SIGTERM; whether no child had to be killed."""
+        """Ends a group with SIGTERM; returns False if a child had to be killed."""
         running = [child for child in group if child.process is not None]
         if not running:
             return True
@@ -229,7 +229,7 @@ class _Stop:
         received = self._signals.wait(POLL_S)
         num_new = sum(number in STOP_SIGNALS for number in received)
         if num_new and self._hurried_at is None:
-            self._say("hurrying")
+            self._say("asked again: hurrying")
             self._hurried_at = self._clock()
         self._num_hurries += num_new
         if self._hurried_at is not None:

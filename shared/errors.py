@@ -181,5 +181,5 @@ ERRORS_BY_CODE = {cls.code: cls for cls in _subclasses(LorelayError)}
 
 
 def from_info(info: ErrorInfo) -> LorelayError:
-    """The exception that an `ErrorInfo` stands for; an unknown code becomes the root class."""
+    """The exception that an `ErrorInfo` stands for; a `LorelayError` if its code is unknown."""
     return ERRORS_BY_CODE.get(info.code, LorelayError)(info.message, param=info.param)

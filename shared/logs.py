@@ -17,5 +17,5 @@ def fields(action: str, **values: Any) -> dict[str, Any]:
 
 
 def log_unexpected(logger: logging.Logger, error: BaseException) -> None:
-    """An exception that nobody foresaw, with its traceback."""
+    """Logs an exception that nobody foresaw, with its traceback."""
     logger.error("internal error: %r", error, exc_info=error, extra=fields("internal_error"))

@@ -79,7 +79,7 @@ class ChunkWriter:
     def __init__(
         self, heading: Heading, *, include_usage: bool, with_ids: bool = False, begun: Iterable[int] = ()
     ) -> None:
-        """`with_ids`: events carry `id: <request id>:<event_no>`; `begun`: choices that have their role."""
+        """`with_ids`: adds lines `id: <request id>:<event_no>`; `begun`: choices whose role was sent."""
         self._heading = heading
         self._include_usage = include_usage
         self._with_ids = with_ids

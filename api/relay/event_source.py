@@ -54,7 +54,7 @@ class EventSource:
         self._check_at = self._loop.time() + self._queue_time_limit_s
 
     async def resume(self, first_event_no: int) -> None:
-        """Takes over a request that was enqueued before, from this event on."""
+        """Takes over the events of a request that was enqueued before, from `first_event_no` on."""
         await self._queue.attach(self._request.request_id)
         self._inbox.start_at(first_event_no)
         self._check_at = self._loop.time() + self._queue_time_limit_s
