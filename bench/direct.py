@@ -86,9 +86,9 @@ def main() -> None:
     )
     sleep_while_waiting(is_eager=stays_eager(settings.compile))
     bound_caches()
-    from worker.model.model_runner import ModelRunner
+    from worker.model.startup import load_model_runner
 
-    with closing(ModelRunner.load(settings)) as runner:
+    with closing(load_model_runner(settings)) as runner:
         runner.wait()
         engine = build_engine(runner, settings, Faults())
         warm_up = replace(load, num_requests=max(load.concurrency, len(load.models)), max_tokens=4, seed=1)

@@ -54,10 +54,7 @@ class NoStore:
         """An adapter, without reading anything."""
         return NoWeights()
 
-    def put(self, name: str, weights: NoWeights) -> None:
-        """Does nothing."""
-
-    def remove(self, name: str) -> None:
+    def put(self, name: str, weights: NoWeights, slot: int) -> None:
         """Does nothing."""
 
 

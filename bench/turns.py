@@ -30,9 +30,9 @@ class Turn(msgspec.Struct, frozen=True):
 
 def load_engine(settings: WorkerSettings) -> Engine:
     """An engine with a model and a KV cache of its own."""
-    from worker.model.model_runner import ModelRunner
+    from worker.model.startup import load_model_runner
 
-    return build_engine(ModelRunner.load(settings), settings, Faults())
+    return build_engine(load_model_runner(settings), settings, Faults())
 
 
 def chat(engine: Engine, base: str, texts: Iterator[str], num_turns: int, max_tokens: int) -> Turn:

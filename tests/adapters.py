@@ -20,7 +20,7 @@ class FakeStore:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
-        self.slots: set[str] = set()
+        self.slots: dict[int, str] = {}
         self.broken: set[str] = set()
 
     def read(self, name: str) -> FakeWeights:
@@ -28,20 +28,17 @@ class FakeStore:
             raise AdapterError(f"adapter {name!r} is broken")
         return FakeWeights(name)
 
-    def put(self, name: str, weights: FakeWeights) -> None:
+    def put(self, name: str, weights: FakeWeights, slot: int) -> None:
         assert weights.name == name
         if name in self.broken:
             raise AdapterError(f"adapter {name!r} does not fit")
-        assert name not in self.slots
-        self.slots.add(name)
-        assert len(self.slots) <= self.num_slots
+        assert 0 <= slot < self.num_slots
+        self.slots[slot] = name
 
-    def remove(self, name: str) -> None:
-        self.slots.remove(name)
-
-    def check(self, batch: Batch) -> None:
-        """Fails where a batch needs an adapter that has no slot."""
-        assert {item.seq.adapter_name for item in batch} - {None} <= self.slots
+    def check(self, batch: Batch, slot_of: Callable[[str], int]) -> None:
+        """Fails if a sequence of a batch runs with a slot that holds another adapter than its own."""
+        for name in {item.seq.adapter_name for item in batch} - {None}:
+            assert self.slots[slot_of(str(name))] == name
 
 
 class ManualExecutor(Executor):

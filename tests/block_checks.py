@@ -1,18 +1,30 @@
-"""The invariants of a `BlockManager` between any two steps."""
+"""Invariants of a `BlockManager` between any two steps."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
 
+from shared.messages import SamplingParams
 from worker.engine.block_manager import BlockManager
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import Sequence as Generation
 
 
-def check_blocks(blocks: BlockManager, sequences: Iterable[Sequence] = ()) -> None:
-    """Asserts that each block is free or counted once per block table, and found only by its own key.
+def check_blocks(blocks: BlockManager, sequences: Iterable[Generation] = ()) -> None:
+    """Asserts that exactly the blocks of `sequences` are in use, and that others are forgotten when taken.
 
-    `sequences` are all that have blocks.
+    `sequences` are all that have blocks. Copies are freed one by one; then a new sequence takes all blocks.
     """
-    num_users = Counter(block for seq in sequences for block in seq.block_table)
-    assert blocks._num_users == [num_users[block] for block in range(blocks.num_blocks)]
-    assert set(blocks._free) == {block for block in range(blocks.num_blocks) if not num_users[block]}
-    assert blocks._published == {key: block for block, key in enumerate(blocks._keys) if key is not None}
+    copies, copy = [deepcopy(seq) for seq in sequences], deepcopy(blocks)
+    for seq in [*copies, None]:
+        assert copy.num_free_blocks == copy.num_blocks - len({n for one in copies for n in one.block_table})
+        if seq is not None:
+            copy.free(seq)
+    owner = _generation([0] * copy.num_blocks * copy.block_size)
+    copy.allocate(owner, len(owner.token_ids))
+    assert sorted(owner.block_table) == list(range(copy.num_blocks))
+    for seq in copies:
+        copy.reuse_prefix(seq)
+        assert seq.block_table == []
+
+
+def _generation(token_ids: Sequence[int]) -> Generation:
+    return Generation("r", 0, None, SamplingParams(), list(token_ids), len(token_ids), 1)

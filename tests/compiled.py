@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from shared.messages import ForwardState
-from worker.model.compiled import CompiledForward
 from worker.model.kernels import native
 from worker.model.model_runner import ModelRunner
 
@@ -19,10 +18,9 @@ def _are_built() -> bool:
 
 
 def wait_until_compiled(runner: ModelRunner) -> None:
-    """Returns when a runner that can compile its forward pass uses the graph; at once for others."""
-    if isinstance(runner._run_model, CompiledForward):
-        runner.wait()
-        assert runner.forward_state == ForwardState.COMPILED
+    """Returns when a runner uses a compiled graph; it fails if there will be none."""
+    runner.wait()
+    assert runner.forward_state == ForwardState.COMPILED
 
 
 def need_kernels() -> None:

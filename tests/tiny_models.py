@@ -224,10 +224,6 @@ def _randomize(model: Any) -> None:
 
 
 def add_adapter(runner: "ModelRunner", name: str, folder: Path) -> None:
-    """Makes an adapter usable from the next step on, past the cache; one of that name is replaced."""
-    runner._adapters.put(name, runner._adapters.register(name, str(folder)))
-
-
-def remove_adapter(runner: "ModelRunner", name: str) -> None:
-    """Takes one away again; no sequence of a later step may name it."""
-    runner._adapters.remove(name)
+    """Makes a further adapter resident in a free slot."""
+    runner.adapter_cache.keep(name, runner.adapters.register(name, str(folder)))
+    assert runner.adapter_cache.bring(name, ())

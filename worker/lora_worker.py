@@ -136,9 +136,9 @@ class LoraWorker(RqWorker):
         """Loads the model and its adapters; heavy libraries are imported here. Subclasses may replace it."""
         sleep_while_waiting(is_eager=stays_eager(settings.compile))
         bound_caches()
-        from worker.model.model_runner import ModelRunner
+        from worker.model.startup import load_model_runner
 
-        return ModelRunner.load(settings)
+        return load_model_runner(settings)
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
         self.farewell_s = settings.lease_s

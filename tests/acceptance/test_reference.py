@@ -14,7 +14,7 @@ from tests.acceptance.conftest import ADAPTERS
 from tests.fakes import build_engine
 from tests.streams import make_request
 from worker.engine.engine import BatchingEngine
-from worker.model.model_runner import ModelRunner
+from worker.model.startup import load_model_runner
 
 PROMPTS = ("What is the capital of France?", "Tell me about the sea.", "The bus was late again.")
 NUM_TOKENS = 40
@@ -29,7 +29,7 @@ def answers(demo_model: str) -> dict[tuple[str | None, str], list[int]]:
     settings = WorkerSettings.load(
         model=demo_model, adapters=adapters, dtype="float32", session_len=512, max_prefill_tokens=24
     )
-    runner = ModelRunner.load(settings)
+    runner = load_model_runner(settings)
     engine = build_engine(runner, max_batch_size=16, max_prefill_tokens=24)
     tokens: dict[tuple[str | None, str], list[int]] = {}
     for prompt in PROMPTS:

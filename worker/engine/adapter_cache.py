@@ -1,4 +1,4 @@
-"""Which adapters are resident (on the device), cached (host memory) or on disk. Plain Python, no tensors."""
+"""The place of each adapter: in a slot of the device, cached in host memory, or on disk only. No tensors."""
 
 import logging
 import queue
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Weights(Protocol):
-    """An adapter in host memory, ready to be put into a slot."""
+    """An adapter in host memory, ready to be copied into a slot."""
 
     @property
     def num_bytes(self) -> int: ...
@@ -25,27 +25,23 @@ W = TypeVar("W", bound=Weights)
 
 
 class Store(Protocol[W]):
-    """Where adapters are read from, and the device's slots; see `worker.model.adapter_store`."""
+    """The adapters on disk, and the device's slots; see `worker.model.adapter_store`."""
 
     def read(self, name: str) -> W:
         """Reads an adapter from disk, in any thread. Raises `AdapterError`."""
         ...
 
-    def put(self, name: str, weights: W) -> None:
-        """Puts an adapter into a slot. Raises `AdapterError`; nothing is changed then."""
-        ...
-
-    def remove(self, name: str) -> None:
-        """Frees an adapter's slot."""
+    def put(self, name: str, weights: W, slot: int) -> None:
+        """Replaces a slot's contents. Raises `AdapterError`; the contents are undefined then."""
         ...
 
 
 class AdapterCache(Generic[W]):
-    """At most `num_slots` adapters on the device, `max_num_bytes` in host memory, all on disk.
+    """Two LRU caches of adapters: `num_slots` slots on the device, and `max_num_bytes` of host memory.
 
-    The least recently used leaves first, and none that a sequence runs with. Reading from disk happens on
-    `executor`; everything else, the copy into a slot included, in the engine's thread between two steps. A
-    slot is set aside before its adapter is read, so memory holds no weights that have no place to go.
+    Adapters of running sequences are not evicted from their slots. Reading from disk happens on `executor`;
+    everything else, the copy into a slot included, happens in the engine's thread between two steps. A slot
+    is freed before its adapter is read, so that no weights wait in memory for one.
     """
 
     def __init__(
@@ -58,9 +54,9 @@ class AdapterCache(Generic[W]):
         max_num_slot_bytes: int | None = None,
         on_read: Callable[[], None] = lambda: None,
     ) -> None:
-        """`max_num_slot_bytes` leaves fewer slots where the largest adapter that `keep` sees is too large.
+        """`max_num_slot_bytes` reduces `num_slots` to what fits if all adapters are as large as the largest.
 
-        `on_read` is called, in another thread, whenever `settle` has something to take in.
+        `on_read` is called, in another thread, whenever `settle` has an adapter to take in.
         """
         self._store = store
         self._executor = executor
@@ -71,55 +67,70 @@ class AdapterCache(Generic[W]):
         self._num_known = 0
         self._largest_num_bytes = 0
         self.on_read = on_read
-        self._resident: OrderedDict[str, None] = OrderedDict()
+        self._slots: OrderedDict[str, int] = OrderedDict()
+        """Resident adapters and their slots, least recently used first."""
         self._loading: dict[str, float] = {}
+        """Adapters that are being read, and the clock's time when that began."""
         self._read: queue.SimpleQueue[tuple[str, Future[W]]] = queue.SimpleQueue()
         self._cached: OrderedDict[str, W] = OrderedDict()
         self._failures: dict[str, AdapterError] = {}
         self.num_cached_bytes = 0
         self.num_reads = 0
-        """Adapters that were read from disk."""
+        """Adapters that were read from disk so far."""
         self.resident: tuple[str, ...] = ()
-        """Names of those that have their slot, least recently used first. Safe to read in any thread."""
+        """Resident adapters, least recently used first. Safe to read in any thread."""
 
     @property
     def summary(self) -> str:
-        """What fits, for a log line."""
-        num_on_disk = self._num_known - len(self._cached.keys() | self._resident.keys())
+        """The numbers of adapters by place, for a log line."""
+        num_on_disk = self._num_known - len(self._cached.keys() | self._slots.keys())
         slots = f"{self.num_slots} slots"
         if self.num_slots < self._num_wanted_slots:
-            slots += f" (all that {_mib(self._max_num_slot_bytes or 0)} hold, not {self._num_wanted_slots})"
+            slots += (
+                f" ({_mib(self._max_num_slot_bytes or 0)} hold no more, {self._num_wanted_slots} were wanted)"
+            )
         return (
             f"{self._num_known}, the largest {_mib(self._largest_num_bytes)}; "
-            f"{len(self._resident)} resident in {slots}; {len(self._cached)} in host memory, "
+            f"{len(self._slots)} resident in {slots}; {len(self._cached)} in host memory, "
             f"{_mib(self.num_cached_bytes)} of at most {_mib(self._max_num_bytes)}; "
-            f"{num_on_disk} on disk alone"
+            f"{num_on_disk} on disk only"
         )
 
     def keep(self, name: str, weights: W) -> None:
-        """Takes in an adapter that was read before the start, if host memory has room for it."""
+        """Counts an adapter that was read before the start, and caches it if host memory has room."""
         self._num_known += 1
         self._fit_slots(weights.num_bytes)
         if self.num_cached_bytes + weights.num_bytes <= self._max_num_bytes:
             self._cache(name, weights)
 
     def fill_slots(self) -> None:
-        """Makes those that were kept resident, as far as there are slots: their number is known by now."""
+        """Makes cached adapters resident until all slots are full; call it after all `keep`s."""
         for name in list(self._cached)[: self._num_free_slots]:
             self._fill_slot(name, self._cached[name])
 
-    def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Whether an adapter is resident now.
+    def slot(self, name: str) -> int:
+        """The slot of a resident adapter.
 
-        If not, it is on its way, or waits for one of `in_use` to end, or `settle` tells that it failed.
+        Raises:
+            AdapterError: the adapter is not resident.
+        """
+        if name not in self._slots:
+            raise AdapterError(f"adapter {name!r} is not loaded")
+        return self._slots[name]
+
+    def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
+        """Makes an adapter resident if a slot is free, or its least recent adapter is not `in_use`.
+
+        True: it is resident. False: it is being read, or all slots are in use, or `settle` will return its
+        error.
         """
         if name is None:
             return True
         if name in self._cached:
             self._cached.move_to_end(name)
-        if name in self._resident:
-            self._resident.move_to_end(name)
-            self.resident = tuple(self._resident)
+        if name in self._slots:
+            self._slots.move_to_end(name)
+            self.resident = tuple(self._slots)
             return True
         if name in self._loading or not self._make_room(in_use):
             return False
@@ -138,7 +149,7 @@ class AdapterCache(Generic[W]):
         return name in self._loading
 
     def settle(self) -> dict[str, AdapterError]:
-        """Puts what was read into its slots; the adapters that could not be, and why."""
+        """Puts adapters that were read into slots; returns the errors since the last call, by adapter."""
         while not self._read.empty():
             name, future = self._read.get()
             started_s = self._loading.pop(name)
@@ -155,16 +166,16 @@ class AdapterCache(Generic[W]):
         return failures
 
     def _fail(self, name: str, error: AdapterError) -> None:
-        """Notes a failure for `settle` to tell."""
+        """Records an error for `settle` to return."""
         logger.error("%s", error.message, extra=fields("load_adapter", adapter_name=name))
         self._failures[name] = error
 
     @property
     def _num_free_slots(self) -> int:
-        return self.num_slots - len(self._resident) - len(self._loading)
+        return self.num_slots - len(self._slots) - len(self._loading)
 
     def _fit_slots(self, num_bytes: int) -> None:
-        """Leaves as many slots as memory has for adapters of this size, if none was larger."""
+        """Reduces the number of slots to what their memory holds, for a known adapter of this size."""
         self._largest_num_bytes = max(self._largest_num_bytes, num_bytes)
         if self._max_num_slot_bytes is not None and self._largest_num_bytes:
             num_affordable = max(1, self._max_num_slot_bytes // self._largest_num_bytes)
@@ -173,18 +184,18 @@ class AdapterCache(Generic[W]):
     def _make_room(self, in_use: Collection[str | None]) -> bool:
         if self._num_free_slots > 0:
             return True
-        victim = next((name for name in self._resident if name not in in_use), None)
+        victim = next((name for name in self._slots if name not in in_use), None)
         if victim is None:
             return False
-        del self._resident[victim]
-        self.resident = tuple(self._resident)
-        self._store.remove(victim)
+        del self._slots[victim]
+        self.resident = tuple(self._slots)
         return True
 
     def _fill_slot(self, name: str, weights: W) -> None:
-        self._store.put(name, weights)
-        self._resident[name] = None
-        self.resident = tuple(self._resident)
+        slot = min(set(range(self.num_slots)) - set(self._slots.values()))
+        self._store.put(name, weights, slot)
+        self._slots[name] = slot
+        self.resident = tuple(self._slots)
 
     def _start_reading(self, name: str) -> None:
         self._loading[name] = time.monotonic()

@@ -1,4 +1,4 @@
-"""Adapters on disk and in the device's slots: what moves the tensors for `AdapterCache`."""
+"""The adapters' files on disk, and the device's slots: moves the tensors for `AdapterCache`."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ from worker.model.lora import LoraStack, SlotWeights
 
 
 class AdapterStore:
-    """The adapters that a worker was given, by name."""
+    """Moves adapters from disk to host memory, and from there into slots."""
 
     def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
         """`base_name` is compared with the base that an adapter declares; `served` gets each adapter."""
@@ -22,7 +22,7 @@ class AdapterStore:
         self._served = served
 
     def register(self, name: str, path: str) -> SlotWeights:
-        """Reads and checks an adapter; from then on it is known by its name, with the version it has now.
+        """Reads and checks an adapter, which is served from now on, in the version that was read.
 
         Raises:
             AdapterError: it can't be served; the message has name, path and reason.
@@ -37,38 +37,34 @@ class AdapterStore:
         """Reads a registered adapter again; may be called in any thread.
 
         Raises:
-            AdapterError: it can't be served any more, or is another one by now.
+            AdapterError: it can't be served any more, or its files have changed.
         """
         served = self._served.find(name)
         path = served.source
         adapter = load_adapter(name, path, self._model)
         if adapter.version != served.version:
-            # The registry, and the prefix cache, know it by the version.
+            # The registry and the prefix cache go by the version: changed weights would answer under the old
+            # one.
             raise AdapterError(
                 f"adapter {name!r} at {path}: its files have changed since this worker started; "
                 "serve them under another name, or start all workers anew"
             )
         return self._prepare(name, adapter)
 
-    def put(self, name: str, weights: SlotWeights) -> None:
-        """Makes an adapter resident: it can be used from the next step on.
+    def put(self, name: str, weights: SlotWeights, slot: int) -> None:
+        """Copies an adapter's weights into a slot, in place of the ones there; the next step can use them.
 
         Raises:
-            AdapterError: the device's memory has no room for it.
+            AdapterError: the device's memory has no room for it. The slot's contents are undefined then.
         """
         try:
-            self._lora.put(name, weights)
+            self._lora.put(slot, weights)
         except torch.OutOfMemoryError as error:
-            self._lora.remove(name)
             raise AdapterError(f"adapter {name!r} does not fit into the device's memory: {error}") from error
-
-    def remove(self, name: str) -> None:
-        """Frees an adapter's slot."""
-        self._lora.remove(name)
 
     def _prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
         try:
             return self._lora.prepare(name, adapter)
-        # A lack of memory; torch's own is a RuntimeError.
+        # Too little memory raises either: torch's allocator on the CPU has a plain RuntimeError.
         except (MemoryError, RuntimeError) as error:
             raise AdapterError(f"adapter {name!r} at {adapter.path}: {error}") from error

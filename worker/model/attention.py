@@ -1,25 +1,25 @@
 """Attention over a paged KV cache, called by transformers' models through `AttentionInterface`.
 
 The tokens of all sequences of a step stand side by side in one row of T tokens. Each call writes their keys
-and values into the cache and attends, per sequence, to what the cache holds of it.
+and values into the cache, and attends, per sequence, to the sequence's entries in the cache.
 """
 
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from worker.model.kernels import native
-from worker.model.kernels.native import OperatorState
+from worker.model.kernels.native import AttentionOptions, KernelState
 from worker.model.kv_cache import PagedKVCache
 
 NAME = "lorelay"
-"""The attention's name; one that transformers' mask interface doesn't know gets no mask."""
+"""The attention's name in transformers. Its mask interface does not know the name, and so makes no mask."""
 
 _STATE = "lorelay_attention"
 _HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_router_logits"})
@@ -30,11 +30,12 @@ class QueryGroup:
     """Sequences of a step with the same number of query tokens: all decodes, or one chunk of a prefill."""
 
     rows: Tensor | slice
-    """(n x q,): their places among the step's T tokens, sequence after sequence; a slice where it can be."""
+    """(n x q,): places among the step's T tokens, sequence after sequence; a slice where they are
+    contiguous."""
     positions: Tensor
-    """(n, q): the place of each query token in its sequence."""
+    """(n, q): the position of each query token in its sequence."""
     block_tables: Tensor
-    """(n, num_blocks): blocks that hold a sequence's tokens; shorter tables end in any valid block."""
+    """(n, num_blocks): the sequences' blocks; shorter tables are padded with any valid block."""
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -45,7 +46,7 @@ class QueryGroup:
         return torch.arange(self.rows.start, self.rows.stop, device=self.positions.device)
 
     def mask(self, num_keys: int, num_groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(n, 1, num_groups x q, num_keys): 0 where a query sees a key, else -inf. Same for all layers alike.
+        """(n, 1, num_groups x q, num_keys): 0 where a query sees a key, else -inf. Layers share masks.
 
         A query at position p sees keys at 0..p, with a window w at p-w+1..p.
         """
@@ -64,17 +65,18 @@ class QueryGroup:
 
 @dataclass(frozen=True, eq=False)
 class StepLayout:
-    """Where the tokens of one step stand: in the cache (`slots`, (T,)), and in which sequences."""
+    """The places of one step's tokens: in the cache, and in their sequences."""
 
-    slots: Tensor
+    cache_indices: Tensor
+    """(T,): block x block_size + offset of each token."""
     chunks: tuple[QueryGroup, ...]
-    """Of prefills, one sequence each."""
+    """The prefills' chunks, a group each."""
     decodes: QueryGroup | None
-    """The sequences with one token each."""
+    """All sequences with one token."""
 
     def as_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        """As the operators take it."""
-        none = self.slots.new_empty(0, 0)
+        """The arguments of `KernelState.begin_step`."""
+        none = self.cache_indices.new_empty(0, 0)
         decodes = self.decodes
         rows = (
             (none, none, none)
@@ -86,52 +88,39 @@ class StepLayout:
             for group in self.chunks
         ]
         chunks = torch.tensor(places, dtype=torch.long).view(-1, 3)
-        return self.slots, *rows, chunks, [group.block_tables[0] for group in self.chunks]
+        return self.cache_indices, *rows, chunks, [group.block_tables[0] for group in self.chunks]
 
 
 @dataclass(eq=False)
 class AttentionState:
-    """What the attention function needs beside its arguments: shared by all layers of one model."""
+    """The attention function's inputs beside its arguments, shared by all layers of one model."""
 
     kv_cache: PagedKVCache
-    operators: OperatorState | None = None
-    """Of `worker.model.kernels.native`, where they can be called for the tensors of this model."""
+    kernels: KernelState | None = None
+    """None: PyTorch attends."""
     layout: StepLayout | None = None
-    """Of the step that has begun."""
+    """The layout of the step that has begun."""
     calls: Counter[int] = field(default_factory=Counter)
-    """Calls per layer, and ..."""
+    """Calls per layer, for the self-check."""
     windows: dict[int, int | None] = field(default_factory=dict)
-    """... the sliding window it named last; read by the self-check."""
+    """The sliding window of each layer's last call, for the self-check."""
 
-    def use(self, operators: OperatorState) -> None:
-        """From now on the operators attend."""
-        self.operators = operators
-        self.kv_cache.share_with(operators)
-        _let_operators_call_back()
+    def use(self, kernels: KernelState) -> None:
+        """Makes the kernels attend from now on."""
+        self.kernels = kernels
+        self.kv_cache.share_with(kernels)
+        _register_fallback()
 
     def begin_step(self, layout: StepLayout) -> None:
-        """Says where the tokens of the next forward pass, in this thread, stand."""
+        """Sets the layout of the next forward pass in this thread."""
         self.layout = layout
-        if self.operators is not None:
+        if self.kernels is not None:
             _step.state = self
-            self.operators.begin_step(*layout.as_tensors())
-
-
-class _Options(NamedTuple):
-    """What a model asks of its attention."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-
-    @property
-    def are_plain(self) -> bool:
-        return self.softcap is None and self.sinks is None
+            self.kernels.begin_step(*layout.as_tensors())
 
 
 _step = threading.local()
-"""The state of the step that a thread is in, for the operators' calls back."""
+"""Has the `AttentionState` of the thread's step, which `_attend_for_kernel` needs."""
 
 
 @cache
@@ -157,12 +146,13 @@ def paged_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of query (1, num_heads, T, head_dim) to the cache, with the new key and value in it.
+    """Causal attention of `query` to the cache, which gets the new `key` and `value` first.
 
-    `key` and `value` are (1, num_kv_heads, T, head_dim); the output is (1, T, num_heads, head_dim).
+    `query` is (1, num_heads, T, head_dim), `key` and `value` are (1, num_kv_heads, T, head_dim); the output
+    is (1, T, num_heads, head_dim).
 
     Raises:
-        NotImplementedError: the model asks for something that would change the result and is not known here.
+        NotImplementedError: the model passes an option that changes the result and is not known here.
     """
     scaling = options.pop("scaling", None)
     window = options.pop("sliding_window", None)
@@ -175,21 +165,20 @@ def paged_attention(
     state.windows[layer] = window
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    if state.operators is not None:
-        output = native.attention(
-            query, key, value, sinks, layer, scaling=scaling, window=window, softcap=softcap
-        )
-        return output, None
-    return _attend(state, layer, query, key, value, _Options(scaling, window, softcap, sinks)), None
+    known = AttentionOptions(scaling, window, softcap, sinks)
+    if state.kernels is not None:
+        return native.attention(query, key, value, layer, known), None
+    return _attend(state, layer, query, key, value, known), None
 
 
 def _attend(
-    state: AttentionState, layer: int, query: Tensor, key: Tensor, value: Tensor, options: _Options
+    state: AttentionState, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor:
     """The attention of one layer, group by group."""
     layout = state.layout
     assert layout is not None, "a forward pass without a layout"
-    keys, values = state.kv_cache.write(layer, layout.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    new = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    keys, values = state.kv_cache.write(layer, layout.cache_indices, *new)
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # (T, num_heads, head_dim)
     for group in (*layout.chunks, *([layout.decodes] if layout.decodes else [])):
         output[group.rows] = _attend_group(query[0], keys, values, group, options)
@@ -197,15 +186,15 @@ def _attend(
 
 
 @cache
-def _let_operators_call_back() -> None:
-    """Lets `native.attention` call `_attend` for what its C++ doesn't do.
+def _register_fallback() -> None:
+    """Registers the fallback that the attention kernel calls for cases it does not compute.
 
-    That is capped scores, sinks, and a layer's very first call, which shows the shape of its cache.
+    These are capped scores, sinks, and the first call of a layer, which shows the shape of its cache.
     """
-    torch.library.impl("lorelay::attend_in_groups", "CPU", _attend_in_groups)
+    torch.library.impl("lorelay::attend_in_groups", "CPU", _attend_for_kernel)
 
 
-def _attend_in_groups(
+def _attend_for_kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -215,7 +204,9 @@ def _attend_in_groups(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    return _attend(_step.state, layer, query, key, value, _Options(scaling, window, softcap, sinks))
+    """`_attend`, with the eight arguments of the operator's schema in C++."""
+    options = AttentionOptions(scaling, window, softcap, sinks)
+    return _attend(_step.state, layer, query, key, value, options)
 
 
 def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
@@ -232,10 +223,9 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, options: d
 
 
 def _attend_group(
-    query: Tensor, keys: Tensor, values: Tensor, group: QueryGroup, options: _Options
+    query: Tensor, keys: Tensor, values: Tensor, group: QueryGroup, options: AttentionOptions
 ) -> Tensor:
     """The output (n x q, num_heads, head_dim) of one group; `query` is (num_heads, T, head_dim)."""
-    scaling, window, softcap, sinks = options
     num_sequences, num_queries = group.positions.shape
     num_heads, num_kv_heads = query.shape[0], keys.shape[2]
     num_groups = num_heads // num_kv_heads
@@ -244,47 +234,39 @@ def _attend_group(
     query = query.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (n, num_kv_heads, num_groups x q, head_dim)
     key = _gather(keys, group.block_tables)  # (n, num_kv_heads, num_keys, head_dim)
     value = _gather(values, group.block_tables)
-    mask = group.mask(key.shape[2], num_groups, window, query.dtype)
+    mask = group.mask(key.shape[2], num_groups, options.window, query.dtype)
     if options.are_plain:
-        output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=options.scaling)
     else:
-        if sinks is not None:
-            sinks = (
-                sinks.view(num_kv_heads, num_groups, 1)
-                .expand(-1, -1, num_queries)
-                .reshape(1, num_kv_heads, -1, 1)
-            )
-        output = _attend_slowly(query, key, value, mask, scaling, softcap, sinks)
+        output = _attend_slowly(query, key, value, mask, options)
     output = output.reshape(num_sequences, num_kv_heads, num_groups, num_queries, -1)
     return output.permute(0, 3, 1, 2, 4).reshape(num_sequences * num_queries, num_heads, -1)
 
 
 def _gather(layer: Tensor, block_tables: Tensor) -> Tensor:
     """The entries (n, num_kv_heads, num_blocks x block_size, head_dim) of the blocks of n sequences."""
-    # On the CPU this copies whole blocks: a fifth of the time of `layer[block_tables]`.
+    # On the CPU `embedding` copies whole blocks, in a fifth of the time of `layer[block_tables]`.
     blocks = embedding(block_tables, layer.flatten(1))
     return blocks.view(len(block_tables), -1, *layer.shape[2:]).transpose(1, 2)
 
 
 def _attend_slowly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions
 ) -> Tensor:
-    """Attention with what PyTorch's kernel lacks: scores capped to ±`softcap`, and sinks.
+    """Attention with the options that PyTorch's kernel lacks: scores capped to ±`softcap`, and sinks.
 
-    A sink is one more score per head, (1, num_kv_heads, num_groups x q, 1), that takes weight and gives none.
+    Shapes as in `_attend_group`: (n, num_kv_heads, num_groups x q or num_keys, head_dim).
     """
-    scores = query @ key.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
+    scores = query @ key.transpose(2, 3) * options.scaling
+    if options.softcap is not None:
+        scores = (scores / options.softcap).tanh() * options.softcap
     scores = scores + mask
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype).expand(len(scores), -1, -1, -1)], dim=-1)
+    if options.sinks is not None:
+        num_kv_heads = key.shape[1]
+        num_queries = query.shape[2] * num_kv_heads // len(options.sinks)
+        sinks = options.sinks.view(num_kv_heads, -1, 1).expand(-1, -1, num_queries)
+        sinks = sinks.reshape(1, num_kv_heads, -1, 1).to(scores.dtype).expand(len(scores), -1, -1, -1)
+        scores = torch.cat([scores, sinks], dim=-1)
     dtype = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(dim=-1, dtype=dtype)[..., : key.shape[2]]
     return weights.to(value.dtype) @ value

@@ -1,8 +1,8 @@
 """`python -m worker.model.compile_graph`: compiles a model's forward pass, in a process of its own.
 
-The graph is transformers' own model. Its Linears and its attention are operators of `kernels.native`, which
-know the weights, the adapters and the cache of whoever runs them; what stands between them becomes C++. So
-one graph serves any number of tokens and whatever adapters come and go, and holds no weights.
+The graph is transformers' model, in which Linears and attention call the kernels of `kernels.native`. These
+read weights, adapters and KV cache from the `KernelState` of the calling worker; the operations between them
+become C++. So one graph serves any number of tokens and adapters that come and go, and contains no weights.
 """
 
 import contextlib
@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from worker.model import attention
 from worker.model.attention import AttentionState
 from worker.model.kernels import native
-from worker.model.kernels.packed import call_operator
+from worker.model.kernels.build_cache import SCRATCH_PREFIX
+from worker.model.kernels.products import Product, call_kernel
 from worker.model.kernels.threads import COMPILER
 from worker.model.kv_cache import PagedKVCache
 
 PREFIX = "model."
-"""Before the names of the model's own tensors in the graph."""
+"""Prefix that the names of the model's tensors get in the graph."""
 SMALL = 8
-"""Inductor takes such tensors for constants; it reads larger ones when the graph runs."""
-SCRATCH_PREFIX = "compiling-"
-"""Of folders beside the output that a compiler which was killed leaves."""
+"""Elements up to which Inductor makes a tensor a constant of the graph; larger ones are read at run time."""
 _EXAMPLE_NUM_TOKENS = 16
 _MAX_NUM_TOKENS = 1 << 20
 _INDUCTOR_OPTIONS = {
@@ -42,28 +41,28 @@ _INDUCTOR_OPTIONS = {
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What to compile."""
+    """What a compiler needs to know of a model."""
 
     model: str
-    """The folder; its config is all that is read."""
+    """The model's folder, of which only the config is read."""
     dtype: str
     trust_remote_code: bool
-    products: list[list[str]]
-    """The Linears that are the operators', in the order of their numbers, those together that are one."""
+    products: list[Product]
+    """The Linears that the kernels compute."""
     small_tensors: dict[str, list[float]]
-    """The values of the model's other tensors of up to `SMALL` elements: they become part of the graph."""
+    """Values of all other tensors of up to `SMALL` elements, which become part of the graph."""
     layouts: dict[str, str]
-    """What `layout` says of the model's other tensors."""
+    """The `layout` of all other tensors."""
     output: str
-    """The folder of the graph, which must not exist; the one around it must."""
+    """The graph's future folder. Its parent exists, it does not."""
 
 
 def main() -> None:
-    """Does the job on the first line of stdin; stops when stdin ends, which it does when the worker does."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exit that cleans up
-    os.nice(19)  # it has time: the model is being served without it
-    with contextlib.suppress(OSError):  # Linux alone has it
-        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, the worker goes last
+    """Does the job on the first line of stdin. It stops when stdin ends, i.e. when the worker has ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # removes its scratch folder, unlike a kill
+    os.nice(19)  # the worker serves meanwhile, and must not become slower
+    with contextlib.suppress(OSError):  # only Linux has this file
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory is short, kill this, not the worker
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     threading.Thread(target=_stop_with_worker, daemon=True).start()
     compile_graph(job)
@@ -76,7 +75,7 @@ def _stop_with_worker() -> None:
 
 @torch.no_grad()
 def compile_graph(job: Job) -> None:
-    """Writes `job.output`, whole or not at all."""
+    """Compiles, and writes `job.output` in one rename."""
     if not native.make_callable(torch.device("cpu")):
         raise SystemExit("the kernels can't be called")
     for name, shape in (("linear", _shape_of_linear), ("attention", _shape_of_attention)):
@@ -84,12 +83,13 @@ def compile_graph(job: Job) -> None:
     graph = _export(_ForwardPass(_load_without_weights(job)))
     output = Path(job.output)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
-        # Its own intermediate files are large and of no use later.
+        # Inductor's intermediate files are large, and nobody reads them later.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
         package = torch._inductor.aoti_compile_and_package(
             graph, package_path=f"{scratch}/graph.pt2", inductor_configs=_INDUCTOR_OPTIONS
         )
-        # Unpacked once: PyTorch would do it at every load, and leave it in /tmp when the worker is killed.
+        # Unpacked here: PyTorch would unpack it to /tmp at every load, and a killed worker would leave it
+        # there.
         unpacked = Path(scratch, "graph")
         with zipfile.ZipFile(package) as archive:
             archive.extractall(unpacked)
@@ -97,14 +97,16 @@ def compile_graph(job: Job) -> None:
 
 
 class _ForwardPass(nn.Module):
-    """The model as a function of what differs between steps."""
+    """The model as a function of the inputs that differ between steps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, token_ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
-        output = self.model(input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=kept)
+    def forward(self, token_ids: Tensor, positions: Tensor, sampled_rows: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=sampled_rows
+        )
         return output.logits[0]  # type: ignore[no-any-return]
 
 
@@ -114,7 +116,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def layout(tensor: Tensor) -> str:
-    """What the graph takes for granted of a tensor."""
+    """The properties of a tensor that are fixed in a graph."""
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
@@ -130,17 +132,15 @@ def _load_without_weights(job: Job) -> nn.Module:
             attn_implementation=attention.NAME,
             trust_remote_code=job.trust_remote_code,
         )
-    number = 0
-    for names in job.products:
-        linears: list[Any] = [model.get_submodule(name) for name in names]
-        call_operator(linears, number)
-        number += len(names)
+    for product in job.products:
+        linears: list[Any] = [model.get_submodule(name) for name in product.names]
+        call_kernel(linears, product)
         for linear in linears:
             linear.weight = linear.bias = None
     state = AttentionState(PagedKVCache(0, 1))
     state.use(native.new_state())
     attention.attach(model, state)
-    # Real memory for the rest, since the graph is one for the CPU; nothing reads what is in the large ones.
+    # The export needs tensors on the CPU. The values of large ones do not matter: the graph has none of them.
     model.to_empty(device="cpu")
     for name, tensor in tensors(model).items():
         if job.layouts.get(name, layout(tensor)) != layout(tensor):
@@ -151,16 +151,16 @@ def _load_without_weights(job: Job) -> nn.Module:
 
 
 def _export(model: nn.Module) -> torch.export.ExportedProgram:
-    # Not one tensor for both: the graph would take them for the same input.
+    # Two tensors: the export would take one tensor that is passed twice for one input.
     token_ids, positions = (torch.zeros(1, _EXAMPLE_NUM_TOKENS, dtype=torch.long) for _ in range(2))
-    kept = torch.arange(_EXAMPLE_NUM_TOKENS - 1)
+    sampled_rows = torch.arange(_EXAMPLE_NUM_TOKENS - 1)
     tokens = torch.export.Dim("tokens", min=1, max=_MAX_NUM_TOKENS)
     rows = torch.export.Dim("rows", min=0, max=_MAX_NUM_TOKENS)
-    # Otherwise a graph for any number of tokens is not one for a single token.
+    # Without this option the graph would assume at least two tokens.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(
             model,
-            (token_ids, positions, kept),
+            (token_ids, positions, sampled_rows),
             dynamic_shapes=({1: tokens}, {1: tokens}, {0: rows}),
             strict=False,
         )

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from shared.logs import fields
-from worker.model.kernels.native import cache_folder
+from worker.model.kernels.build_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 

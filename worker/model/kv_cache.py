@@ -3,27 +3,27 @@
 import torch
 from torch import Tensor
 
-from worker.model.kernels.native import OperatorState
+from worker.model.kernels.native import KernelState
 
 
 class PagedKVCache:
     """Keys and values of each layer: tensors (num_blocks, block_size, num_kv_heads, head_dim).
 
-    A layer's shape is known from its first write: head sizes differ between layers in some models, and
-    between keys and values in others.
+    A layer is allocated at its first write, which shows its shape: in some models head sizes differ between
+    layers, or between keys and values.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._operators: OperatorState | None = None
+        self._kernels: KernelState | None = None
 
-    def share_with(self, operators: OperatorState) -> None:
-        """Lets the operators use what is and will be allocated."""
-        self._operators = operators
+    def share_with(self, kernels: KernelState) -> None:
+        """Gives the kernels all layers, now and whenever one is allocated."""
+        self._kernels = kernels
         for number, layer in self._layers.items():
-            operators.set_cache(number, *layer)
+            kernels.set_cache(number, *layer)
 
     @property
     def num_bytes_per_block(self) -> int:
@@ -31,7 +31,7 @@ class PagedKVCache:
         return sum(entry[0].nbytes for layer in self._layers.values() for entry in layer)
 
     def resize(self, num_blocks: int) -> None:
-        """Allocates anew, empty, for the layers written so far."""
+        """Replaces the layers written so far by empty ones of `num_blocks` blocks."""
         self.num_blocks = num_blocks
         shapes = {
             number: [(entry.shape[1:], entry.dtype, entry.device) for entry in layer]
@@ -39,18 +39,18 @@ class PagedKVCache:
         }
         self._layers.clear()
         for number, (key, value) in shapes.items():
-            self._keep(number, self._allocate(*key), self._allocate(*value))
+            self._set_layer(number, self._allocate(*key), self._allocate(*value))
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (T, num_kv_heads, head_dim) at `slots` (T,); returns the layer's tensors.
+    def write(self, layer: int, indices: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (T, num_kv_heads, head_dim) at `indices` (T,); returns the layer's tensors.
 
-        Slot = block x block_size + offset. Entries that are not finite are stored as numbers: a later owner
-        of the block masks them, and 0 x NaN would be NaN. Where such a token's logits are computed, they
-        show the NaN all the same.
+        An index is block x block_size + offset. Entries that are not finite are stored as finite numbers: a
+        later owner of the block masks them, and 0 x NaN would be NaN. Logits computed for such a token itself
+        are NaN all the same.
         """
         tensors = self._layer(layer, key.transpose(0, 1), value.transpose(0, 1))
         for stored, new in zip(tensors, (key, value), strict=True):
-            stored.flatten(0, 1).index_copy_(0, slots, new.nan_to_num())
+            stored.flatten(0, 1).index_copy_(0, indices, new.nan_to_num())
         return tensors
 
     def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,13 +60,13 @@ class PagedKVCache:
                 self._allocate((self.block_size, len(new), new.shape[-1]), new.dtype, new.device)
                 for new in (key, value)
             )
-            self._keep(layer, keys, values)
+            self._set_layer(layer, keys, values)
         return self._layers[layer]
 
-    def _keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def _set_layer(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self._layers[layer] = (keys, values)
-        if self._operators is not None:
-            self._operators.set_cache(layer, keys, values)
+        if self._kernels is not None:
+            self._kernels.set_cache(layer, keys, values)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros((self.num_blocks, *shape), dtype=dtype, device=device)

@@ -171,13 +171,3 @@ def model_version(folder: Path) -> str:
     for file in sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         digest.update(f"{file.name} {file_digest(file)}\n".encode())
     return digest.hexdigest()
-
-
-def num_free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; on the CPU, what the machine can still give."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # type: ignore[import-untyped]  # comes with accelerate, which peft needs
-
-    return int(psutil.virtual_memory().available)

@@ -1,224 +1,256 @@
 """LoRA in a mixed batch: each row of a layer's input gets the adapter of its own sequence.
 
-y = W x + scale · B (A x). The A and B of all adapters of a layer stand stacked. A long span of a
-prompt is multiplied with those of its own adapter. All other rows are computed together: by a kernel, where
-there is one, else in one product with all adapters that they use, of which each row keeps its own part.
+y = W x + scale · B (A x). The A and B of all adapters of a layer are stacked. A long span of a prompt is
+multiplied with its own adapter's part of the stack. All other rows, here called short, are computed together:
+by a C++ kernel if there is one, else in one product with the parts of all their adapters, in whose result
+each row keeps the columns of its own adapter and zeroes the others.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import AdapterError
 from worker.model.adapter_files import LoadedAdapter
-from worker.model.kernels.native import OperatorState
+from worker.model.kernels.native import KernelState
+from worker.model.kernels.products import Product
 
 BASE = -1
 """The slot of rows without an adapter."""
 MIN_LONG_ROWS = 256
-"""So many rows of one sequence are worth products of their own: these are hundreds of further calls."""
+"""Rows of one sequence from which products of their own pay off; they are hundreds of further calls per
+step."""
+
+
+class Span(NamedTuple):
+    """Neighbouring rows with the same adapter."""
+
+    slot: int
+    first: int
+    num_rows: int
 
 
 class StepRows:
-    """Which adapter each row of a layer's input belongs to, for one forward pass."""
+    """The slot of each row of a layer's input, for one forward pass."""
 
     def __init__(self, spans: Iterable[tuple[int, int]], device: torch.device) -> None:
         """`spans`: (slot, number of rows) of each sequence, in the order of the rows."""
+        self.long_spans: list[Span] = []
+        """Long spans with an adapter."""
+        self._short_rows: list[int] = []
+        self._short_slots: list[int] = []
         self._device = device
-        self.long_spans: list[tuple[int, slice]] = []
-        """Slot and rows of each."""
-        numbers: list[int] = []
-        slots: list[int] = []
+        self._masks: dict[tuple[int, ...], Tensor] = {}
         first = 0
         for slot, num_rows in spans:
-            if num_rows >= MIN_LONG_ROWS:
-                self.long_spans += [(slot, slice(first, first + num_rows))] if slot != BASE else []
-            else:
-                numbers += range(first, first + num_rows)
-                slots += [slot] * num_rows
+            if num_rows < MIN_LONG_ROWS:
+                self._short_rows += range(first, first + num_rows)
+                self._short_slots += [slot] * num_rows
+            elif slot != BASE:
+                self.long_spans.append(Span(slot, first, num_rows))
             first += num_rows
-        self._numbers, self._slots = numbers, slots
-        self.used = tuple(sorted(set(slots) - {BASE}))
-        """The slots of the short spans' rows, here called single rows."""
-        self.is_uniform = len(set(slots)) == 1
-        is_contiguous = not numbers or numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        self.singles = (
-            slice(numbers[0], numbers[0] + len(numbers))
-            if numbers and is_contiguous
-            else torch.tensor(numbers, dtype=torch.long, device=device)
-        )
-        """Where the single rows are."""
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self.short_row_slots = tuple(sorted(set(self._short_slots) - {BASE}))
+        """Slots with a short row."""
+        self.is_mixed = len(set(self._short_slots)) > 1
+        """Whether the short rows have several slots, `BASE` among them."""
 
     @property
     def has_adapters(self) -> bool:
         """Whether any row has one."""
-        return bool(self.used or self.long_spans)
+        return bool(self.short_row_slots or self.long_spans)
 
-    def foreign(self, rank_slots: tuple[int, ...]) -> Tensor:
-        """(number of single rows, sum of ranks): whether a rank belongs to another adapter than the row.
+    @cached_property
+    def short_rows(self) -> slice | Tensor:
+        """The numbers of the short rows."""
+        numbers = self._short_rows
+        if numbers and numbers[-1] - numbers[0] + 1 == len(numbers):
+            return slice(numbers[0], numbers[-1] + 1)
+        return _integers(numbers).to(self._device)
 
-        The same tensor for all layers whose adapters have the same ranks.
+    def foreign_columns(self, column_slots: tuple[int, ...]) -> Tensor:
+        """(number of short rows, number of columns): whether a column's slot is not the row's.
+
+        Layers whose adapters have the same ranks share the tensor.
         """
-        if rank_slots not in self._masks:
-            rows = torch.tensor(self._slots, device=self._device)
-            ranks = torch.tensor(rank_slots, device=self._device)
-            self._masks[rank_slots] = rows[:, None] != ranks
-        return self._masks[rank_slots]
+        if column_slots not in self._masks:
+            rows = torch.tensor(self._short_slots, device=self._device)
+            columns = torch.tensor(column_slots, device=self._device)
+            self._masks[column_slots] = rows[:, None] != columns
+        return self._masks[column_slots]
 
     def as_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For the operators: the single rows with an adapter in order of their slots; runs; long spans.
+        """The arguments of `KernelState.set_adapter_rows`: index, runs, long spans.
 
-        A run (slot, first, number) is a slot's part of those rows; a long span has the same fields.
+        `index` has the short rows with an adapter, ordered by slot; a run (slot, first, count) is a slot's
+        part of `index`. A long span is (slot, first row, number of rows).
         """
         index: list[int] = []
-        runs: list[tuple[int, int, int]] = []
-        for slot in self.used:
-            rows = [row for row, owner in zip(self._numbers, self._slots, strict=True) if owner == slot]
-            runs.append((slot, len(index), len(rows)))
+        runs: list[Span] = []
+        for slot in self.short_row_slots:
+            rows = [
+                row for row, owner in zip(self._short_rows, self._short_slots, strict=True) if owner == slot
+            ]
+            runs.append(Span(slot, len(index), len(rows)))
             index += rows
-        long_spans = [(slot, rows.start, rows.stop - rows.start) for slot, rows in self.long_spans]
-        return _integers(index), _integers(runs).view(-1, 3), _integers(long_spans).view(-1, 3)
+        return _integers(index), _integers(runs).view(-1, 3), _integers(self.long_spans).view(-1, 3)
 
 
 def _integers(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
 
 
-class LoraLayer:
-    """The adapters of one Linear, added to its output by a forward hook or by the operators."""
+class _Part(NamedTuple):
+    """The stacked A and B of some slots."""
 
-    rows: StepRows | None = None
-    """Set before each forward pass; None where no row has an adapter. Operators know by themselves."""
+    a: Tensor
+    b: Tensor
+    rank_slots: tuple[int, ...]
+    """The slot of each row of `a` and `b`."""
+
+
+class LoraLayer:
+    """The adapters of one Linear, added to its output by a forward hook or by the kernels."""
 
     def __init__(
-        self, linear: nn.Linear, dtype: torch.dtype, operators: OperatorState | None, number: int
+        self, linear: nn.Linear, number: int, dtype: torch.dtype, kernels: KernelState | None
     ) -> None:
-        """`number`: the Linear's, for the operators."""
+        """`number`: the Linear's, as `products.Product` counts."""
         device = linear.weight.device
-        self._operators = operators
+        self.rows: StepRows | None = None
+        """Set before each forward pass without kernels; None if no row has an adapter."""
+        self._kernels = kernels
         self._number = number
-        self._rank_slots: tuple[int, ...] = ()
-        """The slot that owns each rank, i.e. each row of A and B."""
+        self._ranks: dict[int, range] = {}
+        """The rows of A and B that each slot owns."""
         self._a = torch.empty(0, linear.in_features, dtype=dtype, device=device)  # (sum of ranks, in)
         self._b = torch.empty(
             0, linear.out_features, dtype=dtype, device=device
         )  # (sum of ranks, out), scaled
-        self._selected: tuple[tuple[int, ...], tuple[Tensor, Tensor, tuple[int, ...]]] | None = None
-        if operators is None:
+        self._last_part: tuple[tuple[int, ...], _Part] | None = None
+        """The last step's slots and `_part` of them: the next step mostly has the same."""
+        if kernels is None:
             linear.register_forward_hook(self._add_to_output)
 
-    def add(self, slot: int, a: Tensor, b: Tensor) -> None:
-        """Stacks an adapter in place of the slot's former one: `a` (rank, in) and `b` (rank, out), scaled."""
-        self._selected = None
-        if self._rank_slots.count(slot) == len(a):
-            first = self._rank_slots.index(slot)
-            self._a[first : first + len(a)] = a
-            self._b[first : first + len(a)] = b
+    def put(self, slot: int, a: Tensor, b: Tensor) -> None:
+        """Gives a slot another adapter: `a` (rank, in) and `b` (rank, out), scaled."""
+        self._last_part = None
+        ranks = self._ranks.get(slot, range(0))
+        if len(ranks) == len(a):
+            self._a[ranks.start : ranks.stop] = a
+            self._b[ranks.start : ranks.stop] = b
             return
         self.remove(slot)
-        # Both or none: the second may find no memory.
+        # Both are made before either is assigned: the second may find no memory.
         stacked = torch.cat([self._a, a.to(self._a)]), torch.cat([self._b, b.to(self._b)])
+        self._ranks[slot] = range(len(self._a), len(self._a) + len(a))
         self._a, self._b = stacked
-        self._rank_slots += (slot,) * len(a)
-        self._tell_operators()
+        self._tell_kernels()
 
     def remove(self, slot: int) -> None:
-        """Takes an adapter out; one that isn't here is no error."""
-        if slot not in self._rank_slots:
+        """Empties a slot, if it is not empty."""
+        ranks = self._ranks.get(slot)
+        if ranks is None:
             return
-        self._a, self._b, self._rank_slots = self._select(tuple(set(self._rank_slots) - {slot}))
-        self._selected = None
-        self._tell_operators()
+        self._last_part = None
+        self._a, self._b = (
+            torch.cat([stacked[: ranks.start], stacked[ranks.stop :]]) for stacked in (self._a, self._b)
+        )
+        del self._ranks[slot]
+        for other, owned in self._ranks.items():
+            if owned.start > ranks.start:
+                self._ranks[other] = range(owned.start - len(ranks), owned.stop - len(ranks))
+        self._tell_kernels()
 
-    def _select(self, used: tuple[int, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        kept = [n for n, slot in enumerate(self._rank_slots) if slot in used]
-        if not kept or kept[-1] - kept[0] + 1 == len(kept):  # neighbours: views, no copy
-            part = slice(kept[0], kept[-1] + 1) if kept else slice(0)
-            return self._a[part], self._b[part], self._rank_slots[part]
-        index = torch.tensor(kept, device=self._a.device)
-        return self._a[index], self._b[index], tuple(self._rank_slots[n] for n in kept)
+    def _part(self, slots: Iterable[int]) -> _Part:
+        owned = sorted((self._ranks[slot].start, slot) for slot in slots if slot in self._ranks)
+        rank_slots = tuple(slot for _, slot in owned for _ in self._ranks[slot])
+        ranks = [rank for _, slot in owned for rank in self._ranks[slot]]
+        if not ranks or ranks[-1] - ranks[0] + 1 == len(ranks):  # contiguous: views, no copy
+            part = slice(ranks[0], ranks[-1] + 1) if ranks else slice(0)
+            return _Part(self._a[part], self._b[part], rank_slots)
+        index = torch.tensor(ranks, device=self._a.device)
+        return _Part(self._a[index], self._b[index], rank_slots)
 
     def _add_to_output(self, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         rows = self.rows
-        if rows is None or not self._rank_slots:
+        if rows is None or not self._ranks:
             return
-        # The output is fresh, no need of another.
+        # In place: the Linear has just made the output, and nobody else has it.
         x, y = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
-        for slot, part in rows.long_spans:
-            a, b, rank_slots = self._select((slot,))
-            if rank_slots:
-                y[part].add_(x[part] @ a.T @ b)
-        if rows.used:
-            self._add_to_singles(x, y, rows)
+        for slot, first, num_rows in rows.long_spans:
+            if slot in self._ranks:
+                part, span = self._part((slot,)), slice(first, first + num_rows)
+                y[span].add_(x[span] @ part.a.T @ part.b)
+        if rows.short_row_slots:
+            self._add_to_short_rows(x, y, rows)
 
-    def _add_to_singles(self, x: Tensor, y: Tensor, rows: StepRows) -> None:
-        if self._selected is None or self._selected[0] != rows.used:
-            self._selected = (rows.used, self._select(rows.used))
-        a, b, rank_slots = self._selected[1]
-        if not rank_slots:
+    def _add_to_short_rows(self, x: Tensor, y: Tensor, rows: StepRows) -> None:
+        slots = rows.short_row_slots
+        if self._last_part is None or self._last_part[0] != slots:
+            self._last_part = (slots, self._part(slots))
+        part = self._last_part[1]
+        if not part.rank_slots:
             return
-        low = x[rows.singles] @ a.T  # (number of single rows, sum of ranks)
-        if not rows.is_uniform:
-            # Not a product with zeros: what overflows in one adapter must not become NaN in another's row.
-            low = low.masked_fill(rows.foreign(rank_slots), 0)
-        if isinstance(rows.singles, slice):
-            y[rows.singles].add_(low @ b)
+        low = x[rows.short_rows] @ part.a.T  # (number of short rows, sum of ranks)
+        if rows.is_mixed:
+            # Filled, not multiplied with zeros: if a row overflows in another's adapter, infinity x 0 is NaN.
+            low = low.masked_fill(rows.foreign_columns(part.rank_slots), 0)
+        if isinstance(rows.short_rows, slice):
+            y[rows.short_rows].add_(low @ part.b)
         else:
-            y.index_add_(0, rows.singles, low @ b)
+            y.index_add_(0, rows.short_rows, low @ part.b)
 
-    def _tell_operators(self) -> None:
-        if self._operators is not None:
-            owners = self._rank_slots
-            slots = range(max(owners, default=-1) + 1)
-            ranks = [(owners.index(slot), owners.count(slot)) if slot in owners else (0, 0) for slot in slots]
-            self._operators.set_adapters(self._number, self._a, self._b, _integers(ranks).view(-1, 2))
+    def _tell_kernels(self) -> None:
+        if self._kernels is not None:
+            num_slots = max(self._ranks, default=-1) + 1
+            owned = [self._ranks.get(slot, range(0)) for slot in range(num_slots)]
+            ranks = _integers([(ranks.start, len(ranks)) for ranks in owned]).view(-1, 2)
+            self._kernels.set_adapters(self._number, self._a, self._b, ranks)
 
 
 @dataclass(frozen=True)
 class SlotWeights:
-    """An adapter in host memory, as a slot takes it."""
+    """An adapter in host memory, ready to be copied into a slot."""
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
-    """By layer: A (rank, in) and B (rank, out), the scale folded into B, in the model's dtype."""
+    """Linears by name: A (rank, in) and B (rank, out), the scale folded into B, in the model's dtype."""
 
     @property
     def num_bytes(self) -> int:
-        """Its size, in host memory as in a slot."""
+        """Its size, the same in host memory and in a slot."""
         return sum(a.nbytes + b.nbytes for a, b in self.layers.values())
 
 
 class LoraStack:
-    """All resident adapters of a model.
+    """The slots of a model: each holds one adapter's weights, for all Linears that it changes.
 
-    `token_layers` and `kept_layers` are the Linears by name that see all tokens of a step, and those behind
-    `logits_to_keep` that see its sampled rows only.
+    `AdapterCache` decides which adapter is in which slot; names are not known here.
     """
 
     def __init__(
         self,
-        token_layers: Mapping[str, nn.Linear],
-        kept_layers: Mapping[str, nn.Linear],
+        model: nn.Module,
+        products: Sequence[Product],
         dtype: torch.dtype,
-        operators: OperatorState | None = None,
+        kernels: KernelState | None = None,
     ) -> None:
-        """`operators`: those of `kernels.native` that compute these Linears, numbered in this order."""
-        self._operators = operators
-        self._linears = {**token_layers, **kept_layers}
-        self._numbers = {name: number for number, name in enumerate(self._linears)}
+        """Adapters may change the Linears in `products`; `kernels` are those that compute them, if any."""
+        self._kernels = kernels
+        self._numbers = {name: number for product in products for name, number in product.numbers.items()}
+        self._linears = {name: _linear(model, name) for name in self._numbers}
+        self._heads = {name for product in products if product.sees_sampled_rows for name in product.names}
         devices = (linear.weight.device for linear in self._linears.values())
         self._device = next(devices, torch.device("cpu"))
-        self._kept_names = frozenset(kept_layers)
         self._dtype = dtype
         self._layers: dict[str, LoraLayer] = {}
-        self._slots: dict[str, int] = {}
 
     def prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
-        """An adapter as `put` takes it; may be called in any thread.
+        """Scales and converts an adapter's weights for `put`; may be called in any thread.
 
         Raises:
             AdapterError: it changes a layer whose input is not the rows of the batch (an expert's), or its
@@ -231,8 +263,8 @@ class LoraStack:
                     f"adapter {name!r} at {adapter.path}: changes {layer}, whose input is not the batch's "
                     "tokens in their order (a layer of an expert?); that is not served"
                 )
-            # Scaled in the adapter's own or the model's precision, whichever is finer. Copies, since what was
-            # read may be a view of the file.
+            # Scaled in the finer of the adapter's and the model's precision. Copies, because `weights` may be
+            # views of the whole file's content.
             finest = torch.promote_types(weights.b.dtype, self._dtype)
             a = weights.a.to(self._dtype, copy=True)
             b = (weights.b.to(finest) * weights.scaling).T.to(self._dtype).contiguous()
@@ -245,63 +277,39 @@ class LoraStack:
             prepared[layer] = (a, b)
         return SlotWeights(prepared)
 
-    def add(self, name: str, adapter: LoadedAdapter) -> None:
-        """Makes an adapter resident; it can be used from the next step on.
-
-        Raises:
-            AdapterError: see `prepare`; nothing was changed then.
-        """
-        self.put(name, self.prepare(name, adapter))
-
     @torch.inference_mode()
-    def put(self, name: str, weights: SlotWeights) -> None:
-        """Makes a prepared adapter resident, in the slot of a removed one if there is any."""
-        self.remove(name)
-        slot = min(set(range(len(self._slots) + 1)) - set(self._slots.values()))
-        self._slots[name] = slot
+    def put(self, slot: int, weights: SlotWeights) -> None:
+        """Replaces the contents of a slot; the next forward pass uses the new ones."""
         for layer in self._layers.keys() - weights.layers.keys():
             self._layers[layer].remove(slot)
         for layer, (a, b) in weights.layers.items():
             if layer not in self._layers:
                 self._layers[layer] = LoraLayer(
-                    self._linears[layer], self._dtype, self._operators, self._numbers[layer]
+                    self._linears[layer], self._numbers[layer], self._dtype, self._kernels
                 )
-            self._layers[layer].add(slot, a, b)
+            self._layers[layer].put(slot, a, b)
 
-    def remove(self, name: str) -> None:
-        """Forgets an adapter, if it is here; its weights stay until the slot is taken."""
-        self._slots.pop(name, None)
-
-    def slot(self, name: str | None) -> int:
-        """The slot of a resident adapter; of None, `BASE`.
-
-        Raises:
-            AdapterError: the adapter is not resident.
-        """
-        if name is None:
-            return BASE
-        if name not in self._slots:
-            raise AdapterError(f"adapter {name!r} is not loaded")
-        return self._slots[name]
-
-    def set_rows(self, spans: Sequence[tuple[int, int]], kept: Sequence[int]) -> None:
-        """Says whose tokens the next forward has, and which tokens' logits are kept.
+    def set_rows(self, spans: Sequence[tuple[int, int]], sampled_rows: Sequence[int]) -> None:
+        """Sets the slots of the next forward pass's tokens, and the tokens whose logits it computes.
 
         `spans`: (slot, number of tokens) of each sequence, in the order of the tokens.
         """
-        rows = StepRows(spans, self._device)
-        kept_rows = StepRows([(slot, 1) for slot in _slots_of(spans, kept)], self._device)
-        if self._operators is not None:
-            self._operators.set_adapter_rows(False, *rows.as_tensors())
-            self._operators.set_adapter_rows(True, *kept_rows.as_tensors())
+        token_rows = StepRows(spans, self._device)
+        head_rows = StepRows([(slot, 1) for slot in _slots_of(spans, sampled_rows)], self._device)
+        if self._kernels is not None:
+            self._kernels.set_adapter_rows(False, *token_rows.as_tensors())
+            self._kernels.set_adapter_rows(True, *head_rows.as_tensors())
             return
         for name, lora_layer in self._layers.items():
-            of_layer = kept_rows if name in self._kept_names else rows
-            lora_layer.rows = of_layer if of_layer.has_adapters else None
+            rows = head_rows if name in self._heads else token_rows
+            lora_layer.rows = rows if rows.has_adapters else None
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """A tenth of the time of `isfinite().all()`: NaN is the largest and the smallest of what it is among."""
+    """Whether every entry is finite, in a tenth of the time of `isfinite().all()`.
+
+    `aminmax` returns NaN if any entry is NaN.
+    """
     smallest, largest = tensor.aminmax()
     return math.isfinite(smallest) and math.isfinite(largest)
 
@@ -309,6 +317,12 @@ def _is_finite(tensor: Tensor) -> bool:
 def _slots_of(spans: Iterable[tuple[int, int]], tokens: Iterable[int]) -> list[int]:
     slots = [slot for slot, num_tokens in spans for _ in range(num_tokens)]
     return [slots[token] for token in tokens]
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -20,7 +20,7 @@ MIN_TEMPERATURE = 1e-6
 _NUM_CANDIDATES = 256
 """How many of the likeliest tokens top-k and top-p look at before they sort the whole vocabulary."""
 _BLOCK_SIZE = 256
-_UNUSABLE, _UNDECIDED = -1, -2
+_UNUSABLE, UNDECIDED = -1, -2
 """In place of a token."""
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint32)
@@ -55,7 +55,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
         if group:
             tokens[group] = draw(_scale(logits, largest, rows, group), [rows[n] for n in group])
     picked: list[int] = tokens.masked_fill(~largest.isfinite(), _UNUSABLE).tolist()
-    if hard := [n for n, token in enumerate(picked) if token == _UNDECIDED]:
+    if hard := [n for n, token in enumerate(picked) if token == UNDECIDED]:
         sorted_out = _draw_sorted(_scale(logits, largest, rows, hard), [rows[n] for n in hard])
         for n, token in zip(hard, sorted_out.tolist(), strict=True):
             picked[n] = token
@@ -136,7 +136,7 @@ def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """A token per row, (num_rows,), of the `top_k` likeliest, of these the fewest with `top_p` of the mass.
 
-    Looks at the likeliest `_NUM_CANDIDATES` only: `_UNDECIDED` where these may not be enough.
+    Looks at the likeliest `_NUM_CANDIDATES` only: `UNDECIDED` where these may not be enough.
     """
     vocab = scaled.shape[-1]
     likeliest, tokens = _largest(scaled, min(_NUM_CANDIDATES, vocab))
@@ -152,7 +152,7 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     is_decided = likeliest.gather(-1, (num_kept - 1).clamp(min=0)) > likeliest[:, -1:]
     if vocab > _NUM_CANDIDATES:
         is_decided &= (top_k <= _NUM_CANDIDATES) | (top_k == vocab)
-        tokens = tokens.masked_fill(~is_decided, _UNDECIDED)
+        tokens = tokens.masked_fill(~is_decided, UNDECIDED)
     return tokens.gather(-1, _draw(kept, rows)).squeeze(-1)
 
 

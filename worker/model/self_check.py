@@ -1,7 +1,8 @@
-"""Whether a model computes the same packed, over the paged cache, as it does plainly. Run once at load.
+"""A check at load that a model computes the same for batches over the paged cache as for single sequences.
 
-Not a list of model families: some never call the attention function, some keep state elsewhere, some take
-parameters from the whole pack. All that shows as other logits or other calls, and the model is refused.
+It stands in place of a list of model families. Some models never call the attention function, some keep state
+elsewhere, some take parameters from the whole row of tokens. Each of these shows as other logits or missing
+calls, and the model is refused.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,54 +18,54 @@ from shared.errors import ConfigurationError
 from shared.messages import SamplingParams
 from worker.engine.sequence import Batch, ScheduledSequence, Sequence
 from worker.model.attention import NAME, AttentionState
+from worker.model.kernels.products import Product, number_products
 from worker.model.lora import linears
 
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
-"""Largest admitted error of a row of logits, as a share of the row's spread; a wrong one is around 1."""
+"""Largest admitted error of a row of logits, as a share of the row's spread; a wrong row is off by about
+1."""
 MAX_NUM_NOISY_ROWS = 2
-"""In half precision a row in a hundred depends on rounding alone: SmolLM2-135M in bfloat16 is then as far
-from itself in float32. A wrong kind of step shows in three of the ten rows at least, by what it leaves in the
-cache."""
+"""Rows that may be wrong in half precision, where one row in a hundred depends on rounding alone:
+SmolLM2-135M in bfloat16 is then as far from itself in float32. A fault in one kind of step spoils at least
+three of the ten rows, through the cache that the step leaves behind."""
 
 LENGTHS = (17, 7, 12)
 """Tokens of the three check sequences."""
 STEPS: tuple[tuple[int, int, int], ...] = (
     (6, 0, 0),  # a first chunk of a prefill
-    (9, 5, 0),  # the rest of it beside another prefill
+    (9, 5, 0),  # its second chunk beside another prefill
     (1, 1, 10),  # decodes beside a prefill
     (1, 1, 1),  # decodes alone
     (0, 0, 1),
 )
-"""How many tokens of each sequence the steps run."""
+"""Tokens of each sequence in each step."""
 
 
 def num_blocks_needed(block_size: int) -> int:
-    """Blocks that the check takes."""
+    """Blocks of the KV cache that the check uses."""
     return sum(-(-length // block_size) for length in LENGTHS)
 
 
 @dataclass
 class LinearCalls:
-    """What the Linears of a model saw at every step."""
+    """The calls of a model's Linears, over all steps."""
 
     see_tokens: dict[str, bool] = field(default_factory=dict)
-    """Whether one row per token of the step, ..."""
-    see_kept: dict[str, bool] = field(default_factory=dict)
-    """... or one per kept row of it."""
+    """Linears by name: whether each call had one row per token of the step."""
+    see_sampled: dict[str, bool] = field(default_factory=dict)
+    """Linears by name: whether each call had one row per sampled token."""
     neighbours: set[tuple[str, str]] | None = None
-    """Those called one after the other with the same rows; None before the first step."""
+    """Pairs that every step called one after the other with the same rows; None before the first step."""
 
-    def select(self, model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
-        """The model's Linears that see all tokens, and those that see the kept rows."""
+    def products(self, model: nn.Module) -> list[Product]:
+        """The products to which the model's Linears can be joined; Linears with other rows are left out."""
         modules = linears(model)
         tokens = {name: module for name, module in modules.items() if self.see_tokens.get(name)}
-        kept = {
-            name: module for name, module in modules.items() if name not in tokens and self.see_kept.get(name)
-        }
-        return tokens, kept
+        heads = [name for name in modules if name not in tokens and self.see_sampled.get(name)]
+        return number_products(self._group(tokens), heads)
 
-    def group(self, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
-        """The names of `layers` in their order, those side by side that one product can compute."""
+    def _group(self, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
+        """The names of `layers` in their order; neighbours that one product can compute share a group."""
         groups: list[list[str]] = []
         for name, linear in layers.items():
             former = groups[-1][-1] if groups else ""
@@ -75,7 +76,7 @@ class LinearCalls:
         return groups
 
     def end_step(self, calls: Iterable[tuple[str, Tensor]]) -> None:
-        """Notes which Linears were called with which rows, in the order of the calls."""
+        """Records the neighbours of a step, from the (name, rows) of all calls in their order."""
         pairs = {
             (name, next_name) for (name, rows), (next_name, next_rows) in pairwise(calls) if rows is next_rows
         }
@@ -87,13 +88,13 @@ def _are_alike(one: nn.Linear, other: nn.Linear) -> bool:
 
 
 class SelfCheck:
-    """Three short sequences, as a model computes them plainly before anything in it is replaced."""
+    """Three short sequences with the logits that the unchanged model gives for each alone."""
 
     def __init__(self, model: Any, state: AttentionState, block_size: int, name: str) -> None:
-        """`state.kv_cache` needs `num_blocks_needed` blocks.
+        """Computes these logits. `state.kv_cache` needs `num_blocks_needed` blocks.
 
         Raises:
-            ConfigurationError: the model's plain forward pass fails.
+            ConfigurationError: the unchanged model fails.
         """
         self._model = model
         self._state = state
@@ -106,35 +107,35 @@ class SelfCheck:
             self._plain = [_plain_logits(model, sequence) for sequence in self._ids]
 
     def run(self, forward: Callable[[Batch], Tensor]) -> LinearCalls:
-        """Runs them packed with `forward`, and compares.
+        """Runs the sequences in batches with `forward`, and compares.
 
         Raises:
-            ConfigurationError: they differ, or it fails; names the model and the reason.
+            ConfigurationError: the logits differ, or `forward` fails; names the model and the reason.
         """
-        with self._refused_on_error("its forward pass over packed sequences fails"):
+        with self._refused_on_error("its forward pass over a batch of sequences fails"):
             calls, errors = self._run(forward)
-        problem = _call_problem(self._model, self._state) or _logits_problem(errors, self._model.dtype)
+        problem = _call_problem(self._model, self._state) or logits_problem(errors, self._model.dtype)
         if problem:
             raise ConfigurationError(f"LORELAY_MODEL: {self._name} can't be served: {problem}")
         return calls
 
     def run_again(self, forward: Callable[[Batch], Tensor]) -> None:
-        """The same, when the products and the attention of a model that passed were replaced by our own.
+        """Repeats `run` for a model that passed, with our own products and attention in it.
 
         Raises:
-            ConfigurationError: says so, since then it is our fault.
+            ConfigurationError: the model fails now; the message says that this is a fault of Lorelay.
         """
         try:
             self.run(forward)
         except ConfigurationError as error:
             raise ConfigurationError(
                 f"{error.message} (with PyTorch's own calls it can: a fault of Lorelay's products or C++ "
-                "operators; LORELAY_COMPILE=off leaves the latter out)"
+                "kernels; LORELAY_COMPILE=off leaves the kernels out)"
             ) from error
 
     @contextmanager
     def _refused_on_error(self, what: str) -> Iterator[None]:
-        """Whatever an unknown model raises on such input means that it can't be served."""
+        """Makes any error a refusal: an unknown model may raise anything."""
         try:
             yield
         except Exception as error:
@@ -151,15 +152,15 @@ class SelfCheck:
             with _watched(self._model, sum(counts), len(batch), calls):
                 logits = forward(batch)
             rows = [self._plain[sequences.index(item.seq)][len(item.seq.token_ids) - 1] for item in batch]
-            for packed_row, plain_row in zip(logits, rows[: len(logits)], strict=True):
-                errors.append(relative_error(packed_row, plain_row))
+            for row, plain_row in zip(logits, rows[: len(logits)], strict=True):
+                errors.append(relative_error(row, plain_row))
             for item in batch:
                 item.seq.num_computed_tokens += item.num_tokens
         return calls, errors
 
 
 def _sequences(block_size: int) -> list[Sequence]:
-    """Empty sequences whose blocks are dealt from the cache's last block down, in turns."""
+    """Empty sequences whose blocks are dealt in turns, from the cache's last block down."""
     free = list(range(num_blocks_needed(block_size)))
     sequences = [Sequence("self-check", n, None, SamplingParams(), [], 0, 1) for n in range(len(LENGTHS))]
     while free:
@@ -193,8 +194,8 @@ def _plain_logits(model: Any, token_ids: list[int]) -> Tensor:
 
 
 @contextmanager
-def _watched(model: nn.Module, num_tokens: int, num_kept: int, calls: LinearCalls) -> Iterator[None]:
-    """Notes the rows that each Linear sees meanwhile."""
+def _watched(model: nn.Module, num_tokens: int, num_sampled: int, calls: LinearCalls) -> Iterator[None]:
+    """Adds the calls of one step to `calls`."""
     handles = []
     rows: list[tuple[str, Tensor]] = []
     for name, module in linears(model).items():
@@ -202,9 +203,9 @@ def _watched(model: nn.Module, num_tokens: int, num_kept: int, calls: LinearCall
         def note(linear: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
             rows.append((name, inputs[0]))
             num_rows = inputs[0].shape[:-1].numel()
-            is_packed = inputs[0].dim() == 2 or inputs[0].shape[-2] == num_rows
-            for seen, expected in ((calls.see_tokens, num_tokens), (calls.see_kept, num_kept)):
-                seen[name] = seen.get(name, True) and is_packed and num_rows == expected
+            is_one_row = inputs[0].dim() == 2 or inputs[0].shape[-2] == num_rows
+            for seen, expected in ((calls.see_tokens, num_tokens), (calls.see_sampled, num_sampled)):
+                seen[name] = seen.get(name, True) and is_one_row and num_rows == expected
 
         handles.append(module.register_forward_pre_hook(note))
     try:
@@ -215,10 +216,10 @@ def _watched(model: nn.Module, num_tokens: int, num_kept: int, calls: LinearCall
     calls.end_step(rows)
 
 
-def relative_error(packed: Tensor, plain: Tensor) -> float:
+def relative_error(row: Tensor, plain: Tensor) -> float:
     """The difference of two rows of logits, as a share of the spread of the second."""
-    packed, plain = packed.double(), plain.double()
-    return float((packed - plain).norm() / (plain - plain.mean()).norm())
+    row, plain = row.double(), plain.double()
+    return float((row - plain).norm() / (plain - plain.mean()).norm())
 
 
 def _call_problem(model: Any, state: AttentionState) -> str | None:
@@ -239,11 +240,12 @@ def _call_problem(model: Any, state: AttentionState) -> str | None:
     return None
 
 
-def _logits_problem(errors: list[float], dtype: torch.dtype) -> str | None:
-    differing = [error for error in errors if not error <= TOLERANCES.get(dtype, 1e-3)]  # NaN is one
+def logits_problem(errors: list[float], dtype: torch.dtype) -> str | None:
+    """A sentence about the rows that differ too much, if any; `errors` are those of `relative_error`."""
+    differing = [error for error in errors if not error <= TOLERANCES.get(dtype, 1e-3)]  # NaN differs, too
     if len(differing) <= (MAX_NUM_NOISY_ROWS if dtype.itemsize == 2 else 0):
         return None
     return (
-        f"its logits over packed sequences differ from the plain ones in {len(differing)} of {len(errors)} "
+        f"its logits in a batch of sequences differ from the plain ones in {len(differing)} of {len(errors)} "
         f"rows (by {max(differing):.2g} of their spread)"
     )

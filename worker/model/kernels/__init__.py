@@ -1,1 +1,1 @@
-"""The C++ operators of a CPU, and what the process sets before torch loads."""
+"""C++ kernels, and settings of the libraries below torch. Some modules here must be imported before torch."""

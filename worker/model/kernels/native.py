@@ -1,36 +1,37 @@
-"""The operators of a forward pass in C++, on a CPU with a compiler.
+"""C++ kernels for the forward pass on a CPU: Linears with their adapters, attention, compiled graphs.
 
-Built once per machine, while the model loads; without a compiler PyTorch's own calls do the same, slower.
+They are built once per machine, while the model loads. Without a compiler, PyTorch's own calls compute the
+same, slower.
 """
 
-import contextlib
 import hashlib
 import logging
-import os
 import platform
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from shared.logs import fields
+from worker.model.kernels.build_cache import cache_folder, mark_used
 from worker.model.kernels.threads import COMPILER
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).parent / "cpp" / "operators.cpp"
+_SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
 _REORDERED_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
-"""Sums of many numbers need vectors; NaN and infinity stay what they are."""
+"""Options without which sums are not vectorised. NaN and infinity keep their meaning, unlike with
+-ffast-math."""
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", *_REORDERED_SUMS)
 
 
 def make_callable(device: torch.device, folder: Path | None = None) -> bool:
-    """Loads the kernels, built where need be. Whether they can be called: if not, the log tells why.
+    """Loads the kernels into this process, and builds them first if need be. False: they can't be used.
 
-    `folder` keeps what is built, by default `cache_folder()`.
+    The log has the reason. `folder`, by default `cache_folder()`, keeps the built library.
     """
     if device.type != "cpu":
         return False
@@ -41,7 +42,7 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
         _load(path)
         mark_used(path)
     except OSError as error:
-        # Many machines have no compiler; one that fails should be looked at.
+        # Many machines have no compiler, which is fine; a compiler that fails deserves a warning.
         level = logging.INFO if isinstance(error, FileNotFoundError) else logging.WARNING
         reason = error.__cause__ or error
         logger.log(
@@ -52,26 +53,11 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
     return True
 
 
-def cache_folder() -> Path:
-    """Where what is built is kept, by default: `$XDG_CACHE_HOME/lorelay` or `~/.cache/lorelay`.
+class KernelState(Protocol):
+    """Weights, adapters, KV cache and layout of the step: the kernels' inputs beside their arguments.
 
-    Raises:
-        OSError: there is no such folder.
+    One state belongs to one model. Linears go by the numbers of `products.Product`.
     """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorelay"
-    except RuntimeError:
-        raise OSError("this user has no home folder: set XDG_CACHE_HOME") from None
-
-
-def mark_used(path: Path) -> None:
-    """Keeps something in the cache folder from being dropped for a while."""
-    with contextlib.suppress(OSError):  # it may be another user's
-        os.utime(path)
-
-
-class OperatorState(Protocol):
-    """What the operators of one model need beside their arguments."""
 
     def set_linears(
         self,
@@ -80,73 +66,73 @@ class OperatorState(Protocol):
         weight: Tensor,
         bias: Tensor | None,
         is_packed: bool,
-        sees_kept_rows: bool,
+        sees_sampled_rows: bool,
     ) -> None:
-        """Linears that are one product: `number` has `sizes[0]` outputs, `number + 1` has `sizes[1]`, ...
+        """Sets one product: Linear `number` has `sizes[0]` outputs, Linear `number + 1` has `sizes[1]`, ...
 
-        `weight` (sum of sizes, in), or what `packed` made of it; which of a step's rows they see.
+        `weight` is (sum of sizes, in), or what `products.pack` made of it.
         """
 
     def set_adapters(self, number: int, a: Tensor, b: Tensor, ranks: Tensor) -> None:
-        """The adapters of a Linear: `a` (sum of ranks, in) and `b` (sum of ranks, out), scaled.
+        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out), scaled.
 
-        Slot s owns ranks `ranks[s]` = (first, number).
+        Slot s owns the rows `ranks[s]` = (first, count) of both.
         """
 
     def set_cache(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """A layer's part of the KV cache."""
+        """Sets a layer's part of the KV cache."""
 
-    def set_adapter_rows(self, kept: bool, index: Tensor, runs: Tensor, long_spans: Tensor) -> None:
-        """Whose rows the next step has: of all tokens, or of the kept ones; see `model.lora.StepRows`."""
+    def set_adapter_rows(self, sampled: bool, index: Tensor, runs: Tensor, long_spans: Tensor) -> None:
+        """Sets the slots of the next step's token rows or sampled rows; see `lora.StepRows`."""
 
     def begin_step(
         self,
-        slots: Tensor,
+        cache_indices: Tensor,
         rows: Tensor,
         tables: Tensor,
         positions: Tensor,
         chunks: Tensor,
         chunk_tables: list[Tensor],
     ) -> None:
-        """Makes this the state of the operators that this thread calls from now on.
+        """Sets a step's layout, and makes this the state of all kernels that the thread calls from now on.
 
-        `slots` (T,): where the entries of all tokens go in the cache. Of the sequences that decode, row
-        `rows[n]` stands at `positions[n]` of the one whose blocks are `tables[n]`. The others have chunks
-        `chunks[n]` = (first row, number of rows, first position), and blocks `chunk_tables[n]`.
+        `cache_indices` (T,): where the keys and values of all tokens go in the cache. Row `rows[n]` decodes,
+        at `positions[n]` of a sequence with blocks `tables[n]`. All other rows are chunks of prompts,
+        `chunks[n]` = (first row, number of rows, first position), with blocks `chunk_tables[n]`.
         """
 
 
-def new_state() -> OperatorState:
+def new_state() -> KernelState:
     """An empty state."""
-    state: OperatorState = torch.classes.lorelay.OperatorState()
+    state: KernelState = torch.classes.lorelay.KernelState()
     return state
 
 
 class CompiledGraph(Protocol):
-    """A compiled forward pass; other threads of Python go on while it runs."""
+    """A compiled forward pass. It releases Python's global lock while it runs."""
 
     def tensor_paths(self) -> dict[str, str]:
-        """The path in the exported model of each tensor that the graph takes, by its name in the graph."""
+        """The tensors that the graph reads: names in the graph to paths in the exported model."""
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Gives it all tensors by their names; it reads them where they are."""
+        """Sets all tensors by their names in the graph, which reads them without a copy."""
 
-    def run(self, token_ids: Tensor, positions: Tensor, kept: Tensor) -> Tensor:
-        """Token ids and positions (1, T) and the kept rows (n,) to logits (n, vocab)."""
+    def run(self, token_ids: Tensor, positions: Tensor, sampled_rows: Tensor) -> Tensor:
+        """Token ids and positions (1, T) and the sampled rows (n,) to logits (n, vocab)."""
 
 
 def load_graph(library: Path) -> CompiledGraph:
-    """The graph in a library that `worker.model.compile_graph` made.
+    """Loads a graph that `worker.model.compile_graph` made.
 
     Raises:
-        RuntimeError: it is none, or damaged.
+        RuntimeError: the file is damaged, or is something else.
     """
     graph: CompiledGraph = torch.classes.lorelay.CompiledGraph(str(library))
     return graph
 
 
 def linear(number: int, num_outputs: int, rows: Tensor) -> Tensor:
-    """W x + b, and B (A x) of each row's adapter, of the Linears whose product has this number.
+    """W x + b, plus B (A x) of each row's adapter, for the product whose first Linear has this number.
 
     `rows` is (..., in), the output (..., num_outputs).
     """
@@ -154,18 +140,26 @@ def linear(number: int, num_outputs: int, rows: Tensor) -> Tensor:
     return output
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    layer: int,
-    *,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """The attention of one layer in the step that has begun, as `worker.model.attention` describes it."""
+class AttentionOptions(NamedTuple):
+    """A model's wishes for the attention of one layer."""
+
+    scaling: float
+    window: int | None
+    """Keys that a query sees, counted back from its own; None is all."""
+    softcap: float | None
+    """Bound of the scores."""
+    sinks: Tensor | None
+    """(num_heads,): one more score per head, which takes weight and adds no value."""
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether PyTorch's own attention knows them."""
+        return self.softcap is None and self.sinks is None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions) -> Tensor:
+    """The attention of one layer in the step that has begun; shapes as in `worker.model.attention`."""
+    scaling, window, softcap, sinks = options
     output: Tensor = torch.ops.lorelay.attention(query, key, value, sinks, layer, scaling, window, softcap)
     return output
 
@@ -174,12 +168,12 @@ def _build(path: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     folders = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    libraries = ["-ltorch_cpu", "-lc10"]  # those that this process has loaded already
+    libraries = ["-ltorch_cpu", "-lc10"]  # this process has them loaded, so nothing further is needed
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as scratch:
         output = Path(scratch) / path.name
         _run_compiler("-shared", "-fPIC", *folders, str(_SOURCE), "-o", str(output), *libraries)
-        # Another worker may build the same at this time: whichever comes last replaces it whole.
+        # Another worker may build the same file now. The rename is atomic, so neither loads half a file.
         output.replace(path)
 
 
@@ -189,17 +183,17 @@ def _load(path: Path) -> None:
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError:
-        path.unlink()  # the next start builds anew
+        path.unlink()  # the next start builds it again
         raise
 
 
 def _are_loaded() -> bool:
-    """Whether this process has them already; PyTorch would refuse to register the same names twice."""
+    """Whether this process has loaded the kernels: PyTorch refuses to register the same names twice."""
     return hasattr(torch.ops.lorelay, "attention")
 
 
 def fingerprint() -> str:
-    """Changes with whatever the built file depends on; `native` means another one on each kind of CPU.
+    """A digest of everything the library depends on, the CPU among it: `-march=native` differs between CPUs.
 
     Raises:
         OSError: there is no compiler.
@@ -211,7 +205,11 @@ def fingerprint() -> str:
 
 
 def _run_compiler(*arguments: str) -> bytes:
-    """What it prints. Raises `OSError`: there is none, or it fails."""
+    """The compiler's output.
+
+    Raises:
+        OSError: there is no compiler, or it fails.
+    """
     done = subprocess.run([COMPILER, *_FLAGS, *arguments], capture_output=True, check=False)
     if done.returncode:
         errors = done.stderr.decode(errors="replace").strip()

@@ -1,19 +1,20 @@
-"""How many products oneDNN keeps prepared; without torch, which reads it when it loads."""
+"""Sizes of oneDNN's caches. They are read when torch loads, so this module does not import it."""
 
 import os
 from collections.abc import MutableMapping
 
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Of oneDNN's own cache, and of the one that PyTorch has in front of it."""
+"""Variables for oneDNN's own cache, and for the one that PyTorch keeps in front of it."""
 _NUM_PRODUCTS = 128
-"""All those of decode steps with up to 25 rows; another one takes a quarter of a millisecond to prepare."""
+"""Entries for all products of decode steps with up to 25 rows. A missing entry costs a quarter of a
+millisecond."""
 
 
 def bound_caches(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Bounds the memory of oneDNN's caches, unless an operator chose. Call before torch loads.
+    """Bounds oneDNN's caches, unless the operator's environment does. Call it before torch loads.
 
-    Both keep each product by its shape, and prompts bring ever new numbers of rows: with the 1,024 products
-    of the default a worker grows by several hundred MiB.
+    Both caches have an entry per shape of product, and prompts have ever new numbers of rows. At the default
+    of 1,024 entries a worker grows by several hundred MiB.
     """
     for name in _CAPACITIES:
         environ.setdefault(name, str(_NUM_PRODUCTS))

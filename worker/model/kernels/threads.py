@@ -1,24 +1,25 @@
-"""How the threads of the forward pass wait for each other; without torch, which reads it when it loads."""
+"""Settings of OpenMP, PyTorch's thread pool. Loading torch reads them, so this module does not import it."""
 
 import os
 import shutil
 from collections.abc import MutableMapping
 
 COMPILER = "g++"
-"""Its OpenMP is that of PyTorch: another one's threads would fight with PyTorch's for the cores."""
+"""The kernels' compiler. Its OpenMP is PyTorch's; threads of a second OpenMP would compete for the cores."""
 
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _SPIN_COUNT = 1000
-"""Some microseconds: most waits in a compiled step are over by then, and a busy neighbour costs no more."""
+"""Iterations of a few microseconds in all: a compiled step's threads rarely wait longer for each other."""
 _EAGER_SPIN_COUNT = 6000
-"""Of a step whose operations have Python between them: to wake a thread for each costs a fifth of it."""
+"""Longer, because an eager step runs Python between its operations. Waking threads for each would cost a
+fifth of the step."""
 
 
 def sleep_while_waiting(*, is_eager: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Makes threads that wait for each other sleep soon, unless an operator chose. Call before torch loads.
+    """Makes waiting threads sleep after a short spin, unless the operator's environment says otherwise.
 
-    By default they spin. Where another process takes one of their cores, the rest then burn theirs until it
-    comes back, once per operation: a step takes ten times as long.
+    Call it before torch loads. By default they spin for long. When another process takes one of their cores,
+    the other threads spin until it returns, in every operation, and a step takes ten times as long.
     """
     if not any(choice in environ for choice in _CHOICES):
         environ["OMP_WAIT_POLICY"] = "passive"
@@ -26,5 +27,5 @@ def sleep_while_waiting(*, is_eager: bool = False, environ: MutableMapping[str, 
 
 
 def stays_eager(compile_setting: str) -> bool:
-    """Whether no compiled forward pass is to be expected with this `LORELAY_COMPILE`."""
+    """Whether the forward pass can't become compiled, given `LORELAY_COMPILE` and this machine's compiler."""
     return compile_setting != "graph" or shutil.which(COMPILER) is None

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
+from typing import Any
 
 import pytest
 from safetensors.torch import load
@@ -10,12 +10,33 @@ from transformers import AutoModelForCausalLM
 
 from shared.errors import AdapterError
 from tests.fakes import served_models
-from tests.tiny_models import build_adapter, build_model
+from tests.tiny_models import build_adapter, build_model, change_json
 from worker.engine.served_models import ServedModels
-from worker.model import adapter_files
-from worker.model.adapter_files import CONFIG_FILE, WEIGHT_FILES
+from worker.model.adapter_files import CONFIG_FILE, WEIGHT_FILES, LoadedAdapter, load_adapter
 from worker.model.adapter_store import AdapterStore
-from worker.model.lora import LoraStack, linears
+from worker.model.kernels.products import number_products
+from worker.model.lora import LoraStack, SlotWeights, linears
+
+
+class CrampedStack(LoraStack):
+    """Runs out of memory when it is told to."""
+
+    is_full = False
+
+    def prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
+        if self.is_full:
+            raise RuntimeError("can't allocate memory")
+        return super().prepare(name, adapter)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(build_model(tmp_path / "model"))
+
+
+@pytest.fixture
+def stack(model: Any) -> CrampedStack:
+    return CrampedStack(model, number_products([[name] for name in linears(model)], []), model.dtype)
 
 
 @pytest.fixture
@@ -24,9 +45,8 @@ def served() -> ServedModels:
 
 
 @pytest.fixture
-def store(tmp_path: Path, served: ServedModels) -> AdapterStore:
-    model = AutoModelForCausalLM.from_pretrained(build_model(tmp_path / "model"))
-    return AdapterStore(model, "tiny", LoraStack(linears(model), {}, model.dtype), served)
+def store(model: Any, stack: CrampedStack, served: ServedModels) -> AdapterStore:
+    return AdapterStore(model, "tiny", stack, served)
 
 
 @pytest.fixture
@@ -51,11 +71,24 @@ def test_a_file_that_cannot_be_read_is_told_with_the_adapters_name_at_the_start_
     store.read("good")
 
 
+def test_an_adapter_whose_files_changed_is_refused_when_it_is_read_again(
+    store: AdapterStore, folder: Path
+) -> None:
+    store.register("mine", str(folder))
+    store.read("mine")
+    change_json(folder / CONFIG_FILE, lora_alpha=77)
+    with pytest.raises(AdapterError, match=r"'mine' at .* have changed"):
+        store.read("mine")
+    shutil.rmtree(folder)
+    with pytest.raises(AdapterError, match=r"'mine' at .* does not exist"):
+        store.read("mine")
+
+
 def test_a_lack_of_memory_is_told_with_the_adapters_name_at_the_start_and_later(
-    store: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+    store: AdapterStore, stack: CrampedStack, folder: Path
 ) -> None:
     store.register("good", str(folder))
-    monkeypatch.setattr(store._lora, "prepare", Mock(side_effect=RuntimeError("can't allocate memory")))
+    stack.is_full = True
     with pytest.raises(AdapterError, match=r"'bad' at .*can't allocate memory"):
         store.register("bad", str(folder))
     with pytest.raises(AdapterError, match=r"'good' at .*can't allocate memory"):
@@ -63,7 +96,7 @@ def test_a_lack_of_memory_is_told_with_the_adapters_name_at_the_start_and_later(
 
 
 def test_weights_that_are_replaced_while_they_are_read_are_refused(
-    store: AdapterStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: AdapterStore, model: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = build_adapter(tmp_path / "other", tmp_path / "model", seed=7)
 
@@ -74,4 +107,4 @@ def test_weights_that_are_replaced_while_they_are_read_are_refused(
     monkeypatch.setattr("safetensors.torch.load", load_slowly)
     with pytest.raises(AdapterError, match="changed while they were read"):
         store.register("a", str(folder))
-    assert adapter_files.load_adapter("other", str(other), store._model).version
+    assert load_adapter("other", str(other), model).version

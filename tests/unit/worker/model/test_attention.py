@@ -10,9 +10,10 @@ from shared.messages import SamplingParams
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from worker.engine.sequence import ScheduledSequence, Sequence
 from worker.model.attention import AttentionState, attach, paged_attention
+from worker.model.batch_forward import lay_out
 from worker.model.kernels import native
+from worker.model.kernels.native import AttentionOptions
 from worker.model.kv_cache import PagedKVCache
-from worker.model.model_runner import lay_out
 
 torch.set_num_threads(1)
 
@@ -89,12 +90,12 @@ def run_paged(
             slice(item.seq.num_computed_tokens, item.seq.num_computed_tokens + item.num_tokens)
             for item in batch
         ]
-        packed = [
+        parts = [
             torch.cat([inputs[n][kind][:, span] for (n, _), span in zip(step, spans, strict=True)], dim=1)
             for kind in range(3)
         ]
         state.begin_step(lay_out(batch, BLOCK_SIZE, torch.device("cpu")))
-        output, _ = paged_attention(layer, *(part[None] for part in packed), None, **options)
+        output, _ = paged_attention(layer, *(part[None] for part in parts), None, **options)
         pieces = output[0].split([count for _, count in step])
         for (n, count), piece in zip(step, pieces, strict=True):
             outputs[n].append(piece)
@@ -129,7 +130,7 @@ def random_inputs(seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     ],
     ids=str,
 )
-def test_chunks_and_decodes_of_packed_sequences_equal_whole_sequences_alone(
+def test_chunks_and_decodes_of_batched_sequences_equal_whole_sequences_alone(
     options: dict[str, Any], has_kernels: bool
 ) -> None:
     inputs = random_inputs()
@@ -184,19 +185,19 @@ def test_the_kernels_attend_as_pytorch_does_in_every_precision(
         for table, first, count in zip(tables, first_positions, num_queries, strict=True)
         for n in range(count)
     ]
-    slots = [int(table[place // BLOCK_SIZE]) * BLOCK_SIZE + place % BLOCK_SIZE for table, place in places]
+    indices = [int(table[place // BLOCK_SIZE]) * BLOCK_SIZE + place % BLOCK_SIZE for table, place in places]
     operators = native.new_state()
     operators.set_cache(0, *cache)
     operators.begin_step(
-        torch.tensor(slots),
+        torch.tensor(indices),
         torch.arange(2),
         torch.nn.utils.rnn.pad_sequence(tables[:2], batch_first=True),
         torch.tensor(first_positions[:2]),
         torch.tensor([(2, 100, 0), (102, 45, 31)]),
         tables[2:],
     )
-    options: dict[str, Any] = {"scaling": 0.3, "window": window, "softcap": None}
-    output = native.attention(query[None], key[None], value[None], None, 0, **options)[0]
+    options = AttentionOptions(scaling=0.3, window=window, softcap=None, sinks=None)
+    output = native.attention(query[None], key[None], value[None], 0, options)[0]
     for row, (table, place) in enumerate(places):
         keys, values = (layer[table].flatten(0, 1)[: place + 1].transpose(0, 1).double() for layer in cache)
         assert torch.equal(keys[:, -1], key[:, row].double())
@@ -234,7 +235,7 @@ def test_a_kernel_stores_what_is_not_finite_as_numbers() -> None:
     operators.set_cache(0, *cache)
     one = torch.tensor([[1]])
     operators.begin_step(torch.tensor([4]), one[0] - 1, one, one - 1, torch.empty(0, 3, dtype=torch.long), [])
-    native.attention(entry, entry, -entry, None, 0, scaling=1.0, window=None, softcap=None)
+    native.attention(entry, entry, -entry, 0, AttentionOptions(1.0, None, None, None))
     largest = torch.finfo(torch.float32).max
     assert cache[0][1, 0, 0].tolist() == [0, largest]
     assert cache[1][1, 0, 0].tolist() == [0, -largest]
@@ -242,9 +243,9 @@ def test_a_kernel_stores_what_is_not_finite_as_numbers() -> None:
 
 def test_the_cache_keeps_each_layers_own_shape_when_it_grows() -> None:
     cache = PagedKVCache(2, 4)
-    slots = torch.tensor([0, 7])
-    cache.write(0, slots, torch.ones(2, 1, 6), torch.ones(2, 1, 5))
-    cache.write(3, slots, torch.ones(2, 2, 4).double(), torch.ones(2, 2, 4).double())
+    indices = torch.tensor([0, 7])
+    cache.write(0, indices, torch.ones(2, 1, 6), torch.ones(2, 1, 5))
+    cache.write(3, indices, torch.ones(2, 2, 4).double(), torch.ones(2, 2, 4).double())
     assert cache.num_bytes_per_block == 4 * ((6 + 5) * 4 + 2 * (8 + 8) * 4)
     cache.resize(5)
     new = torch.ones(1, 2, 4).double()

@@ -15,7 +15,7 @@ from shared.settings import WorkerSettings
 from tests.streams import make_request
 from tests.tiny_models import build_adapter, build_model
 from worker.model.adapter_files import load_adapter
-from worker.model.model_runner import ModelRunner
+from worker.model.startup import load_model_runner
 from worker.serving.faults import Faults
 from worker.serving.service import build_engine
 
@@ -66,7 +66,7 @@ class Service:
             max_cached_adapter_bytes=12_000,
             compile="kernels",
         )
-        self.runner = ModelRunner.load(settings)
+        self.runner = load_model_runner(settings)
         self.cache = self.runner.adapter_cache
         self.engine = build_engine(self.runner, settings, Faults())
         self._was_read = threading.Event()
@@ -118,7 +118,7 @@ def test_adapters_that_come_and_go_leave_no_tensor_block_or_slot(
     assert service.cache.num_reads > num_reads + 30, "they stayed where they were: nothing was tested"
     assert service.engine.remains == "0 requests, 0 cache blocks in use"
     assert sorted(service.cache.resident) == names[:2]
-    assert {service.runner._lora.slot(name) for name in names[:2]} == {0, 1}
+    assert {service.cache.slot(name) for name in names[:2]} == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["a0", "a1"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,11 +18,11 @@ from shared.errors import AdapterError
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from tests.fakes import served_models
 from tests.tiny_models import build_adapter, build_model, change_json
-from worker.model import adapter_files, lora
+from worker.model import lora
 from worker.model.adapter_files import WEIGHT_FILES, LayerWeights, LoadedAdapter, load_adapter
 from worker.model.adapter_store import AdapterStore
 from worker.model.kernels import native
-from worker.model.kernels.packed import replace_product
+from worker.model.kernels.products import number_products, replace_product
 from worker.model.lora import BASE, LoraStack
 
 torch.set_num_threads(1)
@@ -57,7 +58,8 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 
 def refusal(folder: Path | str, model: Any) -> str:
-    store = AdapterStore(model, "", LoraStack(lora.linears(model), {}, model.dtype), served_models())
+    products = number_products([[name] for name in lora.linears(model)], [])
+    store = AdapterStore(model, "", LoraStack(model, products, model.dtype), served_models())
     with pytest.raises(AdapterError) as caught:
         store.register("mine", str(folder))
     message = caught.value.message
@@ -90,8 +92,8 @@ def test_adapters_with_the_same_config_ask_peft_once(
     base: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [build_adapter(tmp_path / str(n), base, lora_alpha=n, seed=n) for n in (3, 3, 5)]
-    asked = Mock(side_effect=adapter_files._expected_layers)
-    monkeypatch.setattr(adapter_files, "_expected_layers", asked)
+    asked = Mock(side_effect=peft.inject_adapter_in_model)
+    monkeypatch.setattr(peft, "inject_adapter_in_model", asked)
     read = [load_adapter("a", str(folder), model) for folder in folders]
     assert asked.call_count == 2
     assert [{w.scaling for w in adapter.layers.values()} for adapter in read] == [{3 / 8}, {3 / 8}, {5 / 8}]
@@ -268,27 +270,34 @@ def make_adapter(rank: int, seed: int, layer: str = "one", scaling: float = 0.5)
     return LoadedAdapter("path", "version", {layer: LayerWeights(a, b, scaling)})
 
 
+PRODUCTS = number_products([["one"]], ["head"])
+
+
 class Stacked:
     def __init__(self, has_kernels: bool = False) -> None:
         self.one, self.head = (nn.Linear(6, 5, dtype=torch.float64) for _ in range(2))
-        self.operators = None
+        self.kernels = None
         if has_kernels:
             need_kernels()
-            self.operators = native.new_state()
-            replace_product([self.one], sees_kept_rows=False, operators=self.operators, number=0)
-            replace_product([self.head], sees_kept_rows=True, operators=self.operators, number=1)
-        self.stack = LoraStack({"one": self.one}, {"head": self.head}, torch.float64, self.operators)
+            self.kernels = native.new_state()
+            for linear, product in zip((self.one, self.head), PRODUCTS, strict=True):
+                replace_product([linear], product, self.kernels)
+        model = nn.ModuleDict({"one": self.one, "head": self.head})
+        self.stack = LoraStack(model, PRODUCTS, torch.float64, self.kernels)
         self.x = torch.randn(1, 7, 6, dtype=torch.float64)
 
-    def begin_step(self, spans: list[tuple[str | None, int]], kept: tuple[int, ...] = ()) -> None:
-        self.stack.set_rows([(self.stack.slot(name), count) for name, count in spans], kept)
-        if self.operators is not None:
+    def put(self, slot: int, adapter: LoadedAdapter) -> None:
+        self.stack.put(slot, self.stack.prepare("a", adapter))
+
+    def begin_step(self, spans: list[tuple[int, int]], sampled: tuple[int, ...] = ()) -> None:
+        self.stack.set_rows(spans, sampled)
+        if self.kernels is not None:
             none = torch.empty(0, dtype=torch.long)
-            self.operators.begin_step(none, none, none[None], none[None], none.view(0, 3), [])
+            self.kernels.begin_step(none, none, none[None], none[None], none.view(0, 3), [])
 
     @torch.inference_mode()
-    def run(self, names: list[str | None], kept: tuple[int, ...] = ()) -> torch.Tensor:
-        self.begin_step([(name, 1) for name in names], kept)
+    def run(self, slots: list[int], sampled: tuple[int, ...] = ()) -> torch.Tensor:
+        self.begin_step([(slot, 1) for slot in slots], sampled)
         return self.one(self.x)[0]
 
     @torch.inference_mode()
@@ -306,17 +315,16 @@ class Stacked:
 @WITH_AND_WITHOUT_KERNELS
 def test_each_row_gets_its_own_adapter_and_no_other(has_kernels: bool) -> None:
     layer = Stacked(has_kernels)
-    adapters = {"a": make_adapter(2, 0), "b": make_adapter(4, 1), "c": make_adapter(1, 2)}
-    for name, adapter in adapters.items():
-        layer.stack.add(name, adapter)
-    for names in (
-        ["a", None, "c", "b", "a", "a", None],
-        ["c", "a", "a", "c", "a", "c", "a"],
-        ["b"] * 7,
-        [None, "b", "b", "b", "b", "b", "b"],
+    adapters = {0: make_adapter(2, 0), 3: make_adapter(4, 1), 1: make_adapter(1, 2)}
+    for slot, adapter in adapters.items():
+        layer.put(slot, adapter)
+    for slots in (
+        [0, BASE, 1, 3, 0, 0, BASE],
+        [1, 0, 0, 1, 0, 1, 0],
+        [3] * 7,
+        [BASE, 3, 3, 3, 3, 3, 3],
     ):
-        wanted = [adapters[name] if name else None for name in names]
-        torch.testing.assert_close(layer.run(names), layer.expected(wanted))
+        torch.testing.assert_close(layer.run(slots), layer.expected([adapters.get(slot) for slot in slots]))
 
 
 @WITH_AND_WITHOUT_KERNELS
@@ -326,53 +334,58 @@ def test_long_spans_get_their_own_adapter_beside_single_rows(
     monkeypatch.setattr(lora, "MIN_LONG_ROWS", 8)
     layer = Stacked(has_kernels)
     layer.x = torch.randn(1, 25, 6, dtype=torch.float64)
-    adapters = {"a": make_adapter(2, 0), "b": make_adapter(4, 1)}
-    for name, adapter in adapters.items():
-        layer.stack.add(name, adapter)
-    spans = [("b", 1), ("a", 8), (None, 9), ("b", 2), (None, 1), ("a", 4)]
+    adapters = [make_adapter(2, 0), make_adapter(4, 1)]
+    for slot, adapter in enumerate(adapters):
+        layer.put(slot, adapter)
+    spans = [(1, 1), (0, 8), (BASE, 9), (1, 2), (BASE, 1), (0, 4)]
     layer.begin_step(spans)
     with torch.inference_mode():
         output = layer.one(layer.x)[0]
-    wanted = [adapters[name] if name else None for name, count in spans for _ in range(count)]
+    wanted = [None if slot == BASE else adapters[slot] for slot, count in spans for _ in range(count)]
     torch.testing.assert_close(output, layer.expected(wanted))
 
 
 @WITH_AND_WITHOUT_KERNELS
 def test_without_an_adapter_in_the_batch_nothing_is_added(has_kernels: bool) -> None:
     layer = Stacked(has_kernels)
-    plain = layer.run([None] * 7)
-    layer.stack.add("a", make_adapter(2, 0))
-    assert torch.equal(layer.run([None] * 7), plain)
-    mixed = layer.run(["a", *[None] * 6])
+    plain = layer.run([BASE] * 7)
+    layer.put(0, make_adapter(2, 0))
+    assert torch.equal(layer.run([BASE] * 7), plain)
+    mixed = layer.run([0, *[BASE] * 6])
     assert torch.equal(mixed[1:], plain[1:])
     assert not torch.equal(mixed[0], plain[0])
 
 
 @WITH_AND_WITHOUT_KERNELS
-def test_adapters_come_go_and_are_replaced_while_others_stay(has_kernels: bool) -> None:
+def test_the_adapter_of_a_slot_is_replaced_while_others_stay(has_kernels: bool) -> None:
     layer = Stacked(has_kernels)
     first, second, third = (make_adapter(rank, rank) for rank in (3, 2, 5))
-    layer.stack.add("a", first)
-    layer.stack.add("b", second)
-    layer.stack.remove("a")
-    torch.testing.assert_close(layer.run(["b"] * 7), layer.expected([second] * 7))
-    layer.stack.add("c", third)
-    layer.stack.add("b", first)
-    names = ["b", "c", None, "c", "b", None, "b"]
-    wanted = [{"b": first, "c": third}[name] if name else None for name in names]
-    torch.testing.assert_close(layer.run(names), layer.expected(wanted))
-    layer.stack.remove("unknown")
-    with pytest.raises(AdapterError, match="'a' is not loaded"):
-        layer.stack.slot("a")
-    assert layer.stack.slot(None) == BASE
+    layer.put(0, first)
+    layer.put(1, second)
+    torch.testing.assert_close(layer.run([1] * 7), layer.expected([second] * 7))
+    layer.put(0, third)
+    layer.put(1, first)
+    slots = [1, 0, BASE, 0, 1, BASE, 1]
+    wanted = [{1: first, 0: third}.get(slot) for slot in slots]
+    torch.testing.assert_close(layer.run(slots), layer.expected(wanted))
 
 
 @WITH_AND_WITHOUT_KERNELS
-def test_the_head_sees_the_kept_rows_only(has_kernels: bool) -> None:
+def test_a_slot_keeps_nothing_in_layers_that_its_next_adapter_leaves_alone(has_kernels: bool) -> None:
     layer = Stacked(has_kernels)
-    adapter = make_adapter(2, 0, layer="head")
-    layer.stack.add("a", adapter)
-    layer.run([None, "a", "a", None, "a", None, None], kept=(0, 2, 4))
+    plain = layer.run([BASE] * 7)
+    layer.put(0, make_adapter(2, 0))
+    layer.put(1, make_adapter(3, 1))
+    layer.put(0, make_adapter(2, 0, layer="head"))
+    assert torch.equal(layer.run([0] * 7), plain)
+    torch.testing.assert_close(layer.run([1] * 7), layer.expected([make_adapter(3, 1)] * 7))
+
+
+@WITH_AND_WITHOUT_KERNELS
+def test_the_head_sees_the_sampled_rows_only(has_kernels: bool) -> None:
+    layer = Stacked(has_kernels)
+    layer.put(0, make_adapter(2, 0, layer="head"))
+    layer.run([BASE, 0, 0, BASE, 0, BASE, BASE], sampled=(0, 2, 4))
     with torch.inference_mode():
         delta = layer.head(layer.x[:, :3]) - nn.functional.linear(
             layer.x[:, :3], layer.head.weight, layer.head.bias
@@ -385,11 +398,11 @@ def test_an_adapter_that_overflows_spoils_no_other_row(has_kernels: bool) -> Non
     layer = Stacked(has_kernels)
     huge = make_adapter(2, 0)
     huge.layers["one"].a.mul_(1e307)
-    layer.stack.add("huge", huge)
+    layer.put(0, huge)
     good = make_adapter(2, 1)
-    layer.stack.add("good", good)
+    layer.put(1, good)
     layer.x.mul_(1e10)
-    output = layer.run(["huge", "good", None, "good", "huge", None, "good"])
+    output = layer.run([0, 1, BASE, 1, 0, BASE, 1])
     assert not output[0].isfinite().all()
     expected = layer.expected([None, good, None, good, None, None, good])
     rows = [1, 2, 3, 5, 6]
@@ -397,14 +410,12 @@ def test_an_adapter_that_overflows_spoils_no_other_row(has_kernels: bool) -> Non
 
 
 def test_weights_that_overflow_the_models_precision_are_refused() -> None:
-    linear = nn.Linear(6, 5, dtype=torch.float16)
-    stack = LoraStack({"one": linear}, {}, torch.float16)
+    model = nn.ModuleDict({"one": nn.Linear(6, 5, dtype=torch.float16)})
+    stack = LoraStack(model, number_products([["one"]], []), torch.float16)
     with pytest.raises(AdapterError, match=r"one\.lora_B overflows torch\.float16"):
-        stack.add("a", make_adapter(2, 0, scaling=1e6))
-    with pytest.raises(AdapterError, match="not loaded"):
-        stack.slot("a")
+        stack.prepare("a", make_adapter(2, 0, scaling=1e6))
 
 
 def test_a_layer_that_does_not_see_the_batchs_tokens_is_refused() -> None:
     with pytest.raises(AdapterError, match="changes expert"):
-        Stacked().stack.add("a", make_adapter(2, 0, layer="expert"))
+        Stacked().put(0, make_adapter(2, 0, layer="expert"))

@@ -28,6 +28,7 @@ from worker.engine.records import Output
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
 from worker.engine.served_models import ServedModels
 from worker.model.model_runner import ModelRunner
+from worker.model.startup import load_model_runner
 
 torch.set_num_threads(1)
 
@@ -85,7 +86,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         name: build_adapter(root / name, folder, seed=n, **config)
         for n, (name, config) in enumerate(ADAPTERS.items())
     }
-    runner = ModelRunner.load(
+    runner = load_model_runner(
         WorkerSettings(
             model=str(folder),
             adapters=" ".join(f"{name}={path}" for name, path in adapters.items()),
@@ -96,7 +97,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             compile=compile,
         )
     )
-    wait_until_compiled(runner)
+    if compile == "graph":
+        wait_until_compiled(runner)
     return Model(runner, folder, adapters)
 
 

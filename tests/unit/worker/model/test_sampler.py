@@ -191,7 +191,7 @@ def test_looking_at_the_likeliest_only_changes_no_token(
         if dtype != torch.bfloat16:  # whose equal entries may have to be sorted
             patched.delattr(sampler, "_draw_sorted")
         quick = sample(logits, rows)
-    monkeypatch.setattr(sampler, "_draw_likely", lambda _, rows: torch.full((len(rows),), sampler._UNDECIDED))
+    monkeypatch.setattr(sampler, "_draw_likely", lambda _, rows: torch.full((len(rows),), sampler.UNDECIDED))
     assert sample(logits, rows) == quick
 
 

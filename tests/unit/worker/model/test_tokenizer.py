@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from shared.errors import ConfigurationError, InvalidRequest
 from tests.tiny_models import EOS, build_tokenizer, change_json
@@ -20,10 +21,10 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def test_a_chat_becomes_the_templates_tokens_up_to_the_answer(tokenizer: Tokenizer) -> None:
+def test_a_chat_becomes_the_templates_tokens_up_to_the_answer(folder: Path, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
-    expected = tokenizer._backend.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
-    assert ids == expected
+    backend = AutoTokenizer.from_pretrained(folder)
+    assert ids == backend.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert all(isinstance(token_id, int) for token_id in ids)
 
 
@@ -38,8 +39,6 @@ def test_the_developer_role_is_the_system_role_where_the_template_knows_no_other
 
 
 def test_a_template_with_bos_gets_no_second_one(folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     backend = AutoTokenizer.from_pretrained(folder)
     backend.chat_template = "{{ bos_token }}" + backend.chat_template
     backend.add_bos_token = True
@@ -61,7 +60,7 @@ def test_the_detokenizer_gives_the_same_text_piece_by_piece(tokenizer: Tokenizer
 
 
 def test_every_declared_end_token_ends_a_sequence(folder: Path, tmp_path: Path) -> None:
-    eos = Tokenizer.load(folder)._backend.convert_tokens_to_ids(EOS)
+    eos = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(EOS)
     assert Tokenizer.load(folder).eos_token_ids == {eos}
     build_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -16,10 +16,10 @@
 
 namespace lorelay {
 
-constexpr int64_t ROWS_PER_TASK = 64;  // of entries to store: fewer are not worth another thread
+constexpr int64_t ROWS_PER_TASK = 64;  // rows to store from which another thread pays off
 
 template <typename T>
-inline T storable(T value) {  // like nan_to_num
+inline T storable(T value) {  // the same as torch.nan_to_num
   using Acc = at::opmath_type<T>;
   const Acc number = value;
   if (std::isfinite(number)) {
@@ -31,9 +31,10 @@ inline T storable(T value) {  // like nan_to_num
   return number > 0 ? std::numeric_limits<T>::max() : std::numeric_limits<T>::lowest();
 }
 
-// new_entries (num_kv_heads, T, head_dim), any strides but the last; layer (num_slots, num_kv_heads, head_dim).
+// new_entries (num_kv_heads, T, head_dim), any strides but the last; layer (number of cache
+// indices, num_kv_heads, head_dim).
 template <typename T>
-void write(const Tensor& new_entries, const int64_t* slots, const Tensor& layer) {
+void write(const Tensor& new_entries, const int64_t* indices, const Tensor& layer) {
   const int64_t num_heads = new_entries.size(0), num_rows = new_entries.size(1), size = new_entries.size(2);
   const int64_t head_stride = new_entries.stride(0), row_stride = new_entries.stride(1);
   const T* source = new_entries.const_data_ptr<T>();
@@ -42,7 +43,7 @@ void write(const Tensor& new_entries, const int64_t* slots, const Tensor& layer)
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t head = 0; head < num_heads; ++head) {
         const T* from = source + head * head_stride + row * row_stride;
-        T* to = target + (slots[row] * num_heads + head) * size;
+        T* to = target + (indices[row] * num_heads + head) * size;
         for (int64_t i = 0; i < size; ++i) {
           to[i] = storable(from[i]);
         }
@@ -65,8 +66,8 @@ inline Tensor paged_attention(const Tensor& any_query, const Tensor& key, const 
                     keys.size(1),  window,       query.stride(0), query.stride(1)};
   Tensor output = at::empty({query.size(1), query.size(0), sizes.value_dim}, query.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), "paged_attention", [&] {
-    write<scalar_t>(with_dense_entries(key), layout.slots.const_data_ptr<int64_t>(), keys);
-    write<scalar_t>(with_dense_entries(value), layout.slots.const_data_ptr<int64_t>(), values);
+    write<scalar_t>(with_dense_entries(key), layout.cache_indices.const_data_ptr<int64_t>(), keys);
+    write<scalar_t>(with_dense_entries(value), layout.cache_indices.const_data_ptr<int64_t>(), values);
     const bool is_square = sizes.head_dim == sizes.value_dim;
     const auto attend_decodes_of = is_square && sizes.head_dim == 64    ? attend_decodes<scalar_t, 64>
                                    : is_square && sizes.head_dim == 128 ? attend_decodes<scalar_t, 128>

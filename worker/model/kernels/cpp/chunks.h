@@ -22,13 +22,13 @@ constexpr int64_t VECTOR_BYTES = 64, ROWS_AT_ONCE = 8;
 #else
 constexpr int64_t VECTOR_BYTES = 32, ROWS_AT_ONCE = 4;
 #endif
-constexpr int64_t COLUMNS_AT_ONCE = 32;   // of all products; a multiple of two vectors
-constexpr int64_t TYPICAL_COLUMNS = 96;   // of a tile: as much as the nearest caches hold
+constexpr int64_t COLUMNS_AT_ONCE = 32;   // columns are padded to a multiple of it, which is one of two vectors
+constexpr int64_t TYPICAL_COLUMNS = 96;   // columns of a tile that fits into the L1 and L2 caches
 constexpr int64_t KEYS_PER_TILE = 32;
 
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-// A register's worth of numbers: the compiler keeps none of an array that is copied whole.
+// One vector register. Arrays in its place would be kept in memory.
 template <typename Acc>
 struct VectorOf {
   typedef Acc Type __attribute__((vector_size(VECTOR_BYTES)));
@@ -73,9 +73,9 @@ void add_product(const Acc* left, int64_t row_stride, int64_t stride, int64_t nu
   }
 }
 
-// Some queries of one chunk, by the heads that share a KV head: a column is one query of one head. All are seen
-// against KEYS_PER_TILE keys at a time, and the softmax corrected from tile to tile (as in FlashAttention, Dao et
-// al. 2022, arXiv:2205.14135).
+// Some queries of one chunk, for the heads that share a KV head. A column is one query of one head. All columns meet
+// KEYS_PER_TILE keys at a time, and the softmax is corrected from tile to tile, as in FlashAttention (Dao et al. 2022,
+// arXiv:2205.14135).
 template <typename Acc>
 class QueryTile {
  public:
@@ -93,7 +93,7 @@ class QueryTile {
         values_(KEYS_PER_TILE * width_),
         scores_(KEYS_PER_TILE * num_columns_) {}
 
-  // query: of the first of the heads and queries.
+  // query: the first query of the first head.
   template <typename T>
   void begin(const T* query, int64_t first_position, int64_t num_queries, Acc scaling) {
     first_position_ = first_position, num_queries_ = num_queries;
@@ -125,7 +125,7 @@ class QueryTile {
     }
   }
 
-  // output: of the first of the heads and queries, in rows of all heads.
+  // output: of the first query and head; a row has all heads.
   template <typename T>
   void store(T* output) const {
     for (int64_t column = 0; column < num_queries_ * group_; ++column) {
@@ -143,13 +143,13 @@ class QueryTile {
   template <typename T>
   void read(const T* keys, const T* values, const int64_t* table, int64_t first_key, int64_t num_keys) {
     for (int64_t n = 0; n < num_keys; ++n) {
-      const int64_t entry = sizes_.slot(table, first_key + n) * sizes_.num_kv_heads;
+      const int64_t entry = sizes_.cache_index(table, first_key + n) * sizes_.num_kv_heads;
       convert(keys + entry * sizes_.head_dim, sizes_.head_dim, keys_.data() + n * sizes_.head_dim);
       convert(values + entry * sizes_.value_dim, sizes_.value_dim, values_.data() + n * width_);
     }
   }
 
-  // Scores to weights: 0 where a query does not see a key. What was summed before is corrected.
+  // Turns scores into weights, 0 where a query does not see a key, and corrects the sums of earlier tiles.
   void weigh(int64_t first_key, int64_t num_keys) {
     corrections_ = largest_;
     for (int64_t n = 0; n < num_keys; ++n) {
@@ -163,7 +163,7 @@ class QueryTile {
 #pragma omp simd
     for (int64_t column = 0; column < num_columns_; ++column) {
       const Acc top = largest_[column];
-      // Infinity minus infinity is no number: a query that saw nothing yet has nothing to correct.
+      // Both are minus infinity while a query has seen no key; their difference would be NaN.
       corrections_[column] = corrections_[column] == top ? Acc(1) : exponential<Acc>(corrections_[column] - top);
       sums_[column] *= corrections_[column];
     }
@@ -184,7 +184,7 @@ class QueryTile {
     }
   }
 
-  // The columns of a query stand side by side, so that those that see a key are one piece.
+  // Hides a key from the queries that must not see it. A query's columns are neighbours, so the others form one range.
   void hide(int64_t key, Acc* score) const {
     const auto column_of = [&](int64_t position) {
       return std::clamp<int64_t>((position - first_position_) * group_, 0, num_columns_);
@@ -196,7 +196,7 @@ class QueryTile {
   }
 
   const Sizes& sizes_;
-  const int64_t group_, num_columns_, width_;  // width_: of an output, padded
+  const int64_t group_, num_columns_, width_;  // width_: value_dim, padded
   int64_t first_position_ = 0, num_queries_ = 0;
   std::vector<Acc> queries_;  // (head_dim, num_columns), scaled
   std::vector<Acc> outputs_;  // (num_columns, width)
@@ -235,7 +235,7 @@ void attend_chunks(const Tensor& query, const Tensor& keys, const Tensor& values
   const int64_t group = sizes.num_heads / sizes.num_kv_heads;
   const int64_t max_num_rows = std::max<int64_t>(1, TYPICAL_COLUMNS / group);
   const std::vector<ChunkTask> tasks = divide(layout, sizes, max_num_rows);
-  // Each thread takes the next task, the longest first: a core may be busy elsewhere.
+  // Each thread takes the next task, the longest first. With fixed shares, one busy core would delay all.
   std::atomic<int64_t> num_left = tasks.size();
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks.size()), 1, [&](int64_t, int64_t) {
     QueryTile<Acc> tile(sizes, max_num_rows);

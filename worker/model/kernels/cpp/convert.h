@@ -1,3 +1,4 @@
+// Converting numbers between precisions.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,7 @@
 namespace lorelay {
 
 constexpr int64_t KEYS_AT_ONCE = 4;
-constexpr int64_t KEYS_AHEAD = 16;  // so far ahead the memory is asked for entries: blocks lie anywhere
+constexpr int64_t KEYS_AHEAD = 16;  // prefetch distance: blocks lie anywhere, so the hardware can't prefetch them
 
 template <typename T, typename Acc>
 [[gnu::always_inline]] inline Acc dot(const Acc* left, const T* right, int64_t size) {
@@ -54,8 +54,8 @@ void softmax(Acc* scores, int64_t size) {
   }
 }
 
-// One KV head of one sequence: the outputs of the query heads that share it. DIM is head_dim where the compiler
-// should know it, else 0.
+// One KV head of one sequence: the outputs of the query heads that share it. DIM is head_dim if the compiler
+// is to know it, otherwise 0.
 template <typename T, typename Acc, int64_t DIM>
 void attend(const T* query, const T* keys, const T* values, const int64_t* table, int64_t position,
             Acc scaling, const Sizes& sizes, std::vector<Acc>& buffer, T* output) {
@@ -70,11 +70,11 @@ void attend(const T* query, const T* keys, const T* values, const int64_t* table
   for (int64_t head = 0; head < group; ++head) {
     convert(query + head * sizes.query_head_stride, head_dim, queries + head * head_dim);
   }
-  // Inlined always: GCC finds that such a function has no effect, and drops its calls.
+  // If it were not inlined, GCC would see a function without effect, and drop the calls.
   const auto prefetch_entries = [&](int64_t key) __attribute__((always_inline)) {
-    const int64_t slot = sizes.slot(table, first + key);
-    prefetch(keys + slot * sizes.num_kv_heads * head_dim, head_dim);
-    prefetch(values + slot * sizes.num_kv_heads * value_dim, value_dim);
+    const int64_t index = sizes.cache_index(table, first + key);
+    prefetch(keys + index * sizes.num_kv_heads * head_dim, head_dim);
+    prefetch(values + index * sizes.num_kv_heads * value_dim, value_dim);
   };
   for (int64_t key = 0; key < std::min(KEYS_AHEAD, num_keys); ++key) {
     prefetch_entries(key);
@@ -83,7 +83,7 @@ void attend(const T* query, const T* keys, const T* values, const int64_t* table
     if (key + KEYS_AHEAD < num_keys) {
       prefetch_entries(key + KEYS_AHEAD);
     }
-    const T* stored = keys + sizes.slot(table, first + key) * sizes.num_kv_heads * head_dim;
+    const T* stored = keys + sizes.cache_index(table, first + key) * sizes.num_kv_heads * head_dim;
     for (int64_t head = 0; head < group; ++head) {
       scores[head * num_keys + key] = scaling * dot(queries + head * head_dim, stored, head_dim);
     }
@@ -95,7 +95,7 @@ void attend(const T* query, const T* keys, const T* values, const int64_t* table
   for (int64_t key = 0; key < num_keys; key += KEYS_AT_ONCE) {
     const T* stored[KEYS_AT_ONCE];
     for (int64_t n = 0; n < KEYS_AT_ONCE; ++n) {
-      stored[n] = values + sizes.slot(table, std::min(key + n, num_keys - 1) + first) * sizes.num_kv_heads * value_dim;
+      stored[n] = values + sizes.cache_index(table, std::min(key + n, num_keys - 1) + first) * sizes.num_kv_heads * value_dim;
     }
     for (int64_t head = 0; head < group; ++head) {
       Acc weights[KEYS_AT_ONCE];

@@ -1,3 +1,4 @@
+// A fast exponential for softmax.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +13,8 @@ inline Acc exponential(Acc x) {
   return std::exp(x);
 }
 
-// e^x for x <= 0, vectorised by the compiler: 2^n by the exponent's bits, the rest by Taylor's series. What is less
-// than the smallest normal number is 0.
+// e^x for x <= 0, which the compiler can vectorise: 2^n through the bits of the exponent, times a Taylor series.
+// Results below the smallest normal number are 0.
 template <>
 inline float exponential(float x) {
   constexpr float SMALLEST = -87.0f;

@@ -1,4 +1,4 @@
-// A compiled forward pass. PyTorch's own binding would keep Python's lock (the GIL) for as long as it runs.
+// A compiled forward pass. PyTorch's own Python binding would hold the GIL while it runs, and block all other threads.
 #pragma once
 
 #include <ATen/core/Dict.h>
@@ -19,7 +19,7 @@ struct CompiledGraph : torch::CustomClassHolder {
 
   explicit CompiledGraph(const std::string& library) : runner(library) {}
 
-  // The path in the exported model of each tensor that the graph takes, by its name in the graph.
+  // The tensors that the graph reads: names in the graph to paths in the exported model.
   c10::Dict<std::string, std::string> tensor_paths() const {
     c10::Dict<std::string, std::string> paths;
     for (const auto& [name, path] : runner.getConstantNamesToOriginalFQNs()) {
@@ -28,7 +28,7 @@ struct CompiledGraph : torch::CustomClassHolder {
     return paths;
   }
 
-  // The graph reads these tensors where they are.
+  // The graph reads these tensors without a copy.
   void set_tensors(const c10::Dict<std::string, Tensor>& tensors) {
     std::unordered_map<std::string, Tensor> by_name;
     for (const auto& entry : tensors) {
@@ -38,8 +38,8 @@ struct CompiledGraph : torch::CustomClassHolder {
                                   /*user_managed=*/true);
   }
 
-  Tensor run(const Tensor& token_ids, const Tensor& positions, const Tensor& kept) {
-    return runner.run({token_ids, positions, kept}).at(0);
+  Tensor run(const Tensor& token_ids, const Tensor& positions, const Tensor& sampled_rows) {
+    return runner.run({token_ids, positions, sampled_rows}).at(0);
   }
 };
 

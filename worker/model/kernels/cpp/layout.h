@@ -1,4 +1,4 @@
-// Where the rows of a step stand, and how large they are.
+// The places of a step's rows in the cache and in their sequences, and the sizes of heads and blocks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,9 +10,9 @@ namespace lorelay {
 using at::Tensor;
 
 struct StepLayout {
-  Tensor slots;                    // (T,): where the entries of all rows go in the cache
-  Tensor rows, tables, positions;  // of the rows that decode: (n,), block tables (n, m), (n,)
-  Tensor chunks;                   // (k, 3) of the others: first row, number of rows, first position
+  Tensor cache_indices;            // (T,): the places of all rows' keys and values in the cache
+  Tensor rows, tables, positions;  // the rows that decode: (n,), block tables (n, m), (n,)
+  Tensor chunks;                   // (k, 3), all other rows: first row, number of rows, first position
   std::vector<Tensor> chunk_tables;
 };
 
@@ -20,7 +20,8 @@ struct Sizes {
   int64_t num_heads, num_kv_heads, head_dim, value_dim, block_size, window;
   int64_t query_head_stride, query_row_stride;
 
-  int64_t slot(const int64_t* table, int64_t position) const {
+  // The place in the cache of a position of a sequence with this block table.
+  int64_t cache_index(const int64_t* table, int64_t position) const {
     return table[position / block_size] * block_size + position % block_size;
   }
 };

@@ -1,4 +1,4 @@
-// The adapters' products of the rows of a step, each row with its own adapter.
+// The adapters' products: each row of a step with its own adapter.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -19,12 +19,12 @@ using at::Tensor;
 constexpr int64_t OUTPUT_CHUNK = 128;
 constexpr int64_t RANKS_AT_ONCE = 4;
 
-struct Segment {  // the rows of one adapter, and its ranks
+struct Segment {  // one adapter: its rows and its ranks
   const int64_t* rows;
   int64_t num_rows, first_rank, num_ranks, first_low;
 };
 
-// The products of one row with RANKS_AT_ONCE rows of A, which read the row's entries once.
+// The products of one row with RANKS_AT_ONCE rows of A, in one pass over the row.
 template <typename T, typename Acc>
 [[gnu::always_inline]] inline void dot_ranks(const Acc* weights, const T* row, int64_t size, Acc* products) {
   static_assert(RANKS_AT_ONCE == 4);

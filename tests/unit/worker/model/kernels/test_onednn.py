@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from worker.model.kernels.onednn import bound_caches
-from worker.model.kernels.packed import can_pack
+from worker.model.kernels.products import can_pack
 
 GROW = """
 import ctypes, psutil
@@ -17,10 +17,10 @@ onednn.bound_caches()
 
 import torch
 from torch import nn
-from worker.model.kernels.packed import replace_product
+from worker.model.kernels.products import Product, replace_product
 
 linear = nn.Linear(64, 64, dtype=torch.bfloat16).requires_grad_(False)
-replace_product([linear], sees_kept_rows=False)
+replace_product([linear], Product(0, ["linear"], False))
 
 def num_bytes():
     ctypes.CDLL(None).malloc_trim(0)

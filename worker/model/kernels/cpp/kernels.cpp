@@ -1,5 +1,5 @@
-// The operators of a forward pass on the CPU, for PyTorch as it is and for a compiled graph of a model. Built and
-// described by kernels.py.
+// The kernels of a forward pass on the CPU, called by PyTorch's eager pass and by compiled graphs alike. native.py
+// builds them and describes their arguments.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
@@ -20,15 +20,15 @@
 namespace lorelay {
 namespace {
 
-struct Product {  // of Linears that see the same rows
-  std::vector<int64_t> sizes;  // the number of outputs of each
+struct Product {  // of Linears that are called with the same rows
+  std::vector<int64_t> sizes;  // each Linear's number of outputs
   Tensor weight;
   std::optional<Tensor> bias;
-  bool is_packed = false, sees_kept_rows = false;
+  bool is_packed = false, sees_sampled_rows = false;
 };
 
 struct Adapters {
-  Tensor a, b, ranks;  // of all adapters of a Linear; undefined while there was none
+  Tensor a, b, ranks;  // all adapters of a Linear, stacked; undefined before the first
 };
 
 struct AdapterRows {
@@ -37,20 +37,20 @@ struct AdapterRows {
   bool is_empty() const { return !runs.defined() || (runs.size(0) == 0 && long_spans.size(0) == 0); }
 };
 
-// What the operators of a model need beside their arguments, so that a graph compiled once serves whatever adapters
-// and sequences a step has.
-struct OperatorState : torch::CustomClassHolder {
-  std::vector<Product> products;   // by the number of their first Linear
-  std::vector<Adapters> adapters;  // by the number of the Linear
+// The kernels' inputs beside their arguments. They are not inputs of a graph, so that a graph compiled once serves any
+// adapters and sequences.
+struct KernelState : torch::CustomClassHolder {
+  std::vector<Product> products;   // indexed by the number of their first Linear
+  std::vector<Adapters> adapters;  // indexed by the number of the Linear
   std::vector<std::pair<Tensor, Tensor>> caches;
-  AdapterRows token_rows, kept_rows;
+  AdapterRows token_rows, sampled_rows;
   StepLayout layout;
 
   void set_linears(int64_t number, std::vector<int64_t> sizes, Tensor weight, std::optional<Tensor> bias,
-                   bool is_packed, bool sees_kept_rows) {
+                   bool is_packed, bool sees_sampled_rows) {
     const size_t end = std::max<size_t>(adapters.size(), number + sizes.size());
     products.resize(end), adapters.resize(end);
-    products[number] = {std::move(sizes), std::move(weight), std::move(bias), is_packed, sees_kept_rows};
+    products[number] = {std::move(sizes), std::move(weight), std::move(bias), is_packed, sees_sampled_rows};
   }
 
   void set_adapters(int64_t number, Tensor a, Tensor b, Tensor ranks) {
@@ -62,24 +62,24 @@ struct OperatorState : torch::CustomClassHolder {
     caches[layer] = {std::move(keys), std::move(values)};
   }
 
-  void set_adapter_rows(bool kept, Tensor index, Tensor runs, Tensor long_spans) {
-    (kept ? kept_rows : token_rows) = {std::move(index), std::move(runs), std::move(long_spans)};
+  void set_adapter_rows(bool sampled, Tensor index, Tensor runs, Tensor long_spans) {
+    (sampled ? sampled_rows : token_rows) = {std::move(index), std::move(runs), std::move(long_spans)};
   }
 };
 
-// That of the forward pass which this thread is in: a compiled graph has no place to name it.
-thread_local c10::weak_intrusive_ptr<OperatorState> current{c10::intrusive_ptr<OperatorState>()};
+// The state of this thread's forward pass: the calls in a compiled graph have no argument for it.
+thread_local c10::weak_intrusive_ptr<KernelState> current{c10::intrusive_ptr<KernelState>()};
 
-void begin_step(const c10::intrusive_ptr<OperatorState>& state, Tensor slots, Tensor rows, Tensor tables,
-                Tensor positions, Tensor chunks, std::vector<Tensor> chunk_tables) {
-  state->layout = {std::move(slots),     std::move(rows),   std::move(tables),
-                   std::move(positions), std::move(chunks), std::move(chunk_tables)};
-  current = c10::weak_intrusive_ptr<OperatorState>(state);
+void begin_step(const c10::intrusive_ptr<KernelState>& state, Tensor cache_indices, Tensor rows,
+                Tensor tables, Tensor positions, Tensor chunks, std::vector<Tensor> chunk_tables) {
+  state->layout = {std::move(cache_indices), std::move(rows),   std::move(tables),
+                   std::move(positions),     std::move(chunks), std::move(chunk_tables)};
+  current = c10::weak_intrusive_ptr<KernelState>(state);
 }
 
-c10::intrusive_ptr<OperatorState> current_state() {
-  c10::intrusive_ptr<OperatorState> state = current.lock();
-  TORCH_CHECK(state, "an operator of Lorelay was called outside of a step");
+c10::intrusive_ptr<KernelState> current_state() {
+  c10::intrusive_ptr<KernelState> state = current.lock();
+  TORCH_CHECK(state, "a kernel of Lorelay was called outside of a step");
   return state;
 }
 
@@ -108,11 +108,11 @@ void add_to_long_spans(const Tensor& output, const Tensor& input, const Adapters
   }
 }
 
-Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs: for shapes alone */) {
+Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs: only compile_graph.py reads it */) {
   const auto state = current_state();
   const Product& product = state->products.at(number);
   Tensor output = product.is_packed ? multiply_packed(rows, product) : at::linear(rows, product.weight, product.bias);
-  const AdapterRows& owners = product.sees_kept_rows ? state->kept_rows : state->token_rows;
+  const AdapterRows& owners = product.sees_sampled_rows ? state->sampled_rows : state->token_rows;
   if (owners.is_empty()) {
     return output;
   }
@@ -150,13 +150,13 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
 
 TORCH_LIBRARY(lorelay, library) {
   using lorelay::CompiledGraph;
-  using lorelay::OperatorState;
-  library.class_<OperatorState>("OperatorState")
+  using lorelay::KernelState;
+  library.class_<KernelState>("KernelState")
       .def(torch::init<>())
-      .def("set_linears", &OperatorState::set_linears)
-      .def("set_adapters", &OperatorState::set_adapters)
-      .def("set_cache", &OperatorState::set_cache)
-      .def("set_adapter_rows", &OperatorState::set_adapter_rows)
+      .def("set_linears", &KernelState::set_linears)
+      .def("set_adapters", &KernelState::set_adapters)
+      .def("set_cache", &KernelState::set_cache)
+      .def("set_adapter_rows", &KernelState::set_adapter_rows)
       .def("begin_step", &lorelay::begin_step);
   library.class_<CompiledGraph>("CompiledGraph")
       .def(torch::init<std::string>())

@@ -1,0 +1,82 @@
+"""The cache folder, in which built kernels, compiled graphs and digests of files outlive the worker."""
+
+import contextlib
+import logging
+import os
+import shutil
+import struct
+import time
+from pathlib import Path
+
+from shared.logs import fields
+
+logger = logging.getLogger(__name__)
+
+SCRATCH_PREFIX = "compiling-"
+"""Prefix of a running compiler's scratch folders; a killed compiler leaves them behind."""
+MAX_UNUSED_S = 30 * 24 * 3600
+"""Age since its last use after which a graph or a build of the kernels is removed."""
+
+
+def cache_folder() -> Path:
+    """The folder: `$XDG_CACHE_HOME/lorelay`, or `~/.cache/lorelay`.
+
+    Raises:
+        OSError: this user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorelay"
+    except RuntimeError:
+        raise OSError("this user has no home folder: set XDG_CACHE_HOME") from None
+
+
+def mark_used(path: Path) -> None:
+    """Resets the age of an entry for `drop_unused`."""
+    with contextlib.suppress(OSError):  # the entry may belong to another user
+        os.utime(path)
+
+
+def drop_unused(folder: Path) -> None:
+    """Removes what killed compilers left in a cache folder, and entries unused for `MAX_UNUSED_S`.
+
+    Only one process at a time may call it.
+    """
+    oldest_s = time.time() - MAX_UNUSED_S
+    left = list(folder.glob(f"{SCRATCH_PREFIX}*"))
+    others = [path for kind in ("building-", "graph-", "kernels-") for path in folder.glob(f"{kind}*")]
+    for path in left + [path for path in others if path.stat().st_mtime < oldest_s]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def drop_truncated(folder: Path) -> None:
+    """Removes libraries of a cache folder that a loss of power truncated: loading one kills the process."""
+    for library in (*folder.glob("kernels-*.so"), *folder.glob("graph-*/**/*.so")):
+        try:
+            if not _is_truncated(library):
+                continue
+            built = folder / library.relative_to(folder).parts[0]
+            shutil.rmtree(built) if built.is_dir() else built.unlink()
+        except FileNotFoundError:  # another worker removed it first
+            continue
+        except OSError as error:
+            logger.warning("can't check %s: %s", library, error, extra=fields("compile"))
+            continue
+        logger.warning("%s was truncated, and is removed", library, extra=fields("compile"))
+
+
+def _is_truncated(library: Path) -> bool:
+    """Whether a 64-bit little-endian ELF file (man 5 elf) lacks its section table, its last part.
+
+    The table's space may exist and be all zeros. Other files count as whole: loading them fails cleanly.
+    """
+    with library.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or not header.startswith(b"\x7fELF\2\1"):
+            return False
+        offset, entry_size, num_entries = struct.unpack("<40xQ10xHH2x", header)
+        file.seek(offset)
+        table = file.read(entry_size * num_entries)
+    return len(table) < entry_size * num_entries or (bool(table) and not any(table))

@@ -1,0 +1,104 @@
+"""Loads everything that a `ModelRunner` needs, in the order in which the parts depend on each other."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import AdapterError, ConfigurationError
+from shared.logs import fields
+from shared.settings import AdapterSource, WorkerSettings
+from worker.engine.adapter_cache import AdapterCache
+from worker.engine.served_models import ServedModel, ServedModels
+from worker.model import loading, memory
+from worker.model.adapter_store import AdapterStore
+from worker.model.forward import CompiledForward, EagerForward, Forward
+from worker.model.graph_builder import GraphBuilder, describe_job
+from worker.model.kernels import build_cache, native
+from worker.model.kernels.native import KernelState
+from worker.model.lora import SlotWeights
+from worker.model.model_runner import ModelRunner
+from worker.model.prepared import PreparedModel, prepare
+from worker.model.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def load_model_runner(settings: WorkerSettings) -> ModelRunner:
+    """Loads the model and the adapters that `settings` name.
+
+    Raises:
+        ConfigurationError: names the setting and the reason.
+    """
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    device = loading.find_device(settings.device)
+    folder = loading.find_model(settings)
+    tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
+    model, kernels = load_with_kernels(folder, settings, device)
+    prepared = prepare(model, settings, kernels)
+    version, created = loading.model_version(folder), int(time.time())
+    served = ServedModels(ServedModel(settings.base_name, version, settings.model, tokenizer, created))
+    store = AdapterStore(model, settings.model, prepared.lora, served)
+    adapter_cache = _build_adapter_cache(store, settings, device)
+    _load_adapters(store, adapter_cache, settings.adapters)
+    has_graph = kernels is not None and settings.compile == "graph"
+    forward = _compile(folder, prepared, settings) if has_graph else EagerForward(model)
+    return ModelRunner(prepared, forward, served, store, adapter_cache)
+
+
+def load_with_kernels(
+    folder: Path, settings: WorkerSettings, device: torch.device
+) -> tuple[Any, KernelState | None]:
+    """The model, and the C++ kernels if they can be used; their first build takes as long as the model."""
+    with ThreadPoolExecutor(1, "kernels") as executor:
+        can_call = executor.submit(_make_kernels, device, settings.compile)
+        model = loading.load_model(folder, settings, device)
+    return model, native.new_state() if can_call.result() else None
+
+
+def _make_kernels(device: torch.device, compile_setting: str) -> bool:
+    """Whether the kernels are wanted and could be loaded."""
+    if compile_setting == "off":
+        return False
+    with contextlib.suppress(OSError):  # no cache folder; `make_callable` logs it
+        build_cache.drop_truncated(build_cache.cache_folder())
+    return native.make_callable(device)
+
+
+def _compile(folder: Path, prepared: PreparedModel, settings: WorkerSettings) -> Forward:
+    job = describe_job(
+        folder, prepared.model, prepared.products, trust_remote_code=settings.trust_remote_code
+    )
+    return CompiledForward(EagerForward(prepared.model), GraphBuilder(prepared.model, job))
+
+
+def _build_adapter_cache(
+    store: AdapterStore, settings: WorkerSettings, device: torch.device
+) -> AdapterCache[SlotWeights]:
+    return AdapterCache(
+        store,
+        ThreadPoolExecutor(1, "adapters"),
+        num_slots=settings.max_resident_adapters or settings.max_batch_size,
+        max_num_slot_bytes=None if settings.max_resident_adapters else memory.adapter_bytes(device),
+        max_num_bytes=settings.max_cached_adapter_bytes or memory.adapter_bytes(torch.device("cpu")),
+    )
+
+
+def _load_adapters(
+    store: AdapterStore, adapter_cache: AdapterCache[SlotWeights], sources: Sequence[AdapterSource]
+) -> None:
+    """Reads and checks all adapters; keeps as many as there is room for."""
+    try:
+        for source in sources:
+            adapter_cache.keep(source.name, store.register(source.name, source.path))
+        adapter_cache.fill_slots()
+    except AdapterError as error:
+        raise ConfigurationError(f"LORELAY_ADAPTERS: {error.message}") from error
+    if sources:
+        logger.info("adapters: %s", adapter_cache.summary, extra=fields("load_adapters"))
