@@ -10,6 +10,14 @@ from worker import LoraWorker
 from worker.serving.service import WorkerService
 
 
+class ServingWorker(LoraWorker):
+    """A worker that serves already; its service records what it is asked for."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        super().__init__(["default"], connection=connection)
+        self.service = self._service = Mock(spec=WorkerService)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -26,16 +34,14 @@ from worker.serving.service import WorkerService
     ids=lambda data: repr(data[:24]),
 )
 def test_a_command_that_can_not_be_read_raises_nothing(connection: redis.Redis, data: bytes) -> None:
-    worker = LoraWorker(["default"], connection=connection)
-    worker._service = Mock(spec=WorkerService)
+    worker = ServingWorker(connection)
     worker.handle_payload({"type": "message", "data": data})
-    worker._service.stop_request.assert_not_called()
+    worker.service.stop_request.assert_not_called()
 
 
 @pytest.mark.parametrize("job_id", ["x", ["x"], {"a": 1}, None])
 def test_a_stop_names_a_request_by_text_whatever_was_sent(connection: redis.Redis, job_id: object) -> None:
-    worker = LoraWorker(["default"], connection=connection)
-    worker._service = Mock(spec=WorkerService)
+    worker = ServingWorker(connection)
     command = json.dumps({"command": "stop-job", "job_id": job_id}).encode()
     worker.handle_payload({"type": "message", "data": command})
-    worker._service.stop_request.assert_called_once_with(str(job_id))
+    worker.service.stop_request.assert_called_once_with(str(job_id))
