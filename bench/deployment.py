@@ -20,6 +20,7 @@ from lorelay.probes import is_http_ready
 from lorelay.processes import ChildSpec, start_process
 from lorelay.status import live_workers
 from shared.messages import ForwardState
+from shared.queue.connections import SOCKET_TIMEOUT_S
 from shared.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +112,7 @@ class Deployment:
 
     def connect(self) -> redis.Redis:
         """A new client of its Redis server; the caller closes it."""
-        return redis.Redis.from_url(self._state.url, socket_timeout=5)
+        return redis.Redis.from_url(self._state.url, socket_timeout=SOCKET_TIMEOUT_S)
 
     def forward_states(self) -> set[str]:
         """Forward states of its workers, as in `lorelay status`; empty for one that doesn't serve yet."""

@@ -15,12 +15,11 @@ from lorelay.plan import check_port_free, make_plan
 from lorelay.serve import serve
 from lorelay.status import read_status, to_text
 from shared.errors import ConfigurationError
-from shared.queue.connections import connect
+from shared.queue.connections import SOCKET_TIMEOUT_S, connect
 from shared.queue.refusals import explain
 from shared.settings import RedisSettings, ServeSettings
 
 CONFIGURATION_EXIT_CODE = 2
-SOCKET_TIMEOUT_S = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

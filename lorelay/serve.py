@@ -16,11 +16,10 @@ from lorelay.status import live_workers
 from lorelay.supervisor import ChildFailed, Supervisor, say
 from shared.errors import ConfigurationError
 from shared.queue import registry
-from shared.queue.connections import check_server
+from shared.queue.connections import SOCKET_TIMEOUT_S, check_server
 from shared.queue.refusals import explain
 
 SERVER_START_LIMIT_S = 60.0
-SOCKET_TIMEOUT_S = 5.0
 
 
 def serve(plan: ServePlan) -> int:

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ("api", "bench", "demo", "lorelay", "scripts")
+CHECKED = (
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"),
+    *("api", "bench", "demo", "lorelay", "scripts"),
+)
 """Files and folders that must be free of findings."""
 
 WORDS = r"What|One (?:that|which|whose|who)|Those|Else|As|Of|By|Not|How|Where"

@@ -19,7 +19,7 @@ from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
 from shared.messages import ModelCard
 from shared.queue import keys, permissions, registry
-from shared.queue.connections import check_server, connect_like, same_server
+from shared.queue.connections import SOCKET_TIMEOUT_S, check_server, connect_like, same_server
 from shared.queue.not_now import is_not_now
 from shared.queue.refusals import explain
 from shared.queue.scripts import mend
@@ -32,8 +32,6 @@ from worker.rq_worker import RqWorker
 from worker.serving.faults import Faults
 from worker.serving.served import ALL_QUEUES, ServedQueues, queues_of
 from worker.serving.service import WorkerService, build_engine
-
-SOCKET_TIMEOUT_S = 5.0
 
 
 class LoraWorker(RqWorker):

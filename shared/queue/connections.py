@@ -16,6 +16,8 @@ from shared.queue.refusals import NamingRedis
 from shared.settings import RedisSettings
 
 MIN_VERSION = (6, 2)
+SOCKET_TIMEOUT_S = 5.0
+"""Longest wait for an answer of Redis where no client of the API waits behind it."""
 
 
 class _ClosedMeansLost(AbstractConnection):

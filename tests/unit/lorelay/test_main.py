@@ -91,6 +91,16 @@ def test_what_the_children_read_from_the_variables_is_what_was_checked(
     )
 
 
+def test_adapters_of_the_variable_reach_the_children_with_absolute_paths(
+    model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(model.parent))
+    monkeypatch.setenv("LORELAY_ADAPTERS", "a=demo/pirate b=~/demo/pirate c=org/hub-id")
+    plan = plan_for("smol")
+    assert plan.variables["LORELAY_ADAPTERS"] == f"a={adapter} b={adapter} c=org/hub-id"
+    assert [source.path for source in plan.worker.adapters] == [str(adapter), str(adapter), "org/hub-id"]
+
+
 def test_one_bare_adapter_path_is_named_by_its_folder(model: Path, adapter: Path) -> None:
     assert plan_for("smol", "--adapters", "demo/pirate/").worker.adapters == (
         AdapterSource("pirate", str(adapter)),
