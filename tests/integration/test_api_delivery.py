@@ -59,7 +59,7 @@ async def streaming(
 
 
 def deafen(worker: ScriptedWorker, claim: Claim) -> bytes:
-    """Events of this request are written, and published to nobody; returns what undoes it."""
+    """Makes the worker publish this request's events to nobody; returns the channel, to undo it."""
     channel = worker.connection.getdel(keys.reader(claim.held.request_id))
     assert isinstance(channel, bytes)
     return channel
@@ -179,7 +179,7 @@ async def test_a_slow_client_gets_everything_and_its_inbox_stays_small(
 
 
 def slow_client(server: ApiServer) -> socket.socket:
-    """A connection that buffers little, so that what nobody reads soon stops its server."""
+    """A connection with small buffers: if the test reads nothing, its server soon can't send."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     connection.connect(("127.0.0.1", server.port))

@@ -1,4 +1,4 @@
-"""Who leaves early: clients that disconnect, and the API itself."""
+"""Early ends: clients that disconnect, and an API that is told to stop."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ def api(redis_server: RedisServer, worker: ScriptedWorker) -> Iterator[ApiServer
 
 @contextlib.contextmanager
 def client_of(api: ApiServer, *, stream: bool) -> Iterator[None]:
-    """A client that sent its request and leaves at the end of the context, without having read anything."""
+    """A client that sends its request, reads nothing, and leaves at the end of the context."""
     body = json.dumps({**HELLO, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", api.port)) as connection:
         connection.sendall(

@@ -1,4 +1,4 @@
-"""DESIGN.md section 9 over HTTP: each bad request, each state of the queue, each error of a worker."""
+"""The errors of docs/errors.md over HTTP: bad requests, states of the queue, errors of a worker."""
 
 import asyncio
 import socket
@@ -29,7 +29,7 @@ from tests.redis_server import BINARIES, RedisServer, free_port, server_binary
 
 KEY = "sk-one"
 NO_REDIS_LIMIT_S = 3.0
-"""Within this, an API without Redis must say so."""
+"""Longest time in which an API without Redis must answer 503."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def api(redis_server: RedisServer, worker: ScriptedWorker) -> Iterator[ApiServer
 
 
 def assert_refused(response: httpx.Response, status: int, code: str, param: str | None = None) -> None:
-    """A permanent fault."""
+    """Checks an answer that refuses a request for good."""
     error = error_in(response)
     assert (response.status_code, error["code"], error["param"]) == (status, code, param)
     assert error["type"] == "invalid_request_error"

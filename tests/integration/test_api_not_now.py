@@ -26,7 +26,7 @@ from tests.server_faults import BUSY_OPTIONS, FAULTS, orphaned
 from tests.waiting import wait_until
 
 READING = {"BUSY", "MASTERDOWN"}
-"""States in which the server reads nothing either."""
+"""States in which the server refuses reads, too."""
 DETACH = {"X-Lorelay-Detach": "true"}
 ROUTES = {
     "chat": ("POST", CHAT, HELLO),

@@ -1,4 +1,4 @@
-"""Which GPU or how many threads each worker gets."""
+"""The GPU or the number of threads that each worker gets."""
 
 import os
 from pathlib import Path

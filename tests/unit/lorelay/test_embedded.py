@@ -61,7 +61,7 @@ def test_the_data_survive_a_stop_and_a_kill(folder: Path) -> None:
             client.set("a", "1")
         with running(state) as server, redis.Redis.from_url(state.url) as client:
             client.set("b", "2")
-            # Power loss is the file's once-a-second sync; a killed process loses nothing it wrote.
+            # A killed process loses nothing that it wrote; a power loss would lose up to a second.
             server.kill()
             server.wait()
         assert state.socket_path.exists()

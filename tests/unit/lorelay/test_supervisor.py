@@ -65,7 +65,7 @@ class Scene:
         return ChildSpec(name, command, **options)  # type: ignore[arg-type]
 
     def wait_until_up(self, supervisor: Supervisor, *names: str) -> None:
-        # Once more than the fast clock needs: it jumps, the children take their real time.
+        # The fast clock jumps, but the children take real time to come up.
         assert supervisor.run_until(lambda: all((self.folder / name).exists() for name in names))
 
     @property
@@ -248,7 +248,7 @@ def test_a_child_leads_its_own_group_so_the_terminals_ctrl_c_passes_it_by(scene:
 
 def test_what_a_dead_child_leaves_in_its_group_is_killed(scene: Scene) -> None:
     read_fd, write_fd = os.pipe()
-    # The grandchild holds the pipe open; its end is the pipe's end.
+    # The grandchild holds the pipe open: reading its end means that the grandchild is gone.
     code = (
         "import subprocess, sys; "
         "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'], "
@@ -279,7 +279,7 @@ def test_children_end_when_their_supervisor_is_killed() -> None:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"1\n"
         parent.kill()
-        # The child holds the pipe too: it ends when both are gone.
+        # The child holds the pipe, too: reading its end means that both are gone.
         assert select.select([parent.stdout], [], [], START_LIMIT_S)[0]
         assert parent.stdout.read() == b""
 
