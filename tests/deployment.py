@@ -26,14 +26,18 @@ BIN = Path(sys.executable).parent
 class Process:
     """A child process whose output goes to a file."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, command: list[str], environment: dict[str, str], log: Path, *, tree: Path = ROOT
+    ) -> None:
+        """`tree` is the folder whose code runs: this checkout, or that of another release."""
         self._log = log
+        environment = environment | ({} if tree == ROOT else {"PYTHONPATH": str(tree)})
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LORELAY_", "RQ_"))}
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
                 command,
                 env=inherited | DEFAULTS | environment,
-                cwd=ROOT,
+                cwd=tree,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -20,7 +20,7 @@ from shared.queue import keys
 from shared.queue.names import slug
 from tests.chaos.forked import Nursery
 from tests.chaos.recorder import MODELS
-from tests.deployment import BIN, Process
+from tests.deployment import BIN, ROOT, Process
 from tests.redis_server import RedisServer, free_port, server_binary
 from tests.tiny_models import build_adapter, build_model
 from tests.waiting import wait_until
@@ -188,22 +188,26 @@ class Cluster:
         wait: bool = True,
         program: Sequence[str] = (),
         worker_class: str = WORKER_CLASS,
+        tree: Path = ROOT,
         **settings: str,
     ) -> ChaosWorker:
-        """Starts a worker, at the server or at the proxy that `url` names; `program` replaces `rq`."""
+        """Starts a worker, at the server or at the proxy that `url` names.
+
+        `program` replaces `rq`; `tree` is the checkout whose code runs.
+        """
         name, url = f"w{len(self._processes)}", url or self.server.url
         arguments = ["worker", "-u", url, "-w", worker_class, "--name", name]
         arguments += ["--connection-class", "worker.serving.patience.PatientRedis"]
-        process = self._start(arguments, program, settings)
+        process = self._start(arguments, program, settings, tree)
         is_plain = not (settings or program or worker_class != WORKER_CLASS)
         self.workers.append(ChaosWorker(name, url, process, self.connection, is_plain=is_plain))
         return self.workers[-1].wait_until_serving() if wait else self.workers[-1]
 
-    def start_api(self, url: str | None = None, **settings: str) -> ChaosApi:
+    def start_api(self, url: str | None = None, *, tree: Path = ROOT, **settings: str) -> ChaosApi:
         """Starts an API, at the server or at the proxy that `url` names; returns when it is ready."""
         port = free_port()
         program = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app", "--port", str(port)]
-        process = self._start([], program, {"redis_url": url or self.server.url} | settings)
+        process = self._start([], program, {"redis_url": url or self.server.url} | settings, tree)
         process.wait_for("Uvicorn running")
         self.apis.append(ChaosApi(f"http://127.0.0.1:{port}", process))
         return self.apis[-1]
@@ -298,12 +302,14 @@ class Cluster:
         self.server.kill()
         shutil.rmtree(self._folder)
 
-    def _start(self, arguments: list[str], program: Sequence[str], settings: Mapping[str, str]) -> Process:
+    def _start(
+        self, arguments: list[str], program: Sequence[str], settings: Mapping[str, str], tree: Path
+    ) -> Process:
         """Starts `program`, or `rq`, with `arguments`."""
         named = {f"LORELAY_{name.upper()}": value for name, value in (self._settings | settings).items()}
         log = self._folder / f"process-{len(self._processes)}.log"
-        if program or self._nursery is None:
-            process = Process([*(program or [str(BIN / "rq")]), *arguments], named, log)
+        if program or tree != ROOT or self._nursery is None:
+            process = Process([*(program or [str(BIN / "rq")]), *arguments], named, log, tree=tree)
         else:
             process = self._nursery.start(arguments, named, log)
         self._processes.append(process)
