@@ -145,7 +145,7 @@ class AdapterCache(Generic[W]):
         return False
 
     def is_loading(self, name: str | None) -> bool:
-        """Whether an adapter is being read from disk."""
+        """True if an adapter is being read from disk."""
         return name in self._loading
 
     def settle(self) -> dict[str, AdapterError]:

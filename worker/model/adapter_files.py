@@ -1,4 +1,4 @@
-"""Reading a LoRA adapter from disk, with PEFT, and checking that it fits the model."""
+"""Reads LoRA adapters from disk, through PEFT, and checks that they fit the model."""
 
 import copy
 import hashlib
@@ -28,25 +28,25 @@ _SERVED = frozenset(
     {"r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "layers_to_transform"}
     | {"layers_pattern", "rank_pattern", "alpha_pattern", "peft_type"}
 )
-"""Fields of the config that change the result and are served."""
+"""Fields of the config that change the result, and that are served."""
 _WITHOUT_EFFECT = frozenset(
     {"lora_dropout", "inference_mode", "task_type", "base_model_name_or_path", "revision", "peft_version"}
     | {"auto_mapping", "runtime_config", "fan_in_fan_out", "megatron_core", "megatron_config"}
     | {"loftq_config", "eva_config", "qalora_group_size", "ensure_weight_tying"}
 )
-"""Fields that matter in training only, or to features that a field of their own turns on."""
+"""Fields that matter only in training, or only to features that another field turns on."""
 _SERVED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Ways to begin a training that leave the base weights as they are."""
+"""Values of `init_lora_weights` with which training leaves the base weights unchanged."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
 
 class LayerWeights(NamedTuple):
-    """One layer of an adapter: y += scaling · b (a x)."""
+    """A layer of an adapter: y += scaling · b (a x)."""
 
     a: Tensor
-    """(rank, in)."""
+    """Shape (rank, in)."""
     b: Tensor
-    """(out, rank)."""
+    """Shape (out, rank)."""
     scaling: float
 
 
@@ -56,20 +56,20 @@ class LoadedAdapter:
 
     path: str
     version: str
-    """SHA-256 (hex) over its config and weights."""
+    """SHA-256 (hex) of its config and weights."""
     layers: Mapping[str, LayerWeights]
-    """By the name of the model's Linear."""
+    """The model's Linears by name."""
 
 
 class _Problem(Exception):
-    """What is wrong with an adapter; `load_adapter` puts its name and path before it."""
+    """A reason to refuse an adapter; `load_adapter` adds its name and path."""
 
 
 def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") -> LoadedAdapter:
     """Reads the adapter at `path` (folder or Hugging Face id) for `model`, a transformers model.
 
-    `base_name`, what the model is called, is compared with the base that the adapter declares: where all
-    shapes fit, another name is worth a warning only.
+    `base_name`, the model's name, is compared with the base that the adapter declares. If they differ
+    although all shapes fit, a warning is logged.
 
     Raises:
         AdapterError: it can't be served; the message has name, path and reason.
@@ -84,7 +84,7 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
             raise _Problem("its files changed while they were read")
     except _Problem as problem:
         raise AdapterError(f"adapter {name!r} at {path}: {problem}") from problem
-    # Files that nobody checked before, in the hands of PEFT, pickle and json: each raises what it likes.
+    # PEFT, pickle and json read files that nobody has checked, and may raise anything.
     except Exception as error:
         raise AdapterError(
             f"adapter {name!r} at {path}: can't be read: {type(error).__name__}: {error}"
@@ -117,7 +117,7 @@ def _find(path: str) -> Path:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The checked `adapter_config.json`."""
+    """The contents of `adapter_config.json`, checked."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError as error:
@@ -132,7 +132,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_features(config: Mapping[str, Any]) -> None:
-    """Refuses whatever differs from plain LoRA, fields that the installed PEFT doesn't know included."""
+    """Refuses everything but plain LoRA, fields unknown to the installed PEFT included."""
     if config.get("use_dora"):
         raise _Problem("uses DoRA, which is not served")
     if config.get("init_lora_weights", True) not in _SERVED_INITS:
@@ -160,11 +160,12 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
     try:
         if file.suffix == ".safetensors":
-            # Not PEFT, which lets safetensors open the file: 0.8.0 leaks two objects per tensor then.
+            # PEFT would let safetensors open the file itself, where version 0.8.0 leaks two objects per
+            # tensor.
             weights = load(file.read_bytes())
         else:
             weights = dict(load_peft_weights(str(file.parent), device="cpu"))
-    # A damaged file: safetensors and pickle have exceptions of their own, which share no base class.
+    # For a damaged file, safetensors and pickle raise exceptions of their own, without a common base class.
     except Exception as error:
         raise _Problem(f"its weights can't be read: {error}") from error
     for key, tensor in weights.items():
@@ -180,8 +181,8 @@ def _read_layers(
     found = dict(stored)
     expected = _known_layers(folder, config, model)
     declared = config.get("base_model_name_or_path")
-    for layer, slot in expected.items():
-        for side, shape in (("A", (slot.rank, slot.num_inputs)), ("B", (slot.num_outputs, slot.rank))):
+    for layer, (rank, num_inputs, num_outputs, _) in expected.items():
+        for side, shape in (("A", (rank, num_inputs)), ("B", (num_outputs, rank))):
             tensor = stored.pop((layer, side), None)
             if tensor is None:
                 raise _Problem(f"has no lora_{side} weights for {layer}, which its config names")
@@ -197,8 +198,8 @@ def _read_layers(
             f"(it declares base {declared})"
         )
     return {
-        layer: LayerWeights(found[layer, "A"], found[layer, "B"], slot.scaling)
-        for layer, slot in expected.items()
+        layer: LayerWeights(found[layer, "A"], found[layer, "B"], shape.scaling)
+        for layer, shape in expected.items()
     }
 
 
@@ -214,12 +215,14 @@ def _by_layer(weights: Mapping[str, Tensor], model: nn.Module) -> dict[tuple[str
 
 
 def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    """Whether this is the model's own weight: PEFT stores a copy of embeddings and heads that it targets."""
+    """True if the tensor is a copy of the model's own weight, as PEFT stores of heads that it targets."""
     own = model.state_dict().get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
     return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
 
 
 class _ExpectedLayer(NamedTuple):
+    """The shapes and the scaling that a config gives a layer."""
+
     rank: int
     num_inputs: int
     num_outputs: int
@@ -231,9 +234,9 @@ _layers_by_config: WeakKeyDictionary[nn.Module, dict[str, dict[str, _ExpectedLay
 
 
 def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """`_expected_layers`, asked once for all adapters with the same config: it takes most of a read."""
+    """Remembers `_expected_layers` by config: the call takes most of the time of a read."""
     known = _layers_by_config.setdefault(model, {})
-    # PEFT writes sets as lists, in any order.
+    # PEFT writes sets as lists in random order; sorted, equal configs have equal keys.
     relevant = {
         name: sorted(value) if name.endswith("_modules") and isinstance(value, list) else value
         for name, value in config.items()
@@ -249,12 +252,12 @@ def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> 
 
 
 def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """What PEFT makes of the config on a copy of the model without weights: targets, ranks, scaling."""
+    """Applies the config to a copy of the model without weights, with PEFT, and reads off the result."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear, LoraLayer
 
     try:
-        # PEFT warns of what concerns training, and where transformers has moved on.
+        # PEFT's warnings concern training, or deprecated attributes of transformers.
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             config = LoraConfig.from_pretrained(str(folder))
@@ -275,7 +278,7 @@ def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer
 
 
 def _stamps(folder: Path) -> list[tuple[int, int, int]]:
-    """Other ones where a file was written to or replaced meanwhile."""
+    """The state of each file: it changes when a file is written to or replaced."""
     files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
     found = [file.stat() for file in files if file.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
@@ -285,7 +288,7 @@ def _version(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            # The length keeps the border between two files apart from their content.
+            # Without names and lengths, content moved from one file to the next would leave the digest equal.
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)

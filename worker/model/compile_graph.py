@@ -41,7 +41,7 @@ _INDUCTOR_OPTIONS = {
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What a compiler needs to know of a model."""
+    """A model, as a compiler process must know it."""
 
     model: str
     """The model's folder, of which only the config is read."""

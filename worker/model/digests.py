@@ -1,4 +1,4 @@
-"""SHA-256 of large files, computed once and kept in the cache folder."""
+"""SHA-256 of large files, stored in the cache folder so that each file is read once."""
 
 import hashlib
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's content.
 
-    A file of the same place, size, inode and time of change is not read again.
+    It is computed again if the file's path, size, inode or times have changed.
 
     Raises:
         OSError: it can't be read.
@@ -22,10 +22,10 @@ def file_digest(path: Path) -> str:
     stat = path.stat()
     identity = f"{path.resolve()} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     try:
-        kept = cache_folder() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
-        return _read(kept) or _keep(kept, _compute(path))
+        stored = cache_folder() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
+        return _read(stored) or _store(stored, _compute(path))
     except OSError as error:
-        logger.info("digests are not kept: %s", error, extra=fields("load_model"))
+        logger.info("digests can't be stored: %s", error, extra=fields("load_model"))
         return _compute(path)
 
 
@@ -34,15 +34,15 @@ def _compute(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(kept: Path) -> str | None:
-    """A digest that was kept; None if there is none, or a disk has cut it off."""
-    text = kept.read_text() if kept.exists() else ""
+def _read(stored: Path) -> str | None:
+    """The stored digest; None if there is none, or it is truncated."""
+    text = stored.read_text() if stored.exists() else ""
     return text if len(text) == hashlib.sha256().digest_size * 2 else None
 
 
-def _keep(kept: Path, digest: str) -> str:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = kept.with_suffix(f".{os.getpid()}")
+def _store(stored: Path, digest: str) -> str:
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = stored.with_suffix(f".{os.getpid()}")
     unfinished.write_text(digest)
-    unfinished.replace(kept)
+    unfinished.replace(stored)
     return digest

@@ -90,7 +90,7 @@ class CompiledForward:
         self._source = source
         self._graph: Graph | None = None
         self._is_checked = {True: False, False: False}
-        """Whether the graph has agreed in steps of a single token, and in steps of several."""
+        """True once the graph has agreed, in steps of a single token and in steps of several."""
         self._num_differing_steps = 0
         source.start(self._use, self._stay_eager)
 

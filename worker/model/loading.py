@@ -1,4 +1,4 @@
-"""Loading the base model: folder, device, precision, weights, context length."""
+"""Loads the base model: folder, device, precision, weights, context length."""
 
 import hashlib
 import logging
@@ -21,16 +21,16 @@ _OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name that is no folder can't be a Hugging Face id (`owner/name` or `name`) either."""
+    """True if a name can't be a Hugging Face id (`owner/name` or `name`), so that it means a folder."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
 def download(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
-    """Fetches the matching files of a Hugging Face repository and returns their folder.
+    """Downloads the matching files of a Hugging Face repository, if need be, and returns their folder.
 
     Raises:
         OSError: there is no such repository, or it can't be reached.
-        ValueError: the name is not one a repository can have.
+        ValueError: no repository can have this name.
     """
     from huggingface_hub import snapshot_download
 
@@ -38,7 +38,7 @@ def download(repository: str, revision: str | None, patterns: Iterable[str]) -> 
 
 
 def find_model(settings: WorkerSettings) -> Path:
-    """The model's folder; a Hugging Face id is fetched.
+    """The model's folder; a Hugging Face id is downloaded.
 
     Raises:
         ConfigurationError: there is no such folder or repository.
@@ -60,10 +60,10 @@ def find_model(settings: WorkerSettings) -> Path:
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` (first GPU, else CPU), `cpu`, `cuda` or `cuda:N`.
+    """The device that `auto` (first GPU, else CPU), `cpu`, `cuda` or `cuda:N` names.
 
     Raises:
-        ConfigurationError: malformed, or not there.
+        ConfigurationError: the name is malformed, or this machine has no such device.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -105,7 +105,7 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
             trust_remote_code=settings.trust_remote_code,
             device_map={"": device},
             output_loading_info=True,
-            # The grouped kernels for experts know no float64.
+            # transformers' grouped kernels for experts don't compute in float64.
             **({"experts_implementation": "eager"} if dtype == torch.float64 else {}),
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -131,7 +131,7 @@ def max_model_len(config: Any, session_len: int | None) -> int:
     """The context length in tokens: `session_len`, or the model's own.
 
     Raises:
-        ConfigurationError: `session_len` is more than the model takes, or neither says anything.
+        ConfigurationError: `session_len` is more than the model takes, or both are missing.
     """
     limit, reason = _length_limit(config)
     if limit is None:
@@ -153,7 +153,7 @@ def _length_limit(config: Any) -> tuple[int | None, str]:
     for entry in (
         rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
     ):
-        # These take their frequencies from the longest sequence of a batch: one long would change all others.
+        # These take their frequencies from the longest sequence of a batch, which would change all others.
         if "dynamic" in entry.get("rope_type", "default") or entry.get("rope_type") == "longrope":
             original = entry.get("original_max_position_embeddings") or limit
             if original is not None and (limit is None or original <= limit):

@@ -57,11 +57,11 @@ class StepRows:
         self.short_row_slots = tuple(sorted(set(self._short_slots) - {BASE}))
         """Slots with a short row."""
         self.is_mixed = len(set(self._short_slots)) > 1
-        """Whether the short rows have several slots, `BASE` among them."""
+        """True if the short rows have several slots, `BASE` among them."""
 
     @property
     def has_adapters(self) -> bool:
-        """Whether any row has one."""
+        """True if any row has an adapter."""
         return bool(self.short_row_slots or self.long_spans)
 
     @cached_property
@@ -73,7 +73,7 @@ class StepRows:
         return _integers(numbers).to(self._device)
 
     def foreign_columns(self, column_slots: tuple[int, ...]) -> Tensor:
-        """(number of short rows, number of columns): whether a column's slot is not the row's.
+        """(number of short rows, number of columns): true where a column's slot is not the row's.
 
         Layers whose adapters have the same ranks share the tensor.
         """
@@ -306,7 +306,7 @@ class LoraStack:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite, in a tenth of the time of `isfinite().all()`.
+    """True if every entry is finite, in a tenth of the time of `isfinite().all()`.
 
     `aminmax` returns NaN if any entry is NaN.
     """

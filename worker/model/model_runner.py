@@ -38,7 +38,7 @@ class ModelRunner:
 
     @property
     def forward_state(self) -> str:
-        """How the forward pass computes: `eager`, `compiled`, or eager while it is `compiling`."""
+        """The state of the forward pass: `eager`, `compiled`, or eager while it is `compiling`."""
         return self._forward.state
 
     def wait(self) -> None:
@@ -51,7 +51,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
-        """One forward pass; the next token of each sequence that `samples`, in batch order.
+        """Runs one forward pass; returns the next token of each sequence that `samples`, in batch order.
 
         A sequence whose logits are not finite gets an error. The cache then holds all scheduled tokens; their
         blocks must be in the block tables, and `num_computed_tokens` is the caller's to advance.

@@ -35,7 +35,7 @@ class PreparedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's weights."""
         device: torch.device = self.model.device
         return device
 

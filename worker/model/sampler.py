@@ -15,32 +15,34 @@ from worker.engine.sequence import LogitWishes, Sampled, SampledToken
 from worker.model.logits import adjust
 
 MIN_TEMPERATURE = 1e-6
-"""Smaller ones would divide by zero in float32; the result is greedy long before."""
+"""Smallest divisor of logits: float32 would overflow with smaller ones, and sampling is greedy long
+before."""
 
 _NUM_CANDIDATES = 256
-"""How many of the likeliest tokens top-k and top-p look at before they sort the whole vocabulary."""
+"""Likeliest tokens that top-k and top-p look at first; if they don't suffice, the whole vocabulary is
+sorted."""
 _BLOCK_SIZE = 256
 _UNUSABLE, UNDECIDED = -1, -2
-"""In place of a token."""
+"""Values in place of a token id: the logits are not finite; the candidates did not suffice."""
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint32)
 _NUM_ROUNDS = 10
 
 
 class SamplingRow(NamedTuple):
-    """How to pick the token of one row of logits."""
+    """A row of logits: the sampling parameters of its sequence, and the key of its random number."""
 
     params: SamplingParams
     choice: int
     """Index of the sequence within its request."""
     position: int
-    """Output tokens before this one."""
+    """Number of output tokens before this one."""
     wishes: LogitWishes | None = None
     """Changes of the logits; None leaves them as they are."""
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
-    """One token per row of `logits` (num_rows, vocab); an error if a row has NaN or no finite largest entry.
+    """A token per row of `logits` (num_rows, vocab); an error if a row has NaN or no finite largest entry.
 
     A row's token depends on its own logits and `SamplingRow` only, never on the other rows.
     """
@@ -63,14 +65,14 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
 
 
 def _sampled(token_id: int) -> Sampled:
-    """What the engine gets of a picked token: the place to add its logprob and its alternatives."""
+    """The engine's record of a picked token; a logprob and alternatives would be added here."""
     if token_id == _UNUSABLE:
         return GenerationFailed("the model's logits are not finite")
     return SampledToken(token_id)
 
 
 def uniforms(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) per row: Philox(key=seed, counter=(position, choice, 0, 0)), 53 bits."""
+    """Random numbers in [0, 1), one per row: Philox(key=seed, counter=(position, choice, 0, 0)), 53 bits."""
     counters = np.array([(row.position, row.choice, 0, 0) for row in rows], dtype=np.uint32)
     seeds = np.array([row.params.seed for row in rows], dtype=np.uint64)
     keys = np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)], axis=-1).astype(np.uint32)
@@ -120,7 +122,7 @@ def _scale(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow], group: 
 def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """A token of the whole vocabulary per row, (num_rows,): first the block it lies in, then its place there.
 
-    Sums of blocks and then of one block are less work than one running sum over the vocabulary.
+    Summing blocks, and then one block, is less work than a running sum over the vocabulary.
     """
     num_rows, vocab = scaled.shape
     blocks = _blocks(scaled.exp_())
@@ -136,7 +138,7 @@ def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """A token per row, (num_rows,), of the `top_k` likeliest, of these the fewest with `top_p` of the mass.
 
-    Looks at the likeliest `_NUM_CANDIDATES` only: `UNDECIDED` where these may not be enough.
+    Only the likeliest `_NUM_CANDIDATES` are looked at; a row for which they may not suffice is `UNDECIDED`.
     """
     vocab = scaled.shape[-1]
     likeliest, tokens = _largest(scaled, min(_NUM_CANDIDATES, vocab))
@@ -148,7 +150,7 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         mass = torch.where(top_k < vocab, mass, _mass(scaled.exp_()))
     kept = _keep(weights, mass, rows)
     num_kept = kept.ne(0).sum(dim=-1, keepdim=True)
-    # What is as likely as the last one may stand beyond the candidates too, and with a lower id.
+    # Tokens as likely as the last candidate may lie beyond the candidates, and come first by their lower ids.
     is_decided = likeliest.gather(-1, (num_kept - 1).clamp(min=0)) > likeliest[:, -1:]
     if vocab > _NUM_CANDIDATES:
         is_decided &= (top_k <= _NUM_CANDIDATES) | (top_k == vocab)
@@ -157,7 +159,7 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """As `_draw_likely`, of the whole vocabulary: always decided, and slow."""
+    """The result of `_draw_likely` from a sort of the whole vocabulary: always decided, and slow."""
     vocab = scaled.shape[-1]
     weights, tokens = scaled.exp_().sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=weights.device)[:, None]
@@ -176,7 +178,7 @@ def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _blocks(weights: Tensor) -> Tensor:
     """Rows cut into blocks, (num_rows, num_blocks, _BLOCK_SIZE), the last one filled up with zeros."""
-    # Padding by nothing would be a copy.
+    # If nothing is missing, padding would copy for nothing.
     missing = -weights.shape[-1] % _BLOCK_SIZE
     padded = functional.pad(weights, (0, missing)) if missing else weights
     return padded.reshape(len(weights), -1, _BLOCK_SIZE)
@@ -184,7 +186,8 @@ def _blocks(weights: Tensor) -> Tensor:
 
 def _mass(weights: Tensor) -> Tensor:
     """The sum of each row, (num_rows, 1)."""
-    # By blocks: torch adds up a long row that is alone in another order than one with company.
+    # Summed by blocks: torch adds up a long row in another order if it is the only one, and a row's token
+    # must not depend on the other rows.
     return _blocks(weights).sum(dim=-1).sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
@@ -199,7 +202,7 @@ def _keep(weights: Tensor, mass: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Inverse of the cumulative distribution at each row's uniform number: places, (num_rows, 1)."""
-    # float64: over many entries, float32 sums lose what unlikely tokens add.
+    # In float32, a sum over many entries would lose the small weights of unlikely tokens.
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     return _first_beyond(cumulative, _uniforms(rows, cumulative) * cumulative[:, -1:])
 
@@ -207,7 +210,7 @@ def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _first_beyond(cumulative: Tensor, thresholds: Tensor) -> Tensor:
     """The first place (num_rows, 1) where a running sum exceeds the row's threshold (num_rows, 1)."""
     picked = torch.searchsorted(cumulative, thresholds, right=True)
-    # Rounding can put a threshold at the total itself: then the last place with any weight counts.
+    # Rounding can make a threshold equal to the total; then the last place with any weight is meant.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(picked, last).clamp(max=cumulative.shape[-1] - 1)
 

@@ -51,9 +51,9 @@ class LinearCalls:
     """The calls of a model's Linears, over all steps."""
 
     see_tokens: dict[str, bool] = field(default_factory=dict)
-    """Linears by name: whether each call had one row per token of the step."""
+    """Linears by name: true if each call had one row per token of the step."""
     see_sampled: dict[str, bool] = field(default_factory=dict)
-    """Linears by name: whether each call had one row per sampled token."""
+    """Linears by name: true if each call had one row per sampled token."""
     neighbours: set[tuple[str, str]] | None = None
     """Pairs that every step called one after the other with the same rows; None before the first step."""
 

@@ -63,7 +63,7 @@ def load_with_kernels(
 
 
 def _make_kernels(device: torch.device, compile_setting: str) -> bool:
-    """Whether the kernels are wanted and could be loaded."""
+    """Loads the kernels, unless `LORELAY_COMPILE` is off. False: they can't be used."""
     if compile_setting == "off":
         return False
     with contextlib.suppress(OSError):  # no cache folder; `make_callable` logs it

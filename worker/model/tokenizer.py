@@ -11,14 +11,14 @@ DEVELOPER = "developer"
 
 
 class Tokenizer:
-    """Messages to token ids and back. Safe to share between threads that only read."""
+    """Turns messages into token ids, and token ids into text. All methods may be called in any thread."""
 
     def __init__(self, backend: Any, eos_token_ids: frozenset[int]) -> None:
         """`backend` is a transformers tokenizer with a chat template."""
         self._backend = backend
         self._fast = getattr(backend, "backend_tokenizer", None)
         self.eos_token_ids = eos_token_ids
-        """Tokens that end a sequence: the tokenizer's own and those of the model's generation config."""
+        """Tokens that end a sequence: the tokenizer's, and those of the model's generation config."""
 
     @classmethod
     def load(
@@ -45,16 +45,16 @@ class Tokenizer:
         return cls(backend, frozenset(token_id for entry in declared for token_id in _as_list(entry)))
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The prompt: the messages in the model's chat template, up to where the assistant speaks.
+        """The prompt's token ids: the messages in the model's chat template, up to the assistant's turn.
 
-        Special tokens (BOS among them) are the template's alone; the tokenizer adds none.
+        Special tokens, BOS included, come from the template only; the tokenizer adds none.
 
         Raises:
             InvalidRequest: the template refuses the messages.
         """
 
         if DEVELOPER not in str(self._backend.chat_template):
-            # The newer name of the system role, which most templates don't know.
+            # `developer` is the newer name of the system role; most templates refuse it.
             messages = [
                 message | {"role": "system"} if message.get("role") == DEVELOPER else message
                 for message in messages
@@ -63,7 +63,7 @@ class Tokenizer:
             encoded = self._backend.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True
             )
-        # A template is a program of its own: whatever it raises on these messages is the end of them only.
+        # A template is a program, and may raise anything. The error concerns this request only.
         except Exception as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
@@ -98,7 +98,7 @@ class Tokenizer:
 
 
 def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:
-    """What the model's `generation_config.json`, else its `config.json`, declares as end of sequence."""
+    """The end tokens in the model's `generation_config.json`, or if it has none, in its `config.json`."""
     from transformers import GenerationConfig, PreTrainedConfig
 
     try:

@@ -68,7 +68,7 @@ def drop_truncated(folder: Path) -> None:
 
 
 def _is_truncated(library: Path) -> bool:
-    """Whether a 64-bit little-endian ELF file (man 5 elf) lacks its section table, its last part.
+    """True if a 64-bit little-endian ELF file (man 5 elf) lacks its section table, its last part.
 
     The table's space may exist and be all zeros. Other files count as whole: loading them fails cleanly.
     """

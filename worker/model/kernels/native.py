@@ -56,7 +56,7 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
 class KernelState(Protocol):
     """Weights, adapters, KV cache and layout of the step: the kernels' inputs beside their arguments.
 
-    One state belongs to one model. Linears go by the numbers of `products.Product`.
+    Each model has its own state. Linears go by the numbers of `products.Product`.
     """
 
     def set_linears(
@@ -153,7 +153,7 @@ class AttentionOptions(NamedTuple):
 
     @property
     def are_plain(self) -> bool:
-        """Whether PyTorch's own attention knows them."""
+        """True if PyTorch's own attention knows all that are set."""
         return self.softcap is None and self.sinks is None
 
 
@@ -188,7 +188,7 @@ def _load(path: Path) -> None:
 
 
 def _are_loaded() -> bool:
-    """Whether this process has loaded the kernels: PyTorch refuses to register the same names twice."""
+    """True if this process has loaded the kernels; PyTorch refuses to register the same names twice."""
     return hasattr(torch.ops.lorelay, "attention")
 
 

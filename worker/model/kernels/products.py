@@ -26,7 +26,7 @@ class Product(msgspec.Struct, frozen=True):
     first_number: int
     """The number of the first Linear; the others' follow. Kernels and graphs know Linears by number."""
     names: list[str]
-    """Where the Linears are in the model."""
+    """The Linears' names in the model."""
     sees_sampled_rows: bool
     """False: the Linears see one row per token of a step. True: one row per sampled token, as an LM head
     does."""
@@ -48,7 +48,7 @@ def number_products(groups: Iterable[Sequence[str]], head_names: Iterable[str]) 
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """Whether oneDNN has a packed layout here: for bfloat16, on a CPU with instructions for it."""
+    """True if oneDNN has a packed layout: for bfloat16, on a CPU with instructions for it."""
     weight = linear.weight
     return (
         weight.dtype == torch.bfloat16

@@ -27,5 +27,5 @@ def sleep_while_waiting(*, is_eager: bool = False, environ: MutableMapping[str, 
 
 
 def stays_eager(compile_setting: str) -> bool:
-    """Whether the forward pass can't become compiled, given `LORELAY_COMPILE` and this machine's compiler."""
+    """True if `LORELAY_COMPILE`, or the lack of a compiler, rules a compiled forward pass out."""
     return compile_setting != "graph" or shutil.which(COMPILER) is None

@@ -37,7 +37,7 @@ def reference(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """One whole sequence, (heads, length, dim) each, written out one query at a time."""
+    """The output for a whole sequence, (heads, length, dim) each, written out one query at a time."""
     outputs = torch.empty(query.shape[1], NUM_HEADS, VALUE_DIM, dtype=query.dtype)
     for head in range(NUM_HEADS):
         shared = head // (NUM_HEADS // NUM_KV_HEADS)

@@ -1,4 +1,4 @@
-"""What is left after adapters came and went: no tensor, block, slot or object more than before."""
+"""Leaks: adapters that come and go leave no tensor, block, slot or object more than before."""
 
 import gc
 import sys
@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 READ_LIMIT_S = 10
 TABLE_ROW_BYTES, NUM_LAYERS = 16, 15
-"""Of the tiny model: together far less than the smallest adapter."""
+"""Sizes of the tiny model: together far less than the smallest adapter."""
 KINDS: tuple[dict[str, Any], ...] = (
     {"rank": 4},
     {"rank": 8, "targets": "all-linear"},
@@ -105,7 +105,7 @@ def test_adapters_that_come_and_go_leave_no_tensor_block_or_slot(
         for number in range(count):
             turned = names[number % len(names) :] + names[: number % len(names)]
             service.finish(turned)
-        # What stays in the slots is the same after each such end.
+        # After these two, the slots hold the same adapters at the end of each call.
         service.finish(names[:1])
         service.finish(names[1:2])
         return count_tensors()
@@ -137,5 +137,5 @@ def test_reading_an_adapter_again_and_again_keeps_no_object(
         return sys.getallocatedblocks()
 
     before = num_objects_after(20)
-    # Not half an object per tensor; Python itself keeps some more or fewer.
+    # Python itself keeps some objects more or fewer: less than half an object per tensor is no leak.
     assert num_objects_after(50) - before < 50 * num_tensors / 2

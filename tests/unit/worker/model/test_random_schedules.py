@@ -38,7 +38,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {"small": {"rank": 4}, "large": {"rank": 8
 
 
 class Case(NamedTuple):
-    """What a request asks for."""
+    """The adapter and the prompt of a request."""
 
     adapter_name: str | None
     prompt: tuple[int, ...]
@@ -164,7 +164,7 @@ class Schedule:
         self._claim(request_id)
 
     def step(self, number: int) -> None:
-        """One to four steps."""
+        """Runs one to four steps."""
         for _ in range(1 + number % 4):
             if self._engine.has_work:
                 self._note(self._engine.step())

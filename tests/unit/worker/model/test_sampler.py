@@ -94,7 +94,7 @@ def test_top_k_and_top_p_leave_the_likeliest() -> None:
     # 0.4 + 0.3 is the first sum to reach 0.65.
     assert set(sample(logits, [row(n, top_p=0.65) for n in positions])) == {1, 2}
     assert set(sample(logits, [row(n, top_p=0.75) for n in positions])) == {1, 2, 3}
-    # Of the three likeliest, 0.9 in all, 0.4 + 0.3 is more than 0.75.
+    # The three likeliest have 0.9 in all, of which 0.4 + 0.3 is more than 0.75.
     assert set(sample(logits, [row(n, top_k=3, top_p=0.75) for n in positions])) == {1, 2}
     shares = np.bincount(np.array(sample(logits, [row(n, top_k=2) for n in positions]))) / 2000
     assert shares[1] == pytest.approx(4 / 7, abs=0.04)
@@ -174,7 +174,7 @@ def test_no_rows_give_no_tokens() -> None:
 
 
 def peaked_logits(num_rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """As a language model's: a few tokens have nearly all of the mass, and in bfloat16 many are equal."""
+    """Logits like a language model's: few tokens have nearly all of the mass, in bfloat16 many are equal."""
     generator = torch.Generator().manual_seed(1)
     ranks = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(num_rows)])
     return (-1.5 * (ranks + 1).log()).to(dtype)
@@ -197,7 +197,7 @@ def test_looking_at_the_likeliest_only_changes_no_token(
 
 @pytest.mark.parametrize("params", [{"top_k": 900}, {"top_p": 0.9}, {"top_k": 700, "top_p": 0.9}])
 def test_rows_that_the_likeliest_do_not_cover_draw_from_all_they_admit(params: dict[str, float]) -> None:
-    """Of 1,000 tokens that are about as likely, 256 are too few."""
+    """The 256 candidates are too few where 1,000 tokens are about as likely."""
     logits = torch.linspace(0, 0.01, 1000).expand(6000, -1)
     drawn = sample(logits, [row(n, **params) for n in range(6000)])
     num_admitted = params.get("top_k", 1000) * params.get("top_p", 1)
