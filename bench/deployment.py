@@ -38,13 +38,15 @@ class StartFailed(Exception):
 class Uvicorn:
     """One app on a free port; a context manager."""
 
-    def __init__(self, app: str, log: Path, variables: Mapping[str, str] | None = None) -> None:
-        """`app`: module and function that makes it; it has a route `/ready`."""
+    def __init__(
+        self, app: str, log: Path, variables: Mapping[str, str] | None = None, tree: Path = ROOT
+    ) -> None:
+        """`app`: module and function that makes it; it has a route `/ready`. `tree`: see `Deployment`."""
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "uvicorn", "--factory", app, "--host", HOST, "--port", str(port)]
-        self._spec = ChildSpec("api", tuple(command), env=variables or {}, cwd=ROOT)
+        self._spec = ChildSpec("api", tuple(command), env=variables or {}, cwd=tree)
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"http://{HOST}:{port}"
@@ -84,15 +86,22 @@ class Deployment:
         *,
         num_workers: int = 1,
         worker_class: str = "worker.LoraWorker",
+        tree: Path = ROOT,
     ) -> None:
-        """`settings`: names and values of `shared.settings`, without prefix."""
+        """`settings`: names and values of `shared.settings`, without prefix.
+
+        `tree` is the checkout whose code runs: this one, or that of another release.
+        """
         self._folder = folder
         self._settings = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
         self._worker_settings = WorkerSettings.load(**settings)
         self._num_workers = num_workers
         self._worker_class = worker_class
+        self._tree = tree
         self._state = embedded.StateFolder(folder / "state")
         self._stack = contextlib.ExitStack()
+        self.server_pid = 0
+        """Process id of its Redis server; 0 before it has started."""
         self.worker_pids: list[int] = []
         """Process ids of its workers; empty before it has started."""
 
@@ -127,8 +136,9 @@ class Deployment:
             self._stack.enter_context(self._state)
             self._start_server()
             self._start_workers()
-            env = {**self._settings, "LORELAY_REDIS_URL": self._state.url}
-            self.api = self._stack.enter_context(Uvicorn("api.main:create_app", self._log("api"), env))
+            env = {**self._variables, "LORELAY_REDIS_URL": self._state.url}
+            api = Uvicorn("api.main:create_app", self._log("api"), env, self._tree)
+            self.api = self._stack.enter_context(api)
         except BaseException:
             self._stack.close()
             raise
@@ -137,10 +147,17 @@ class Deployment:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    @property
+    def _variables(self) -> dict[str, str]:
+        """Environment variables of the API and the workers."""
+        # The working folder comes after PYTHONPATH, which may name this checkout.
+        return self._settings | ({} if self._tree == ROOT else {"PYTHONPATH": str(self._tree)})
+
     def _start_server(self) -> None:
         command = self._state.command(embedded.find_binary())
         spec = ChildSpec("server", tuple(command), cwd=self._state.path, pass_fds=(self._state.lock_fd,))
         server = self._start(spec)
+        self.server_pid = server.pid
         wait_until(lambda: embedded.answers(self._state.url), {self._log("server"): server})
 
     def _start_workers(self) -> None:
@@ -150,7 +167,7 @@ class Deployment:
         urls = {"LORELAY_REDIS_URL": self._state.url, "RQ_REDIS_URL": self._state.url}
         command = (sys.executable, "-m", "rq.cli", "worker", "-w", self._worker_class)
         specs = [
-            ChildSpec(f"worker-{n}", command, env={**self._settings, **urls, **share}, cwd=ROOT)
+            ChildSpec(f"worker-{n}", command, env={**self._variables, **urls, **share}, cwd=self._tree)
             for n, share in enumerate(shares)
         ]
         workers = {self._log(spec.name): self._start(spec) for spec in specs}
