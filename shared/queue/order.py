@@ -1,0 +1,245 @@
+"""The order among waiting requests: the rule by which a worker chooses what to claim. No Redis, no clock.
+
+A worker looks at the lines of its waiting queues (`Waiting`; a line is the requests of one queue, class,
+weights version and tenant), `WaitingOrder.choose` names lines, and the worker claims the first request of
+each. Room is counted in sequences: the next request is chosen while room for one is left. So a request of
+many sequences never has to wait until as many are free at once; the engine holds back those beyond its batch.
+
+Lines are compared by these keys, in this order:
+
+1. Class. Requests that began before come first: their clients watch a stream that has stalled. Then
+   interactive ones, then batch. While both wait, one of `BATCH_SHARE` sequences is batch. A batch request
+   whose deadline is less than `BATCH_URGENT_S` away counts as interactive.
+2. Residency. An adapter that would evict another one from its slot on the device comes after those that
+   don't, until its oldest request has waited for `max_wait_s` (batch: `BATCH_PATIENCE` times that). If it
+   then finds all slots in use, the running adapter with the fewest sequences is closed: it is chosen no more
+   until it has ended and its slot is free. So a request waits for a slot for at most `max_wait_s` plus the
+   longest run of one adapter.
+3. Fairness between adapters: fewest running sequences on this worker per weight, then the earliest virtual
+   time of `Shares`, charged with the sequences of each claim per weight. So even with room for one sequence,
+   of two adapters that both wait neither gets ahead of its share by more than one request of each.
+4. Age: the queue whose request waits longest.
+5. Fairness between the tenants of an adapter: keys 3 and 4 once more, without weights.
+6. Inside a line: the lower priority number, then the older request. The index in Redis keeps this order.
+
+The look takes in the queues whose adapters run or are resident, and of the others those whose heads wait
+longest; of a queue's tenants the one with the oldest request, and a few more from a random point on. So the
+oldest request of a queue is always among the choices, however many tenants wait there.
+"""
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from shared.queue.places import BATCH, INTERACTIVE, Place
+from shared.queue.shares import Shares
+from shared.queue.slot_plan import AdapterSlots, SlotPlan
+
+BATCH_SHARE = 16
+BATCH_URGENT_S = 60.0
+BATCH_PATIENCE = 16
+MAX_NUM_TENANT_SHARES = 256
+"""Queues for which the shares of their tenants are remembered."""
+
+
+class Waiting(NamedTuple):
+    """The first requests of a line, in their order; at least one."""
+
+    queue: str
+    places: Sequence[Place]
+    deadline_ms: float | None = None
+    """When the first of them must have begun."""
+
+
+class Pick(NamedTuple):
+    """The choice of a line, whose first request is to be claimed."""
+
+    queue: str
+    line: str
+
+
+class Running(NamedTuple):
+    """The sequences that a worker holds, and its room for more."""
+
+    room: int
+    per_queue: Mapping[str, int]
+    per_tenant: Mapping[tuple[str, str], int]
+    """By queue and tenant key."""
+
+
+class WaitingOrder:
+    """The rule on one worker, with what it remembers: shares, closed adapters, the sequences due to batch."""
+
+    def __init__(self, base: str, *, max_wait_s: float, weights: Mapping[str, float] | None = None) -> None:
+        """`base`: the queue of the base model, which needs no slot. `weights`: by queue; others have 1."""
+        self._base = base
+        self._max_wait_ms = max_wait_s * 1000
+        self._weights = dict(weights or {})
+        self._shares: Shares[str] = Shares()
+        self._tenant_shares: OrderedDict[str, Shares[str]] = OrderedDict()
+        self._batch = _BatchAccount()
+        self._closed: list[str] = []
+
+    def choose(
+        self, waiting: Iterable[Waiting], running: Running, slots: AdapterSlots, now_ms: float
+    ) -> list[Pick]:
+        """The lines to claim from, in order, for the room that there is; `charge` the claimed requests."""
+        lines = [_Line(entry, now_ms) for entry in waiting]
+        self._batch.note(lines)
+        draft = _Draft(running, SlotPlan(self._base, running.per_queue, slots), replace(self._batch))
+        self._closed = self._close(lines, draft, now_ms)
+        picks: list[Pick] = []
+        while draft.room > 0:
+            lines = [line for line in lines if line.places and self._may_run(line.queue, draft.slots)]
+            if not lines:
+                break
+            line = self._best(draft.batch.first_class(lines), draft, now_ms)
+            picks.append(Pick(line.queue, line.first.line))
+            draft.take(line)
+        return picks
+
+    def charge(self, queue: str, place: Place) -> None:
+        """Accounts for a request that was claimed."""
+        self._shares.charge(queue, place.num_sequences / self._weight(queue))
+        self._tenant_shares.setdefault(queue, Shares()).charge(place.tenant, place.num_sequences)
+        self._tenant_shares.move_to_end(queue)
+        if len(self._tenant_shares) > MAX_NUM_TENANT_SHARES:
+            self._tenant_shares.popitem(last=False)
+        self._batch.charge(place)
+
+    def forget_closed(self) -> None:
+        """Opens all adapters again: nothing waits."""
+        self._closed = []
+
+    @property
+    def num_remembered(self) -> int:
+        """How many shares are remembered, of adapters and of tenants."""
+        return len(self._shares) + sum(map(len, self._tenant_shares.values()))
+
+    def nearest(self, running: Running, queues: Iterable[str]) -> list[str]:
+        """These queues, that of the base and those of adapters that run, in the order of key 3."""
+        queues = {self._base, *queues, *running.per_queue}
+
+        def key(queue: str) -> tuple[float, float, str]:
+            num_running = running.per_queue.get(queue, 0)
+            return num_running / self._weight(queue), self._shares.start(queue), queue
+
+        return sorted(queues, key=key)
+
+    def _weight(self, queue: str) -> float:
+        return self._weights.get(queue, 1.0)
+
+    def _may_run(self, queue: str, slots: SlotPlan) -> bool:
+        return queue not in self._closed and (queue in slots.used or slots.num_free > 0)
+
+    def _is_overdue(self, line: "_Line", now_ms: float) -> bool:
+        """Whether the first request of a line has waited long enough to evict another adapter."""
+        patience = BATCH_PATIENCE if line.request_class == BATCH else 1
+        return now_ms - line.first.since_ms >= patience * self._max_wait_ms
+
+    def _close(self, lines: Iterable["_Line"], draft: "_Draft", now_ms: float) -> list[str]:
+        """One running adapter for each overdue one that finds no slot, those closed before at first."""
+        overdue = {line.queue for line in lines if self._is_overdue(line, now_ms)} - draft.slots.used
+        num_missing = max(0, len(overdue) - draft.slots.num_free)
+        candidates = draft.slots.used - {self._base}
+
+        def key(queue: str) -> tuple[bool, int, str]:
+            return queue not in self._closed, draft.per_queue[queue], queue
+
+        return sorted(candidates, key=key)[:num_missing]
+
+    def _best(self, lines: Iterable["_Line"], draft: "_Draft", now_ms: float) -> "_Line":
+        """The first of lines of one class, by keys 2 to 5."""
+        queues: dict[str, list[_Line]] = {}
+        for line in lines:
+            queues.setdefault(line.queue, []).append(line)
+        queue = min(queues, key=lambda name: self._queue_key(name, queues[name], draft, now_ms))
+        return min(queues[queue], key=lambda line: self._line_key(line, draft))
+
+    def _queue_key(
+        self, queue: str, lines: Sequence["_Line"], draft: "_Draft", now_ms: float
+    ) -> tuple[bool, float, float, float]:
+        evicts = queue not in draft.slots.resident and draft.slots.num_empty <= 0
+        return (
+            evicts and not any(self._is_overdue(line, now_ms) for line in lines),
+            draft.per_queue[queue] / self._weight(queue),
+            self._shares.start(queue) + draft.chosen[queue] / self._weight(queue),
+            min(line.first.since_ms for line in lines),
+        )
+
+    def _line_key(self, line: "_Line", draft: "_Draft") -> tuple[float, float, float]:
+        name = line.queue, line.first.tenant
+        shares = self._tenant_shares.get(line.queue)
+        start = shares.start(line.first.tenant) if shares else 0.0
+        return draft.per_tenant[name], start + draft.chosen_of[name], line.first.since_ms
+
+
+class _Line:
+    """The requests of a line that are still to be chosen."""
+
+    def __init__(self, waiting: Waiting, now_ms: float) -> None:
+        self.queue = waiting.queue
+        self.places = deque(waiting.places)
+        is_urgent = waiting.deadline_ms is not None and waiting.deadline_ms - now_ms < BATCH_URGENT_S * 1000
+        request_class = self.first.request_class
+        self.request_class = min(request_class, INTERACTIVE) if is_urgent else request_class
+
+    @property
+    def first(self) -> Place:
+        return self.places[0]
+
+
+@dataclass
+class _BatchAccount:
+    """The share of batch in what is claimed while other requests wait, too."""
+
+    num_due: float = 0.0
+    """Sequences of batch that are due; negative after a request of many."""
+    has_rival: bool = False
+    """Whether batch and others wait."""
+
+    def note(self, lines: Iterable[_Line]) -> None:
+        """Learns what waits."""
+        classes = {line.request_class for line in lines}
+        self.has_rival = BATCH in classes and len(classes) > 1
+        if not self.has_rival:
+            self.num_due = 0.0
+
+    def first_class(self, lines: Sequence[_Line]) -> list[_Line]:
+        """The lines of the class whose turn it is."""
+        classes = {line.request_class for line in lines}
+        turn = BATCH if BATCH in classes and self.num_due >= 1 else min(classes)
+        return [line for line in lines if line.request_class == turn]
+
+    def charge(self, place: Place) -> None:
+        """Accounts for a request."""
+        if self.has_rival:
+            self.num_due = min(BATCH_SHARE, self.num_due + place.num_sequences / BATCH_SHARE)
+            if place.request_class == BATCH:
+                self.num_due -= place.num_sequences
+
+
+class _Draft:
+    """The worker as it would be after the choices so far."""
+
+    def __init__(self, running: Running, slots: SlotPlan, batch: _BatchAccount) -> None:
+        self.slots = slots
+        self.batch = batch
+        self.room = running.room
+        self.per_queue = Counter(running.per_queue)
+        self.per_tenant = Counter(running.per_tenant)
+        self.chosen: Counter[str] = Counter()
+        """Sequences by queue, of the choices alone."""
+        self.chosen_of: Counter[tuple[str, str]] = Counter()
+
+    def take(self, line: _Line) -> None:
+        """Chooses the first request of a line."""
+        place = line.places.popleft()
+        self.slots.use(line.queue)
+        self.batch.charge(place)
+        self.room -= place.num_sequences
+        for per_queue in (self.per_queue, self.chosen):
+            per_queue[line.queue] += place.num_sequences
+        for per_tenant in (self.per_tenant, self.chosen_of):
+            per_tenant[line.queue, place.tenant] += place.num_sequences
