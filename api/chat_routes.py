@@ -46,9 +46,11 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
         body = parse(ChatCompletionRequest, await read_body(request, settings.max_body_bytes))
         admit_until = queue.deadline()
         card = await queue.fetch_card(body.model, admit_until)
-        generation = _to_generation_request(body, card, settings, detached=_wants_detach(request))
+        client = keys.client_of(request)
+        detached = _wants_detach(request)
+        generation = _to_generation_request(body, card, settings, tenant=client, detached=detached)
         writer = _writer(generation, stream=bool(body.stream), include_usage=body.include_usage)
-        call = GenerationCall(generation, writer, keys.client_of(request), admit_until)
+        call = GenerationCall(generation, writer, client, admit_until)
         return GenerationResponse(relay, settings, call)
 
     @router.get(CHAT_COMPLETIONS + "/{request_id}/stream", summary="Resume a stream", tags=["chat"])
@@ -97,7 +99,7 @@ def _heading(request: GenerationRequest) -> Heading:
 
 
 def _to_generation_request(
-    body: ChatCompletionRequest, card: ModelCard, settings: ApiSettings, *, detached: bool
+    body: ChatCompletionRequest, card: ModelCard, settings: ApiSettings, *, tenant: str, detached: bool
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -109,6 +111,8 @@ def _to_generation_request(
         adapter_version=card.version if card.adapter_name is not None else None,
         base_version=(card.version if card.adapter_name is None else card.base_version) or None,
         created=int(time.time()),
+        tenant=tenant,
+        wait_limit_s=None if detached else settings.queue_time_limit_s,
         generation_limit_s=settings.generation_limit_s,
         detached=detached,
     )
