@@ -4,9 +4,10 @@ A malformed value raises `ConfigurationError`, which names the variable. The fla
 same variables.
 """
 
+import math
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -89,6 +90,29 @@ def _parse_named(entry: str) -> AdapterSource:
     return AdapterSource(name, path)
 
 
+def parse_weights(value: Any) -> Any:
+    """Parses `"a=2 b=0.5"`, weights by model name.
+
+    Raises:
+        ValueError: an entry is malformed, a name is used twice, or a weight is no positive number.
+    """
+    if not isinstance(value, str):
+        return value
+    weights: dict[str, float] = {}
+    for entry in shlex.split(value):
+        name, _, weight = entry.rpartition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not name or name in weights or not 0 < number < math.inf:
+            raise ValueError(
+                f"{entry!r} is not of the form name=weight, with a positive number, once per name"
+            )
+        weights[name] = number
+    return weights
+
+
 def _check_name(name: str) -> None:
     """Refuses names that no URL can carry.
 
@@ -110,6 +134,7 @@ def _split_words(value: Any) -> Any:
 
 
 Adapters = Annotated[tuple[AdapterSource, ...], NoDecode, BeforeValidator(parse_adapters)]
+Weights = Annotated[Mapping[str, float], NoDecode, BeforeValidator(parse_weights)]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -225,6 +250,8 @@ class WorkerSettings(Settings):
     """Host memory for adapters without a slot; by default a tenth of what is free at the start."""
     max_wait_s: Seconds = 1
     """Wait after which a request for an adapter without a slot may evict another one that is in demand."""
+    adapter_weights: Weights = {}
+    """Shares by model name, where the requests of several adapters, or of the base, wait; others have 1."""
     compile: Literal["off", "kernels", "graph"] = "graph"
     """Products of the machine's C++ compiler, on a CPU: nothing, the kernels, or the kernels and, in the
     background, the compiled forward pass."""

@@ -1,6 +1,7 @@
 """Both ends of the queue for tests: requests, an API's end that blocks, a worker's end."""
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 from uuid import uuid4
 
@@ -9,12 +10,17 @@ import redis.asyncio
 
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
 from shared.queue.api_streams import ApiStreams
+from shared.queue.order import Pick, Running, WaitingOrder
 from shared.queue.records import Append, Claim
+from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
+from worker.serving.claimer import Claimer
+from worker.serving.consumer import Consumer, HeldRequests
 
 BASE = "tiny"
 QUEUES = [BASE, *(f"{BASE}-{name}" for name in ("a", "b", "c", "pirate", "not-loaded"))]
 """The queues of the base and of the adapters that tests use."""
+PLENTY = AdapterSlots(1 << 30, ())
 CHANNEL = "lorelay:events:test"
 SECRET = "the prompt that nobody may see"
 
@@ -90,8 +96,36 @@ def reaper(connection: redis.Redis, name: str = "reaper") -> WorkerStreams:
 
 def claim(streams: WorkerStreams, num_requests: int = 1, **options: Any) -> list[Claim]:
     """Claims up to `num_requests` under fresh execution ids."""
-    ids = [uuid4().hex for _ in range(num_requests)]
-    return streams.claim(ids, options.get("running", {}))
+    return claimer(streams).claim(running(num_requests, **options.get("running", {})))
+
+
+def choose(streams: WorkerStreams, num_requests: int) -> list[Pick]:
+    """What `claim` would claim."""
+    waiting, now_ms = streams.look([BASE], num_requests, 32)
+    return WaitingOrder(BASE, max_wait_s=1.0).choose(waiting, running(num_requests), PLENTY, now_ms)
+
+
+def running(room: int, /, **per_queue: int) -> Running:
+    """Room for so many sequences beside those that run, by queue."""
+    return Running(room, per_queue, {})
+
+
+def claimer(
+    streams: WorkerStreams,
+    *,
+    served: Collection[str] = (),
+    slots: AdapterSlots = PLENTY,
+    max_wait_s: float = 1.0,
+) -> Claimer:
+    """A worker's claims, by an order that remembers nothing yet. `served`: if it serves few queues."""
+    order = WaitingOrder(BASE, max_wait_s=max_wait_s)
+    return Claimer(streams, order, slots=lambda: slots, names_if_few=lambda _: served)
+
+
+def make_consumer(streams: WorkerStreams, held: HeldRequests, **options: Any) -> Consumer:
+    """A consumer that claims by `claimer`."""
+    defaults = {"max_num_requests": 8, "poll_s": 0.02}
+    return Consumer(streams, claimer(streams), held, **(defaults | options))
 
 
 def token(claimed: Claim, event_no: int, text: str = "x") -> Append:

@@ -72,6 +72,7 @@ class ApiStreams:
                 max_total_queue_depth,
                 self._channel,
                 int(stream_ttl_s * 1000),
+                math.ceil((request.wait_limit_s or 0) * 1000),
                 *flat,
             ]
         )

@@ -7,6 +7,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from shared.messages import GenerationRequest
+from shared.queue.places import order_field
 
 FUNCTION = "worker.jobs.generate"
 """The function named in `job.data`. The prompt is in a field of our own, so no dashboard or log shows it."""
@@ -20,7 +21,7 @@ def _unconnected() -> Redis:
 def job_fields(
     request: GenerationRequest, queue: str, client: str, result_ttl_s: int, failure_ttl_s: int
 ) -> dict[str, bytes | str | int | float]:
-    """The job hash of a request: RQ's own fields, and six of ours."""
+    """The job hash of a request: RQ's own fields, and seven of ours."""
     job = Job.create(
         FUNCTION,
         id=request.request_id,
@@ -40,4 +41,5 @@ def job_fields(
         "model": request.model,
         "version": request.weights_version,
         "detached": int(request.detached),
+        "order": order_field(request),
     }

@@ -2,7 +2,7 @@
 
 RQ's own keys (job hashes, queues, registries, workers) are RQ's and are not listed here; the scripts in
 `shared/queue/lua/` take their names from RQ's prefix. `<id>` is a request id, `<base>` a base model's slug.
-The names stand a second time in `scripts/prelude.lua`, and a test holds both together.
+The names stand a second time in `lua/prelude.lua`, and a test holds both together.
 """
 
 PREFIX = "lorelay"
@@ -15,8 +15,20 @@ MODELS = f"{PREFIX}:models"
 
 
 def waiting(base: str) -> str:
-    """sorted set, queue → enqueue time (ms) of its head. Kept by enqueue, claim, abort, reap, hand_back."""
+    """sorted set, queue → enqueue time (ms) of its head; 2^50 more while nothing but batch waits in it.
+
+    Kept by enqueue, claim, abort, reap, hand_back, sweep; read by look.
+    """
     return f"{PREFIX}:waiting:{base}"
+
+
+def order(queue: str) -> str:
+    """sorted set, all scores 0: the place of each request that waits in a queue, see `places`.
+
+    Kept by whoever changes the queue: enqueue, abort, claim, reap, hand_back. `look` and `sweep` compare it
+    with RQ's list and mend it. It ends with the queue's last waiting request.
+    """
+    return f"{PREFIX}:order:{queue}"
 
 
 def doorbell(base: str) -> str:
@@ -37,8 +49,8 @@ def workers(base: str) -> str:
 def served(worker_name: str) -> str:
     """hash, queue → version of the weights that a worker has for it; one field more, with an empty name.
 
-    Written by the worker's heartbeat; read by claim, and by end_unserved to tell what no live worker serves.
-    10 min after the last renewal.
+    Written by the worker's heartbeat; read by look and claim, and by end_unserved to tell what no live worker
+    serves. 10 min after the last renewal.
     """
     return f"{PREFIX}:served:{worker_name}"
 

@@ -79,6 +79,7 @@ _SCRIPTS_OF_BOTH = (
 _KEYS_OF_BOTH = (
     _KEY,
     keys.waiting(PROBE),
+    keys.order(PROBE),
     keys.doorbell(PROBE),
     keys.owner(PROBE),
     keys.reader(PROBE),

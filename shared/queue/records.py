@@ -1,6 +1,6 @@
 """The records that a worker and `shared.queue.worker_streams` hand each other. No Redis, no RQ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from shared.messages import GenerationRequest, StreamEvent
@@ -21,19 +21,6 @@ class Claim(NamedTuple):
     events: tuple[StreamEvent, ...]
     alone: bool = False
     """It was near crashes: its steps must run without company until it is cleared."""
-
-
-class Slots(NamedTuple):
-    """Where the adapters that run find room on a worker."""
-
-    num: int
-    resident: Sequence[str]
-    """Queues whose adapters have a slot now, in use or not, least recently used first."""
-    max_wait_s: float
-    """How long the head of a queue waits at most before its adapter may push another out."""
-
-
-UNLIMITED_SLOTS = Slots(1 << 30, (), 1.0)
 
 
 class Append(NamedTuple):

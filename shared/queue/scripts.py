@@ -10,20 +10,37 @@ from importlib import resources
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from shared.errors import GenerationFailed, LorelayError
+from shared.errors import GenerationFailed, LorelayError, QueueTimeout
 from shared.logs import fields
+from shared.messages import FinishReason, StreamEvent
 from shared.queue.claims import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
+_PARTS = {"look": ("lines",), "claim": ("lines",)}
+"""Files that stand before a script, behind those that stand before each."""
+
 
 @cache
 def script_source(name: str) -> str:
-    """The text of `shared/queue/lua/<name>.lua` behind the prelude, with RQ's key prefix filled in."""
+    """The text of `shared/queue/lua/<name>.lua` behind what it shares with others, on RQ's key prefix."""
     folder = resources.files("shared.queue") / "lua"
-    prelude = (folder / "prelude.lua").read_text().replace("@RQ@", RQ_KEY_PREFIX)
-    prelude = prelude.replace("@UNREADABLE_RESULT@", exception_text(GenerationFailed(UNREADABLE)))
-    return prelude + (folder / f"{name}.lua").read_text()
+    parts = ("prelude", "waiting", *_PARTS.get(name, ()), name)
+    source = "".join((folder / f"{part}.lua").read_text() for part in parts)
+    for word, value in {
+        "@RQ@": RQ_KEY_PREFIX,
+        "@UNREADABLE_RESULT@": exception_text(GenerationFailed(UNREADABLE)),
+        "@QUEUE_TIMEOUT@": event_format(QueueTimeout()),
+        "@QUEUE_TIMEOUT_RESULT@": exception_text(QueueTimeout()),
+    }.items():
+        source = source.replace(word, value)
+    return source
+
+
+def event_format(error: LorelayError) -> str:
+    """The terminal event of an error, with a %d in place of its number."""
+    event = StreamEvent(event_no=-1, finish_reason=FinishReason.ERROR, error=error.to_info())
+    return event.encode().decode().replace("%", "%%").replace('"event_no":-1', '"event_no":%d')
 
 
 def exception_text(error: LorelayError) -> str:

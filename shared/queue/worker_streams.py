@@ -6,6 +6,7 @@ repeats a call whose reply it lost.
 
 import base64
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,6 @@ from shared.errors import (
     AdapterVersionGone,
     GenerationFailed,
     GenerationStopped,
-    LorelayError,
     from_info,
 )
 from shared.messages import SCHEMA_VERSION, FinishReason, StreamEvent
@@ -24,8 +24,10 @@ from shared.queue import keys
 from shared.queue.claims import UnreadableRecord, read_claim
 from shared.queue.connections import is_wrong_type
 from shared.queue.names import slug
-from shared.queue.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Reaped, Slots
-from shared.queue.scripts import exception_text, log_unreadable, mend, script_source
+from shared.queue.order import Pick, Waiting
+from shared.queue.places import read_place
+from shared.queue.records import Append, Claim, Held, News, Reaped
+from shared.queue.scripts import event_format, exception_text, log_unreadable, mend, script_source
 
 _pack = msgspec.msgpack.encode
 """For the scripts' `cmsgpack`, which reads strings but no binary type."""
@@ -34,6 +36,8 @@ _pack = msgspec.msgpack.encode
 NUM_EVENTS_TO_CLEAR = 16
 """A request that ran on for so many events since its claim is cleared of the crashes it was near."""
 NUM_QUEUES_PER_SWEEP = 100
+MAX_NUM_NEAR = 64
+"""Queues that need no slot, of which one look tells."""
 MAX_NUM_REAPED = 1000
 """Requests that one call of `reap` takes from their workers."""
 MAX_NUM_JUDGED = 1000
@@ -63,8 +67,7 @@ class WorkerStreams:
         self._stream_ttl_ms = int(stream_ttl_s * 1000)
         self._result_ttl_s = result_ttl_s
         self._failure_ttl_s = failure_ttl_s
-        self._closed: list[str] = []
-        """Queues that get no more requests until their slots are free."""
+        self._look = connection.register_script(script_source("look"))
         self._claim = connection.register_script(script_source("claim"))
         self._append = connection.register_script(script_source("append"))
         self._renew = connection.register_script(script_source("renew"))
@@ -91,27 +94,51 @@ class WorkerStreams:
         known = self._connection.hgetall(keys.served(self._worker_name))
         return known == {name.encode(): value.encode() for name, value in _served_fields(served).items()}
 
-    def claim(
-        self, execution_ids: Sequence[str], running: Mapping[str, int], slots: Slots = UNLIMITED_SLOTS
-    ) -> list[Claim]:
-        """Claims at most one request per execution id; the same ids again bring the same requests.
+    def look(
+        self, near: Sequence[str], num_requests: int, num_others: int, max_num_near: int = MAX_NUM_NEAR
+    ) -> tuple[list[Waiting], float]:
+        """What this worker may choose from, and the time (ms) by the clock of Redis.
 
-        `running` counts this worker's requests per queue. Requests whose records can't be read end here.
+        `near`: queues that need no free slot, of which the first `max_num_near` that wait are told; then
+        those `num_others` whose heads wait longest. Of each line up to `num_requests` requests.
         """
-        claimed, closed, unreadable = self._claim(
+        lines: list[Waiting] = []
+        rank, now_ms = 0, 0.0
+        # Each call is bounded. The next one goes on behind queues that this worker has nothing to run of.
+        while rank >= 0:
+            found, rank, now_ms, unreadable = self._look(
+                args=[
+                    self._base,
+                    self._worker_name,
+                    SCHEMA_VERSION,
+                    num_requests,
+                    num_others,
+                    max_num_near,
+                    f"{random.getrandbits(32):08x}",
+                    rank,
+                    *near,
+                ]
+            )
+            log_unreadable(unreadable)
+            lines += [read_waiting(entry) for entry in found]
+        return lines, float(now_ms)
+
+    def claim(self, execution_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
+        """Claims a request for each pick; fewer if others took them, or if one must run alone.
+
+        The same ids again bring the same requests. Requests whose records can't be read end here.
+        """
+        claimed, unreadable = self._claim(
             args=[
                 self._base,
                 self._worker_name,
-                len(execution_ids),
                 self._lease_ms,
                 self._stream_ttl_ms,
                 SCHEMA_VERSION,
-                json.dumps(running),
-                self._pack_slots(slots),
+                _pack([item for pick in picks for item in pick]),
                 *execution_ids,
             ]
         )
-        self._closed = _decode_all(closed)
         log_unreadable(unreadable)
         claims: list[Claim] = []
         refused: list[Append] = []
@@ -153,9 +180,6 @@ class WorkerStreams:
         )
         aborted, lost, num_waiting, unreadable = reply
         log_unreadable(unreadable)
-        if num_waiting == 0:
-            # Nothing waits, so no queue needs to stay closed. A claim would find the same; this saves it.
-            self._closed = []
         return News(_decode_all(aborted), _decode_all(lost), num_waiting=num_waiting)
 
     def renew(self, held: Iterable[Held], *, judge_readers: bool = False) -> News:
@@ -196,7 +220,7 @@ class WorkerStreams:
                 MAX_NUM_REAPED,
                 max_crashes_alone,
                 self._failure_ttl_s,
-                _event_format(reason),
+                event_format(reason),
                 exception_text(reason),
                 self._worker_name,
             ]
@@ -222,7 +246,7 @@ class WorkerStreams:
                     rank,
                     MAX_NUM_JUDGED,
                     int(min_pause_s * 1000),
-                    _event_format(reason),
+                    event_format(reason),
                     exception_text(reason),
                     self._failure_ttl_s,
                 ]
@@ -255,16 +279,6 @@ class WorkerStreams:
             mend(self._connection, {keys.doorbell(self._base): "list"})
             return True
 
-    def _pack_slots(self, slots: Slots) -> str:
-        return json.dumps(
-            {
-                "num": slots.num,
-                "resident": list(slots.resident),
-                "closed": self._closed,
-                "max_wait_ms": int(slots.max_wait_s * 1000),
-            }
-        )
-
     def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
         """What `append.lua` ends the job with; result and exception encoded as in `rq.results.Result`."""
         event, meta = append.event, json.dumps(dict(append.meta or {}))
@@ -281,15 +295,17 @@ def _served_fields(served: Mapping[str, str]) -> dict[Any, Any]:
     return {**served, "": ""}
 
 
+def read_waiting(entry: Sequence[bytes]) -> Waiting:
+    """A line as `look.lua` tells it: queue, deadline, places."""
+    queue, deadline_ms, *places = (part.decode() for part in entry)
+    return Waiting(
+        queue, [read_place(place) for place in places], float(deadline_ms) if deadline_ms else None
+    )
+
+
 def _refusal(held: Held, error: UnreadableRecord, event_no: int) -> Append:
     event = StreamEvent(event_no=event_no, finish_reason=FinishReason.ERROR, error=error.to_info())
     return Append(held, event, {"error": error.code, "unreadable": error.reason})
-
-
-def _event_format(error: LorelayError) -> str:
-    """The terminal event of an error, with a %d in place of its number."""
-    event = StreamEvent(event_no=-1, finish_reason=FinishReason.ERROR, error=error.to_info())
-    return event.encode().decode().replace("%", "%%").replace('"event_no":-1', '"event_no":%d')
 
 
 def _pack_held(held: Iterable[Held]) -> bytes:

@@ -117,6 +117,7 @@ def find_remains(connection: redis.Redis, base: str) -> list[str]:
     """Queues, leases, owners and executions that are not empty."""
     patterns = (
         keys.waiting(slug(base)),
+        keys.order("*"),
         keys.leases(slug(base)),
         keys.owner("*"),
         f"{RQ_KEY_PREFIX}:queue:*",

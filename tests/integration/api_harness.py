@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from shared.queue.names import queue_name
 from shared.queue.records import Append, Claim
 from shared.queue.worker_streams import WorkerStreams
 from shared.settings import ApiSettings, RedisSettings
+from tests.streams import claim as claim_from
 from tests.waiting import wait_until
 
 DEADLINE_S = 10.0
@@ -159,7 +159,7 @@ class ScriptedWorker:
 
     def try_claim(self) -> Claim | None:
         """The next request, if any waits."""
-        claims = self.streams.claim([uuid.uuid4().hex], {})
+        claims = claim_from(self.streams)
         return claims[0] if claims else None
 
     def claim(self) -> Claim:

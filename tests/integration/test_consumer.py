@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -19,7 +20,7 @@ from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from shared.settings import WorkerSettings
 from tests.fakes import FakeModel, build_engine, letters
 from tests.redis_server import RedisServer
-from tests.streams import BASE, BlockingApi, claim, last, make_request, token, worker_streams
+from tests.streams import BASE, BlockingApi, claim, last, make_consumer, make_request, token, worker_streams
 from tests.waiting import wait_until
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
 from worker.serving import capacity
@@ -62,7 +63,7 @@ class ThreadedWorker:
         self.held = HeldRequests()
         engine = build_engine(runner, max_prefill_tokens=64)
         self.connection = redis.Redis.from_url(url, socket_timeout=5)
-        self.consumer = Consumer(
+        self.consumer = make_consumer(
             worker_streams(self.connection, self.name),
             self.held,
             max_num_requests=max_num_requests,
@@ -317,7 +318,7 @@ def make_heartbeat(
 
 def test_a_heartbeat_tells_what_its_worker_serves_until_it_drains(connection: redis.Redis) -> None:
     streams = worker_streams(connection, "w1")
-    consumer = Consumer(streams, HeldRequests(), encode=not_at_all, max_num_requests=8, poll_s=0.02)
+    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, max_num_requests=8, poll_s=0.02)
     now_s = [0.0]
     heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m1")
     heartbeat.turn()
@@ -341,7 +342,7 @@ def test_a_heartbeat_ends_requests_for_weights_that_nobody_has_after_a_beat_of_i
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     streams = worker_streams(connection, "w1")
-    consumer = Consumer(streams, HeldRequests(), encode=not_at_all, max_num_requests=8, poll_s=0.02)
+    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, max_num_requests=8, poll_s=0.02)
     now_s = [0.0]
     heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m2")
     request_id = api.enqueue(make_request(base_version="m1"))
@@ -367,7 +368,7 @@ def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
     heartbeat = Heartbeat(
         streams,
         held,
-        Consumer(streams, held, encode=not_at_all, max_num_requests=8, poll_s=0.02),
+        make_consumer(streams, held, encode=not_at_all, max_num_requests=8, poll_s=0.02),
         WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
         served=lambda: {BASE: ""},
         on_beat=lambda: beats.append(now_s[0]),
@@ -587,7 +588,9 @@ def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
 ) -> None:
     ids = [api.enqueue(make_request()) for _ in range(2)]
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01)
+    consumer = make_consumer(
+        worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01
+    )
     with lost_replies(monkeypatch), pytest.raises(redis.ConnectionError):
         consumer.turn()
     assert not held
@@ -599,15 +602,17 @@ def test_a_running_worker_asks_for_more_only_while_something_waits(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, encode=not_at_all, max_num_requests=3, poll_s=0.01)
+    consumer = make_consumer(
+        worker_streams(connection), held, encode=not_at_all, max_num_requests=3, poll_s=0.01
+    )
     num_held: list[int] = []
-    claim_once = WorkerStreams.claim
+    look_once = WorkerStreams.look
 
-    def counted(*args: object) -> list[Claim]:
+    def counted(*args: Any) -> Any:
         num_held.append(len(held))
-        return claim_once(*args)
+        return look_once(*args)
 
-    monkeypatch.setattr(WorkerStreams, "claim", counted)
+    monkeypatch.setattr(WorkerStreams, "look", counted)
     api.enqueue(make_request())
     for _ in range(3):
         consumer.turn()
@@ -622,7 +627,9 @@ def test_a_claim_whose_reply_was_lost_is_repeated_though_nothing_waits_any_more(
     connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01)
+    consumer = make_consumer(
+        worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01
+    )
     api.enqueue(make_request())
     consumer.turn()
     second = api.enqueue(make_request())
@@ -636,7 +643,9 @@ def test_what_is_handed_back_while_all_else_ends_is_claimed_in_the_same_turn(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     held = HeldRequests()
-    consumer = Consumer(worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01)
+    consumer = make_consumer(
+        worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01
+    )
     ids = [api.enqueue(make_request()) for _ in range(2)]
     consumer.turn()
     first, second = held.snapshot()
@@ -653,7 +662,7 @@ def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     api.enqueue(make_request())
     held = HeldRequests()
     streams = worker_streams(connection)
-    consumer = Consumer(streams, held, encode=not_at_all, max_num_requests=1, poll_s=0.01)
+    consumer = make_consumer(streams, held, encode=not_at_all, max_num_requests=1, poll_s=0.01)
     consumer.turn()
     (claimed,) = held.snapshot()
     end: list[Append] = [last(Claim(claimed, make_request(), ()), 0)]

@@ -27,6 +27,7 @@ from tests.streams import (
     CHANNEL,
     SECRET,
     BlockingApi,
+    choose,
     claim,
     last,
     make_request,
@@ -181,13 +182,14 @@ def test_a_claim_repeated_after_a_lost_reply_returns_what_it_claimed_and_nothing
     streams = worker_streams(connection)
     (former,) = claim(streams)
     execution_ids = ["e2", "e3"]
-    claims = streams.claim(execution_ids, {})
+    picks = choose(streams, 2)
+    claims = streams.claim(execution_ids, picks)
     suspend(connection)
-    assert streams.claim(execution_ids, {}) == claims
+    assert streams.claim(execution_ids, picks) == claims
     assert [c.held.request_id for c in [former, *claims]] == ids[:3]
     streams.hand_back([claims[0].held])
     Job.fetch(ids[2], connection, JSONSerializer).delete()
-    assert streams.claim(execution_ids, {}) == []
+    assert streams.claim(execution_ids, picks) == []
 
 
 def test_a_repeated_claim_renews_the_leases_and_says_again_what_must_run_alone(
@@ -196,9 +198,10 @@ def test_a_repeated_claim_renews_the_leases_and_says_again_what_must_run_alone(
     request_id = api.enqueue(make_request())
     connection.hset(Job.key_for(request_id), "crashes_alone", 1)
     streams = worker_streams(connection)
-    (claimed,) = streams.claim(["e1"], {})
+    picks = choose(streams, 1)
+    (claimed,) = streams.claim(["e1"], picks)
     connection.zadd(keys.leases(BASE), {request_id: 1})
-    assert streams.claim(["e1"], {}) == [claimed]
+    assert streams.claim(["e1"], picks) == [claimed]
     assert claimed.alone
     assert connection.zscore(keys.leases(BASE), request_id) > 1
 
@@ -581,6 +584,8 @@ def test_a_suspect_of_two_crashes_runs_alone_and_is_the_last_of_a_claim(
     for attempt in range(2):
         crash(connection, f"w{attempt}", 2)
     other = api.enqueue(make_request("b"))
+    serving_b = worker_streams(connection, "w2", served=[f"{BASE}-b"])
+    serving_b.hand_back([c.held for c in claim(serving_b)])
     first, second = claim(worker_streams(connection), 3, running={f"{BASE}-a": 1})
     assert (first.held.request_id, first.alone) == (other, False)
     assert (second.held.request_id in suspects, second.alone) == (True, True)

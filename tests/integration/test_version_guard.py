@@ -7,10 +7,20 @@ from rq.job import Job
 from shared.errors import RegistryConflict
 from shared.messages import ModelCard, decode_event
 from shared.queue import keys, registry
-from shared.queue.records import Slots
+from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
 from tests.redis_server import RedisServer
-from tests.streams import BASE, BlockingApi, claim, make_request, reaper, token, worker_streams
+from tests.streams import (
+    BASE,
+    BlockingApi,
+    claim,
+    claimer,
+    make_request,
+    reaper,
+    running,
+    token,
+    worker_streams,
+)
 
 QUEUE = f"{BASE}-a"
 OLD, NEW = "m1+a1", "m1+a2"
@@ -103,7 +113,8 @@ def test_a_request_that_waits_for_other_weights_closes_no_slot(
     late = enqueue(api, NEW, "b")
     streams = worker_streams(connection, served={QUEUE: NEW, f"{BASE}-b": NEW})
     # Overdue at once, and the only slot is in use by b.
-    claims = streams.claim(["e1"], {f"{BASE}-b": 1}, Slots(1, [f"{BASE}-b"], 0.0))
+    slots = AdapterSlots(1, [f"{BASE}-b"])
+    claims = claimer(streams, slots=slots, max_wait_s=0.0).claim(running(1, **{f"{BASE}-b": 1}))
     assert [claimed.held.request_id for claimed in claims] == [late]
 
 

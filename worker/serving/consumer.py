@@ -8,17 +8,20 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from uuid import uuid4
+from typing import NamedTuple
 
 import redis
 
 from shared.logs import fields
 from shared.queue.connections import is_passing
 from shared.queue.names import queue_name
+from shared.queue.order import Running
 from shared.queue.outages import Outages
-from shared.queue.records import UNLIMITED_SLOTS, Append, Claim, Held, News, Slots
+from shared.queue.places import tenant_key
+from shared.queue.records import Append, Claim, Held, News
 from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from worker.serving.capacity import Capacity
+from worker.serving.claimer import Claimer
 from worker.serving.commands import Commands, Inbox
 from worker.serving.faults import Faults
 from worker.serving.patience import RETRY_WAIT_S, call_until
@@ -31,32 +34,40 @@ IDLE_WAIT_S = 1.0
 IO = "io"
 
 
+class _Share(NamedTuple):
+    """A held request's part of the worker."""
+
+    queue: str
+    tenant: str
+    num_sequences: int
+
+
 class HeldRequests:
     """The requests this worker owns. Shared by all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queues: dict[Held, str] = {}
+        self._shares: dict[Held, _Share] = {}
         self._lone: Held | None = None
         self._alone_until_event_no = 0
         self._isolated: Held | None = None
 
     def __len__(self) -> int:
-        return len(self._queues)
+        return len(self._shares)
 
     def __contains__(self, held: object) -> bool:
-        return held in self._queues
+        return held in self._shares
 
     @property
     def has_lone_request(self) -> bool:
         """Whether one is held whose steps must run without company."""
-        return self._lone in self._queues
+        return self._lone in self._shares
 
     def add(self, claim: Claim) -> None:
         """Takes a claimed request in, in place of a former claim of the same one."""
         self.remove([claim.held.request_id])
         with self._lock:
-            self._queues[claim.held] = queue_name(claim.request.base, claim.request.adapter_name)
+            self._shares[claim.held] = _share_of(claim)
             if claim.alone:
                 self._lone = claim.held
                 self._alone_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
@@ -68,7 +79,7 @@ class HeldRequests:
     @property
     def isolated(self) -> Held | None:
         """The request that the engine has isolated, while it is held and not cleared."""
-        return self._isolated if self._isolated == self._lone and self._isolated in self._queues else None
+        return self._isolated if self._isolated == self._lone and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
         """Whether these events, now written, end the doubts about the request that ran alone."""
@@ -84,17 +95,37 @@ class HeldRequests:
         """Forgets requests; one that is not held is no error."""
         gone = set(request_ids)
         with self._lock:
-            self._queues = {held: name for held, name in self._queues.items() if held.request_id not in gone}
+            self._shares = {
+                held: share for held, share in self._shares.items() if held.request_id not in gone
+            }
 
     def snapshot(self) -> list[Held]:
         """All held requests, oldest first."""
         with self._lock:
-            return list(self._queues)
+            return list(self._shares)
 
-    def num_per_queue(self) -> Counter[str]:
-        """How many requests of each queue are held."""
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the held requests have."""
         with self._lock:
-            return Counter(self._queues.values())
+            return sum(share.num_sequences for share in self._shares.values())
+
+    def running(self, capacity: int) -> Running:
+        """The sequences of the held requests, on a worker that may hold so many."""
+        with self._lock:
+            shares = list(self._shares.values())
+        per_queue: Counter[str] = Counter()
+        per_tenant: Counter[tuple[str, str]] = Counter()
+        for name, tenant, num_sequences in shares:
+            per_queue[name] += num_sequences
+            per_tenant[name, tenant] += num_sequences
+        return Running(capacity - per_queue.total(), per_queue, per_tenant)
+
+
+def _share_of(claim: Claim) -> _Share:
+    request = claim.request
+    queue = queue_name(request.base, request.adapter_name)
+    return _Share(queue, tenant_key(request.tenant), request.num_sequences)
 
 
 class Consumer:
@@ -103,24 +134,23 @@ class Consumer:
     def __init__(
         self,
         streams: WorkerStreams,
+        claimer: Claimer,
         held: HeldRequests,
         *,
         encode: Encode,
         max_num_requests: int,
         poll_s: float,
-        slots: Callable[[], Slots] = lambda: UNLIMITED_SLOTS,
         faults: Faults | None = None,
     ) -> None:
-        """`slots` tells where adapters find room on the device now."""
-        self._slots = slots
+        """`max_num_requests`: sequences that the engine runs at once."""
         self._streams = streams
+        self._claimer = claimer
         self._held = held
         self._capacity = Capacity(max_num_requests)
         self._poll_s = poll_s
         self._faults = faults or Faults()
         self.outages = Outages(logger)
         self._unsent: list[Append] = []
-        self._execution_ids: list[str] = []
         self._known_isolated: Held | None = None
         self._draining = threading.Event()
         self._stopped = threading.Event()
@@ -177,11 +207,10 @@ class Consumer:
         if self._held or self._unsent:
             may_claim = self._send()
         may_claim |= self._shed()
-        # One whose reply was lost may have claimed something.
-        if may_claim or self._execution_ids:
+        if may_claim or self._claimer.awaits_reply:
             self._claim()
         self.is_idle = not self._held
-        if self.is_idle and not self._stopped.is_set():
+        if self.is_idle and not self._claimer.was_outrun and not self._stopped.is_set():
             self._streams.wait_for_doorbell(IDLE_WAIT_S)
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -195,7 +224,7 @@ class Consumer:
 
     def shed(self, held: Held) -> None:
         """Returns one request to its queue, and holds fewer for a while: memory has no room for more."""
-        self._capacity.shrink(len(self._held))
+        self._capacity.shrink(self._held.num_sequences)
         self._to_shed.put(held)
 
     def count_step(self) -> None:
@@ -246,6 +275,8 @@ class Consumer:
         ended = {append.held.request_id for append in appends if append.event.is_terminal}
         self._held.remove(ended)
         self._pass_on(news, ended)
+        if not news.num_waiting:
+            self._claimer.nothing_waits()
         return news.num_waiting > 0
 
     def _pass_on(self, news: News, ended: set[str]) -> None:
@@ -274,13 +305,10 @@ class Consumer:
         return has_shed
 
     def _claim(self) -> None:
-        room = self._capacity.num_sequences - len(self._held)
-        if room <= 0 or self._draining.is_set() or self._held.has_lone_request:
+        running = self._held.running(self._capacity.num_sequences)
+        if running.room <= 0 or self._draining.is_set() or self._held.has_lone_request:
             return
-        # Kept until there is a reply: a repeated call brings what one claimed whose reply was lost.
-        self._execution_ids = self._execution_ids or [uuid4().hex for _ in range(room)]
-        claims = self._streams.claim(self._execution_ids, self._held.num_per_queue(), self._slots())
-        self._execution_ids = []
+        claims = self._claimer.claim(running)
         for claim in claims:
             self._held.add(claim)
         if claims:

@@ -1,11 +1,11 @@
 """The queues that a worker claims from, and the cards that it registers: both follow `ServedModels`."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from shared.errors import ConfigurationError
 from shared.messages import ModelCard
 from shared.queue.names import queue_name
-from shared.queue.records import Slots
+from shared.queue.slot_plan import AdapterSlots
 from worker.engine.ports import Residency
 from worker.engine.served_models import ServedModel, ServedModels
 
@@ -34,6 +34,16 @@ class ServedQueues:
         if self._only is None:
             return versions
         return {queue: version for queue, version in versions.items() if queue in self._only}
+
+    def names_if_few(self, most: int) -> list[str]:
+        """The queues to claim from, if these are at most so many; else none. Cheap for any number of them."""
+        num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
+        return list(self.versions()) if num_queues <= most else []
+
+    def shares(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The weights of models by queue, from those by model name."""
+        base = self._models.base.name
+        return {self.name_of(None if name == base else name): weight for name, weight in weights.items()}
 
     def cards(self) -> list[ModelCard]:
         """The registry's entries of all models: the base's, then its adapters'."""
@@ -71,6 +81,6 @@ def queues_of(base: str, adapter_names: Collection[str], arguments: Sequence[str
     return [queues[argument] for argument in arguments]
 
 
-def adapter_slots(queues: ServedQueues, adapters: Residency, max_wait_s: float) -> Slots:
-    """The adapter slots of the device, by queue, for a claim."""
-    return Slots(adapters.num_slots, [queues.name_of(name) for name in adapters.resident], max_wait_s)
+def adapter_slots(queues: ServedQueues, adapters: Residency) -> AdapterSlots:
+    """The adapter slots of the device, by queue."""
+    return AdapterSlots(adapters.num_slots, [queues.name_of(name) for name in adapters.resident])

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from shared.queue.order import WaitingOrder
 from shared.queue.outages import Outages
 from shared.queue.worker_streams import WorkerStreams
 from shared.settings import WorkerSettings
@@ -14,6 +15,7 @@ from worker.engine.engine import BatchingEngine
 from worker.engine.ports import Engine, Model
 from worker.engine.scheduler import Scheduler
 from worker.engine.step_pace import StepPace
+from worker.serving.claimer import Claimer
 from worker.serving.consumer import IO, Consumer, HeldRequests
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.failure import Failure
@@ -46,12 +48,24 @@ class WorkerService:
         self._settings = settings
         self._held = HeldRequests()
         self._engine = engine
+        streams = make_streams()
+        order = WaitingOrder(
+            queues.name_of(None),
+            max_wait_s=settings.max_wait_s,
+            weights=queues.shares(settings.adapter_weights),
+        )
+        claimer = Claimer(
+            streams,
+            order,
+            slots=lambda: adapter_slots(queues, engine.adapters),
+            names_if_few=queues.names_if_few,
+        )
         self._consumer = Consumer(
-            make_streams(),
+            streams,
+            claimer,
             self._held,
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
-            slots=lambda: adapter_slots(queues, engine.adapters, settings.max_wait_s),
             faults=faults,
             encode=engine.encode,
         )

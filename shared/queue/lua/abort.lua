@@ -4,7 +4,7 @@
 local id, only_queued, ttl = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
 
 local function cancel(queue, base)
-  redis.call('LREM', queue_key(queue), 0, id)
+  unqueue(id, queue, 0)
   redis.call('HSET', job_key(id), 'status', 'canceled', 'ended_at', iso(now_us))
   redis.call('EXPIRE', job_key(id), ttl)
   redis.call('ZADD', registry_key('canceled', queue), math.floor(now_ms / 1000) + ttl, id)

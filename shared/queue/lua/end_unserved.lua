@@ -50,7 +50,7 @@ local function judge(id, queue, served, is_served)
   local status, version, model = unpack(redis.call('HMGET', job_key(id), 'status', 'version', 'model'))
   if status ~= 'queued' or not version or version == '' or served[version] or served[''] then return end
   if not is_served and registered_version(model or '') == version then return end
-  redis.call('LREM', queue_key(queue), 1, id)
+  unqueue(id, queue, 1)
   finish_ownerless(id, nobody(base, queue), event, { 'failed', '{}', '', exc_text, failure_ttl })
   ended[#ended + 1] = id
 end

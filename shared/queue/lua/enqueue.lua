@@ -1,13 +1,13 @@
 -- Admission and enqueue in one step; the same id again is a success that changes nothing.
--- ARGV: id, base, queue, max depth of the queue, max depth in all, reader channel, stream ttl (ms), then the
---       job hash as field, value, ...
+-- ARGV: id, base, queue, max depth of the queue, max depth in all, reader channel, stream ttl (ms), longest wait (ms)
+--       before it begins or 0, then the job hash as field, value, ...
 -- Returns {'queued'}, or {'full', depth, num_ended, over_ms}: so many requests of the base ended since the oldest
 -- that waits came, or in the last minute or so.
 local id, base, queue = ARGV[1], ARGV[2], ARGV[3]
 
 local function full(depth)
   local oldest = redis.call('ZRANGE', waiting_key(base), 0, 0, 'WITHSCORES')
-  local since_ms = tonumber(oldest[2] or now_ms)
+  local since_ms = tonumber(oldest[2] or now_ms) % BATCH_OFFSET_MS
   local slice = math.floor(now_ms / 10000)
   local first, num_ended = math.max(slice - 5, math.floor(since_ms / 10000)), 0
   for number = first, slice do
@@ -33,14 +33,18 @@ if total >= tonumber(ARGV[5]) then
   return full(total)
 end
 
-for i = 8, #ARGV, 2 do
+for i = 9, #ARGV, 2 do
   redis.call('HSET', job_key(id), ARGV[i], ARGV[i + 1])
 end
 redis.call('HSET', job_key(id), 'status', 'queued', 'origin', queue,
   'created_at', iso(now_us), 'enqueued_at', iso(now_us), 'enqueued_ms', now_ms, 'base', base)
+if ARGV[8] ~= '0' then redis.call('HSET', job_key(id), 'deadline_ms', now_ms + ARGV[8]) end
 redis.call('SADD', shared_key('set', RQ .. ':queues'), queue_key(queue))
 redis.call('RPUSH', queue_key(queue), id)
-redis.call('ZADD', waiting_key(base), 'NX', now_ms, queue)
+local place = make_place(id, false, now_us)
+add_place(id, queue, place)
+-- LT: the heads of queues that wait already are older, unless only batch waits there.
+redis.call('ZADD', waiting_key(base), 'LT', now_ms + offset_ms(place), queue)
 redis.call('SET', reader_key(id), ARGV[6], 'PX', ARGV[7])
 ring(base)
 return { 'queued' }

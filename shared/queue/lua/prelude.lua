@@ -81,6 +81,7 @@ local function leases_key(base) return shared_key('zset', OURS .. ':leases:' .. 
 local function workers_key(base) return shared_key('zset', OURS .. ':workers:' .. base) end
 local function doorbell_key(base) return shared_key('list', OURS .. ':doorbell:' .. base) end
 local function reaped_key(worker) return shared_key('hash', OURS .. ':reaped:' .. worker) end
+local function order_key(queue) return shared_key('zset', OURS .. ':order:' .. queue) end
 local function served_key(worker) return shared_key('hash', OURS .. ':served:' .. worker) end
 
 -- Whether a worker's own lease still holds. After a pause of the server, or of the worker, it does not: then the leases
@@ -195,6 +196,13 @@ local UNREADABLE = '{"event_no":%d,"finish_reason":"error","error":{"code":"gene
   .. '"message":"A record of the request in Redis can\'t be read."}}'
 local UNREADABLE_RESULT = '@UNREADABLE_RESULT@'
 
+-- Takes a request out of the list of its queue (`count` as LREM has it) and out of the index beside it.
+local function unqueue(id, queue, count)
+  local place = redis.pcall('HGET', job_key(id), 'place')
+  if type(place) == 'string' then redis.call('ZREM', order_key(queue), place) end
+  redis.call('LREM', queue_key(queue), count, id)
+end
+
 -- Takes one request out of the way, whatever is wrong with its records: its job is dead-lettered with the reason, or
 -- dropped where there is none to keep, and its client is told. `queue`: where it waits, if that is known.
 local function set_aside(id, base, queue, reason)
@@ -213,7 +221,7 @@ local function set_aside(id, base, queue, reason)
   local origin, ttl = unpack(redis.call('HMGET', job_key(id), 'origin', 'failure_ttl'))
   for field, value in pairs(nobody(base, queue or origin or '')) do owner[field] = owner[field] or value end
   keep_if('hash', execution_key(id .. ':' .. owner.execution))
-  redis.call('LREM', queue_key(queue or owner.queue), 0, id)
+  unqueue(id, queue or owner.queue, 0)
   if redis.call('EXISTS', job_key(id)) == 1 then
     redis.call('HSET', job_key(id), 'unreadable', reason)
     local meta = cjson.encode({ error = 'generation_failed', unreadable = reason })
@@ -252,43 +260,4 @@ local function check_status(id, status)
   if is_there and redis.call('HEXISTS', job_key(id), 'has_ended') == 0 then
     refuse('its status is not that of a request that waits')
   end
-end
-
-local function read_head(id)
-  local fields = redis.call('HMGET', job_key(id), 'status', 'enqueued_ms')
-  check_status(id, fields[1])
-  return fields
-end
-
--- `waiting` follows the head of a queue; heads that are no queued job any more are dropped on the way.
-local function update_waiting(base, queue)
-  while true do
-    local head = redis.call('LINDEX', queue_key(queue), 0)
-    if not head then
-      return redis.call('ZREM', waiting_key(base), queue)
-    end
-    local job = guarded(head, base, queue, read_head, head)
-    if job and job[1] == 'queued' then
-      return redis.call('ZADD', waiting_key(base), to_number(job[2], now_ms), queue)
-    end
-    redis.call('LREM', queue_key(queue), 1, head)
-  end
-end
-
-local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens":0,"completion_tokens":0}}'
-
--- A running request back to the front of its queue, its log kept: whoever claims it goes on from there. One that was
--- given up ends instead.
-local function requeue(id, owner)
-  if redis.call('EXISTS', job_key(id)) == 0 then return drop_execution(id, owner) end
-  if owner.aborted then
-    return finish_ownerless(id, owner, ABORTED, { 'canceled', '{}', '', '', 60 })
-  end
-  local origin, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
-  if origin ~= owner.queue or base ~= owner.base then refuse('its job and its owner name two queues') end
-  drop_execution(id, owner)
-  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
-  redis.call('LPUSH', queue_key(owner.queue), id)
-  update_waiting(owner.base, owner.queue)
-  ring(owner.base)
 end

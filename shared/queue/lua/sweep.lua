@@ -1,7 +1,8 @@
 -- Queues that were filled or emptied behind our back (`rq requeue`, `rq empty`, a dashboard) are noticed, and RQ's
--- registries forget the jobs that have expired.
+-- registries forget the jobs that have expired. Requests at the front of a queue whose deadline has passed end.
 -- ARGV: base, then the queues of the base. Returns {how many of them wait, unreadable}.
 local base = ARGV[1]
+local MAX_NUM_ENDED = 100
 local count = 0
 
 -- RQ's entry of an execution whose owner or lease was removed or garbled from outside. Without its owner, the entry
@@ -17,6 +18,13 @@ local function mend_execution(queue, composite)
   end
 end
 
+-- Some of the requests that waited too long. Claims end them, too; but there may be no room for a claim.
+local function end_overdue_heads(queue)
+  for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, MAX_NUM_ENDED - 1)) do
+    if not guarded(id, base, queue, end_overdue, id, base, queue) then return end
+  end
+end
+
 for i = 2, #ARGV do
   local queue = ARGV[i]
   local was_waiting = redis.call('ZSCORE', waiting_key(base), queue)
@@ -26,6 +34,9 @@ for i = 2, #ARGV do
   for _, composite in ipairs(redis.call('ZRANGE', registry_key('wip', queue), 0, -1)) do
     mend_execution(queue, composite)
   end
+  end_overdue_heads(queue)
+  mend_index(base, queue)
+  trim_index(queue)
   update_waiting(base, queue)
   if redis.call('ZSCORE', waiting_key(base), queue) then
     count = count + 1

@@ -1,0 +1,155 @@
+-- Stands between the prelude and every script: the index beside each queue, and the queues of a base that wait.
+--
+-- RQ's list tells which requests wait. The index (a sorted set, all scores 0) holds a place for each of them, in the
+-- order in which they run: `class|version|tenant|priority|since|sequences|id` (shared/queue/places.py). Whoever takes a
+-- request out of the list removes its place, which its job keeps. APIs and workers of earlier releases, and RQ's own
+-- tools, change the list only: places are then added when list and index are compared, and those left behind are
+-- dropped when they are met.
+
+-- Classes: 0 ran before, 1 interactive, 2 batch.
+local BEGAN, BATCH = '0', '2'
+local LINE_CHARS = 20
+local ORDER = '^([12])|(' .. ('%x'):rep(8) .. ')|(' .. ('%d'):rep(10) .. ')|(' .. ('%d'):rep(6) .. ')$'
+local PLACE = '^[012]|' .. ('%x'):rep(8) .. '|' .. ('%x'):rep(8) .. '|' .. ('%d'):rep(10) .. '|' .. ('%d'):rep(16)
+  .. '|' .. ('%d'):rep(6) .. '|(.*)$'
+-- The order of a request whose API sent none.
+local DEFAULT_ORDER = '1|00000000|2147483648|000001'
+local NO_VERSION = '00000000'
+-- Most requests of a list that one comparison reads from its front.
+local MAX_MENDED = 1000
+-- Queues where only batch waits have later scores in `waiting`, by this, so that the others are found first.
+local BATCH_OFFSET_MS = 2 ^ 50
+
+local function offset_ms(first_place)
+  return first_place and first_place:sub(1, 1) == BATCH and BATCH_OFFSET_MS or 0
+end
+
+-- The request id in a place; nil if it is none.
+local function id_of(place) return place:match(PLACE) end
+
+local function version_part(version)
+  if not version or version == '' then return NO_VERSION end
+  return redis.sha1hex(version):sub(1, 8)
+end
+
+-- The place of a job that waits. `began`: true or false; nil if only its log can tell. `since_us`: the time of its
+-- enqueue, if that is now.
+local function make_place(id, began, since_us)
+  local place, order, version, enqueued_ms, has_ended =
+    unpack(redis.call('HMGET', job_key(id), 'place', 'order', 'version', 'enqueued_ms', 'has_ended'))
+  local class, tenant, priority, num_sequences = (order or DEFAULT_ORDER):match(ORDER)
+  if not class then class, tenant, priority, num_sequences = DEFAULT_ORDER:match(ORDER) end
+  local is_known = place and id_of(place) == id
+  if began == nil then began = is_known and place:sub(1, 1) == BEGAN or redis.call('LLEN', log_key(id)) > 0 end
+  if began and not has_ended then class = BEGAN end
+  since_us = since_us or math.max(0, math.min(now_us, to_number(enqueued_ms, now_ms) * 1000))
+  -- A place from before has the time to the microsecond.
+  local since = is_known and place:sub(32, 47) or string.format('%016.0f', since_us)
+  return table.concat({ class, version_part(version), tenant, priority, since, num_sequences, id }, '|')
+end
+
+-- Returns whether the index had no such place.
+local function add_place(id, queue, place)
+  redis.call('HSET', job_key(id), 'place', place)
+  return redis.call('ZADD', order_key(queue), 0, place) == 1
+end
+
+-- Sees to it that a request of the list has its place; one that is no queued job any more leaves the list.
+-- Returns {status, enqueue time (ms), whether something was mended}.
+local function check_place(id, queue)
+  local status, enqueued_ms, place, has_ended =
+    unpack(redis.call('HMGET', job_key(id), 'status', 'enqueued_ms', 'place', 'has_ended'))
+  check_status(id, status)
+  local is_mended
+  if status ~= 'queued' then
+    unqueue(id, queue, 1)
+    is_mended = true
+  elseif place and id_of(place) == id and not has_ended then
+    is_mended = redis.call('ZADD', order_key(queue), 'NX', 0, place) == 1
+  else
+    is_mended = add_place(id, queue, make_place(id))
+  end
+  return { status, enqueued_ms, is_mended }
+end
+
+-- Compares index and list by their lengths, and adds the places that are missing: first from the back, where APIs of
+-- earlier releases put requests, then from the front.
+local function mend_index(base, queue)
+  local num_missing = redis.call('LLEN', queue_key(queue)) - redis.call('ZCARD', order_key(queue))
+  local from_back = -1
+  while num_missing > 0 do
+    local id = redis.call('LINDEX', queue_key(queue), from_back)
+    if not id then return end
+    local checked = guarded(id, base, queue, check_place, id, queue)
+    if checked and not checked[3] then break end
+    num_missing = num_missing - 1
+    if checked and checked[1] == 'queued' then from_back = from_back - 1 end
+  end
+  if num_missing <= 0 then return end
+  for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, MAX_MENDED - 1)) do
+    local checked = guarded(id, base, queue, check_place, id, queue)
+    if not checked or checked[3] then num_missing = num_missing - 1 end
+    if num_missing == 0 then return end
+  end
+end
+
+-- Drops places whose requests are not in the list any more, if there are more places than requests; a few at a time.
+local function trim_index(queue)
+  local key = order_key(queue)
+  if redis.call('ZCARD', key) <= redis.call('LLEN', queue_key(queue)) then return end
+  for _, place in ipairs(redis.call('ZRANGE', key, 0, 99)) do
+    local id = id_of(place)
+    local job = id and redis.pcall('HMGET', job_key(id), 'status', 'place')
+    if not job or job.err or job[1] ~= 'queued' or job[2] ~= place then redis.call('ZREM', key, place) end
+  end
+end
+
+-- `waiting` follows the head of a queue; heads that are no queued job any more are dropped on the way.
+local function update_waiting(base, queue)
+  while true do
+    local head = redis.call('LINDEX', queue_key(queue), 0)
+    if not head then
+      redis.call('DEL', order_key(queue))
+      return redis.call('ZREM', waiting_key(base), queue)
+    end
+    local job = guarded(head, base, queue, check_place, head, queue)
+    if job and job[1] == 'queued' then
+      local first = redis.call('ZRANGE', order_key(queue), 0, 0)[1]
+      return redis.call('ZADD', waiting_key(base), to_number(job[2], now_ms) + offset_ms(first), queue)
+    end
+  end
+end
+
+local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens":0,"completion_tokens":0}}'
+
+-- A running request back to the front of its queue, its log kept: whoever claims it goes on from there. One that was
+-- given up ends instead.
+local function requeue(id, owner)
+  if redis.call('EXISTS', job_key(id)) == 0 then return drop_execution(id, owner) end
+  if owner.aborted then
+    return finish_ownerless(id, owner, ABORTED, { 'canceled', '{}', '', '', 60 })
+  end
+  local origin, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
+  if origin ~= owner.queue or base ~= owner.base then refuse('its job and its owner name two queues') end
+  drop_execution(id, owner)
+  -- It has begun: the limit of its wait is met.
+  redis.call('HDEL', job_key(id), 'deadline_ms')
+  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
+  redis.call('LPUSH', queue_key(owner.queue), id)
+  add_place(id, owner.queue, make_place(id, true))
+  update_waiting(owner.base, owner.queue)
+  ring(owner.base)
+end
+
+local QUEUE_TIMEOUT, QUEUE_TIMEOUT_RESULT = '@QUEUE_TIMEOUT@', '@QUEUE_TIMEOUT_RESULT@'
+
+-- Ends a waiting request if its deadline has passed; returns whether it did. One that an operator requeued has none.
+local function end_overdue(id, base, queue)
+  local deadline_ms, has_ended, ttl =
+    unpack(redis.call('HMGET', job_key(id), 'deadline_ms', 'has_ended', 'failure_ttl'))
+  if has_ended or to_number(deadline_ms, now_ms) >= now_ms then return false end
+  unqueue(id, queue, 0)
+  finish_ownerless(id, nobody(base, queue), QUEUE_TIMEOUT,
+    { 'failed', '{}', '', QUEUE_TIMEOUT_RESULT, math.floor(to_number(ttl, 86400)) })
+  return true
+end

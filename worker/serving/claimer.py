@@ -1,0 +1,75 @@
+"""Claims of one worker: it looks at what waits, chooses by the order rule, takes what is still there."""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+from uuid import uuid4
+
+from shared.queue.names import queue_name
+from shared.queue.order import Pick, Running, WaitingOrder
+from shared.queue.places import place_of
+from shared.queue.records import Claim
+from shared.queue.slot_plan import AdapterSlots
+from shared.queue.worker_streams import WorkerStreams
+
+MAX_NUM_NEAR = 64
+"""A worker that serves no more queues asks for all of them by name."""
+MAX_NUM_OTHERS = 32
+NUM_SPARE = 4
+"""Queues to choose from beyond one for each free place."""
+
+
+class _Attempt(NamedTuple):
+    """A claim whose reply has not come yet."""
+
+    execution_ids: list[str]
+    picks: list[Pick]
+
+
+class Claimer:
+    """What the I/O thread claims with. It keeps a claim whose reply was lost, to repeat it."""
+
+    def __init__(
+        self,
+        streams: WorkerStreams,
+        order: WaitingOrder,
+        *,
+        slots: Callable[[], AdapterSlots],
+        names_if_few: Callable[[int], Collection[str]],
+    ) -> None:
+        """`slots`: the adapters' slots on the device now. `names_if_few`: see `ServedQueues`."""
+        self._streams = streams
+        self._order = order
+        self._slots = slots
+        self._names_if_few = names_if_few
+        self._attempt: _Attempt | None = None
+        self.was_outrun = False
+        """Whether the last claim chose requests and got none: others took them, and more may wait."""
+
+    @property
+    def awaits_reply(self) -> bool:
+        """Whether a claim was sent and not answered: it may have taken requests."""
+        return self._attempt is not None
+
+    def claim(self, running: Running) -> list[Claim]:
+        """Claims requests for the room that there is."""
+        self._attempt = self._attempt or self._choose(running)
+        claims = self._streams.claim(*self._attempt) if self._attempt.picks else []
+        self.was_outrun = bool(self._attempt.picks) and not claims
+        self._attempt = None
+        for claim in claims:
+            request = claim.request
+            self._order.charge(queue_name(request.base, request.adapter_name), place_of(request))
+        return claims
+
+    def nothing_waits(self) -> None:
+        """Learns that no queue of the base waits, so no adapter has to give up its slot."""
+        self._order.forget_closed()
+
+    def _choose(self, running: Running) -> _Attempt:
+        slots = self._slots()
+        served = self._names_if_few(MAX_NUM_NEAR)
+        near = self._order.nearest(running, [*slots.resident, *served])
+        num_others = 0 if served else min(MAX_NUM_OTHERS, running.room + NUM_SPARE)
+        waiting, now_ms = self._streams.look(near, running.room, num_others)
+        picks = self._order.choose(waiting, running, slots, now_ms) if waiting else []
+        return _Attempt([uuid4().hex for _ in picks], picks)
