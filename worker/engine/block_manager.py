@@ -1,4 +1,4 @@
-"""Accounts for the blocks of the KV cache, and finds those that hold a prefix. No tensors: numbers only."""
+"""Bookkeeping of the KV cache's blocks: who uses which, and which hold a known prefix. No tensors."""
 
 from array import array
 from collections import OrderedDict
@@ -11,9 +11,9 @@ class BlockManager:
     """Hands out the cache's blocks, `block_size` tokens each, to block tables.
 
     Full blocks are shared between sequences that begin with the same tokens under the same adapter version.
-    A block's key is the SHA-256 of its tokens and of the key before it, so it stands for all tokens up to
-    its end; the first follows the adapter's version. A block that no table has any more keeps its contents,
-    and its key, until it is taken for other tokens.
+    A block's key is the SHA-256 of its tokens and of the previous block's key, so it identifies all tokens up
+    to its end; the first block's key includes the adapter's version. A block that no table has any more keeps
+    contents and key until it is allocated again.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, shares_prefixes: bool = True) -> None:
@@ -21,19 +21,19 @@ class BlockManager:
         self.block_size = block_size
         self._shares_prefixes = shares_prefixes
         self._num_users = [0] * num_blocks
-        """Block tables that each block is in."""
+        """For each block, the number of block tables that have it."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        """Blocks without users, in the order in which they are taken."""
+        """Blocks in no table, in the order in which they are allocated."""
         self._keys: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks in no block table, those that can still be found among them."""
+        """The number of blocks in no block table, including those that still hold a known prefix."""
         return len(self._free)
 
     def can_allocate(self, seq: Sequence, num_tokens: int) -> bool:
-        """Whether the sequence's next `num_tokens` tokens find room."""
+        """True if there is room for the sequence's next `num_tokens` tokens."""
         return self._num_missing_blocks(seq, num_tokens) <= len(self._free)
 
     def allocate(self, seq: Sequence, num_tokens: int) -> None:
@@ -45,9 +45,9 @@ class BlockManager:
             seq.block_table.append(block)
 
     def free(self, seq: Sequence) -> None:
-        """Takes all blocks of a sequence back; published ones can be found until they are taken again.
+        """Takes all blocks of a sequence back; published ones can be found until they are allocated again.
 
-        The end of a prefix is taken before its beginning: without the beginning nobody finds the end.
+        The last blocks of a prefix are allocated first, because they can't be found without those before.
         """
         for block in reversed(seq.block_table):
             self._num_users[block] -= 1
@@ -60,7 +60,7 @@ class BlockManager:
     def reuse_prefix(self, seq: Sequence) -> None:
         """Gives a sequence without blocks those that hold its first tokens, if any.
 
-        Whole blocks only, and never the last token: its logits are needed.
+        It gets whole blocks only, and never its last token, which it must compute for the logits.
         """
         if not self._shares_prefixes:
             return
@@ -74,7 +74,7 @@ class BlockManager:
         seq.num_computed_tokens = len(seq.block_table) * self.block_size
 
     def has_prompt(self, seq: Sequence) -> bool:
-        """Whether a sequence would find all blocks of its prompt that can be shared; true if none can."""
+        """True if a sequence would find all blocks of its prompt that can be shared, or if none can."""
         num_blocks = (seq.num_prompt_tokens - 1) // self.block_size if self._shares_prefixes else 0
         return not num_blocks or self._block_keys(seq, num_blocks)[-1] in self._published
 
@@ -91,7 +91,7 @@ class BlockManager:
                 self._keys[block] = key
 
     def withdraw(self, seq: Sequence) -> None:
-        """Lets nobody find the blocks of a sequence any more; who shares one already keeps it."""
+        """Makes the blocks of a sequence impossible to find; sequences that share one already keep it."""
         for block in seq.block_table:
             self._forget(block)
 
@@ -102,7 +102,7 @@ class BlockManager:
             self._keys[block] = None
 
     def _block_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
-        """The keys of a sequence's first `num_blocks` blocks; they are made once and kept with it."""
+        """The keys of a sequence's first `num_blocks` blocks; computed once and kept with the sequence."""
         keys = seq.block_keys
         for number in range(len(keys), num_blocks):
             token_ids = seq.token_ids[number * self.block_size : (number + 1) * self.block_size]

@@ -1,9 +1,9 @@
-"""From token ids to text while they arrive: whole characters only, nothing of a stop string. No tensors."""
+"""Incremental detokenization: whole characters only, and no part of a stop string. No tensors."""
 
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder gives for bytes that are not, or not yet, a character."""
+"""The character that decoders return for bytes that are no character, or not yet."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -11,11 +11,11 @@ Decode = Callable[[Sequence[int]], str]
 class Detokenizer:
     """Turns one sequence's output tokens into text, one at a time.
 
-    All texts released so far are a prefix of `decode(all ids so far)`. Text that ends in `REPLACEMENT` may be
-    the start of a character and waits; at the end of a sequence it is dropped.
+    All text released so far is a prefix of `decode(all ids so far)`. Text that ends in `REPLACEMENT` may be
+    the start of a character, so it is held back; at the end of a sequence it is dropped.
 
-    `tokenizers.DecodeStream` does the same, but raises where a byte-fallback tokenizer takes a valid
-    character back because bytes after it are not valid; this class keeps what was released.
+    `tokenizers.DecodeStream` does the same, but raises if a byte-fallback tokenizer withdraws a character
+    because invalid bytes follow it; this class keeps the released text.
     """
 
     def __init__(self, decode: Decode) -> None:
@@ -25,10 +25,10 @@ class Detokenizer:
         self._window: list[int] = []
         self._num_old_tokens = 0
         self._num_released = 0
-        """Characters of `decode(window)` that were released."""
+        """The number of characters of `decode(window)` that were released."""
 
     def add(self, token_id: int) -> str:
-        """The text that this token releases; often one word, at times empty or several characters."""
+        """The text that this token releases: often a word, sometimes nothing."""
         self._window.append(token_id)
         text = self._decode(self._window)
         whole = text.rstrip(REPLACEMENT)
@@ -47,8 +47,8 @@ class Detokenizer:
 class StopChecker:
     """Ends a text before the first stop string that completes in it.
 
-    The result does not depend on how the text is cut into pieces. Where two stop strings complete at the same
-    character, the longer one, which starts earlier, counts.
+    The result does not depend on how the text is cut into pieces. If two stop strings complete at the same
+    character, the longer one counts, because it starts earlier.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -56,9 +56,9 @@ class StopChecker:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """What may be shown now, and whether a stop string was met; after it nothing may be added.
+        """The text that may be shown now, and true if a stop string was met, which ends the text.
 
-        The start of a possible stop string is held back until more text decides.
+        Text that may be the start of a stop string is held back until more text decides.
         """
         text = self._held + text
         found = [(start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0]
@@ -70,7 +70,7 @@ class StopChecker:
         return text[: len(text) - num_held], False
 
     def flush(self) -> str:
-        """The text held back, at the end of a sequence that met no stop string."""
+        """Returns the text held back, at the end of a sequence that met no stop string."""
         held, self._held = self._held, ""
         return held
 

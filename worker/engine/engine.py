@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchingEngine:
-    """The `Engine` of this project: many requests of different adapters in one batch. Does no network I/O."""
+    """Lorelay's own `Engine`: runs requests for different adapters in one batch. Does no network I/O."""
 
     def __init__(self, model: Model, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
         """`clock` counts seconds."""
@@ -38,7 +38,7 @@ class BatchingEngine:
             return []
         outputs: list[Output] = []
         for seq, token in self._scheduler.postprocess(batch, self._model.run(batch)):
-            # An error of one sequence ends all of its request, those behind it in the batch, too.
+            # The request is gone if another of its sequences had an error earlier in this batch.
             if request := self._outputs.get(seq.request_id):
                 outputs.append(emitted := request.add(seq.index, token))
                 if emitted.event.is_terminal:
@@ -49,12 +49,12 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would run anything."""
+        """True if a step would run anything."""
         return self._scheduler.has_work
 
     @property
     def remains(self) -> str:
-        """What it holds, for a log line: nothing but zeros when all requests have ended."""
+        """The requests and blocks that the engine holds, for a log line."""
         return f"{len(self._outputs)} requests, {self._scheduler.num_blocks_in_use} cache blocks in use"
 
     @property
@@ -100,7 +100,7 @@ class BatchingEngine:
             output = self._intake.prepare(request, prompts, events)
         except LorelayError as error:
             return [_refusal(request.request_id, error, len(events))]
-        # Nothing but this request is at work here, so nothing else can be at fault.
+        # Only this request is being handled here, so no other can have caused the error.
         except Exception:
             logger.exception("request %s can't be taken in", request.request_id, extra=fields("add_request"))
             return [_refusal(request.request_id, GenerationFailed(), len(events))]
@@ -112,7 +112,7 @@ class BatchingEngine:
         return []
 
     def run_alone(self) -> None:
-        """Lets the request run that was added to run alone."""
+        """Lets the isolated request run."""
         self._scheduler.run_isolated()
 
     def allow_company(self) -> None:
@@ -120,21 +120,21 @@ class BatchingEngine:
         self._scheduler.isolate(None)
 
     def holds(self, request_id: str) -> bool:
-        """Whether this request is here and has not ended."""
+        """True if the engine has this request and it has not ended."""
         return request_id in self._outputs
 
     def abort_request(self, request_id: str) -> list[Output]:
-        """Ends a request that its client gave up; nothing if it is not here."""
+        """Ends a request that its client gave up; see `Engine`."""
         output = self._remove(request_id)
         return [output.abort()] if output else []
 
     def stop_request(self, request_id: str) -> list[Output]:
-        """Ends a request that an operator stopped, with an error; nothing if it is not here."""
+        """Ends a request that an operator stopped, with an error; see `Engine`."""
         output = self._remove(request_id)
         return [output.fail(GenerationStopped())] if output else []
 
     def drop_request(self, request_id: str) -> None:
-        """Forgets a request that another worker owns now: no event."""
+        """Forgets a request that another worker owns now, without an event."""
         self._remove(request_id)
 
     def shed(self) -> tuple[str | None, list[Output]]:
@@ -155,7 +155,7 @@ class BatchingEngine:
         return [output.fail(GenerationTimeout()) for output in expired]
 
     def settle_adapters(self) -> list[Output]:
-        """Takes in the adapters that were read since; ends the requests of those that can't be served."""
+        """Takes in the adapters that were read; ends the requests for those that can't be served."""
         outputs: list[Output] = []
         for name, error in self._model.adapter_cache.settle().items():
             for request_id in self._scheduler.requests_waiting_for(name):

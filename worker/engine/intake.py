@@ -1,4 +1,4 @@
-"""Takes requests in: from a request and its log to sequences that can run, or the reason why not."""
+"""The intake of requests: turns a request and its log into sequences, or into the reason why it can't run."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ class Intake:
     """Checks requests against a model, and makes their sequences."""
 
     def __init__(self, model: Model, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` counts seconds; the generation limit of a request is measured by it."""
+        """`clock` counts seconds, for the generation limit of requests."""
         self._model = model
         self._clock = clock
 
@@ -33,10 +33,10 @@ class Intake:
     def prepare(
         self, request: GenerationRequest, prompts: Prompts, events: Iterable[StreamEvent]
     ) -> RequestOutput:
-        """The request with its sequences, which go on where its log ends.
+        """The output side of a request, with its sequences, which go on where its log ends.
 
         Raises:
-            LorelayError: the request can't run, or its log is none that a worker could have written.
+            LorelayError: the request can't run, or no worker could have written its log.
         """
         model = self._model.served.model_of(request)
         if isinstance(prompts, LorelayError):
@@ -69,7 +69,7 @@ class Intake:
         return SequenceOutput(seq, model.tokenizer.detokenizer())
 
     def _check_tokens(self, request: GenerationRequest, prompts: list[list[int]]) -> None:
-        """Refuses token ids of the client that the model lacks: they would break the step of all.
+        """Refuses token ids from the client that the model lacks; they would break a step of all requests.
 
         Raises:
             InvalidRequest: a prompt is empty, or a token id is beyond the vocabulary.
@@ -86,7 +86,7 @@ class Intake:
         """Refuses tokens of a former worker that no worker could have written.
 
         Raises:
-            GenerationFailed: they are more than the request may have, or not of this model's vocabulary.
+            GenerationFailed: the log has more tokens than allowed, or some that the model lacks.
         """
         running = output.sequences
         if not running or any(seq.num_output_tokens >= seq.max_tokens for seq in running):
@@ -95,7 +95,7 @@ class Intake:
             raise GenerationFailed("The log of the request can't be read: a token that the model lacks.")
 
     def _lacks(self, token_ids: list[int]) -> bool:
-        """Whether one of these token ids is not of the model's vocabulary."""
+        """True if one of these token ids is outside the model's vocabulary."""
         return bool(token_ids) and not (min(token_ids) >= 0 and max(token_ids) < self._model.vocab_size)
 
     def _num_tokens_to_generate(self, num_prompt_tokens: int, request: GenerationRequest) -> int:
@@ -107,7 +107,7 @@ class Intake:
 
 
 def _too_long(num_prompt_tokens: int, request: GenerationRequest, context: int) -> ContextLengthExceeded:
-    """The error that tells the client which of its numbers to change."""
+    """The error for a request that exceeds the context; it names the number that the client should change."""
     sampling = request.sampling
     asked = sampling.max_tokens or sampling.min_tokens
     completion = f" and {asked} for the completion" if asked else ""

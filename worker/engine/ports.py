@@ -1,6 +1,6 @@
-"""The ports of the engine: what it needs of a model, and what the serving threads need of an engine.
+"""The two ports of a worker: `Model`, which an engine needs, and `Engine`, which the serving threads need.
 
-A second model stands beside `worker.model`, a second engine beside `BatchingEngine`; nothing else changes.
+A second model is a folder beside `worker.model`; a second engine is a class beside `BatchingEngine`.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -15,16 +15,16 @@ from worker.engine.served_models import ServedModels
 
 
 class Residency(Protocol):
-    """Where the adapters that run find room. Safe to read in any thread."""
+    """The adapter slots of the device. Safe to read in any thread."""
 
     @property
     def num_slots(self) -> int:
-        """How many adapters find room on the device at once."""
+        """The number of adapters that the device holds at once."""
         ...
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Names of those on the device now, least recently used first."""
+        """Names of the adapters on the device now, least recently used first."""
         ...
 
 
@@ -35,11 +35,11 @@ class Adapters(Residency, Protocol):
     """Called in any thread when `settle` has an adapter to take in."""
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Whether an adapter is resident now; starts to bring it if not. `in_use` must not leave."""
+        """True if an adapter is resident; if not, begins to bring it. Adapters `in_use` are not evicted."""
         ...
 
     def is_loading(self, name: str | None) -> bool:
-        """Whether an adapter is being read from disk."""
+        """True while an adapter is being read from disk."""
         ...
 
     def settle(self) -> dict[str, AdapterError]:
@@ -48,7 +48,7 @@ class Adapters(Residency, Protocol):
 
 
 class Model(Protocol):
-    """A loaded base model with its adapters and its KV cache. One thread calls it, but where it says so."""
+    """A loaded base model with its adapters and its KV cache. Not thread-safe, except as noted."""
 
     @property
     def max_model_len(self) -> int:
@@ -57,7 +57,7 @@ class Model(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """All token ids are below it."""
+        """The size of the vocabulary; all token ids are below it."""
         ...
 
     @property
@@ -86,10 +86,10 @@ class Model(Protocol):
         ...
 
     def run(self, batch: Batch) -> Items[Sampled]:
-        """One forward pass: what it drew for each sequence that `samples`, in batch order.
+        """Runs one forward pass; returns the token or error of each sequence that `samples`, in batch order.
 
         Raises:
-            OutOfDeviceMemory: the step did not fit; the cache holds nothing of it.
+            OutOfDeviceMemory: the step did not fit into memory; the cache holds nothing of it.
         """
         ...
 
@@ -99,11 +99,11 @@ class Model(Protocol):
 
 
 class Engine(Protocol):
-    """Runs requests of many adapters, a step at a time. One thread calls it, but where it says so."""
+    """Runs requests for many adapters, one step at a time. Not thread-safe, except as noted."""
 
     @property
     def max_model_len(self) -> int:
-        """The longest sequence, in tokens. Safe to read in any thread, as all up to `encode`."""
+        """The longest sequence, in tokens. This property and all up to `encode` are thread-safe."""
         ...
 
     @property
@@ -131,28 +131,28 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would run anything."""
+        """True if a step would run anything."""
         ...
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the last step ran nothing: all that could run waits for an adapter, or to run alone."""
+        """True if the last step ran nothing: all requests wait for an adapter, or for one that runs alone."""
         ...
 
     @property
     def remains(self) -> str:
-        """What it holds, for a log line: nothing but zeros when all requests have ended."""
+        """The requests and blocks that the engine holds, for a log line; zeros once all requests ended."""
         ...
 
     def call_when_ready(self, wake: Callable[[], None]) -> None:
-        """Calls `wake`, in any thread, whenever what an engine that is stalled waits for has come."""
+        """Calls `wake`, in any thread, whenever a stalled engine can go on."""
         ...
 
     def step(self) -> list[Output]:
         """Runs one batch and returns the events it brought.
 
         Raises:
-            OutOfDeviceMemory: the step did not fit; call `shed`.
+            OutOfDeviceMemory: the step did not fit into memory; call `shed`.
         """
         ...
 
@@ -164,42 +164,42 @@ class Engine(Protocol):
         *,
         alone: bool = False,
     ) -> list[Output]:
-        """Takes a request in: `prompts` is what `encode` gave, `events` what its log holds already.
+        """Takes a request in, with the result of `encode` and the events that its log holds already.
 
-        `alone`: nothing runs until `run_alone`, then this request without the others until `allow_company`,
-        so that a crash is its own.
-        A request that can't run ends here: the list then holds its terminal error event, else it is empty.
+        `alone` isolates it: nothing runs until `run_alone`, then only this request until `allow_company`, so
+        that a crash is its own. If the request can't run, the list has its terminal error event; otherwise
+        it is empty.
         """
         ...
 
     def run_alone(self) -> None:
-        """Lets the request run that was added to run alone: a crash from now on is known to be its own."""
+        """Lets the isolated request run: Redis knows by now that a crash would be its own."""
         ...
 
     def allow_company(self) -> None:
-        """Lets all requests run together again: the one that ran alone is beyond doubt."""
+        """Lets all requests run together again: the isolated one is cleared."""
         ...
 
     def holds(self, request_id: str) -> bool:
-        """Whether this request is here and has not ended."""
+        """True if the engine has this request and it has not ended."""
         ...
 
     def abort_request(self, request_id: str) -> list[Output]:
-        """Ends a request that its client gave up; nothing if it is not here."""
+        """Ends a request that its client gave up; returns nothing if the engine does not have it."""
         ...
 
     def stop_request(self, request_id: str) -> list[Output]:
-        """Ends a request that an operator stopped, with an error; nothing if it is not here."""
+        """Ends a request that an operator stopped, with an error; returns nothing if it is not here."""
         ...
 
     def drop_request(self, request_id: str) -> None:
-        """Forgets a request that another worker owns now: no event."""
+        """Forgets a request that another worker owns now, without an event."""
         ...
 
     def shed(self) -> tuple[str | None, list[Output]]:
-        """Makes room after a step that did not fit into memory: the id of its newest request, now dropped.
+        """Drops the newest request of a step that did not fit into memory, and returns its id.
 
-        A request that did not fit even alone ends with an error instead, and the id is None.
+        If it ran alone, it ends with an error instead, and the id is None.
         """
         ...
 
@@ -208,7 +208,7 @@ class Engine(Protocol):
         ...
 
     def settle_adapters(self) -> list[Output]:
-        """Takes in the adapters that were read since; ends the requests of those that can't be served."""
+        """Takes in the adapters that were read; ends the requests for those that can't be served."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What goes into the engine with a request, and what comes out of it. No Redis, no RQ."""
+"""Records that the engine takes and returns. No Redis, no RQ."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,4 +16,4 @@ class Output(NamedTuple):
     request_id: str
     event: StreamEvent
     meta: Mapping[str, Any] | None = None
-    """With the terminal event: what dashboards show of the request (usage, timings, adapter; never text)."""
+    """Usage, timings and adapter, for dashboards, with the terminal event; never text."""

@@ -14,7 +14,7 @@ Clock = Callable[[], float]
 
 
 class SequenceOutput:
-    """The text of one sequence, and where it ends."""
+    """The text of one sequence, and the decision where it ends."""
 
     def __init__(self, seq: Sequence, detokenizer: Detokenizer) -> None:
         self.seq = seq
@@ -22,7 +22,7 @@ class SequenceOutput:
         self._stop_checker = StopChecker(seq.sampling.stop)
 
     def resume(self, event: StreamEvent) -> None:
-        """Takes over from a former worker: its tokens join the sequence, its text is not sent again."""
+        """Adds a former worker's tokens to the sequence; their text is not sent again."""
         if event.finish_reason is not None:
             self.seq.finish_reason, self.seq.status = event.finish_reason, SequenceStatus.FINISHED
         for token_id in event.token_ids:
@@ -32,9 +32,9 @@ class SequenceOutput:
                 self._stop_checker.add(text)
 
     def add(self, token_id: int) -> str:
-        """The text that a token releases; if it is the last one, the sequence gets its finish reason.
+        """The text that a token completes; if it is the last one, sets the sequence's finish reason.
 
-        The token stands in `seq.token_ids` already.
+        The token must be in `seq.token_ids` already.
         """
         seq, text = self.seq, self._detokenizer.add(token_id)
         may_end = self._may_end
@@ -53,7 +53,7 @@ class SequenceOutput:
 
     @property
     def _may_end(self) -> bool:
-        """Whether the newest token is behind `min_tokens`: stop strings are looked for from there on only."""
+        """True once `min_tokens` is reached; only then stop strings count."""
         return self.seq.num_output_tokens > self.seq.sampling.min_tokens
 
 
@@ -61,7 +61,7 @@ class RequestOutput:
     """The outgoing side of a request: the events of all its sequences, its usage, its end."""
 
     def __init__(self, request: GenerationRequest, outputs: list[SequenceOutput], clock: Clock) -> None:
-        """`outputs`: by index; `request` itself is not kept, its messages may be megabytes."""
+        """`outputs` are ordered by index. `request` is not kept, because its messages may be megabytes."""
         self.request_id = request.request_id
         self._model, self._adapter_name = request.model, request.adapter_name
         self._limit_s, self._num_choices = request.generation_limit_s, request.n
@@ -79,7 +79,7 @@ class RequestOutput:
         return [seq for seq in seqs if seq.status is not SequenceStatus.FINISHED]
 
     def resume(self, events: Iterable[StreamEvent]) -> None:
-        """Takes over from a former worker: each sequence goes on, or stays ended, as the log tells.
+        """Replays a former worker's log: each sequence goes on from there, or has ended.
 
         Raises:
             GenerationFailed: the log has a sequence that was not asked for.
@@ -95,7 +95,7 @@ class RequestOutput:
                 output.seq.num_cached_tokens = 0  # the prompts were computed for it once, elsewhere
 
     def add(self, index: int, token: Sampled) -> Output:
-        """The event of what was drawn for a sequence; an error ends the whole request."""
+        """The event for a sequence's new token; an error ends the whole request."""
         if not isinstance(token, SampledToken):
             return self.fail(token)
         if self._first_token_s is None:
@@ -120,13 +120,13 @@ class RequestOutput:
 
     @property
     def is_over_limit(self) -> bool:
-        """Whether the request ran longer than its generation limit."""
+        """True if the request ran longer than its generation limit."""
         return self._limit_s is not None and self._clock() - self._started_s > self._limit_s
 
     def _event(
         self, index: int, token_ids: tuple[int, ...], text: str, finish_reason: FinishReason | None
     ) -> Output:
-        """The next event; with the end of the last sequence it is the terminal one."""
+        """The next event; the terminal one if the last sequence has ended."""
         event_no, has_ended = self._next_event_no, not self._num_running
         self._next_event_no += 1
         usage = self._usage() if has_ended else None
@@ -134,19 +134,19 @@ class RequestOutput:
         return Output(self.request_id, event, self._meta(finish_reason) if has_ended else None)
 
     def _usage(self) -> Usage:
-        """Tokens of the whole request: of each prompt once, whatever the number of its choices."""
+        """Token counts of the whole request; each prompt counts once, however many choices it has."""
         seqs = [output.seq for output in self._outputs]
         firsts = range(0, len(seqs), self._num_choices)
         by_prompt = [seqs[first : first + self._num_choices] for first in firsts]
         return Usage(
             prompt_tokens=sum(choices[0].num_prompt_tokens for choices in by_prompt),
             completion_tokens=sum(seq.num_output_tokens for seq in seqs),
-            # The choice that found the least had to compute the rest; the others found that, too.
+            # The choice that found the fewest cached tokens computed the rest, which the others then found.
             cached_tokens=sum(min(seq.num_cached_tokens or 0 for seq in choices) for choices in by_prompt),
         )
 
     def _meta(self, finish_reason: FinishReason | None) -> dict[str, Any]:
-        """What dashboards show of a finished request: never text."""
+        """Facts about a finished request for dashboards; never text."""
         now = self._clock()
         first_token_s = None if self._first_token_s is None else self._first_token_s - self._started_s
         usage = self._usage()

@@ -17,14 +17,14 @@ from worker.engine.sequence import (
 from worker.engine.step_pace import Chunk, StepPace
 
 MIN_CHUNK_TOKENS = 16
-"""So that a prompt gets on whatever that costs."""
+"""Smallest chunk of the prompt that waits longest, so that it gets on however slow the device is."""
 
 
 class Scheduler:
     """Continuous batching: sequences join and leave the running batch at any step.
 
-    When blocks run out, the newest running sequence gives its own back and is computed again later.
-    The cache must hold at least one sequence of full length.
+    If blocks run out, the newest running sequence gives its own back and is computed again later. The cache
+    must hold at least one sequence of full length.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence runs, or waits for more than the reading of its adapter."""
+        """True if a sequence runs, or waits for anything but the reading of its adapter."""
         is_loading = self._adapters.is_loading
         return bool(self._running) or any(not is_loading(seq.adapter_name) for seq in self._waiting)
 
     @property
     def num_blocks_in_use(self) -> int:
-        """Cache blocks that sequences hold."""
+        """The number of cache blocks that sequences hold."""
         return self._blocks.num_blocks - self._blocks.num_free_blocks
 
     def add(self, seq: Sequence) -> None:
@@ -63,13 +63,13 @@ class Scheduler:
         self._waiting.append(seq)
 
     def requests_waiting_for(self, adapter_name: str) -> list[str]:
-        """The requests of an adapter that wait, next one first; the others of it run, so they have it."""
+        """The requests that wait for an adapter, next one first."""
         return list(
             dict.fromkeys(seq.request_id for seq in self._waiting if seq.adapter_name == adapter_name)
         )
 
     def isolate(self, request_id: str | None) -> None:
-        """Nothing runs until `run_isolated`, then this request (added before) alone; None ends that."""
+        """Isolates an added request: nothing runs until `run_isolated`, then it alone; None ends that."""
         self._lone = request_id
         self._may_run_lone = False
 
@@ -92,7 +92,7 @@ class Scheduler:
             self._lone = self._lone if any(not self._must_wait(other) for other in others) else None
 
     def schedule(self) -> Batch:
-        """The next step's batch; empty where all that may run waits for its adapter, or to be isolated."""
+        """The next step's batch; empty if all sequences wait for their adapters, or for `run_isolated`."""
         self._pace.start_step()
         if self._lone is not None and not self._may_run_lone:
             return []
@@ -110,7 +110,7 @@ class Scheduler:
         sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
         for scheduled in batch:
             scheduled.seq.num_computed_tokens += scheduled.num_tokens
-            # Not before: what a failed step left in its blocks must not be found.
+            # Only now: if the step had failed, others would find blocks with wrong contents.
             self._blocks.publish(scheduled.seq, scheduled.num_tokens)
         drawn = list(zip(sampling, sampled, strict=True))
         for seq, token in drawn:
@@ -131,14 +131,14 @@ class Scheduler:
         return batch
 
     def _must_wait(self, seq: Sequence) -> bool:
-        """Whether another request runs alone."""
+        """True if another request is isolated."""
         return self._lone is not None and seq.request_id != self._lone
 
     def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:
         """The waiting sequences that may join the running ones, of which `prompts` are in prefill.
 
-        Their adapters are resident; others are brought as far as there are slots. Of the choices of a prompt
-        that is not in the cache, the first one computes it; the others join when they find it there.
+        Their adapters are resident; the adapters of others are brought if there are slots. If a prompt is not
+        in the cache, its first choice computes it, and the other choices join once they find it there.
         """
         in_use = {seq.adapter_name for seq in self._running}
         computed = {seq.prompt for seq in prompts}
@@ -155,19 +155,19 @@ class Scheduler:
         return ready
 
     def _fit(self, seq: Sequence, num_ms: float, max_num_tokens: int, min_num_tokens: int = 0) -> int:
-        """How many of its next tokens a sequence computes in that time, within these limits."""
+        """The number of its next tokens that a sequence can compute in `num_ms`, within these limits."""
         num_tokens = max(min_num_tokens, self._pace.num_tokens(num_ms, seq.num_computed_tokens))
         return int(min(seq.num_uncomputed_tokens, max_num_tokens, num_tokens))
 
     def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
         """Shares the time for prompts: half for the one that waits longest, the rest for the shortest ones.
 
-        So a short prompt soon gets past long ones, and no prompt takes more than twice its time.
+        With these shares a short prompt soon passes long ones, and no prompt takes more than twice its time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:
             prompts += self._ready(prompts)[: max(0, self._max_batch_size - len(self._running))]
-        # No room for it: what it waits for must not go to a newer one.
+        # There is no room for the first one: if newer ones took the free blocks, it would wait for ever.
         if not (num_ms and prompts and self._admit(prompts[0])):
             return []
         longest_waiting, *others = prompts
@@ -186,7 +186,7 @@ class Scheduler:
         return [ScheduledSequence(longest_waiting, num_tokens), *batch]
 
     def _admit(self, seq: Sequence) -> bool:
-        """Lets a waiting sequence run if all of its tokens find room; whether it runs."""
+        """Lets a waiting sequence run if there is room for all of its tokens; returns true if it runs."""
         if seq.status is SequenceStatus.RUNNING:
             return True
         self._blocks.reuse_prefix(seq)

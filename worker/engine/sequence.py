@@ -1,4 +1,4 @@
-"""A generation inside the engine, the batch of a forward pass, and the tokens drawn by it. No tensors."""
+"""Sequences, the batch of one forward pass, and the tokens drawn from it. No tensors."""
 
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Items
@@ -25,16 +25,16 @@ class SampledToken(NamedTuple):
 
 
 Sampled = SampledToken | LorelayError
-"""What a step drew for a sequence: its token, or why there is none."""
+"""The result of a step for a sequence: its token, or the error that left it without one."""
 
 
 class LogitWishes(NamedTuple):
-    """Changes that a sequence wants of its next logits, as plain data: `worker.model.logits` makes them."""
+    """Changes that a sequence wants in its next logits, as plain data; `worker.model.logits` applies them."""
 
     banned: Collection[int] = ()
     """Token ids that must not be drawn."""
     bias: Mapping[int, float] = {}
-    """Token id to what is added to its logit."""
+    """Maps a token id to the number that is added to its logit."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of each token that the output has."""
     frequency_penalty: float = 0.0
@@ -44,7 +44,7 @@ class LogitWishes(NamedTuple):
 
 
 class SequenceStatus(Enum):
-    """WAITING for blocks, RUNNING in the batch, FINISHED."""
+    """WAITING for blocks or an adapter, RUNNING in the batch, or FINISHED."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -53,7 +53,7 @@ class SequenceStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of one request.
+    """One generation: one choice for one prompt of a request.
 
     The KV cache holds the first `num_computed_tokens` of `token_ids`, in the blocks of `block_table`.
     """
@@ -72,19 +72,19 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     prompt_no: int = 0
-    """Which of the request's prompts it continues."""
+    """Index of the request's prompt that it continues."""
     eos_token_ids: frozenset[int] = frozenset()
-    """Tokens that end it."""
+    """Tokens that end the sequence."""
     adapter_version: str | None = None
-    """Of the weights that fill its blocks; None without an adapter."""
+    """Version of the adapter whose weights fill its blocks; None for the base."""
     block_keys: list[bytes] = field(default_factory=list)
-    """What its full blocks are found by, as far as known; see `BlockManager`."""
+    """Keys of its full blocks, as far as computed; see `BlockManager`."""
     num_cached_tokens: int | None = None
-    """Prompt tokens that were not computed when it first ran, because the cache had them; None before."""
+    """Prompt tokens that the cache had when the sequence first ran; None before."""
 
     @property
     def prompt(self) -> tuple[str, int]:
-        """Equal for the choices of one prompt of one request."""
+        """Identifies the prompt: equal for all choices of one prompt of one request."""
         return self.request_id, self.prompt_no
 
     @property
@@ -94,22 +94,22 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """How many tokens were generated so far; also the position whose token is sampled next."""
+        """The number of tokens generated so far, which is also the position of the next one."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that the cache lacks: 1 while decoding, more in prefill."""
+        """The number of tokens that the cache lacks: 1 in decode, more in prefill."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def may_not_end(self) -> bool:
-        """Whether `min_tokens` still forbids an end-of-sequence token or a stop string."""
+        """True while `min_tokens` forbids an end-of-sequence token or a stop string."""
         return self.num_output_tokens < self.sampling.min_tokens
 
     @property
     def logit_wishes(self) -> LogitWishes | None:
-        """The changes it wants of the logits of its next token; None if it takes them as they are."""
+        """The changes that it wants in its next logits; None leaves them unchanged."""
         sampling = self.sampling
         if not (self.may_not_end or sampling.adjusts_logits):
             return None
@@ -131,9 +131,9 @@ class ScheduledSequence:
 
     @property
     def samples(self) -> bool:
-        """Whether this step reaches the sequence's last token, so that its logits give the next one."""
+        """True if this step reaches the sequence's last token, so that its logits give the next one."""
         return self.num_tokens == self.seq.num_uncomputed_tokens
 
 
 Batch = Items[ScheduledSequence]
-"""What one forward runs: sequences in decode (one token) beside chunks of prefill (several)."""
+"""The sequences of one forward pass: those in decode (one token) and chunks of prefill (several)."""

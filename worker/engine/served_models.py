@@ -68,12 +68,12 @@ class ServedModels:
         return self._adapters
 
     def add(self, adapter: ServedModel) -> None:
-        """Serves an adapter from now on, in place of an earlier one of its name."""
+        """Adds an adapter, in place of an earlier one of its name."""
         with self._lock:
             self._adapters = {**self._adapters, adapter.name: adapter}
 
     def remove(self, name: str) -> None:
-        """Serves an adapter no longer; a name that is not served is no error."""
+        """Removes an adapter; a name that is not served is no error."""
         with self._lock:
             self._adapters = {other: model for other, model in self._adapters.items() if other != name}
 
@@ -101,7 +101,7 @@ class ServedModels:
         model = self.find(request.adapter_name)
         adapter_version = model.version if model.adapter_name else None
         promised = request.base_version, request.adapter_version
-        # An API of an earlier release names no version of the base: then any version will do.
+        # An API of an earlier release sends no version of the base, and accepts any.
         if any(
             version not in (None, own)
             for version, own in zip(promised, (self.base.version, adapter_version), strict=True)

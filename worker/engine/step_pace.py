@@ -1,4 +1,4 @@
-"""How many prompt tokens a step may compute, learned from how long the steps before it took."""
+"""The number of prompt tokens that a step may compute, learned from the duration of earlier steps."""
 
 import math
 import time
@@ -7,18 +7,19 @@ from typing import NamedTuple
 
 MIN_STRETCH = 2.0
 MAX_STRETCH = 2.5
-"""A step with prompt tokens takes this many times as long as one without: at least, so that prompts get on
-beside streams that are slow anyway, and at most, so that the readers of fast ones don't notice."""
+"""Bounds of a step with prompt tokens, as multiples of one without: at least so long, so that prompts get on
+beside streams that are slow anyway; at most so long, so that readers of fast streams don't notice."""
 FIRST_CHUNK_TOKENS = 128
-"""So many are taken to fill a step while nothing is known."""
+"""Assumed number of prompt tokens that fill a step, before anything was measured."""
 MAX_NUM_CHUNK_STEPS = 32
-"""Steps with prompt tokens after which one goes without: nothing else tells what running rows cost by now."""
+"""Steps with prompt tokens after which one runs without them, to measure the cost of rows alone again."""
 _GATHER_TOKENS = 8
-"""To fetch the tokens that a chunk attends to costs as much as the attention of so many of its own."""
+"""Reading the cache for a chunk costs as much as the attention of this number of its own tokens."""
 _GAIN = 0.3
 _MAX_ROWS_SURPRISE, _MAX_CHUNKS_SURPRISE = 1.2, 2.0
-"""A measurement counts as so many times the estimate at most. What makes steps longer is learned quickly of
-chunks, which get smaller by it, and slowly of rows: they would get larger, just when the machine is busy."""
+"""Largest measurement that is believed, as a multiple of the estimate. A rise in the cost of chunks makes
+them smaller and is learned quickly. A rise in the cost of rows would make chunks larger just when the machine
+is busy, and is learned slowly."""
 
 
 class Chunk(NamedTuple):
@@ -26,20 +27,20 @@ class Chunk(NamedTuple):
 
     num_tokens: int
     num_tokens_before: int
-    """Those of its sequence that the cache has already."""
+    """Tokens of its sequence that the cache has already."""
 
     @property
     def num_pairs(self) -> float:
-        """Its tokens times those that each of them attends to."""
+        """Pairs of a token of the chunk and a token that it attends to."""
         return (self.num_tokens + _GATHER_TOKENS) * (self.num_tokens_before + self.num_tokens / 2)
 
 
 class StepPace:
     """Keeps steps near `step_target_ms` by the number of prompt tokens in them.
 
-    Steps without prompt tokens tell what running rows cost: a fixed time and one per row. What a step with
-    prompt tokens takes beyond that is their cost: a fixed time, one per token, and one per pair of a token
-    and another that it attends to. The last makes the end of a long prompt dearer than its beginning.
+    Steps without prompt tokens measure the cost of running rows: a fixed time and one per row. The rest of a
+    step with prompt tokens is the cost of chunks: a fixed time, one per token, and one per pair of a token
+    and another that it attends to. Therefore the end of a long prompt costs more than its beginning.
     """
 
     def __init__(self, step_target_ms: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -50,14 +51,14 @@ class StepPace:
         self._rows = _Cost((1, 16), (0, 0), _MAX_ROWS_SURPRISE)
         self._chunks = _Cost((1, FIRST_CHUNK_TOKENS, 1 << 16), (0, step_target_ms, 0), _MAX_CHUNKS_SURPRISE)
         self._num_chunk_steps = 0
-        """Since the last one without prompt tokens."""
+        """Steps with prompt tokens since the last one without."""
 
     def start_step(self) -> None:
-        """The time of the next recorded step counts from now."""
+        """Starts the clock of the next recorded step."""
         self._started_s = self._clock()
 
     def prefill_ms(self, num_rows: int) -> float:
-        """The time for chunks in a step beside `num_rows` running rows; with 0 there should be none in it."""
+        """The time for chunks in a step with `num_rows` running rows; 0 means a step without chunks."""
         if num_rows and self._num_chunk_steps >= MAX_NUM_CHUNK_STEPS:
             return 0.0
         rows_ms = self._rows.ms((1, num_rows))
@@ -71,7 +72,7 @@ class StepPace:
         return self._chunks.ms((0, chunk.num_tokens, chunk.num_pairs))
 
     def num_tokens(self, num_ms: float, num_tokens_before: int) -> float:
-        """The size of the chunk that takes so long; below 1 where none is as short."""
+        """The size of the chunk that takes `num_ms`; below 1 if even one token takes longer."""
         per_token, per_pair = self._chunks.ms((0, 1, 0)), self._chunks.ms((0, 0, 1))
         # The n for which chunk_ms is num_ms: a root of q n² + p n = left.
         q = per_pair / 2
@@ -95,24 +96,24 @@ class StepPace:
 
 
 class _Cost:
-    """Milliseconds that are a sum of amounts, each times its own price; learned by least mean squares."""
+    """A linear estimate: milliseconds as a sum of amounts times prices. Learned by least mean squares."""
 
     def __init__(self, units: Sequence[float], guess_ms: Sequence[float], max_surprise: float) -> None:
-        """`units`: typical amounts, whose prices move alike; `guess_ms`: what such a unit costs."""
+        """`units` are typical amounts; their prices, at first `guess_ms`, change at the same rate."""
         self._units = units
         self._unit_ms = list(guess_ms)
         self._max_surprise = max_surprise
         self._is_guess = True
 
     def ms(self, amounts: Sequence[float]) -> float:
-        """The estimate."""
+        """The estimate for these amounts."""
         return sum(map(math.prod, zip(self._shares(amounts), self._unit_ms, strict=True)))
 
     def learn(self, amounts: Sequence[float], measured_ms: float) -> None:
-        """Moves the estimate for these amounts a part of the way, the first time all of it.
+        """Moves the estimate part of the way towards a measurement, the first time all of the way.
 
-        A measurement far above it counts as `max_surprise` times as much: what else the machine did in that
-        step says little about the next one.
+        A measurement far above the estimate counts as `max_surprise` times the estimate, because other work
+        of the machine in that step tells little about the next one.
         """
         estimate_ms, is_guess = self.ms(amounts), self._is_guess
         self._is_guess = False
@@ -121,10 +122,10 @@ class _Cost:
             return
         change_ms = measured_ms
         if estimate_ms:
-            # Half of the change as if the whole device had become slower or faster, ...
+            # One half of the change scales all prices, as if the device had become slower or faster ...
             change_ms = _GAIN / 2 * (min(measured_ms, self._max_surprise * estimate_ms) - estimate_ms)
             self._unit_ms = [ms * (1 + change_ms / estimate_ms) for ms in self._unit_ms]
-        # ... half as if the amounts' prices had other proportions.
+        # ... and the other half changes the proportions of the prices.
         shares = self._shares(amounts)
         change_ms /= sum(share * share for share in shares)
         pairs = zip(self._unit_ms, shares, strict=True)
