@@ -186,9 +186,9 @@ def test_the_kernels_attend_as_pytorch_does_in_every_precision(
         for n in range(count)
     ]
     indices = [int(table[place // BLOCK_SIZE]) * BLOCK_SIZE + place % BLOCK_SIZE for table, place in places]
-    operators = native.new_state()
-    operators.set_cache(0, *cache)
-    operators.begin_step(
+    kernels = native.new_state()
+    kernels.set_cache(0, *cache)
+    kernels.begin_step(
         torch.tensor(indices),
         torch.arange(2),
         torch.nn.utils.rnn.pad_sequence(tables[:2], batch_first=True),
@@ -231,10 +231,10 @@ def test_a_kernel_stores_what_is_not_finite_as_numbers() -> None:
     need_kernels()
     cache = (torch.zeros(2, BLOCK_SIZE, 1, 2), torch.zeros(2, BLOCK_SIZE, 1, 2))
     entry = torch.tensor([[[[torch.nan, torch.inf]]]])
-    operators = native.new_state()
-    operators.set_cache(0, *cache)
+    kernels = native.new_state()
+    kernels.set_cache(0, *cache)
     one = torch.tensor([[1]])
-    operators.begin_step(torch.tensor([4]), one[0] - 1, one, one - 1, torch.empty(0, 3, dtype=torch.long), [])
+    kernels.begin_step(torch.tensor([4]), one[0] - 1, one, one - 1, torch.empty(0, 3, dtype=torch.long), [])
     native.attention(entry, entry, -entry, 0, AttentionOptions(1.0, None, None, None))
     largest = torch.finfo(torch.float32).max
     assert cache[0][1, 0, 0].tolist() == [0, largest]
