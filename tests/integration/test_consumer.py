@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 import redis
 from rq.job import Job
+from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
 from shared.errors import InvalidRequest
@@ -235,6 +236,37 @@ def test_what_a_hurried_drain_leaves_goes_on_at_another_worker_without_a_gap(
     assert worker.consumer.hand_back() == 1
     start_worker()
     assert text_of(finished_log(connection, request_id)) == expected_text(30, "a")
+
+
+def test_a_request_of_many_sequences_is_one_job_that_goes_on_at_another_worker(
+    connection: redis.Redis, api: BlockingApi, start_worker: Callable[..., ThreadedWorker]
+) -> None:
+    runner = SlowRunner()
+    worker = start_worker(runner)
+    request = make_request(
+        messages=[],
+        prompts=("hello", tuple(b"good bye, all")),
+        n=2,
+        sampling=SamplingParams(temperature=0, max_tokens=30),
+    )
+    request_id = api.enqueue(request)
+    runner.permits.release(10)
+    wait_until(lambda: len(log_of(connection, request_id)) >= 20)
+    worker.loop.drain()
+    worker.loop.drain()
+    runner.permits.release(1)
+    worker.join_loop()
+    worker.close()
+    assert worker.consumer.hand_back() == 1
+    start_worker()
+    events = finished_log(connection, request_id)
+    assert [event.event_no for event in events] == list(range(4 * 30))
+    for index in (0, 1):
+        own = [event for event in events if event.index == index]
+        assert "".join(event.text for event in own) == expected_text(30)
+    assert sum(event.is_terminal for event in events) == 1
+    assert events[-1].usage.completion_tokens == 4 * 30
+    assert Job.fetch(request_id, connection, JSONSerializer).meta["completion_tokens"] == 4 * 30
 
 
 def test_events_wait_while_the_connection_is_down_and_arrive_once(

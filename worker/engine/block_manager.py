@@ -80,10 +80,10 @@ class BlockManager:
 
     def publish(self, seq: Sequence, num_tokens: int) -> None:
         """Lets others find the blocks that a sequence filled with the last `num_tokens` computed tokens."""
-        num_full = seq.num_computed_tokens // self.block_size
-        num_full_before = (seq.num_computed_tokens - num_tokens) // self.block_size
-        if not self._shares_prefixes or num_full == num_full_before:
+        num_full, num_behind = divmod(seq.num_computed_tokens, self.block_size)
+        if num_behind >= num_tokens or not self._shares_prefixes:
             return
+        num_full_before = (seq.num_computed_tokens - num_tokens) // self.block_size
         keys = self._block_keys(seq, num_full)
         for key, block in zip(keys[num_full_before:], seq.block_table[num_full_before:num_full], strict=True):
             if key not in self._published:

@@ -60,6 +60,8 @@ class StopChecker:
 
         Text that may be the start of a stop string is held back until more text decides.
         """
+        if not self._stop:
+            return text, False
         text = self._held + text
         found = [(start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0]
         if found:

@@ -28,16 +28,17 @@ class SequenceOutput:
         for token_id in event.token_ids:
             self.seq.token_ids.append(token_id)
             text = self._detokenizer.add(token_id)
-            if self._may_end:
+            if self.seq.num_output_tokens > self.seq.sampling.min_tokens:
                 self._stop_checker.add(text)
 
     def add(self, token_id: int) -> str:
         """The text that a token completes; if it is the last one, sets the sequence's finish reason.
 
-        The token must be in `seq.token_ids` already.
+        The token must be in `seq.token_ids` already. Stop strings count behind `min_tokens` only.
         """
         seq, text = self.seq, self._detokenizer.add(token_id)
-        may_end = self._may_end
+        num_tokens = seq.num_output_tokens
+        may_end = num_tokens > seq.sampling.min_tokens
         if may_end:
             text, stopped = self._stop_checker.add(text)
             if stopped:
@@ -45,16 +46,11 @@ class SequenceOutput:
                 return text
         if may_end and token_id in seq.eos_token_ids and not seq.sampling.ignore_eos:
             seq.finish_reason = FinishReason.STOP
-        elif seq.num_output_tokens >= seq.max_tokens:
+        elif num_tokens >= seq.max_tokens:
             seq.finish_reason = FinishReason.LENGTH
         else:
             return text
         return text + self._stop_checker.flush()
-
-    @property
-    def _may_end(self) -> bool:
-        """True once `min_tokens` is reached; only then stop strings count."""
-        return self.seq.num_output_tokens > self.seq.sampling.min_tokens
 
 
 class RequestOutput:

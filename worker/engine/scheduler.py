@@ -108,10 +108,10 @@ class Scheduler:
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)
         sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
-        for scheduled in batch:
-            scheduled.seq.num_computed_tokens += scheduled.num_tokens
+        for seq, num_tokens in batch:
+            seq.num_computed_tokens += num_tokens
             # Only now: if the step had failed, others would find blocks with wrong contents.
-            self._blocks.publish(scheduled.seq, scheduled.num_tokens)
+            self._blocks.publish(seq, num_tokens)
         drawn = list(zip(sampling, sampled, strict=True))
         for seq, token in drawn:
             if isinstance(token, SampledToken):

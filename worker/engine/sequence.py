@@ -122,8 +122,7 @@ class Sequence:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """The share of one sequence in a step: its next `num_tokens` uncomputed tokens."""
 
     seq: Sequence
