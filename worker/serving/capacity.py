@@ -1,27 +1,27 @@
-"""How many sequences a worker holds at once, where memory may be short."""
+"""The number of sequences that a worker may hold, which falls when memory is short."""
 
 NUM_STEPS_TO_GROW = 1_000
 
 
 class Capacity:
-    """At most as many sequences as configured, fewer after a step was out of memory, then slowly more again.
+    """The configured number of sequences, lowered after a step was out of memory, then slowly raised again.
 
-    What did not fit may have been one long prompt, or another process on the device.
+    It is raised again because the cause may have been one long prompt, or another process on the device.
     """
 
     def __init__(self, max_num_sequences: int) -> None:
         self._most = max_num_sequences
         self._num_good_steps = 0
         self.num_sequences = max_num_sequences
-        """How many may be held now. Safe to read in any thread."""
+        """The number that may be held now. Safe to read in any thread."""
 
     def shrink(self, num_held: int) -> None:
-        """A step was out of memory while so many were held: one fewer from now on, but at least one."""
+        """Lowers the number after a step was out of memory: to one below `num_held`, but at least 1."""
         self._num_good_steps = 0
         self.num_sequences = max(1, min(num_held, self.num_sequences) - 1)
 
     def count_step(self) -> None:
-        """A step found the memory it needed; after `NUM_STEPS_TO_GROW` of them one more is held."""
+        """Counts a step that found its memory; after `NUM_STEPS_TO_GROW` of them, allows one more."""
         if self.num_sequences == self._most:
             return
         self._num_good_steps += 1

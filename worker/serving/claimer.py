@@ -1,4 +1,4 @@
-"""Claims of one worker: it looks at what waits, chooses by the order rule, takes what is still there."""
+"""The claims of one worker: look at what waits, choose by the order rule, take what is still there."""
 
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
 
 MAX_NUM_NEAR = 64
-"""A worker that serves no more queues asks for all of them by name."""
+"""Up to this number of queues, a worker asks for all of its queues by name."""
 MAX_NUM_OTHERS = 32
 NUM_SPARE = 4
-"""Queues to choose from beyond one for each free place."""
+"""Queues to look at beyond one for each free place."""
 
 
 class _Attempt(NamedTuple):
@@ -26,7 +26,7 @@ class _Attempt(NamedTuple):
 
 
 class Claimer:
-    """What the I/O thread claims with. It keeps a claim whose reply was lost, to repeat it."""
+    """Claims requests for the I/O thread. It keeps a claim whose reply was lost, to repeat it."""
 
     def __init__(
         self,
@@ -43,15 +43,15 @@ class Claimer:
         self._names_if_few = names_if_few
         self._attempt: _Attempt | None = None
         self.was_outrun = False
-        """Whether the last claim chose requests and got none: others took them, and more may wait."""
+        """True if the last claim chose requests and got none: others took them, and more may wait."""
 
     @property
     def awaits_reply(self) -> bool:
-        """Whether a claim was sent and not answered: it may have taken requests."""
+        """True if a claim was sent and not answered: it may have taken requests."""
         return self._attempt is not None
 
     def claim(self, running: Running) -> list[Claim]:
-        """Claims requests for the room that there is."""
+        """Claims requests until the worker's room is used."""
         self._attempt = self._attempt or self._choose(running)
         claims = self._streams.claim(*self._attempt) if self._attempt.picks else []
         self.was_outrun = bool(self._attempt.picks) and not claims
@@ -62,7 +62,7 @@ class Claimer:
         return claims
 
     def nothing_waits(self) -> None:
-        """Learns that no queue of the base waits, so no adapter has to give up its slot."""
+        """Notes that no queue of the base waits, so no adapter has to give up its slot."""
         self._order.forget_closed()
 
     def _choose(self, running: Running) -> _Attempt:

@@ -23,9 +23,9 @@ class Commands(NamedTuple):
     stop: Sequence[str] = ()
     drop: Sequence[str] = ()
     run_alone: bool = False
-    """Whether Redis knows by now that the isolated request runs alone."""
+    """True if Redis knows by now that the isolated request runs alone."""
     allow_company: bool = False
-    """Whether the request that ran alone is cleared."""
+    """True if the isolated request is cleared."""
 
 
 Inbox = queue.SimpleQueue[Commands]

@@ -35,7 +35,7 @@ IO = "io"
 
 
 class _Share(NamedTuple):
-    """A held request's part of the worker."""
+    """The part of a worker's room that a held request takes."""
 
     queue: str
     tenant: str
@@ -60,11 +60,11 @@ class HeldRequests:
 
     @property
     def has_lone_request(self) -> bool:
-        """Whether one is held whose steps must run without company."""
+        """True if a held request must run isolated."""
         return self._lone in self._shares
 
     def add(self, claim: Claim) -> None:
-        """Takes a claimed request in, in place of a former claim of the same one."""
+        """Adds a claimed request, in place of an earlier claim of the same one."""
         self.remove([claim.held.request_id])
         with self._lock:
             self._shares[claim.held] = _share_of(claim)
@@ -73,7 +73,7 @@ class HeldRequests:
                 self._alone_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
 
     def isolate(self, held: Held) -> None:
-        """The engine runs nothing from now on until Redis knows that this request runs alone."""
+        """Notes that the engine has isolated this request: it runs nothing until Redis knows of it."""
         self._isolated = held
 
     @property
@@ -82,7 +82,7 @@ class HeldRequests:
         return self._isolated if self._isolated == self._lone and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """Whether these events, now written, end the doubts about the request that ran alone."""
+        """True if these events, now written, clear the isolated request. It is isolated no longer then."""
         is_cleared = any(
             append.held == self._lone and append.event.event_no >= self._alone_until_event_no
             for append in appends
@@ -92,7 +92,7 @@ class HeldRequests:
         return is_cleared
 
     def remove(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests; one that is not held is no error."""
+        """Forgets requests; ids that are not held are no error."""
         gone = set(request_ids)
         with self._lock:
             self._shares = {
@@ -106,12 +106,12 @@ class HeldRequests:
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences the held requests have."""
+        """The number of sequences of the held requests."""
         with self._lock:
             return sum(share.num_sequences for share in self._shares.values())
 
     def running(self, capacity: int) -> Running:
-        """The sequences of the held requests, on a worker that may hold so many."""
+        """The sequences of the held requests, and the room that they leave of `capacity`."""
         with self._lock:
             shares = list(self._shares.values())
         per_queue: Counter[str] = Counter()
@@ -160,35 +160,35 @@ class Consumer:
         self._encoder = PromptEncoder(encode, self.commands, held)
         self.num_claimed = 0
         self.is_idle = False
-        """Whether the last turn found nothing to do."""
+        """True if the last turn found nothing to do."""
 
     @property
     def threads(self) -> dict[str, Callable[[], None]]:
-        """What has to run beside the engine, each in a thread of its own, by name."""
+        """The functions to run beside the engine, each in a thread of its own, by name."""
         encoder = self._encoder
         return {IO: self.run, "short prompts": encoder.run_short, "long prompts": encoder.run_long}
 
     def wake_engine(self) -> None:
-        """Ends the engine's waiting for commands: it has something else to see to."""
+        """Wakes an engine that waits for commands, because an adapter was read."""
         self.commands.put(Commands())
 
     def drain(self) -> None:
-        """No new claims from now on."""
+        """Ends claiming."""
         self._draining.set()
 
     @property
     def is_draining(self) -> bool:
-        """Whether it claims no more."""
+        """True once `drain` was called."""
         return self._draining.is_set()
 
     def stop(self) -> None:
-        """Ends `threads`, each after what it does now."""
+        """Ends `threads`, each after its current work."""
         self._draining.set()
         self._stopped.set()
         self._encoder.stop()
 
     def run(self) -> None:
-        """Takes turns until `stop`; a Redis that does not serve is waited for, what is unsent waits."""
+        """Takes turns until `stop`. If Redis is away, it retries, and keeps unsent events."""
         while not self._stopped.is_set():
             try:
                 self.turn()
@@ -214,30 +214,30 @@ class Consumer:
             self._streams.wait_for_doorbell(IDLE_WAIT_S)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Passes on that these requests were given up."""
+        """Tells the engine that the clients of these requests gave up."""
         if request_ids:
             self.commands.put(Commands(abort=request_ids))
 
     def stop_request(self, request_id: str) -> None:
-        """An operator's stop of one request; of one that is not held: nothing."""
+        """Tells the engine that an operator stopped a request."""
         self.commands.put(Commands(stop=[request_id]))
 
     def shed(self, held: Held) -> None:
-        """Returns one request to its queue, and holds fewer for a while: memory has no room for more."""
+        """Hands one request back after a step that was out of memory, and holds fewer for a while."""
         self._capacity.shrink(self._held.num_sequences)
         self._to_shed.put(held)
 
     def count_step(self) -> None:
-        """A step found the memory it needed."""
+        """Counts a step that found the memory it needed."""
         self._capacity.count_step()
 
     def hand_back(self, give_up_at: float = 0) -> int:
-        """Returns all held requests to their queues; call it when `run` has ended.
+        """Hands all held requests back to their queues; call it when `run` has ended.
 
-        What can't be returned until `time.monotonic()` passes `give_up_at`, others take over after a lease.
+        It tries until `time.monotonic()` passes `give_up_at`; the rest is taken over by others after a lease.
 
         Raises:
-            redis.RedisError: the server refused, and will again.
+            redis.RedisError: the server refused with an error that a retry can't mend.
         """
         held = self._held.snapshot()
         try:
@@ -251,7 +251,7 @@ class Consumer:
             return 0
 
     def _collect(self, timeout_s: float) -> None:
-        """Takes the steps that are done, waiting `timeout_s` for the first."""
+        """Collects the events of finished steps, waiting `timeout_s` for the first."""
         try:
             self._unsent += self.outbox.get(timeout=timeout_s) if timeout_s else self.outbox.get_nowait()
             while True:
@@ -260,7 +260,7 @@ class Consumer:
             return
 
     def _send(self) -> bool:
-        """Writes the collected events, or just asks for news; whether there is anything to claim."""
+        """Writes the collected events, if any, and learns of aborts; returns true if anything waits."""
         appends = self._unsent
         self._faults.appending(appends)
         isolated = self._held.isolated
@@ -280,7 +280,7 @@ class Consumer:
         return news.num_waiting > 0
 
     def _pass_on(self, news: News, ended: set[str]) -> None:
-        """Tells the engine what to abort and to drop; a repeated append may call what it ended lost."""
+        """Tells the engine what to abort and drop. A repeated append may report requests it ended as lost."""
         lost = [request_id for request_id in news.lost if request_id not in ended]
         for request_id in lost:
             logger.warning("request %s moved to another worker", request_id, extra=fields("lost"))
@@ -290,7 +290,7 @@ class Consumer:
             self.commands.put(Commands(drop=lost))
 
     def _shed(self) -> bool:
-        """Hands back what does not fit; whether there was any, which now waits."""
+        """Hands back the requests that did not fit into memory; returns true if there were any."""
         has_shed = False
         while not self._to_shed.empty():
             held = self._to_shed.get()

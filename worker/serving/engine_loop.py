@@ -43,22 +43,22 @@ class EngineLoop:
         self._hurried = threading.Event()
         self._stopped_early: set[Held] = set()
         self._owned: dict[str, Held] = {}
-        """By request id: the claims of the requests that the engine has."""
+        """The claims of the requests that the engine has, by request id."""
         self._step_started_s: float | None = None
         engine.call_when_ready(consumer.wake_engine)
 
     def step_age_s(self) -> float:
-        """How long the present step has been running; 0 between steps. For other threads."""
+        """Duration of the current step so far; 0 between steps. Safe to call in any thread."""
         started_s = self._step_started_s
         return 0.0 if started_s is None else self._clock() - started_s
 
     @property
     def is_draining(self) -> bool:
-        """Whether the end was asked for."""
+        """True once `drain` was called."""
         return self._drain_until is not None
 
     def drain(self) -> None:
-        """Asks for the end: no new claims, running requests finish until `drain_s`. Asked twice: ends now."""
+        """Ends claiming; running requests may finish within `drain_s`. A second call ends it at once."""
         if self.is_draining:
             self._hurried.set()
             return
@@ -66,7 +66,7 @@ class EngineLoop:
         self._consumer.drain()
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Returns when drained, when the drain time is over, or when `should_stop`."""
+        """Runs until drained, until the drain time is over, or until `should_stop()`."""
         while not (self._is_drained() or should_stop()):
             appends = self._apply_commands()
             appends += self._to_appends(self._engine.settle_adapters())
@@ -99,7 +99,7 @@ class EngineLoop:
         return self._hurried.is_set() or not self._held or self._clock() > self._drain_until
 
     def _apply_commands(self) -> list[Append]:
-        """Carries out what stands in the command queue; with nothing to run it waits for a first one."""
+        """Carries out the waiting commands; if the engine has nothing to run, it waits for one."""
         appends: list[Append] = []
         is_idle = not self._engine.has_work or self._engine.is_stalled
         commands = self._next_commands(WAKE_UP_S if is_idle else None)
@@ -121,7 +121,7 @@ class EngineLoop:
         return appends
 
     def _add(self, arrival: Arrival) -> list[Append]:
-        """Takes a request in, unless it was lost, or claimed anew, while its prompts were encoded."""
+        """Takes a request in, unless it was lost or claimed again while its prompts were encoded."""
         claim, prompts = arrival
         if claim.held not in self._held:
             return []
@@ -137,7 +137,7 @@ class EngineLoop:
         return appends
 
     def _stop(self, request_id: str) -> list[Append]:
-        """Stops a request, also one that is still to come: an operator asks only once."""
+        """Stops a request. If its prompt is still being encoded, it is stopped on arrival."""
         if not self._engine.holds(request_id):
             held = self._held.snapshot()
             self._stopped_early &= set(held)
@@ -145,7 +145,7 @@ class EngineLoop:
         return self._to_appends(self._engine.stop_request(request_id))
 
     def _to_appends(self, outputs: list[Output]) -> list[Append]:
-        """The engine's outputs under the claims that they belong to. An end frees its claim."""
+        """Assigns the engine's outputs to the claims of their requests; a last event ends its claim."""
         appends = []
         for request_id, event, meta in outputs:
             held = self._owned.pop(request_id) if event.is_terminal else self._owned[request_id]
@@ -159,7 +159,7 @@ class EngineLoop:
             return None
 
     def _put(self, appends: list[Append]) -> None:
-        """Hands a step's events on; the engine pauses while too many steps are unsent."""
+        """Passes a step's events on; blocks, and so pauses the engine, while too many steps are unsent."""
         while not (self._hurried.is_set() or self._is_drained()):
             with contextlib.suppress(queue.Full):
                 self._consumer.outbox.put(appends, timeout=WAKE_UP_S)

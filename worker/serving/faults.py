@@ -1,4 +1,4 @@
-"""Faults on purpose, for tests of crashes: named by `LORELAY_FAULTS`, none by default.
+"""Deliberate faults for tests of crashes, named by `LORELAY_FAULTS`; none by default.
 
 Words, separated by spaces:
     kill=POINT:N    SIGKILL at the Nth pass of a named point: claimed, appending, appended, ending, ended
@@ -22,13 +22,13 @@ from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
 
 
 class Faults:
-    """Called at the places where faults may be asked for."""
+    """The faults of a worker; its methods are called at the places where a fault may happen."""
 
     def __init__(self, text: str = "") -> None:
-        """Reads the words.
+        """Parses the words of `LORELAY_FAULTS`.
 
         Raises:
-            ValueError: a word that stands for no fault.
+            ValueError: a word names no fault.
         """
         self._deaths: dict[tuple[str, int], Callable[[], None]] = {}
         self._poison = ""
@@ -57,13 +57,13 @@ class Faults:
             raise ValueError(f"{name!r} is no fault")
 
     def reach(self, point: str) -> None:
-        """A named point of the consumer."""
+        """Passes a named point; a fault may happen there."""
         self._num_passes[point] += 1
         if death := self._deaths.get((point, self._num_passes[point])):
             death()
 
     def claimed(self, claims: Iterable[Claim]) -> None:
-        """Requests were claimed."""
+        """Passes the point after a claim."""
         for claim in claims:
             text = str((claim.request.messages, claim.request.prompts))
             if self._poison and self._poison in text:
@@ -73,19 +73,19 @@ class Faults:
         self.reach("claimed")
 
     def appending(self, appends: Iterable[Append]) -> None:
-        """Events are about to be appended."""
+        """Passes the point before an append."""
         self.reach("ending" if any(append.event.is_terminal for append in appends) else "appending")
 
     def appended(self, appends: Iterable[Append]) -> None:
-        """Events were appended, and nothing was done with the reply yet."""
+        """Passes the point after an append, before its reply is used."""
         self.reach("ended" if any(append.event.is_terminal for append in appends) else "appended")
 
     def before_step(self, request_ids: Sequence[str]) -> None:
-        """A batch is about to run, of one sequence for each of `request_ids`.
+        """Passes the point before a step; `request_ids` has one entry per sequence of the batch.
 
         Raises:
-            OutOfDeviceMemory: asked for.
-            RuntimeError: asked for.
+            OutOfDeviceMemory: `LORELAY_FAULTS` asks for it.
+            RuntimeError: `LORELAY_FAULTS` asks for it.
         """
         self.reach("step")
         if not self._poisoned.isdisjoint(request_ids):
@@ -99,7 +99,7 @@ class Faults:
 
 
 class FaultyModel:
-    """A model whose steps may fail on purpose, and all else of which is another's."""
+    """A model whose steps may fail on purpose; everything else is passed on to the real one."""
 
     def __init__(self, model: Model, faults: Faults) -> None:
         self._model = model
@@ -109,7 +109,7 @@ class FaultyModel:
         return getattr(self._model, name)
 
     def run(self, batch: Batch) -> Sequence[Sampled]:
-        """One step, unless a fault was asked for."""
+        """Runs one step, unless a fault is due."""
         self._faults.before_step([item.seq.request_id for item in batch])
         return self._model.run(batch)
 

@@ -1,4 +1,4 @@
-"""Prompts to tokens beside the engine's thread: a long one takes seconds, in which all others go on."""
+"""Encodes prompts beside the engine's thread, because a long prompt takes seconds."""
 
 import queue
 from collections.abc import Callable, Container, Iterable
@@ -16,7 +16,7 @@ LONG_PROMPT_CHARS = 32_768
 
 
 class PromptEncoder:
-    """Two lanes, each for a thread of its own, so that short prompts don't wait for long ones."""
+    """Two queues of prompts, each for a thread of its own, so that short prompts don't wait for long ones."""
 
     def __init__(self, encode: Encode, inbox: Inbox, held: Container[Held]) -> None:
         """`inbox` gets each claim with its prompts; claims that are not `held` any more are skipped."""
@@ -28,7 +28,7 @@ class PromptEncoder:
         self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
 
     def take(self, claims: Iterable[Claim]) -> None:
-        """Queues claims; each arrives in the inbox from a lane's thread, not always in this order."""
+        """Queues claims. They arrive in the engine's inbox later, not always in this order."""
         for claim in claims:
             lane = self._long if _num_chars(claim.request) > LONG_PROMPT_CHARS else self._short
             lane.put(claim)
@@ -42,7 +42,7 @@ class PromptEncoder:
         self._run(self._long)
 
     def stop(self) -> None:
-        """Ends both lanes after what they encode now."""
+        """Ends both threads after the prompts that they encode now."""
         self._is_stopped = True
         self._short.put(None)
         self._long.put(None)

@@ -14,7 +14,7 @@ ALL_QUEUES = "default"
 
 
 class ServedQueues:
-    """A worker's view of its models from the queue: one queue for each."""
+    """The queues of a worker's models, one for each."""
 
     def __init__(self, models: ServedModels, max_model_len: int, only: Collection[str] | None = None) -> None:
         """`only` names the queues to claim from; None claims from those of all models, also later ones."""
@@ -36,12 +36,12 @@ class ServedQueues:
         return {queue: version for queue, version in versions.items() if queue in self._only}
 
     def names_if_few(self, most: int) -> list[str]:
-        """The queues to claim from, if these are at most so many; else none. Cheap for any number of them."""
+        """The queues to claim from, or none if they are more than `most`. Cheap for any number of them."""
         num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
         return list(self.versions()) if num_queues <= most else []
 
     def shares(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """The weights of models by queue, from those by model name."""
+        """Translates weights by model name into weights by queue."""
         base = self._models.base.name
         return {self.name_of(None if name == base else name): weight for name, weight in weights.items()}
 
