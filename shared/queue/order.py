@@ -49,7 +49,7 @@ class Waiting(NamedTuple):
     queue: str
     places: Sequence[Place]
     deadline_ms: float | None = None
-    """When the first of them must have begun."""
+    """The time (ms) by which the first of them must have begun; None without a limit."""
 
 
 class Pick(NamedTuple):
@@ -65,11 +65,11 @@ class Running(NamedTuple):
     room: int
     per_queue: Mapping[str, int]
     per_tenant: Mapping[tuple[str, str], int]
-    """By queue and tenant key."""
+    """Sequences by queue and tenant key."""
 
 
 class WaitingOrder:
-    """The rule on one worker, with what it remembers: shares, closed adapters, the sequences due to batch."""
+    """The rule on one worker, and its memory: shares, closed adapters, the sequences due to batch."""
 
     def __init__(self, base: str, *, max_wait_s: float, weights: Mapping[str, float] | None = None) -> None:
         """`base`: the queue of the base model, which needs no slot. `weights`: by queue; others have 1."""
@@ -84,7 +84,7 @@ class WaitingOrder:
     def choose(
         self, waiting: Iterable[Waiting], running: Running, slots: AdapterSlots, now_ms: float
     ) -> list[Pick]:
-        """The lines to claim from, in order, for the room that there is; `charge` the claimed requests."""
+        """The lines to claim from, in order, until the room is used; `charge` what was claimed."""
         lines = [_Line(entry, now_ms) for entry in waiting]
         self._batch.note(lines)
         draft = _Draft(running, SlotPlan(self._base, running.per_queue, slots), replace(self._batch))
@@ -100,7 +100,7 @@ class WaitingOrder:
         return picks
 
     def charge(self, queue: str, place: Place) -> None:
-        """Accounts for a request that was claimed."""
+        """Charges a claimed request to its adapter, tenant and class."""
         self._shares.charge(queue, place.num_sequences / self._weight(queue))
         self._tenant_shares.setdefault(queue, Shares()).charge(place.tenant, place.num_sequences)
         self._tenant_shares.move_to_end(queue)
@@ -114,11 +114,11 @@ class WaitingOrder:
 
     @property
     def num_remembered(self) -> int:
-        """How many shares are remembered, of adapters and of tenants."""
+        """The number of remembered shares, of adapters and of tenants."""
         return len(self._shares) + sum(map(len, self._tenant_shares.values()))
 
     def nearest(self, running: Running, queues: Iterable[str]) -> list[str]:
-        """These queues, that of the base and those of adapters that run, in the order of key 3."""
+        """These queues, the base's and those of running adapters, in the order of key 3."""
         queues = {self._base, *queues, *running.per_queue}
 
         def key(queue: str) -> tuple[float, float, str]:
@@ -134,12 +134,12 @@ class WaitingOrder:
         return queue not in self._closed and (queue in slots.used or slots.num_free > 0)
 
     def _is_overdue(self, line: "_Line", now_ms: float) -> bool:
-        """Whether the first request of a line has waited long enough to evict another adapter."""
+        """True if the first request of a line has waited long enough to evict another adapter."""
         patience = BATCH_PATIENCE if line.request_class == BATCH else 1
         return now_ms - line.first.since_ms >= patience * self._max_wait_ms
 
     def _close(self, lines: Iterable["_Line"], draft: "_Draft", now_ms: float) -> list[str]:
-        """One running adapter for each overdue one that finds no slot, those closed before at first."""
+        """Closes one running adapter for each overdue one without a slot; those already closed come first."""
         overdue = {line.queue for line in lines if self._is_overdue(line, now_ms)} - draft.slots.used
         num_missing = max(0, len(overdue) - draft.slots.num_free)
         candidates = draft.slots.used - {self._base}
@@ -176,7 +176,7 @@ class WaitingOrder:
 
 
 class _Line:
-    """The requests of a line that are still to be chosen."""
+    """A line with the requests that are not chosen yet."""
 
     def __init__(self, waiting: Waiting, now_ms: float) -> None:
         self.queue = waiting.queue
@@ -192,15 +192,15 @@ class _Line:
 
 @dataclass
 class _BatchAccount:
-    """The share of batch in what is claimed while other requests wait, too."""
+    """The share of batch among claimed sequences while other classes wait too."""
 
     num_due: float = 0.0
     """Sequences of batch that are due; negative after a request of many."""
     has_rival: bool = False
-    """Whether batch and others wait."""
+    """True while both batch and other requests wait."""
 
     def note(self, lines: Iterable[_Line]) -> None:
-        """Learns what waits."""
+        """Updates `has_rival` from the waiting lines."""
         classes = {line.request_class for line in lines}
         self.has_rival = BATCH in classes and len(classes) > 1
         if not self.has_rival:
@@ -213,7 +213,7 @@ class _BatchAccount:
         return [line for line in lines if line.request_class == turn]
 
     def charge(self, place: Place) -> None:
-        """Accounts for a request."""
+        """Charges a chosen or claimed request."""
         if self.has_rival:
             self.num_due = min(BATCH_SHARE, self.num_due + place.num_sequences / BATCH_SHARE)
             if place.request_class == BATCH:
@@ -221,7 +221,7 @@ class _BatchAccount:
 
 
 class _Draft:
-    """The worker as it would be after the choices so far."""
+    """The state of the worker after the choices so far."""
 
     def __init__(self, running: Running, slots: SlotPlan, batch: _BatchAccount) -> None:
         self.slots = slots
@@ -230,7 +230,7 @@ class _Draft:
         self.per_queue = Counter(running.per_queue)
         self.per_tenant = Counter(running.per_tenant)
         self.chosen: Counter[str] = Counter()
-        """Sequences by queue, of the choices alone."""
+        """Chosen sequences by queue, without those that run already."""
         self.chosen_of: Counter[tuple[str, str]] = Counter()
 
     def take(self, line: _Line) -> None:

@@ -14,7 +14,7 @@ from shared.messages import GenerationRequest, RequestClass
 BEGAN, INTERACTIVE, BATCH = 0, 1, 2
 """Classes, in the order in which they run. `BEGAN`: the request ran before and lost its worker."""
 NOBODY = "0" * 8
-"""The tenant of requests whose senders are not told apart."""
+"""The tenant of requests that were sent without an API key."""
 NO_VERSION = "0" * 8
 LINE_CHARS = 20
 _CLASSES = {RequestClass.INTERACTIVE: INTERACTIVE, RequestClass.BATCH: BATCH}
@@ -22,7 +22,7 @@ _MIDDLE_PRIORITY = 2**31
 
 
 class Place(NamedTuple):
-    """A place, read."""
+    """A parsed place."""
 
     line: str
     """Class, version and tenant, with their separators: the common beginning of all places of the line."""
@@ -42,13 +42,13 @@ class Place(NamedTuple):
 
 
 def read_place(text: str) -> Place:
-    """A place from the index; the scripts hand out none that is malformed."""
+    """Parses a place from the index; the scripts return no malformed ones."""
     since_us, num_sequences = text[31:47], text[48:54]
     return Place(text[:LINE_CHARS], int(since_us) / 1000, int(num_sequences))
 
 
 def place_of(request: GenerationRequest) -> Place:
-    """The place of a request without its version and time, for accounts."""
+    """The place of a request without version and time, enough to charge its tenant and class."""
     line = f"{_CLASSES[request.request_class]}|{NO_VERSION}|{tenant_key(request.tenant)}|"
     return Place(line, 0.0, request.num_sequences)
 

@@ -14,13 +14,13 @@ class Held(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A request handed to a worker: what to run, and what its log holds already."""
+    """A claimed request, with the events that its log holds already."""
 
     held: Held
     request: GenerationRequest
     events: tuple[StreamEvent, ...]
     alone: bool = False
-    """It was near crashes: its steps must run without company until it is cleared."""
+    """True for a suspect: its steps must run alone until it is cleared."""
 
 
 class Append(NamedTuple):
@@ -29,24 +29,24 @@ class Append(NamedTuple):
     held: Held
     event: StreamEvent
     meta: Mapping[str, Any] | None = None
-    """With the terminal event: what `job.meta` shows (usage, timings, adapter; never text)."""
+    """Usage, timings and adapter for `job.meta`, with the terminal event; never text."""
 
 
 class News(NamedTuple):
-    """What the scripts tell a worker about the requests it named."""
+    """The reply of `append` or `renew`, about the requests that the worker holds."""
 
     aborted: list[str]
     lost: list[str]
     in_time: bool = True
-    """Of `renew`: whether the worker's own lease had held until then."""
+    """True if the worker's own lease had not run out (from `renew`)."""
     num_waiting: int = 0
-    """Of `append`: how many of the base's queues wait; with 0 there is nothing to claim."""
+    """The number of the base's queues that wait; with 0 there is nothing to claim (from `append`)."""
     is_known: bool = True
-    """Of `renew`: whether Redis still knows what the worker serves."""
+    """True if Redis still has the worker's `served` hash (from `renew`)."""
 
 
 class Reaped(NamedTuple):
-    """Requests whose worker was lost: back on their queues, or dead-lettered."""
+    """Requests whose worker was lost: those put back on their queues, and those that ended as failed."""
 
     requeued: list[str]
     dead: list[str]

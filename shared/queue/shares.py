@@ -10,14 +10,14 @@ MAX_NUM_NAMES = 4096
 class Shares(Generic[K]):
     """The virtual time at which each of many names has had its share; the earliest is served next.
 
-    A name that is served moves on by its cost, divided by its weight. A new name, or one that paused, begins
-    at the virtual time of now: nobody saves up a claim while idle. So of two names that both wait, neither
-    gets ahead of the other by more than the cost of one request of each (Goyal, Vin, Cheng 1996).
+    A name that is served moves ahead by its cost divided by its weight. A new name, or one that paused,
+    begins at the current virtual time, so that nobody saves up a claim while idle. If two names both wait,
+    neither gets ahead of the other by more than the cost of one request of each (Goyal, Vin, Cheng 1996).
     """
 
     def __init__(self) -> None:
         self._now = 0.0
-        """Virtual time: the start of the share that was served last."""
+        """The current virtual time: the start of the share that was served last."""
         self._ends: dict[K, float] = {}
         """The end of the last share of each name that is ahead of now."""
 
@@ -29,7 +29,7 @@ class Shares(Generic[K]):
         return max(self._now, self._ends.get(name, 0.0))
 
     def charge(self, name: K, cost: float) -> None:
-        """Serves a name. `cost`: sequences divided by weight."""
+        """Charges a name that was served; `cost` is sequences divided by weight."""
         start = self.start(name)
         self._now = start
         self._ends[name] = start + cost

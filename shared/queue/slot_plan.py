@@ -1,4 +1,4 @@
-"""The adapters' slots on a worker's device, as they will be after the requests chosen so far."""
+"""A forecast of a worker's adapter slots: their state after the requests chosen so far."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class AdapterSlots(NamedTuple):
 
 
 class SlotPlan:
-    """Adapters that run and that are resident, thought ahead by the rule of `AdapterCache`: evict the LRU."""
+    """The running and the resident adapters after each choice; evicts the LRU, as `AdapterCache` will."""
 
     def __init__(self, base: str, running: Mapping[str, int], slots: AdapterSlots) -> None:
         """`base`: the queue of the base model, which needs no slot. `running`: sequences per queue."""
@@ -31,11 +31,11 @@ class SlotPlan:
 
     @property
     def num_empty(self) -> int:
-        """Slots that no adapter is in."""
+        """Slots without an adapter."""
         return self._num - (len(self.resident) - 1)
 
     def use(self, queue: str) -> None:
-        """Brings the adapter of a queue into a slot, to run."""
+        """Makes the adapter of a queue running, and so resident."""
         self.used.add(queue)
         self.resident.add(queue)
         self._evict()

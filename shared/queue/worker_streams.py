@@ -30,16 +30,16 @@ from shared.queue.records import Append, Claim, Held, News, Reaped
 from shared.queue.scripts import event_format, exception_text, log_unreadable, mend, script_source
 
 _pack = msgspec.msgpack.encode
-"""For the scripts' `cmsgpack`, which reads strings but no binary type."""
+"""Packs arguments for the scripts' `cmsgpack`, which reads strings but no binary type."""
 
 
 NUM_EVENTS_TO_CLEAR = 16
-"""A request that ran on for so many events since its claim is cleared of the crashes it was near."""
+"""Events since its claim after which a suspect is cleared."""
 NUM_QUEUES_PER_SWEEP = 100
 MAX_NUM_NEAR = 64
-"""Queues that need no slot, of which one look tells."""
+"""Most queues that need no slot in the reply of one look."""
 MAX_NUM_REAPED = 1000
-"""Requests that one call of `reap` takes from their workers."""
+"""Most requests that one call of `reap` takes from their workers."""
 MAX_NUM_JUDGED = 1000
 """Waiting requests after which one call of `end_unserved` looks at no further queue."""
 SERVED_TTL_MS = 600_000
@@ -47,7 +47,7 @@ SERVED_TTL_MS = 600_000
 
 
 class WorkerStreams:
-    """One worker's end: claim, append, renew, hand back, reap."""
+    """The scripts that one worker calls: look, claim, append, renew, hand back, reap, sweep."""
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class WorkerStreams:
     def serve(self, served: Mapping[str, str]) -> None:
         """Tells Redis which queues this worker serves, and the version of the weights that it has for each.
 
-        Claims follow it, and so does the end of requests that no live worker can serve. An empty version
-        answers any request.
+        Claims depend on it, and so does the end of requests that no live worker can serve. An empty version
+        stands for any.
         """
         key = keys.served(self._worker_name)
         with self._connection.pipeline() as pipeline:
@@ -90,21 +90,21 @@ class WorkerStreams:
             pipeline.execute()
 
     def serves(self, served: Mapping[str, str]) -> bool:
-        """Whether Redis has this, and nothing else, of what the worker serves."""
+        """True if Redis has exactly these queues and versions for this worker."""
         known = self._connection.hgetall(keys.served(self._worker_name))
         return known == {name.encode(): value.encode() for name, value in _served_fields(served).items()}
 
     def look(
         self, near: Sequence[str], num_requests: int, num_others: int, max_num_near: int = MAX_NUM_NEAR
     ) -> tuple[list[Waiting], float]:
-        """What this worker may choose from, and the time (ms) by the clock of Redis.
+        """The lines that this worker may choose from, and the time (ms) by the clock of Redis.
 
-        `near`: queues that need no free slot, of which the first `max_num_near` that wait are told; then
-        those `num_others` whose heads wait longest. Of each line up to `num_requests` requests.
+        They are of the first `max_num_near` waiting queues of `near`, which need no free slot, and of the
+        `num_others` other queues whose heads wait longest. Each line has up to `num_requests` requests.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
-        # Each call is bounded. The next one goes on behind queues that this worker has nothing to run of.
+        # Each call is bounded in time. The next one goes on after queues without anything for this worker.
         while rank >= 0:
             found, rank, now_ms, unreadable = self._look(
                 args=[
@@ -124,9 +124,9 @@ class WorkerStreams:
         return lines, float(now_ms)
 
     def claim(self, execution_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
-        """Claims a request for each pick; fewer if others took them, or if one must run alone.
+        """Claims a request for each pick; fewer if others took them, or if one is a suspect.
 
-        The same ids again bring the same requests. Requests whose records can't be read end here.
+        The same ids again return the same requests. Requests whose records can't be read end here.
         """
         claimed, unreadable = self._claim(
             args=[
@@ -156,7 +156,7 @@ class WorkerStreams:
     def append(self, held: Iterable[Held], appends: Iterable[Append], isolated: str = "") -> News:
         """Writes events to the logs and publishes them; a terminal event ends its job in the same step.
 
-        `isolated`: the request whose steps run alone from now on, so that a crash is charged to it.
+        `isolated` is the request whose steps run alone from now on, so that a crash counts against it only.
         """
         packed = [
             (
@@ -183,10 +183,10 @@ class WorkerStreams:
         return News(_decode_all(aborted), _decode_all(lost), num_waiting=num_waiting)
 
     def renew(self, held: Iterable[Held], *, judge_readers: bool = False) -> News:
-        """Extends this worker's own entry and the leases of all it holds.
+        """Renews the leases of this worker and of all requests that it holds.
 
-        `judge_readers`: a request whose API let its lease run out counts as aborted, unless it is detached;
-        none does if this worker's own lease had run out.
+        `judge_readers`: requests whose API let its lease run out are reported as aborted, unless they are
+        detached, or this worker's own lease had run out.
         """
         reply = self._renew(
             args=[
@@ -203,15 +203,15 @@ class WorkerStreams:
         return News(_decode_all(aborted), _decode_all(lost), in_time=bool(in_time), is_known=bool(is_known))
 
     def hand_back(self, held: Sequence[Held]) -> int:
-        """Returns requests (`held`: oldest first) to the front of their queues; how many were still owned."""
+        """Puts requests (oldest first) back in front of their queues; returns how many it still owned."""
         num_handed_back, unreadable = self._hand_back(args=[self._base, _pack_held(reversed(held))])
         log_unreadable(unreadable)
         return int(num_handed_back)
 
     def reap(self, max_crashes_alone: int = 3) -> Reaped:
-        """Puts requests with an expired lease back on their queues; nothing if its own lease has run out.
+        """Puts requests with an expired lease back on their queues, unless this worker's own has run out.
 
-        One that had no company when it lost its worker, so many times, ends as failed instead.
+        A request that has crashed its worker alone `max_crashes_alone` times ends as failed instead.
         """
         reason = GenerationFailed(f"The request crashed its worker {max_crashes_alone} times.")
         requeued, dead, unreadable = self._reap(
@@ -229,15 +229,15 @@ class WorkerStreams:
         return Reaped(_decode_all(requeued), _decode_all(dead))
 
     def end_unserved(self, min_pause_s: float) -> list[str]:
-        """Ends the requests that wait for weights which no live worker has; their ids.
+        """Ends the requests that wait for weights which no live worker has; returns their ids.
 
-        Nothing happens if any worker of the base did so less than `min_pause_s` ago, or if this worker's own
+        Nothing happens if a worker of the base did so less than `min_pause_s` ago, or if this worker's own
         lease has run out.
         """
         reason = AdapterVersionGone()
         ended: list[str] = []
         rank = -1
-        # In parts, so that nobody waits long for the server meanwhile: it takes about 1 us a request.
+        # One call for everything would block the server, at about 1 us per request.
         while True:
             rank, ids, unreadable = self._end_unserved(
                 args=[
@@ -257,9 +257,9 @@ class WorkerStreams:
                 return ended
 
     def sweep(self, queues: Iterable[str]) -> int:
-        """Notices what was put on these queues, or taken from them, by others; how many of them wait."""
+        """Notices changes of these queues by RQ's tools; returns how many of the queues wait."""
         names = list(queues)
-        # In parts, so that nobody waits long for the server meanwhile: it takes 10 us a queue.
+        # One call for everything would block the server, at about 10 us per queue.
         starts = range(0, len(names), NUM_QUEUES_PER_SWEEP)
         parts = [names[start : start + NUM_QUEUES_PER_SWEEP] for start in starts]
         num_waiting = 0
@@ -270,7 +270,7 @@ class WorkerStreams:
         return num_waiting
 
     def wait_for_doorbell(self, timeout_s: float) -> bool:
-        """Blocks until a request is enqueued for the base, at most `timeout_s`; whether one was."""
+        """Blocks until a request is enqueued for the base, at most `timeout_s`; returns true if one was."""
         try:
             return self._connection.blpop([keys.doorbell(self._base)], timeout=timeout_s) is not None
         except redis.ResponseError as error:
@@ -280,7 +280,7 @@ class WorkerStreams:
             return True
 
     def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
-        """What `append.lua` ends the job with; result and exception encoded as in `rq.results.Result`."""
+        """The end of a job for `append.lua`; result and exception are encoded as in `rq.results.Result`."""
         event, meta = append.event, json.dumps(dict(append.meta or {}))
         if event.error is not None:
             error = from_info(event.error)
@@ -291,12 +291,12 @@ class WorkerStreams:
 
 
 def _served_fields(served: Mapping[str, str]) -> dict[Any, Any]:
-    # A field with an empty name: the hash exists, and so is known, also where nothing is served.
+    # A field with an empty name keeps the hash in existence, and so known, if nothing is served.
     return {**served, "": ""}
 
 
 def read_waiting(entry: Sequence[bytes]) -> Waiting:
-    """A line as `look.lua` tells it: queue, deadline, places."""
+    """Reads a line from the reply of `look.lua`: queue, deadline, places."""
     queue, deadline_ms, *places = (part.decode() for part in entry)
     return Waiting(
         queue, [read_place(place) for place in places], float(deadline_ms) if deadline_ms else None

@@ -1,6 +1,6 @@
--- Claims the first requests of the lines that a worker chose (shared/queue/order.py) by what it saw in a look. If others
--- took them meanwhile, it gets fewer. A call whose reply was lost may be repeated: the same execution ids bring the same
--- requests.
+-- Claims the first requests of the lines that a worker chose (shared/queue/order.py) from the reply of look.lua. If
+-- others took them meanwhile, it gets fewer. A call whose reply was lost may be repeated: the same execution ids return
+-- the same requests.
 -- ARGV: base, worker, lease (ms), stream ttl (ms), schema version, picks = {queue, line, ...} (msgpack), then a fresh
 --       execution id for each pick.
 -- Returns {claimed, unreadable}. Per claimed request {id, execution, request, log, alone, queue, version}: log is what
@@ -11,12 +11,12 @@ local picks = cmsgpack.unpack(ARGV[6])
 local NUM_ARGS = 6
 local reader = { base = base, schema_version = tonumber(ARGV[5]), weights = {} }
 
--- Near one crash alone or two in company.
+-- True for a suspect: it crashed a worker alone once, or beside others twice.
 local function must_run_alone(job)
   return to_number(job.crashes_alone, 0) >= 1 or to_number(job.suspect, 0) >= 2
 end
 
--- A job that had ended and was requeued by an operator begins anew, and without a client.
+-- A job that had ended and was requeued by an operator starts from the beginning, and without a client.
 local function start_anew(id, job)
   redis.call('DEL', log_key(id), reader_key(id))
   redis.call('HDEL', job_key(id), 'has_ended', 'crashes_alone', 'suspect', 'unreadable', 'deadline_ms')
@@ -51,7 +51,7 @@ local function describe(id, execution, job)
   return { id, execution, request, log, must_run_alone(job) and 1 or 0, queue, job.version or '' }
 end
 
--- The requests that this very call claimed before its reply was lost, without those that were removed since.
+-- The requests that an earlier call with these execution ids claimed before its reply was lost.
 local function claimed_already()
   local position, claimed = {}, {}
   for i = NUM_ARGS + 1, #ARGV do position[ARGV[i]] = i end
@@ -71,14 +71,15 @@ end
 
 local function take(id, queue, place, job, execution)
   redis.call('ZREM', order_key(queue), place)
-  -- Somebody took it out of the list and left its place.
+  -- If the list does not have it, somebody removed it there and left its place.
   if redis.call('LREM', queue_key(queue), 1, id) == 0 then return false end
   if job.has_ended then start_anew(id, job) end
   start(id, queue, execution, job.crashes_alone or job.suspect)
   return describe(id, execution, job)
 end
 
--- Two keys that nothing here reads: the worker is about to block on the one, `rq info` counts by the other.
+-- Checks the types of two keys that this script does not read: the worker blocks on the first, `rq info` reads the
+-- other.
 doorbell_key(base)
 shared_key('set', RQ .. ':queues')
 

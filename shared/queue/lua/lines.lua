@@ -1,4 +1,4 @@
--- Stands before look and claim: the lines of a queue, and the first request of a line that a worker can run.
+-- Loaded before look and claim: finds the first request of a line that a worker can run.
 
 local MAX_PASSED = 64
 
@@ -13,21 +13,21 @@ local function read_job(id)
   return job
 end
 
--- A job that is none of ours, put on our queue by somebody else.
+-- Fails a job that is no generation request and was put on our queue by somebody else.
 local function reject(id, queue)
   unqueue(id, queue, 1)
   redis.call('HSET', job_key(id), 'status', 'failed', 'ended_at', iso(now_us))
   redis.call('ZADD', registry_key('failed', queue), '+inf', id)
 end
 
--- A worker that claims: its base, its newest schema, and by queue the version of the weights that it has.
+-- True if a worker can run a job. `reader` has its base, its newest schema, and its weights version by queue.
 local function can_run(reader, job, queue)
   local has = reader.weights[queue]
   return job.schema_version <= reader.schema_version
     and (not job.version or job.version == '' or has == '' or job.version == has)
 end
 
--- Whether a queued request that is a worker's to run may be handed out; if not, it is taken out of its queue.
+-- True if a queued request may be handed out; if it has no `request` field or is overdue, it leaves its queue instead.
 local function is_ready(id, reader, queue, job)
   if redis.call('HEXISTS', job_key(id), 'request') == 1 then return not end_overdue(id, reader.base, queue) end
   if job.base then
@@ -38,8 +38,8 @@ local function is_ready(id, reader, queue, job)
   return false
 end
 
--- The first request of a line that a worker can run: its place, id and job; nothing if there is none. Requests of newer
--- schemas are passed over, and places that no queued request has are dropped.
+-- The place, id and job of the first request of a line that a worker can run, or nil. Requests of newer schemas are
+-- passed over, and places without a queued request are dropped.
 local function first_of(reader, queue, line)
   local key, num_passed = order_key(queue), 0
   while num_passed < MAX_PASSED do

@@ -1,10 +1,10 @@
--- What waits for a worker: the first requests of some lines of some of its queues, in bounded time however many wait. A
--- line is the requests of one queue, class, weights version and tenant.
+-- Reads what a worker may choose from: the first requests of some lines of some of its queues, in bounded time however
+-- many wait. A line is the requests of one queue, class, weights version and tenant.
 -- ARGV: base, worker, schema version, most requests of a line, most other queues, most queues of the worker, a random
 --       point among the tenants (8 hex digits), rank among the waiting queues to go on at, then the queues that come
 --       first because they need no free slot. The queues that the worker serves stand in its `served` hash.
--- Returns {lines, rank to go on at or -1 if that was enough, now (ms), unreadable}. Per line {queue, deadline (ms) of its
--- first request or '', places ...}.
+-- Returns {lines, rank to go on at or -1 if that was enough, now (ms), unreadable}. Per line {queue, deadline (ms) of
+-- its first request or '', places ...}.
 local base, worker = ARGV[1], ARGV[2]
 local max_requests, max_others, max_near = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local tenant_point, rank = ARGV[7], tonumber(ARGV[8])
@@ -12,12 +12,12 @@ local NUM_ARGS = 8
 local reader = { base = base, schema_version = tonumber(ARGV[3]), weights = {} }
 local PAGE, MAX_PAGES = 100, 10
 local MAX_TENANTS, MAX_VERSIONS = 8, 4
--- Beyond this, queues show one line of each class.
+-- If this number of lines was found, further queues show one line of each class and version only.
 local MAX_LINES = 128
 
 local lines = {}
 
--- The beginnings of the index, up to the `chars`-th character, from one text to another; at most so many.
+-- The distinct prefixes of `chars` characters in an index between two texts; at most `most`.
 local function distinct(key, from, to, chars, most, found)
   while #found < most do
     local place = redis.call('ZRANGE', key, from, to, 'BYLEX', 'LIMIT', 0, 1)[1]
@@ -28,7 +28,7 @@ local function distinct(key, from, to, chars, most, found)
   return found
 end
 
--- `class|version|` of what this worker can run.
+-- The prefixes `class|version|` of requests that this worker can run.
 local function versions_of(queue, key)
   local weights, found = reader.weights[queue], {}
   for _, class in ipairs({ '0', '1', '2' }) do
@@ -44,8 +44,8 @@ local function versions_of(queue, key)
   return found
 end
 
--- The line of the request that has waited longest, then for each class and version those of some tenants, from a random
--- one on.
+-- The line of the request that has waited longest, then for each class and version the lines of some tenants, starting
+-- at a random point.
 local function some_lines(queue, key)
   local oldest = redis.call('LINDEX', queue_key(queue), 0)
   local place = oldest and redis.pcall('HGET', job_key(oldest), 'place')
@@ -66,8 +66,8 @@ local function some_lines(queue, key)
   return found
 end
 
--- The first (0) or last (-1) place of an index; nil if it has none. Places that others wrote with another score stand
--- at the ends, where they would hide the rest from searches, and go.
+-- The first (0) or last (-1) place of an index, or nil. Entries with another score are removed: searches by text need
+-- equal scores, and such entries would hide the others.
 local function place_at(key, position)
   while true do
     local place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
@@ -76,7 +76,7 @@ local function place_at(key, position)
   end
 end
 
--- The lines of a queue to look at. In most queues all requests are of one.
+-- The lines of a queue to look at. Most queues have only one.
 local function lines_of(queue)
   local key = order_key(queue)
   local first, last = place_at(key, 0), place_at(key, -1)
@@ -107,8 +107,8 @@ end
 
 local is_seen = {}
 
--- Adds the lines of a queue; returns whether this worker can run any of its requests. If all places that were met had
--- no request, requests without a place may be there.
+-- Adds the lines of a queue; returns true if this worker can run any of its requests. If all places that it met had
+-- lost their requests, the queue may have requests without places: the index is mended and read again.
 local function look_at(queue)
   is_seen[queue] = true
   mend_index(base, queue)

@@ -25,8 +25,8 @@ local function iso(us)
     math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, us - seconds * 1000000)
 end
 
--- Unreadable records, part 1. Anybody may write to Redis: a value of ours may be no number, a key of another type.
--- Such a record may cost one request at most, and never a worker: an error that leaves a script ends its caller.
+-- Unreadable records, part 1. Anybody may write to Redis: a value may be no number, and a key may have another type.
+-- Such a record must cost at most one request, and never a worker, which an error from a script would end.
 
 -- {request id or key, reason} of each record that this call set aside, for the caller's log.
 local unreadable = {}
@@ -45,8 +45,8 @@ local function increment(key, field, by)
   return number
 end
 
--- A key that many requests share. If it has another type than it should, it is renamed and kept for a day; the scripts
--- and the heartbeats then fill the right one again.
+-- A key that many requests share. If it has a wrong type, it is renamed and kept for a day; scripts and heartbeats then
+-- fill the right key again.
 local checked = {}
 local function shared_key(kind, key)
   if not checked[key] then
@@ -84,8 +84,8 @@ local function reaped_key(worker) return shared_key('hash', OURS .. ':reaped:' .
 local function order_key(queue) return shared_key('zset', OURS .. ':order:' .. queue) end
 local function served_key(worker) return shared_key('hash', OURS .. ':served:' .. worker) end
 
--- Whether a worker's own lease still holds. After a pause of the server, or of the worker, it does not: then the leases
--- of others may look expired too, before they had the time to renew them, and the worker must judge nobody.
+-- True if a worker's own lease holds. After a pause of the server or of the worker it does not: then the leases of
+-- others may look expired too, before they had the time to renew them, and the worker must reap none.
 local function may_judge(base, worker)
   return tonumber(redis.call('ZSCORE', workers_key(base), worker) or 0) > now_ms
 end
@@ -95,7 +95,7 @@ local function ring(base)
   redis.call('LTRIM', doorbell_key(base), 0, 63)
 end
 
--- Ownership of a request and RQ's records of its execution, gone.
+-- Deletes the ownership of a request, and RQ's records of its execution.
 local function drop_execution(id, owner)
   local composite = id .. ':' .. owner.execution
   redis.call('ZREM', registry_key('wip', owner.queue), composite)
@@ -117,13 +117,13 @@ local function get_owner(id)
     watched_from = to_number(owner[6]), alone = owner[7] }
 end
 
--- In place of an owner, for a request that waits.
+-- Stands for the owner of a request that waits.
 local function nobody(base, queue) return { execution = '', worker = '', base = base, queue = queue } end
 
--- Raised, and caught by `guarded`, for a value that has the right type and makes no sense.
+-- Raises an error, which `guarded` catches, for a value of the right type that makes no sense.
 local function refuse(reason) error('unreadable: ' .. reason, 0) end
 
--- An event into its log, once; returns the channel of the API to tell, or false.
+-- Appends an event to its log, once; returns the channel of the API that reads it, or false.
 local function write_event(id, event_no, event)
   local length = redis.call('LLEN', log_key(id))
   if event_no > length then refuse('its log has lost events') end
@@ -135,7 +135,7 @@ local function write_event(id, event_no, event)
   return redis.call('GET', reader_key(id))
 end
 
--- The terminal event of a request that ends without its owner; `format` has one %d, for its number.
+-- Writes and publishes the last event of a request that ends without its owner; `format` has one %d for its number.
 local function tell_end(id, format)
   local event_no = redis.call('LLEN', log_key(id))
   local event = format:format(event_no)
@@ -168,7 +168,7 @@ local function count_job(owner, status, working_s)
   redis.call('SET', drained, to_number(redis.call('GET', drained), 0) + 1, 'EX', 60)
 end
 
--- The job of a request is over. outcome = {status, meta, return value, exception text, ttl (s)}, as append has it.
+-- Ends the job of a request. outcome = {status, meta, return value, exception text, ttl (s)}, as in append.lua.
 local function finish(id, owner, outcome)
   local status, meta, return_value, exc_text, ttl = unpack(outcome)
   local REGISTRY = { stopped = 'failed' }
@@ -184,7 +184,7 @@ local function finish(id, owner, outcome)
   end
 end
 
--- The end of a request without its owner: the job, and an event for its reader.
+-- Ends a request without its owner: its job, and a last event for its reader.
 local function finish_ownerless(id, owner, format, outcome)
   tell_end(id, format)
   finish(id, owner, outcome)
@@ -203,8 +203,8 @@ local function unqueue(id, queue, count)
   redis.call('LREM', queue_key(queue), count, id)
 end
 
--- Takes one request out of the way, whatever is wrong with its records: its job is dead-lettered with the reason, or
--- dropped where there is none to keep, and its client is told. `queue`: where it waits, if that is known.
+-- Ends one request, whatever is wrong with its records. Its job fails with the reason, or is dropped if there is no job
+-- hash, and its client gets an error. `queue` is the queue that it waits in, if that is known.
 local function set_aside(id, base, queue, reason)
   unreadable[#unreadable + 1] = { id, reason }
   local function keep_if(kind, key)
@@ -234,13 +234,13 @@ local function set_aside(id, base, queue, reason)
   end
 end
 
--- Signs of an error that a record is to blame for. Any other one (out of memory, a replica) is the server's state, and
--- its caller's matter.
+-- Parts of error messages for which a record is the cause. Any other error (out of memory, a replica) is due to the
+-- server's state and is left to the caller.
 local SIGNS = { 'WRONGTYPE', 'unreadable: ', 'not an integer', 'not a valid float', 'attempt to ', 'bad argument',
   'must be strings or integers' }
 
--- Does `work(...)` for one request and returns its one result. If a record can't be read, the request is set aside, and
--- nothing is returned.
+-- Calls `work(...)` for one request and returns its one result. If a record can't be read, ends the request with
+-- `set_aside` and returns nothing.
 local function guarded(id, base, queue, work, ...)
   local ok, result = pcall(work, ...)
   if ok then return result end
@@ -251,8 +251,8 @@ local function guarded(id, base, queue, work, ...)
   error(result, 0)
 end
 
--- Refuses a job that stands in a queue with a status that it can't have there. A job that has ended, was canceled or is
--- claimed already is fine, and one that is gone has no status.
+-- Refuses a job in a queue whose status makes no sense there. A job that has ended, was canceled or is claimed already
+-- is fine, and so is one without a job hash, which has no status.
 local function check_status(id, status)
   if status == 'queued' or status == 'canceled' then return end
   if status == 'started' and redis.call('EXISTS', owner_key(id)) == 1 then return end

@@ -1,4 +1,4 @@
--- Stands between the prelude and every script: the index beside each queue, and the queues of a base that wait.
+-- Loaded between the prelude and every script: the index beside each queue, and the set of waiting queues of a base.
 --
 -- RQ's list tells which requests wait. The index (a sorted set, all scores 0) holds a place for each of them, in the
 -- order in which they run: `class|version|tenant|priority|since|sequences|id` (shared/queue/places.py). Whoever takes a
@@ -12,19 +12,19 @@ local LINE_CHARS = 20
 local ORDER = '^([12])|(' .. ('%x'):rep(8) .. ')|(' .. ('%d'):rep(10) .. ')|(' .. ('%d'):rep(6) .. ')$'
 local PLACE = '^[012]|' .. ('%x'):rep(8) .. '|' .. ('%x'):rep(8) .. '|' .. ('%d'):rep(10) .. '|' .. ('%d'):rep(16)
   .. '|' .. ('%d'):rep(6) .. '|(.*)$'
--- The order of a request whose API sent none.
+-- The `order` field of a request from an API that sent none.
 local DEFAULT_ORDER = '1|00000000|2147483648|000001'
 local NO_VERSION = '00000000'
 -- Most requests of a list that one comparison reads from its front.
 local MAX_MENDED = 1000
--- Queues where only batch waits have later scores in `waiting`, by this, so that the others are found first.
+-- Added to the scores in `waiting` of queues where only batch waits, so that other queues are found first.
 local BATCH_OFFSET_MS = 2 ^ 50
 
 local function offset_ms(first_place)
   return first_place and first_place:sub(1, 1) == BATCH and BATCH_OFFSET_MS or 0
 end
 
--- The request id in a place; nil if it is none.
+-- The request id in a place; nil if the text is no place.
 local function id_of(place) return place:match(PLACE) end
 
 local function version_part(version)
@@ -32,8 +32,8 @@ local function version_part(version)
   return redis.sha1hex(version):sub(1, 8)
 end
 
--- The place of a job that waits. `began`: true or false; nil if only its log can tell. `since_us`: the time of its
--- enqueue, if that is now.
+-- The place of a waiting job. `began` is true if it ran before; nil looks at its log. `since_us` is its enqueue time,
+-- by default the time in its job hash.
 local function make_place(id, began, since_us)
   local place, order, version, enqueued_ms, has_ended =
     unpack(redis.call('HMGET', job_key(id), 'place', 'order', 'version', 'enqueued_ms', 'has_ended'))
@@ -43,19 +43,19 @@ local function make_place(id, began, since_us)
   if began == nil then began = is_known and place:sub(1, 1) == BEGAN or redis.call('LLEN', log_key(id)) > 0 end
   if began and not has_ended then class = BEGAN end
   since_us = since_us or math.max(0, math.min(now_us, to_number(enqueued_ms, now_ms) * 1000))
-  -- A place from before has the time to the microsecond.
+  -- An earlier place has the time in microseconds, the job hash only in milliseconds.
   local since = is_known and place:sub(32, 47) or string.format('%016.0f', since_us)
   return table.concat({ class, version_part(version), tenant, priority, since, num_sequences, id }, '|')
 end
 
--- Returns whether the index had no such place.
+-- Returns true if the index had no such place.
 local function add_place(id, queue, place)
   redis.call('HSET', job_key(id), 'place', place)
   return redis.call('ZADD', order_key(queue), 0, place) == 1
 end
 
--- Sees to it that a request of the list has its place; one that is no queued job any more leaves the list.
--- Returns {status, enqueue time (ms), whether something was mended}.
+-- Ensures that a request in the list has its place; removes it from the list if its job is not queued any more.
+-- Returns {status, enqueue time (ms), true if something was mended}.
 local function check_place(id, queue)
   local status, enqueued_ms, place, has_ended =
     unpack(redis.call('HMGET', job_key(id), 'status', 'enqueued_ms', 'place', 'has_ended'))
@@ -104,7 +104,7 @@ local function trim_index(queue)
   end
 end
 
--- `waiting` follows the head of a queue; heads that are no queued job any more are dropped on the way.
+-- Sets the score of a queue in `waiting` to its head's time; removes heads whose jobs are not queued any more.
 local function update_waiting(base, queue)
   while true do
     local head = redis.call('LINDEX', queue_key(queue), 0)
@@ -122,8 +122,8 @@ end
 
 local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens":0,"completion_tokens":0}}'
 
--- A running request back to the front of its queue, its log kept: whoever claims it goes on from there. One that was
--- given up ends instead.
+-- Puts a running request back in front of its queue. Its log stays, and the next owner goes on from there. If its
+-- client gave up, it ends instead.
 local function requeue(id, owner)
   if redis.call('EXISTS', job_key(id)) == 0 then return drop_execution(id, owner) end
   if owner.aborted then
@@ -132,7 +132,7 @@ local function requeue(id, owner)
   local origin, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
   if origin ~= owner.queue or base ~= owner.base then refuse('its job and its owner name two queues') end
   drop_execution(id, owner)
-  -- It has begun: the limit of its wait is met.
+  -- The request has begun, so its deadline for beginning is met.
   redis.call('HDEL', job_key(id), 'deadline_ms')
   redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
   redis.call('LPUSH', queue_key(owner.queue), id)
@@ -143,7 +143,7 @@ end
 
 local QUEUE_TIMEOUT, QUEUE_TIMEOUT_RESULT = '@QUEUE_TIMEOUT@', '@QUEUE_TIMEOUT_RESULT@'
 
--- Ends a waiting request if its deadline has passed; returns whether it did. One that an operator requeued has none.
+-- Ends a waiting request if its deadline has passed, and then returns true. Requests requeued by an operator have none.
 local function end_overdue(id, base, queue)
   local deadline_ms, has_ended, ttl =
     unpack(redis.call('HMGET', job_key(id), 'deadline_ms', 'has_ended', 'failure_ttl'))
