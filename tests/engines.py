@@ -1,4 +1,4 @@
-"""A double of the engine's port: requests in, events out, and nothing computed."""
+"""A double of the `Engine` port, which answers requests without computing anything."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ from worker.engine.served_models import ServedModels
 
 @dataclass
 class Running:
-    """A request inside, each sequence of which gets a token in each step until it has `max_tokens`."""
+    """A running request; each of its sequences gets a token per step until it has `max_tokens`."""
 
     request: GenerationRequest
     prompts: list[list[int]]
     num_tokens: list[int]
-    """Tokens so far, by index of the sequence."""
+    """Number of tokens so far, by index of the sequence."""
     next_event_no: int = 0
 
     def event(self, **values: object) -> StreamEvent:
@@ -61,11 +61,11 @@ class InMemoryEngine:
     """Answers every request with as many x as it asks for. A test decides on what it can't decide itself."""
 
     before_step: Callable[[], None] = lambda: None
-    """Called in each step that runs; may raise."""
+    """Called at the beginning of each step; may raise."""
     overdue: set[str] = field(default_factory=set)
     """Requests over their generation limit."""
     unreadable: dict[str, LorelayError] = field(default_factory=dict)
-    """Adapters that are being read, and the error that `settle_adapters` finds then."""
+    """Adapters that are being read, and the errors that `settle_adapters` will find."""
     adapters: AllResident = field(default_factory=AllResident)
     max_model_len: int = 64
     served: ServedModels = field(default_factory=lambda: served_models("abc"))
@@ -174,7 +174,7 @@ class InMemoryEngine:
         self.is_closed = True
 
     def _waits(self, running: Running) -> bool:
-        """Whether its adapter is still to be read."""
+        """True while the adapter of a request is being read."""
         return running.request.adapter_name in self.unreadable
 
     def _fail(self, request_ids: list[str], error: LorelayError) -> list[Output]:

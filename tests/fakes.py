@@ -20,12 +20,12 @@ EOS = 0
 
 
 def unpaced() -> StepPace:
-    """Steps that take no time: nothing but the scheduler's own limit bounds their chunks."""
+    """A pace under which steps take no time, so that only the scheduler's own limit bounds their chunks."""
     return StepPace(100, clock=lambda: 0.0)
 
 
 class AllResident:
-    """Adapters that are all on the device."""
+    """A residency in which all adapters are on the device."""
 
     num_slots = 1 << 30
     resident: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ def build_engine(
 
 
 def encoded(engine: Engine, request: GenerationRequest) -> Prompts:
-    """What the prompt encoder gives the engine for a request."""
+    """The prompts that the prompt encoder passes to the engine for a request."""
     try:
         return engine.encode(request)
     except LorelayError as error:
@@ -134,7 +134,7 @@ def encoded(engine: Engine, request: GenerationRequest) -> Prompts:
 
 
 def drawn(token_id: int | None) -> Sampled:
-    """What a model says of a token that it drew; None stands for logits that are not finite."""
+    """The result of a model for a token that it drew; None stands for logits that are not finite."""
     return GenerationFailed("not finite") if token_id is None else SampledToken(token_id)
 
 
@@ -150,14 +150,14 @@ def spell(text: str) -> Callable[[Sequence], int]:
 
 
 class FakeDetokenizer:
-    """One token, one character."""
+    """Detokenizes each token to one character."""
 
     def add(self, token_id: int) -> str:
         return "" if token_id == EOS else chr(token_id)
 
 
 class FakeTokenizer:
-    """One character, one token; 0 ends a sequence."""
+    """Tokenizes each character to one token; 0 ends a sequence."""
 
     eos_token_ids = frozenset({EOS})
 

@@ -100,13 +100,13 @@ def claim(streams: WorkerStreams, num_requests: int = 1, **options: Any) -> list
 
 
 def choose(streams: WorkerStreams, num_requests: int) -> list[Pick]:
-    """What `claim` would claim."""
+    """The picks that `claim` would make."""
     waiting, now_ms = streams.look([BASE], num_requests, 32)
     return WaitingOrder(BASE, max_wait_s=1.0).choose(waiting, running(num_requests), PLENTY, now_ms)
 
 
 def running(room: int, /, **per_queue: int) -> Running:
-    """Room for so many sequences beside those that run, by queue."""
+    """The running sequences by queue, and room for more."""
     return Running(room, per_queue, {})
 
 
@@ -117,7 +117,7 @@ def claimer(
     slots: AdapterSlots = PLENTY,
     max_wait_s: float = 1.0,
 ) -> Claimer:
-    """A worker's claims, by an order that remembers nothing yet. `served`: if it serves few queues."""
+    """A worker's claims, by an order without memory. `served` has its queues if they are few."""
     order = WaitingOrder(BASE, max_wait_s=max_wait_s)
     return Claimer(streams, order, slots=lambda: slots, names_if_few=lambda _: served)
 

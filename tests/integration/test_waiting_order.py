@@ -1,4 +1,4 @@
-"""The index beside each queue: what a look finds, what a claim takes, and how it keeps up with RQ's lists."""
+"""Tests of the index beside each queue: what a look finds, what a claim takes, how lists repair it."""
 
 import shutil
 from collections.abc import Iterator
@@ -79,7 +79,7 @@ def as_before_the_index(connection: redis.Redis, request_id: str, queue: str = Q
 
 
 def taken_before_the_index(connection: redis.Redis, request_id: str) -> None:
-    """Takes a waiting request as a worker of an earlier release does: off the list, and nowhere else."""
+    """Takes a waiting request as a worker of an earlier release does: off the list, but not off the index."""
     connection.lrem(LIST, 1, request_id)
     connection.hset(Job.key_for(request_id), "status", "started")
     connection.hset(keys.owner(request_id), "execution", "e")
@@ -317,7 +317,7 @@ def pass_deadline(connection: redis.Redis, request_id: str) -> None:
 
 
 def check_timed_out(connection: redis.Redis, request_id: str) -> None:
-    """Its client hears of it, its job failed, and it waits no more."""
+    """Checks that the client got an error, and that the job failed and left its queue."""
     event = decode_event(connection.lindex(keys.log(request_id), -1))
     assert (event.error.code, event.finish_reason) == ("queue_timeout", "error")
     job = Job.fetch(request_id, connection, JSONSerializer)

@@ -1,4 +1,5 @@
--- The client gave up: a queued request is removed and never starts, a running one is flagged for its owner.
+-- Aborts a request whose client gave up: a queued one is removed and never starts, a running one is flagged for its
+-- owner.
 -- ARGV: id, '1' to touch it only while it is queued, ttl (s) of the canceled job.
 -- Returns 'queued' (removed), 'running' or 'gone'.
 local id, only_queued, ttl = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])

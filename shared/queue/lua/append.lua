@@ -1,5 +1,5 @@
--- The events of one engine step into the logs, and to the APIs that read them; a terminal event ends its job.
--- Fenced: only the owner's events count. What stands in a log already succeeds, once.
+-- Writes the events of one engine step to the logs and publishes them; a terminal event ends its job. Only the owner's
+-- events are written. An event that the log has already is a success that changes nothing.
 -- ARGV: base, lease (ms), stream ttl (ms), held = {id, execution, ...} of all requests the worker holds,
 --       appends = {{id, execution, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
 --       return value, exception text, ttl (s)}, the middle two encoded as RQ's results have them; events after
@@ -37,7 +37,7 @@ end
 
 local function append(id, owner, event_no, event, outcome)
   if redis.call('EXISTS', job_key(id)) == 0 then
-    -- Removed from outside: `rq empty`, a dashboard.
+    -- The job was removed with RQ's tools, such as `rq empty` or a dashboard.
     write(id, event_no, REMOVED:format(event_no))
     redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
     drop_execution(id, owner)
@@ -60,7 +60,7 @@ end
 for _, entry in ipairs(appends) do
   local id, execution, event_no, event, outcome = unpack(entry, 1, 5)
   local owner = owners[id]
-  -- Another execution is that of a claim which this worker lost and replaced by a newer one.
+  -- An event of another execution belongs to an earlier claim, which this worker lost before it claimed again.
   if owner and owner.execution == execution then
     local is_kept = guarded(id, base, nil, append, id, owner, event_no, event, outcome)
     if not is_kept then

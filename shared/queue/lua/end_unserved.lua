@@ -1,9 +1,9 @@
--- Requests that wait for weights which no live worker has end with an error: those of a version that was replaced or
--- removed, and those of another version than the live workers of their queue have. If a queue has no live worker, its
--- requests of the registered version wait on: a worker may come back.
--- ARGV: base, the worker that judges, rank among the waiting queues to go on at (-1 to begin), most jobs in one call,
---       shortest time (ms) between two turns of all workers, event (a format with one %d, its number), exception text as
---       RQ's results have it, ttl (s) of a failed job.
+-- Ends waiting requests for weights that no live worker has: those of a version that was replaced or removed, and those
+-- of another version than the live workers of their queue have. If a queue has no live worker, its requests of the
+-- registered version keep waiting, since a worker may come back.
+-- ARGV: base, the worker that calls, rank among the waiting queues to go on at (-1 to begin), most jobs in one call,
+--       shortest time (ms) between two turns of all workers, event (a format with one %d, its number), exception text
+--       as RQ's results have it, ttl (s) of a failed job.
 -- Returns {rank to go on at, or -1 if that was all, ids that were ended, unreadable}.
 local base, worker, rank, budget = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local event, exc_text, failure_ttl = ARGV[6], ARGV[7], tonumber(ARGV[8])
@@ -19,13 +19,13 @@ end
 
 local live = redis.call('ZRANGEBYSCORE', workers_key(base), '(' .. now_ms, '+inf')
 for _, name in ipairs(live) do
-  -- A worker of an earlier release tells nobody what it serves: it may serve anything.
+  -- A worker of an earlier release has no record of what it serves, so it may serve anything.
   if redis.call('EXISTS', served_key(name)) == 0 and redis.call('EXISTS', worker_key(name)) == 1 then
     return NOTHING
   end
 end
 
--- The weights that live workers have for a queue, and whether there are any.
+-- The set of weights versions that live workers have for a queue, and true if it has any live worker.
 local function weights_of(queue)
   local served, is_served = {}, false
   for _, name in ipairs(live) do
@@ -35,8 +35,8 @@ local function weights_of(queue)
   return served, is_served
 end
 
--- The version of a model's weights by the registry, as `weights_version` of shared/messages.py has it; '' if there is
--- none, or no card that can be read.
+-- The registered weights version of a model, in the form of `weights_version` in shared/messages.py; '' if the registry
+-- has no readable card.
 local function registered_version(model)
   local text = redis.call('HGET', shared_key('hash', OURS .. ':models'), model)
   local ok, card = pcall(cjson.decode, text or '')

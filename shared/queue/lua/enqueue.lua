@@ -1,8 +1,8 @@
--- Admission and enqueue in one step; the same id again is a success that changes nothing.
+-- Checks the queue limits and enqueues a request in one step. A call with the same id again changes nothing.
 -- ARGV: id, base, queue, max depth of the queue, max depth in all, reader channel, stream ttl (ms), longest wait (ms)
 --       before it begins or 0, then the job hash as field, value, ...
--- Returns {'queued'}, or {'full', depth, num_ended, over_ms}: so many requests of the base ended since the oldest
--- that waits came, or in the last minute or so.
+-- Returns {'queued'}, or {'full', depth, num_ended, over_ms}: num_ended requests of the base ended within over_ms. That
+-- is the time since the oldest waiting request came, but at most about a minute.
 local id, base, queue = ARGV[1], ARGV[2], ARGV[3]
 
 local function full(depth)
@@ -43,7 +43,7 @@ redis.call('SADD', shared_key('set', RQ .. ':queues'), queue_key(queue))
 redis.call('RPUSH', queue_key(queue), id)
 local place = make_place(id, false, now_us)
 add_place(id, queue, place)
--- LT: the heads of queues that wait already are older, unless only batch waits there.
+-- LT keeps the time of a queue that waits already, whose head is older, unless only batch waits there.
 redis.call('ZADD', waiting_key(base), 'LT', now_ms + offset_ms(place), queue)
 redis.call('SET', reader_key(id), ARGV[6], 'PX', ARGV[7])
 ring(base)

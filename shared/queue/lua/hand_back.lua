@@ -1,4 +1,4 @@
--- A draining worker gives requests back: to the front of their queues, with what is written of them.
+-- Puts requests of a live worker back in front of their queues, with their logs.
 -- ARGV: base, held = {id, execution, ...} (msgpack), newest first, so that the oldest ends up in front.
 -- Returns {how many it still owned, unreadable}.
 local base, held = ARGV[1], cmsgpack.unpack(ARGV[2])

@@ -1,4 +1,4 @@
--- Keys that nothing but Python reads, set aside if they have a type that they should not have.
--- ARGV: type, key, type, key, ... Returns what was set aside.
+-- Renames keys of a wrong type, for keys that no other script reads.
+-- ARGV: type, key, type, key, ... Returns the renamed keys with the reasons.
 for i = 1, #ARGV, 2 do shared_key(ARGV[i], ARGV[i + 1]) end
 return unreadable

@@ -1,5 +1,5 @@
--- Requests whose owner stopped renewing go back to the front of their queues; one that crashed its worker alone too
--- often is dead-lettered. Needs no lock: the first reaper takes a lease away, the second finds none.
+-- Puts requests with an expired lease back in front of their queues; ends those that crashed their workers alone too
+-- often. Needs no lock: the first reaper removes a lease, and the second finds none.
 -- ARGV: base, most requests in one call, crashes alone that end a request, ttl (s) of a failed job, event (a format
 --       with one %d, its number), exception text as RQ's results have it, the worker that reaps.
 -- Returns {ids requeued, ids dead-lettered, unreadable}.
@@ -9,9 +9,9 @@ local function read_owner(id)
   return guarded(id, base, nil, get_owner, id) or {}
 end
 
--- The number of requests that each worker held when last alive, those reaped from it lately included, and whether its
--- steps ran one of them alone. Leases tell it: RQ's own record of what a worker runs is gone if it ended with an
--- exception, and there if it was killed.
+-- For each worker, the number of requests that it held when it was last alive, with those that were reaped from it
+-- lately, and true if one of them was isolated. Leases are counted, because RQ's own record of a worker's jobs is gone
+-- after an exception and there after a kill.
 local held = {}
 local function company(worker)
   if not held[worker] then
@@ -21,14 +21,14 @@ local function company(worker)
   return held[worker]
 end
 
--- Counts a crash against a request; returns how often it was alone, or false if it had company this time.
+-- Counts a crash against a request; returns how often it crashed alone, or false if it ran beside others this time.
 local function count_crash(id, owner)
   local reaped, others = reaped_key(owner.worker), company(owner.worker)
   increment(reaped, 'num')
   if owner.alone then redis.call('HSET', reaped, 'lone', 1) end
   redis.call('EXPIRE', reaped, 60)
   if owner.alone or others.num == 1 then return increment(job_key(id), 'crashes_alone') end
-  -- Requests that waited while another ran alone had no part in the crash.
+  -- Requests that waited while another one was isolated did not cause the crash.
   if not others.has_lone then increment(job_key(id), 'suspect') end
   return false
 end
@@ -36,7 +36,7 @@ end
 local requeued, dead = {}, {}
 local function reap(id, owner)
   if not owner.execution then
-    -- Its owner's record was removed from outside. If it ran, it goes on elsewhere.
+    -- The owner's record was removed with other tools. If the request ran, it is put back on its queue.
     redis.call('ZREM', leases_key(base), id)
     local status, queue = unpack(redis.call('HMGET', job_key(id), 'status', 'origin'))
     if status == 'started' then requeue(id, nobody(base, queue)) end

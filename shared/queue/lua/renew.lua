@@ -1,4 +1,4 @@
--- One heartbeat of a worker: its own entry and the leases of all it holds.
+-- Renews the leases of a worker and of all requests that it holds.
 -- ARGV: base, worker, lease (ms), held = {id, execution, ...} (msgpack), '1' to abort requests that nobody reads:
 --       their API let its lease run out, and they are not detached; life (ms) of the record of what the worker serves.
 -- Returns {aborted ids, lost ids, 1 if the worker's own lease held until now, else 0, unreadable, 1 if Redis still
@@ -8,7 +8,7 @@ local base, worker, lease_ms, held = ARGV[1], ARGV[2], tonumber(ARGV[3]), cmsgpa
 local was_in_time = may_judge(base, worker)
 redis.call('ZADD', workers_key(base), now_ms + lease_ms, worker)
 redis.call('ZREMRANGEBYSCORE', workers_key(base), '-inf', now_ms - 600000)
--- Alive: what was reaped from it while it was stopped has no part in a later crash.
+-- The worker is alive, so requests that were reaped from it while it was stopped must not count in a later crash.
 redis.call('DEL', reaped_key(worker))
 
 local function is_orphan(id)

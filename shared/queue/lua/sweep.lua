@@ -1,24 +1,25 @@
--- Queues that were filled or emptied behind our back (`rq requeue`, `rq empty`, a dashboard) are noticed, and RQ's
--- registries forget the jobs that have expired. Requests at the front of a queue whose deadline has passed end.
+-- Notices queues that were changed with RQ's tools (`rq requeue`, `rq empty`, a dashboard), and removes expired jobs
+-- from RQ's registries. Ends requests at the front of a queue whose deadline has passed.
 -- ARGV: base, then the queues of the base. Returns {how many of them wait, unreadable}.
 local base = ARGV[1]
 local MAX_NUM_ENDED = 100
 local count = 0
 
--- RQ's entry of an execution whose owner or lease was removed or garbled from outside. Without its owner, the entry
--- goes. Without its lease, the request gets one that has run out: its worker renews it; if that is dead, it is reaped.
+-- Repairs RQ's entry of an execution whose owner or lease was removed or garbled. If there is no owner, the entry is
+-- removed. If there is no lease, the request gets an expired one: its worker renews it, or if that is dead, another one
+-- reaps it.
 local function mend_execution(queue, composite)
   local id, execution = composite:match('^(.*):(.*)$')
   local owner = id and guarded(id, base, nil, get_owner, id)
   if owner and owner.execution == execution then
     if not redis.call('ZSCORE', leases_key(base), id) then redis.call('ZADD', leases_key(base), now_ms, id) end
   elseif not id or redis.pcall('HEXISTS', job_key(id), 'request') ~= 0 or redis.call('EXISTS', job_key(id)) == 0 then
-    -- Any other job is run by a worker of RQ's own.
+    -- Any other job belongs to a plain RQ worker.
     redis.call('ZREM', registry_key('wip', queue), composite)
   end
 end
 
--- Some of the requests that waited too long. Claims end them, too; but there may be no room for a claim.
+-- Ends some of the requests that waited too long. Claims end them too, but there may be no room for a claim.
 local function end_overdue_heads(queue)
   for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, MAX_NUM_ENDED - 1)) do
     if not guarded(id, base, queue, end_overdue, id, base, queue) then return end

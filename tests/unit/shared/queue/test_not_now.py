@@ -1,4 +1,4 @@
-"""Which replies are waited out, in every form in which redis-py hands them on."""
+"""Tests of the replies that are waited out, in every form in which redis-py passes them on."""
 
 from collections.abc import Callable
 
@@ -112,7 +112,7 @@ FORMS = [
     raised_in_old_script,
 ]
 if redis.__version__ >= "8":
-    # Older ones lose the reply on the way; only APIs use it, which answer 503 whatever the reply is.
+    # Older versions lose the reply on the way; only APIs use it, which answer 503 whatever the reply is.
     FORMS.append(in_async_pipeline)
 Form = Callable[[str], redis.RedisError]
 

@@ -1,4 +1,4 @@
-"""Queues and workers in memory, with a clock of their own, to see what the order rule does."""
+"""A simulation of queues and workers in memory, with a clock of its own, for tests of the order rule."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Ask:
 
     request: GenerationRequest
     place: str
-    """As the index has it."""
+    """The place in the form of the index."""
     deadline_ms: float | None = None
 
     @property
@@ -35,7 +35,7 @@ class Ask:
 
 
 class WaitingRoom:
-    """The queues of a base. `now_s` is the clock of all."""
+    """The queues of a base, and the clock `now_s` of the simulation."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -54,7 +54,7 @@ class WaitingRoom:
         n: int = 1,
         due_in_s: float | None = None,
     ) -> Ask:
-        """Puts a request on its queue, in which it has waited for so long already."""
+        """Puts a request on its queue, as if it had waited for `waited_s` already."""
         request = GenerationRequest(
             f"r{next(self._numbers):06d}",
             adapter_name or BASE,
@@ -86,7 +86,7 @@ class WaitingRoom:
         return ask
 
     def look(self, most: int) -> list[Waiting]:
-        """All lines, each with at most so many requests."""
+        """All lines, each with at most `most` requests."""
         lines: dict[tuple[str, str], list[Ask]] = {}
         for queue, waiting in self._waiting.items():
             for ask in waiting:
@@ -114,7 +114,7 @@ class WaitingRoom:
 
 @dataclass
 class Run:
-    """A request on a worker, and the turns that it has left."""
+    """A running request, and the number of turns that it has left."""
 
     ask: Ask
     num_turns: int
@@ -138,7 +138,7 @@ class SimulatedWorker:
         self.order = WaitingOrder(BASE, max_wait_s=self.max_wait_s, weights=weights)
 
     def turn(self, num_turns: int = 1, *, seconds: float = 1.0) -> list[str]:
-        """Ends what has run for its turns, claims, and lets time pass; the names of what it claimed."""
+        """Ends requests whose turns are over, claims, and lets a second pass; returns the claimed names."""
         claimed = self.claim(num_turns)
         self.room.now_s += seconds
         return [ask.name for ask in claimed]
@@ -161,7 +161,7 @@ class SimulatedWorker:
         return claimed
 
     def hold(self, adapter_name: str, num_requests: int = 1, num_turns: int = 1000) -> None:
-        """Lets requests run, as if claimed before."""
+        """Makes requests run, as if they had been claimed before."""
         for _ in range(num_requests):
             ask = self.room.ask(adapter_name)
             self.room.remove(ask)
