@@ -49,7 +49,7 @@ class SlowRunner(FakeModel):
 
 
 class ThreadedWorker:
-    """What LoraWorker runs, in threads of this process."""
+    """The parts of a LoraWorker, in threads of this process."""
 
     def __init__(
         self,

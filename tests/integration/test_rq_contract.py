@@ -1,4 +1,4 @@
-"""What the scripts take for granted of RQ: a newer RQ that breaks it fails with the sentence that fell."""
+"""Tests of RQ's behaviour that the scripts rely on: a newer RQ that breaks it fails here, by name."""
 
 import json
 from collections.abc import Callable

@@ -51,7 +51,7 @@ class Bench:
         assert self.engine.add_request(request, self.engine.encode(request), **options) == []
 
     def step(self) -> None:
-        """What the engine loop does in one turn."""
+        """One turn of the engine loop."""
         appends: list[Output] = self.engine.settle_adapters()
         if self.engine.has_work:
             appends += self.engine.step()

@@ -18,7 +18,7 @@ WORDS = ["▁", "▁Hello", "▁wor", "ld", "a", "▁a", ",", "é", REPLACEMENT,
 
 @cache
 def byte_level() -> tokenizers.Tokenizer:
-    """As GPT-2's and Llama 3's: a character beyond ASCII is several tokens."""
+    """A tokenizer like GPT-2's and Llama 3's: a character beyond ASCII is several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("ð", "Ł"), ("Ġ", "a"), ("ä", "½")]
     vocab = {word: n for n, word in enumerate([SPECIAL, *alphabet, *("".join(pair) for pair in merges)])}
@@ -31,7 +31,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 @cache
 def byte_fallback() -> tokenizers.Tokenizer:
-    """As Llama 2's: words with ▁ for a space, and single bytes for what the vocabulary lacks."""
+    """A tokenizer like Llama 2's: words with ▁ for a space, and bytes for what the vocabulary lacks."""
     vocab = {word: n for n, word in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *WORDS])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
@@ -48,7 +48,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
 
 @cache
 def metaspace() -> tokenizers.Tokenizer:
-    """As T5's: the decoder itself takes the first token's space away."""
+    """A tokenizer like T5's: the decoder itself removes the first token's space."""
     vocab = {word: n for n, word in enumerate(WORDS)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.decoder = decoders.Metaspace()

@@ -14,7 +14,7 @@ from worker.engine.records import Output
 from worker.engine.sequence import Sequence
 
 PROMPTS = ("a first prompt of 28 letters", tuple(b"a second one, given as token ids"), "the last")
-"""Of 28, 32 and 8 tokens: with blocks of four, each of another length behind its last block."""
+"""Prompts of 28, 32 and 8 tokens, with different remainders after their last full blocks."""
 BLOCK_SIZE = 4
 
 
@@ -67,7 +67,7 @@ def texts(events: list[StreamEvent]) -> dict[int, str]:
 
 
 def ends(events: list[StreamEvent]) -> dict[int, FinishReason]:
-    """How each sequence ended."""
+    """The finish reason of each sequence."""
     return {event.index: event.finish_reason for event in events if event.finish_reason}
 
 

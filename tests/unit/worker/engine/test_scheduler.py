@@ -179,7 +179,7 @@ class SlowDevice:
             self.scheduler.add(make_sequence(name, num_prompt_tokens, 10_000))
 
     def step(self) -> dict[str, int]:
-        """How many tokens of each sequence were in it."""
+        """The number of tokens of each sequence in the step."""
         batch = self.scheduler.schedule()
         num_tokens = sum(item.num_tokens for item in batch)
         self.now_s += (self.fixed_ms + self.token_ms * num_tokens) / 1e3

@@ -1,4 +1,4 @@
-"""How many sequences a worker holds after memory was short."""
+"""Tests of the number of sequences that a worker holds after memory was short."""
 
 from worker.serving.capacity import NUM_STEPS_TO_GROW, Capacity
 

@@ -1,4 +1,4 @@
-"""How the engine loop ends."""
+"""Tests of how the engine loop ends."""
 
 import queue
 from collections.abc import Callable

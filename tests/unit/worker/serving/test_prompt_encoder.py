@@ -31,7 +31,7 @@ class Bench:
         return [[len(message["content"])]]
 
     def arrivals(self) -> list[Arrival]:
-        """What came into the inbox."""
+        """The commands that came into the inbox."""
         return [arrival for _ in range(self.inbox.qsize()) for arrival in self.inbox.get().add]
 
 
