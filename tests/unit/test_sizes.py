@@ -12,7 +12,7 @@ FOLDERS = ("api", "bench", "lorelay")
 MAX_FILE_LINES = 350
 MAX_CLASS_LINES = 200
 MAX_FUNCTION_LINES = 50
-MAX_PRIVATE_ACCESSES = 64
+MAX_PRIVATE_ACCESSES = 15
 LARGER: dict[str, str] = {}
 """Exceptions, `path:name`, each with the words by which its docstring tells the reason."""
 
