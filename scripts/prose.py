@@ -18,7 +18,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"),
-    *("api", "bench", "demo", "lorelay", "scripts", "shared", "worker"),
+    *("api", "bench", "demo", "lorelay", "scripts", "shared", "tests", "worker"),
 )
 """Files and folders that must be free of findings."""
 
