@@ -49,20 +49,9 @@ class WorkerService:
         self._held = HeldRequests()
         self._engine = engine
         streams = make_streams()
-        order = WaitingOrder(
-            queues.name_of(None),
-            max_wait_s=settings.max_wait_s,
-            weights=queues.shares(settings.adapter_weights),
-        )
-        claimer = Claimer(
-            streams,
-            order,
-            slots=lambda: adapter_slots(queues, engine.adapters),
-            names_if_few=queues.names_if_few,
-        )
         self._consumer = Consumer(
             streams,
-            claimer,
+            _claimer(streams, queues, engine, settings),
             self._held,
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
@@ -157,6 +146,23 @@ class WorkerService:
                 "Worker %s: a step takes over %g s, ending", self._name, self._settings.step_limit_s
             )
             os._exit(HUNG_EXIT_CODE)
+
+
+def _claimer(
+    streams: WorkerStreams, queues: ServedQueues, engine: Engine, settings: WorkerSettings
+) -> Claimer:
+    """A claimer that knows the weights of the adapters and the slots of the engine."""
+    order = WaitingOrder(
+        queues.name_of(None),
+        max_wait_s=settings.max_wait_s,
+        weights=queues.shares(settings.adapter_weights),
+    )
+    return Claimer(
+        streams,
+        order,
+        slots=lambda: adapter_slots(queues, engine.adapters),
+        names_if_few=queues.names_if_few,
+    )
 
 
 def build_engine(model: Model, settings: WorkerSettings, faults: Faults) -> Engine:
