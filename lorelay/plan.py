@@ -51,7 +51,7 @@ class ServePlan:
 
 
 def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ssl: bool) -> ServePlan:
-    """Checks the command line (`values` by setting, `variables` the same as `LORELAY_*`) and the environment.
+    """Checks flags and environment. `values` are the flags by setting, `variables` the same as `LORELAY_*`.
 
     Raises:
         ConfigurationError: a value is missing or malformed, a path is no folder, the port is in use,
