@@ -27,7 +27,9 @@ class Outages:
             if not self._parts:
                 self._began_at = self._clock()
                 reason = reply_of(error) if isinstance(error, redis.RedisError) else repr(error)
-                self._logger.warning("Redis does not serve, waiting: %s", reason, extra=fields("redis_lost"))
+                self._logger.warning(
+                    "Redis is not available, waiting: %s", reason, extra=fields("redis_lost")
+                )
             self._parts.add(part)
 
     def end(self, part: str) -> None:

@@ -46,7 +46,7 @@ def explain(error: redis.RedisError) -> str:
         return f"can't reach Redis: {error}"
     reply = reply_of(error)
     if is_not_now(error):
-        return f"Redis does not serve now, try again later: {reply}"
+        return f"Redis is not available now, try again later: {reply}"
     advice = _PERMISSION if reply.startswith(_IN_SCRIPT) else _ADVICE.get(code_of(error), _OTHER_ADVICE)
     return f"Redis refused {_what_failed(error)}: {' '.join(reply.split())} ({advice})"
 

@@ -52,7 +52,7 @@ def log_unreadable(entries: Iterable[Sequence[bytes]]) -> None:
     """Logs what a script found unreadable: requests, and keys of a wrong type."""
     for name, reason in entries:
         logger.error(
-            "%s set aside: %s", name.decode(), reason.decode(errors="replace"), extra=fields("unreadable")
+            "%s can't be read: %s", name.decode(), reason.decode(errors="replace"), extra=fields("unreadable")
         )
 
 

@@ -25,7 +25,7 @@ from tests.unit.shared.queue.test_not_now import PASSING
 from tests.waiting import wait_until
 
 AWAY_S = 1.5 * LEASE_S
-LOST, BACK = "Redis does not serve, waiting", "Redis is back"
+LOST, BACK = "Redis is not available, waiting", "Redis is back"
 REPLIES = {said: replies[0] for said, replies in PASSING.items()}
 CODES = {"OOM": "queue_out_of_memory"}
 
@@ -207,7 +207,7 @@ def test_sigterm_ends_a_worker_that_waits(wired: Wired, request: pytest.FixtureR
     assert code == (-signal.SIGTERM if stage.startswith("before") else 0)
     assert time.monotonic() - asked_at < 10 * LEASE_S
     if stage == "at work":
-        assert lines(worker, "its end was not recorded: Redis does not serve") == 1
+        assert lines(worker, "its end was not recorded: Redis is not available") == 1
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def test_status_says_in_one_line_that_it_can_not_be_read_now(
     with state(admin):  # type: ignore[operator]
         assert main(["status", "--redis-url", server.url]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"lorelay: Redis does not serve now, try again later: {code} ")
+    assert error.startswith(f"lorelay: Redis is not available now, try again later: {code} ")
     assert error.count("\n") == 1
 
 
@@ -48,7 +48,7 @@ def test_serve_says_in_one_line_that_its_server_does_not_serve_now(
         words = ["serve", str(tmp_path), "--redis-url", server.url, "--server-port", str(free_port())]
         assert main(words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("lorelay: LORELAY_REDIS_URL (--redis-url): Redis does not serve now")
+    assert error.startswith("lorelay: LORELAY_REDIS_URL (--redis-url): Redis is not available now")
 
 
 def test_a_page_of_the_dashboard_says_so_and_comes_back(
@@ -62,6 +62,6 @@ def test_a_page_of_the_dashboard_says_so_and_comes_back(
         with busy(admin):
             page = httpx.get(f"{url}0/data/queues.json", trust_env=False)
             assert page.status_code == 503
-            assert page.text.startswith("Redis does not serve now, try again later: BUSY ")
+            assert page.text.startswith("Redis is not available now, try again later: BUSY ")
         wait_until(lambda: httpx.get(f"{url}0/data/queues.json", trust_env=False).status_code == 200)
         assert "Traceback" not in process.output

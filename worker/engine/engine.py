@@ -102,7 +102,7 @@ class BatchingEngine:
             return [_refusal(request.request_id, error, len(events))]
         # Only this request is being handled here, so no other can have caused the error.
         except Exception:
-            logger.exception("request %s can't be taken in", request.request_id, extra=fields("add_request"))
+            logger.exception("request %s can't be prepared", request.request_id, extra=fields("add_request"))
             return [_refusal(request.request_id, GenerationFailed(), len(events))]
         self._outputs[request.request_id] = output
         for seq in output.sequences:

@@ -122,4 +122,6 @@ class Heartbeat:
         for request_id in reaped.requeued:
             logger.warning("request %s lost its worker: requeued", request_id, extra=fields("reap"))
         for request_id in reaped.dead:
-            logger.error("request %s crashes workers: failed", request_id, extra=fields("dead_letter"))
+            logger.error(
+                "request %s crashed its workers too often: failed", request_id, extra=fields("dead_letter")
+            )
