@@ -147,7 +147,7 @@ class Run:
         """All answers, when all are over.
 
         Raises:
-            TimeoutError: one is not, in time.
+            TimeoutError: a request is not over in time.
         """
         deadline = time.monotonic() + timeout_s
         for future in self._futures:
@@ -184,7 +184,7 @@ class Load:
         """All answers, when the last requests are over.
 
         Raises:
-            TimeoutError: one is not, in time.
+            TimeoutError: a request is not over in time.
         """
         self._stopped.set()
         deadline = time.monotonic() + timeout_s

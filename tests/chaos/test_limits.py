@@ -189,5 +189,5 @@ def test_rq_info_in_a_loop_and_a_requeue_touch_nobody_else_and_the_requeued_one_
 
 
 def _all_of(ids: set[str], num_ids: int) -> set[str] | None:
-    """The ids, once there are so many."""
+    """The ids, if they are this many; None before, for `wait_until`."""
     return ids if len(ids) == num_ids else None

@@ -31,7 +31,7 @@ class Permitted(NamedTuple):
     deployment: Deployment
 
     def allow(self, rules: str) -> None:
-        """The user may do just this."""
+        """Gives the user just these permissions."""
         only = ["reset", "on", ">secret", "resetchannels"]
         self.admin.execute_command("ACL", "SETUSER", "app", *only, *rules.split())
 

@@ -54,7 +54,7 @@ def register(connection: redis.Redis, version: str) -> None:
 
 
 def lapse(connection: redis.Redis, name: str) -> None:
-    """Ends the leases of a worker and of all that runs, as if their time was over."""
+    """Makes the leases of a worker and of all running requests expire."""
     connection.zadd(keys.workers(BASE), {name: 1})
     for request_id in connection.zrange(keys.leases(BASE), 0, -1):
         connection.zadd(keys.leases(BASE), {request_id: 1})

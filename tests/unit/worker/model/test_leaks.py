@@ -47,7 +47,7 @@ def adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
 
 
 def count_tensors() -> tuple[int, int]:
-    """Live ones, and their bytes."""
+    """The number of live tensors, and their bytes."""
     gc.collect()
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     return len(tensors), sum(tensor.nbytes for tensor in tensors)
