@@ -1,7 +1,7 @@
 """Both ends of the queue for tests: requests, an API's end that blocks, a worker's end."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -101,7 +101,7 @@ def claim(streams: WorkerStreams, num_requests: int = 1, **options: Any) -> list
 
 def choose(streams: WorkerStreams, num_requests: int) -> list[Pick]:
     """The picks that `claim` would make."""
-    waiting, now_ms = streams.look([BASE], num_requests, 32)
+    waiting, now_ms = streams.look([BASE], [], num_queues=32, num_requests=num_requests)
     return WaitingOrder(BASE, max_wait_s=1.0).choose(waiting, running(num_requests), PLENTY, now_ms)
 
 
@@ -113,7 +113,7 @@ def running(room: int, /, **per_queue: int) -> Running:
 def claimer(
     streams: WorkerStreams,
     *,
-    served: Collection[str] = (),
+    served: Sequence[str] = (),
     slots: AdapterSlots = PLENTY,
     max_wait_s: float = 1.0,
 ) -> Claimer:

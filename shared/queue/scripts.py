@@ -17,15 +17,21 @@ from shared.queue.claims import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
-_PARTS = {"look": ("lines",), "claim": ("lines",)}
-"""Files that stand before a script, behind those that stand before each."""
+_PARTS = {
+    "append": (),
+    "mend": (),
+    "renew": (),
+    "look": ("waiting", "lines"),
+    "claim": ("waiting", "lines"),
+}
+"""Files that stand between the prelude and a script, which takes time at each call; `waiting` for others."""
 
 
 @cache
 def script_source(name: str) -> str:
     """The text of `shared/queue/lua/<name>.lua` behind what it shares with others, on RQ's key prefix."""
     folder = resources.files("shared.queue") / "lua"
-    parts = ("prelude", "waiting", *_PARTS.get(name, ()), name)
+    parts = ("prelude", *_PARTS.get(name, ("waiting",)), name)
     source = "".join((folder / f"{part}.lua").read_text() for part in parts)
     for word, value in {
         "@RQ@": RQ_KEY_PREFIX,

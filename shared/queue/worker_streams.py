@@ -36,8 +36,6 @@ _pack = msgspec.msgpack.encode
 NUM_EVENTS_TO_CLEAR = 16
 """Events since its claim after which a suspect is cleared."""
 NUM_QUEUES_PER_SWEEP = 100
-MAX_NUM_NEAR = 64
-"""Most queues that need no slot in the reply of one look."""
 MAX_NUM_REAPED = 1000
 """Most requests that one call of `reap` takes from their workers."""
 MAX_NUM_JUDGED = 1000
@@ -95,12 +93,13 @@ class WorkerStreams:
         return known == {name.encode(): value.encode() for name, value in _served_fields(served).items()}
 
     def look(
-        self, near: Sequence[str], num_requests: int, num_others: int, max_num_near: int = MAX_NUM_NEAR
+        self, near: Sequence[str], others: Sequence[str], *, num_queues: int, num_requests: int
     ) -> tuple[list[Waiting], float]:
         """The lines that this worker may choose from, and the time (ms) by the clock of Redis.
 
-        They are of the first `max_num_near` waiting queues of `near`, which need no free slot, and of the
-        `num_others` other queues whose heads wait longest. Each line has up to `num_requests` requests.
+        They are of the first `num_queues` waiting queues of `near`, which need no free slot, and of as many
+        of `others` whose heads wait longest; without `others` of all queues that this worker serves. Each
+        line has up to `num_requests` requests.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
@@ -112,11 +111,11 @@ class WorkerStreams:
                     self._worker_name,
                     SCHEMA_VERSION,
                     num_requests,
-                    num_others,
-                    max_num_near,
+                    num_queues,
                     f"{random.getrandbits(32):08x}",
                     rank,
-                    *near,
+                    _pack(near),
+                    _pack(others),
                 ]
             )
             log_unreadable(unreadable)

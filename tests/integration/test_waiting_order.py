@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -116,7 +117,7 @@ def test_the_oldest_request_of_a_queue_is_seen_among_any_number_of_tenants(
     for number in range(40):
         api.enqueue(make_request("a", tenant=f"tenant-{number}"))
     for _ in range(20):
-        lines, _ = streams.look([QUEUE], 1, 0)
+        lines, _ = streams.look([QUEUE], [], num_queues=1, num_requests=1)
         assert tenant_key("first") in {line.places[0].tenant for line in lines}
         assert len(lines) <= 9
     assert claimed_ids(streams, 1) == [first]
@@ -130,7 +131,7 @@ def test_all_tenants_of_a_queue_are_seen_in_time(
         api.enqueue(make_request("a", tenant=tenant))
     seen: set[str] = set()
     for _ in range(100):
-        seen |= {line.places[0].tenant for line in streams.look([QUEUE], 1, 0)[0]}
+        seen |= {line.places[0].tenant for line in streams.look([QUEUE], [], num_queues=1, num_requests=1)[0]}
     assert seen == {tenant_key(tenant) for tenant in tenants}
 
 
@@ -158,12 +159,12 @@ def test_queues_where_only_batch_waits_are_looked_at_last(connection: redis.Redi
         api.enqueue(make_request(name, request_class=RequestClass.BATCH))
     late = api.enqueue(make_request("a"))
     streams = worker_streams(connection, served=[f"{BASE}-{name}" for name in (*names, "a")])
-    lines, _ = streams.look([], 1, 8)
+    lines, _ = streams.look([], [], num_queues=8, num_requests=1)
     assert lines[0].queue == QUEUE
     assert len(lines) == 8
     assert claimed_ids(streams, 1) == [late]
     api.enqueue(make_request("x39"))
-    lines, _ = streams.look([], 1, 1)
+    lines, _ = streams.look([], [], num_queues=1, num_requests=1)
     assert lines[0].queue == f"{BASE}-x39"
 
 
@@ -185,7 +186,7 @@ def test_a_look_shows_so_many_queues_however_many_wait(connection: redis.Redis, 
     for name in names:
         api.enqueue(make_request(name))
     streams = worker_streams(connection, served=[f"{BASE}-{name}" for name in names])
-    lines, _ = streams.look([], 4, 5)
+    lines, _ = streams.look([], [], num_queues=5, num_requests=4)
     assert [line.queue for line in lines] == [f"{BASE}-{name}" for name in names[:5]]
 
 
@@ -220,8 +221,8 @@ def test_a_worker_that_was_outrun_says_so(
     api.enqueue(make_request("a"))
     claims, look = claimer(streams), streams.look
 
-    def look_and_lose(*args: object) -> object:
-        seen = look(*args)
+    def look_and_lose(*args: Any, **options: Any) -> Any:
+        seen = look(*args, **options)
         assert len(claim(worker_streams(connection, "w2"))) == 1
         return seen
 
@@ -305,7 +306,8 @@ def test_garbage_in_the_index_holds_nobody_up(
 ) -> None:
     ids = [api.enqueue(make_request("a", tenant=str(number))) for number in range(3)]
     connection.zadd(keys.order(QUEUE), {place: 1, b"%s-" % place: -1, places(connection)[0]: 7})
-    assert sorted(claimed_ids(streams) + claimed_ids(streams)) == sorted(ids)
+    streams.sweep([QUEUE])
+    assert sorted(claimed_ids(streams)) == sorted(ids)
 
 
 # Deadlines.

@@ -1,6 +1,6 @@
 """The claims of one worker: look at what waits, choose by the order rule, take what is still there."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -11,11 +11,11 @@ from shared.queue.records import Claim
 from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
 
-MAX_NUM_NEAR = 64
+MAX_NUM_NAMED = 64
 """Up to this number of queues, a worker asks for all of its queues by name."""
-MAX_NUM_OTHERS = 32
+MAX_NUM_QUEUES = 32
 NUM_SPARE = 4
-"""Queues to look at beyond one for each free place."""
+"""Queues to look at beyond one per free place: as many that need no free slot, and as many others."""
 
 
 class _Attempt(NamedTuple):
@@ -34,7 +34,7 @@ class Claimer:
         order: WaitingOrder,
         *,
         slots: Callable[[], AdapterSlots],
-        names_if_few: Callable[[int], Collection[str]],
+        names_if_few: Callable[[int], Sequence[str]],
     ) -> None:
         """`slots`: the adapters' slots on the device now. `names_if_few`: see `ServedQueues`."""
         self._streams = streams
@@ -67,9 +67,12 @@ class Claimer:
 
     def _choose(self, running: Running) -> _Attempt:
         slots = self._slots()
-        served = self._names_if_few(MAX_NUM_NEAR)
-        near = self._order.nearest(running, [*slots.resident, *served])
-        num_others = 0 if served else min(MAX_NUM_OTHERS, running.room + NUM_SPARE)
-        waiting, now_ms = self._streams.look(near, running.room, num_others)
+        served = self._names_if_few(MAX_NUM_NAMED)
+        waiting, now_ms = self._streams.look(
+            self._order.nearest(running, slots.resident),
+            served,
+            num_queues=min(MAX_NUM_QUEUES, running.room + NUM_SPARE),
+            num_requests=running.room,
+        )
         picks = self._order.choose(waiting, running, slots, now_ms) if waiting else []
         return _Attempt([uuid4().hex for _ in picks], picks)

@@ -11,6 +11,13 @@ local picks = cmsgpack.unpack(ARGV[6])
 local NUM_ARGS = 6
 local reader = { base = base, schema_version = tonumber(ARGV[5]), weights = {} }
 
+-- Adds to a job the fields that only its claim needs.
+local function read_history(id, job)
+  job.crashes_alone, job.suspect, job.has_ended, job.base =
+    unpack(redis.call('HMGET', job_key(id), 'crashes_alone', 'suspect', 'has_ended', 'base'))
+  return job
+end
+
 -- True for a suspect: it crashed a worker alone once, or beside others twice.
 local function must_run_alone(job)
   return to_number(job.crashes_alone, 0) >= 1 or to_number(job.suspect, 0) >= 2
@@ -58,7 +65,7 @@ local function claimed_already()
   for _, composite in ipairs(redis.call('SMEMBERS', held_key(worker))) do
     local id, execution = composite:match('^(.*):(.*)$')
     local described = id and position[execution] and guarded(id, base, nil, function()
-      return describe(id, execution, read_job(id))
+      return describe(id, execution, read_history(id, read_job(id)))
     end)
     if described and described[3] then
       redis.call('ZADD', leases_key(base), 'XX', now_ms + lease_ms, id)
@@ -69,10 +76,23 @@ local function claimed_already()
   return claimed
 end
 
+-- Fails a job that is no generation request and was put on our queue by somebody else.
+local function reject(id, queue)
+  unqueue(id, queue, 1)
+  redis.call('HSET', job_key(id), 'status', 'failed', 'ended_at', iso(now_us))
+  redis.call('ZADD', registry_key('failed', queue), '+inf', id)
+end
+
+-- Takes a request out of its queue; nil if it can't be handed out.
 local function take(id, queue, place, job, execution)
   redis.call('ZREM', order_key(queue), place)
   -- If the list does not have it, somebody removed it there and left its place.
-  if redis.call('LREM', queue_key(queue), 1, id) == 0 then return false end
+  if redis.call('LREM', queue_key(queue), 1, id) == 0 then return nil end
+  read_history(id, job)
+  if redis.call('HEXISTS', job_key(id), 'request') == 0 then
+    if job.base then set_aside(id, base, queue, 'it has no request') else reject(id, queue) end
+    return nil
+  end
   if job.has_ended then start_anew(id, job) end
   start(id, queue, execution, job.crashes_alone or job.suspect)
   return describe(id, execution, job)
@@ -91,14 +111,16 @@ local is_changed = {}
 for i = 1, #picks, 2 do
   local queue, line = picks[i], picks[i + 1]
   reader.weights[queue] = reader.weights[queue] or redis.call('HGET', served_key(worker), queue)
-  local place, id, job
-  if reader.weights[queue] then place, id, job = first_of(reader, queue, line) end
   is_changed[queue] = true
-  if id then
-    local described = guarded(id, base, queue, take, id, queue, place, job, ARGV[NUM_ARGS + #claimed + 1])
-    if described then claimed[#claimed + 1] = described end
-    if described and must_run_alone(job) then break end
+  local described, job
+  while reader.weights[queue] and not described do
+    local place, id
+    place, id, job = first_of(reader, queue, line)
+    if not id then break end
+    described = guarded(id, base, queue, take, id, queue, place, job, ARGV[NUM_ARGS + #claimed + 1])
   end
+  claimed[#claimed + 1] = described
+  if described and must_run_alone(job) then break end
 end
 for queue in pairs(is_changed) do update_waiting(base, queue) end
 if #claimed > 0 and redis.call('EXISTS', worker_key(worker)) == 1 then

@@ -1,23 +1,15 @@
--- Loaded before look and claim: finds the first request of a line that a worker can run.
+-- Loaded before look and claim: finds the first request of a line that a worker can run. A line is the requests of one
+-- queue, class, weights version and tenant; its name is the common prefix of their places.
 
 local MAX_PASSED = 64
 
--- The fields of a job, without the request itself, which may be megabytes.
-local JOB_FIELDS = { 'status', 'place', 'schema_version', 'version', 'crashes_alone', 'suspect', 'has_ended', 'base',
-  'deadline_ms' }
+-- The fields that tell whether a request may run, without the request itself, which may be megabytes.
 local function read_job(id)
-  local values, job = redis.call('HMGET', job_key(id), unpack(JOB_FIELDS)), {}
-  for i, field in ipairs(JOB_FIELDS) do job[field] = values[i] end
-  check_status(id, job.status)
-  job.schema_version = to_number(job.schema_version or 0) or refuse('its schema_version is no number')
+  local fields = redis.call('HMGET', job_key(id), 'status', 'place', 'schema_version', 'version', 'deadline_ms')
+  local job = { status = fields[1], place = fields[2], version = fields[4], deadline_ms = fields[5] }
+  if job.status ~= 'queued' then check_status(id, job.status) end
+  job.schema_version = to_number(fields[3] or 0) or refuse('its schema_version is no number')
   return job
-end
-
--- Fails a job that is no generation request and was put on our queue by somebody else.
-local function reject(id, queue)
-  unqueue(id, queue, 1)
-  redis.call('HSET', job_key(id), 'status', 'failed', 'ended_at', iso(now_us))
-  redis.call('ZADD', registry_key('failed', queue), '+inf', id)
 end
 
 -- True if a worker can run a job. `reader` has its base, its newest schema, and its weights version by queue.
@@ -27,23 +19,13 @@ local function can_run(reader, job, queue)
     and (not job.version or job.version == '' or has == '' or job.version == has)
 end
 
--- True if a queued request may be handed out; if it has no `request` field or is overdue, it leaves its queue instead.
-local function is_ready(id, reader, queue, job)
-  if redis.call('HEXISTS', job_key(id), 'request') == 1 then return not end_overdue(id, reader.base, queue) end
-  if job.base then
-    set_aside(id, reader.base, queue, 'it has no request')
-  else
-    reject(id, queue)
-  end
-  return false
-end
-
 -- The place, id and job of the first request of a line that a worker can run, or nil. Requests of newer schemas are
--- passed over, and places without a queued request are dropped.
-local function first_of(reader, queue, line)
+-- passed over, overdue ones end, and places without a queued request are dropped. `place`: that of the line's first
+-- request, if the caller has it.
+local function first_of(reader, queue, line, place)
   local key, num_passed = order_key(queue), 0
   while num_passed < MAX_PASSED do
-    local place = redis.call('ZRANGE', key, '[' .. line, '(' .. line .. '}', 'BYLEX', 'LIMIT', num_passed, 1)[1]
+    place = place or redis.call('ZRANGE', key, '[' .. line, '(' .. line .. '}', 'BYLEX', 'LIMIT', num_passed, 1)[1]
     if not place then return nil end
     local id = id_of(place)
     local job = id and guarded(id, reader.base, queue, read_job, id)
@@ -52,8 +34,9 @@ local function first_of(reader, queue, line)
       if job and job.status ~= 'queued' then redis.call('LREM', queue_key(queue), 0, id) end
     elseif not can_run(reader, job, queue) then
       num_passed = num_passed + 1
-    elseif guarded(id, reader.base, queue, is_ready, id, reader, queue, job) then
+    elseif not job.deadline_ms or not guarded(id, reader.base, queue, end_overdue, id, reader.base, queue) then
       return place, id, job
     end
+    place = nil
   end
 end

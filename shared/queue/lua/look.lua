@@ -1,16 +1,16 @@
 -- Reads what a worker may choose from: the first requests of some lines of some of its queues, in bounded time however
 -- many wait. A line is the requests of one queue, class, weights version and tenant.
--- ARGV: base, worker, schema version, most requests of a line, most other queues, most queues of the worker, a random
---       point among the tenants (8 hex digits), rank among the waiting queues to go on at, then the queues that come
---       first because they need no free slot. The queues that the worker serves stand in its `served` hash.
+-- ARGV: base, worker, schema version, most requests of a line, most queues (of `near`, and as many others), a random
+--       point among the tenants (8 hex digits), rank among the waiting queues to go on at, near = queues that come
+--       first because they need no free slot, others = the other queues of the worker, or {} for all that its
+--       `served` hash has (both msgpack).
 -- Returns {lines, rank to go on at or -1 if that was enough, now (ms), unreadable}. Per line {queue, deadline (ms) of
 -- its first request or '', places ...}.
 local base, worker = ARGV[1], ARGV[2]
-local max_requests, max_others, max_near = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local tenant_point, rank = ARGV[7], tonumber(ARGV[8])
-local NUM_ARGS = 8
+local max_requests, max_queues, tenant_point = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
+local rank, near, others = tonumber(ARGV[7]), cmsgpack.unpack(ARGV[8]), cmsgpack.unpack(ARGV[9])
 local reader = { base = base, schema_version = tonumber(ARGV[3]), weights = {} }
-local PAGE, MAX_PAGES = 100, 10
+local FIRST_PAGE, MAX_PAGES = 16, 6
 local MAX_TENANTS, MAX_VERSIONS = 8, 4
 -- If this number of lines was found, further queues show one line of each class and version only.
 local MAX_LINES = 128
@@ -26,6 +26,12 @@ local function distinct(key, from, to, chars, most, found)
     from = '(' .. found[#found] .. '}'
   end
   return found
+end
+
+-- True if this worker has the weights for which the requests of a line wait.
+local function fits(queue, line)
+  local weights, version = reader.weights[queue], line:sub(3, 10)
+  return weights == '' or version == NO_VERSION or version == version_part(weights)
 end
 
 -- The prefixes `class|version|` of requests that this worker can run.
@@ -66,43 +72,29 @@ local function some_lines(queue, key)
   return found
 end
 
--- The first (0) or last (-1) place of an index, or nil. Entries with another score are removed: searches by text need
--- equal scores, and such entries would hide the others.
-local function place_at(key, position)
-  while true do
-    local place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
-    if not place or (score == '0' and id_of(place)) then return place end
-    redis.call('ZREM', key, place)
-  end
-end
-
--- The lines of a queue to look at. Most queues have only one.
-local function lines_of(queue)
-  local key = order_key(queue)
-  local first, last = place_at(key, 0), place_at(key, -1)
-  if not first then return {} end
-  local line = first:sub(1, LINE_CHARS)
-  if last:sub(1, LINE_CHARS) == line then return { line } end
-  return some_lines(queue, key)
-end
-
-local function add_lines(queue)
-  local was_there = #lines
-  for _, line in ipairs(lines_of(queue)) do
-    local place, _, job = first_of(reader, queue, line)
-    if place then
-      local entry = { queue, job.deadline_ms or '', place }
-      if max_requests > 1 then
-        local more = redis.call('ZRANGE', order_key(queue), '(' .. place, '(' .. line .. '}', 'BYLEX', 'LIMIT', 0,
-          max_requests - 1)
-        for _, other in ipairs(more) do
-          if id_of(other) then entry[#entry + 1] = other end
-        end
-      end
-      lines[#lines + 1] = entry
+local function add_line(queue, key, line, first)
+  local place, _, job = first_of(reader, queue, line, first)
+  if not place then return end
+  local entry = { queue, job.deadline_ms or '', place }
+  if max_requests > 1 then
+    for _, other in ipairs(redis.call('ZRANGE', key, '(' .. place, '(' .. line .. '}', 'BYLEX', 'LIMIT', 0,
+      max_requests - 1)) do
+      if id_of(other) then entry[#entry + 1] = other end
     end
   end
-  return #lines > was_there
+  lines[#lines + 1] = entry
+end
+
+-- Adds the lines of a queue. Most queues have only one.
+local function add_lines(queue, key)
+  local first, last = redis.call('ZRANGE', key, 0, 0)[1], redis.call('ZRANGE', key, -1, -1)[1]
+  if not first then return end
+  local line = first:sub(1, LINE_CHARS)
+  if last:sub(1, LINE_CHARS) ~= line then
+    for _, other in ipairs(some_lines(queue, key)) do add_line(queue, key, other) end
+  elseif fits(queue, line) then
+    add_line(queue, key, line, first)
+  end
 end
 
 local is_seen = {}
@@ -111,10 +103,13 @@ local is_seen = {}
 -- lost their requests, the queue may have requests without places: the index is mended and read again.
 local function look_at(queue)
   is_seen[queue] = true
-  mend_index(base, queue)
-  if add_lines(queue) then return true end
-  mend_index(base, queue)
-  if add_lines(queue) then return true end
+  local key, was_there = order_key(queue), #lines
+  for _ = 1, 2 do
+    mend_index(base, queue)
+    add_lines(queue, key)
+    if #lines > was_there then return true end
+    if redis.call('ZCARD', key) == redis.call('LLEN', queue_key(queue)) then break end
+  end
   update_waiting(base, queue)
   return false
 end
@@ -124,46 +119,75 @@ local function weights_of(queues)
   for i, queue in ipairs(queues) do reader.weights[queue] = served[i] end
 end
 
-local function look_near()
-  local near, num_found = {}, 0
-  for i = NUM_ARGS + 1, #ARGV do near[#near + 1] = ARGV[i] end
-  weights_of(near)
-  for _, queue in ipairs(near) do
-    if num_found >= max_near then return end
-    if reader.weights[queue] and redis.call('ZSCORE', waiting_key(base), queue) and look_at(queue) then
-      num_found = num_found + 1
-    end
+local function waits_since_ms(queue) return tonumber(redis.call('ZSCORE', waiting_key(base), queue) or nil) end
+
+-- Looks at queues in their order, until requests of `max_queues` were found.
+local function look_at_some(queues)
+  local num_found = 0
+  weights_of(queues)
+  for _, queue in ipairs(queues) do
+    if num_found >= max_queues then return end
+    if reader.weights[queue] and not is_seen[queue] and look_at(queue) then num_found = num_found + 1 end
   end
 end
 
--- The other queues, oldest head first.
+-- Looks at the first queues that need no free slot; last at those of them where only batch waits.
+local function look_near()
+  local waiting, only_batch = {}, {}
+  for _, queue in ipairs(near) do
+    if #waiting >= max_queues then break end
+    local since_ms = waits_since_ms(queue)
+    if since_ms then table.insert(since_ms < BATCH_OFFSET_MS and waiting or only_batch, queue) end
+  end
+  for _, queue in ipairs(only_batch) do waiting[#waiting + 1] = queue end
+  look_at_some(waiting)
+end
+
+-- Looks at other queues that the worker has named, oldest head first.
+local function look_at_others()
+  local waiting, since_ms = {}, {}
+  for _, queue in ipairs(others) do
+    since_ms[queue] = waits_since_ms(queue)
+    if since_ms[queue] then waiting[#waiting + 1] = queue end
+  end
+  table.sort(waiting, function(one, other) return since_ms[one] < since_ms[other] end)
+  look_at_some(waiting)
+end
+
+-- Looks at all other queues, oldest head first. Pages grow, for a worker that serves few of those that wait.
 local function look_further()
-  local num_found = 0
+  local num_left, page = max_queues, FIRST_PAGE
   for _ = 1, MAX_PAGES do
-    local queues = redis.call('ZRANGE', waiting_key(base), rank, rank + PAGE - 1)
+    local queues = redis.call('ZRANGE', waiting_key(base), rank, rank + page - 1)
     weights_of(queues)
     for _, queue in ipairs(queues) do
-      if num_found >= max_others then
+      if num_left <= 0 then
         rank = -1
         return
       end
       rank = rank + 1
       if reader.weights[queue] and not is_seen[queue] then
         if look_at(queue) then
-          num_found = num_found + 1
-        elseif not redis.call('ZSCORE', waiting_key(base), queue) then
+          num_left = num_left - 1
+        elseif not waits_since_ms(queue) then
           rank = rank - 1
         end
       end
     end
-    if #queues < PAGE then
+    if #queues < page then
       rank = -1
       return
     end
+    page = 2 * page
   end
 end
 
 if redis.call('EXISTS', RQ .. ':suspended') == 1 then return { {}, -1, now_ms, unreadable } end
 if rank == 0 then look_near() end
-if max_others > 0 then look_further() else rank = -1 end
+if #others > 0 then
+  look_at_others()
+  rank = -1
+else
+  look_further()
+end
 return { lines, rank, now_ms, unreadable }

@@ -36,8 +36,8 @@ for i = 2, #ARGV do
     mend_execution(queue, composite)
   end
   end_overdue_heads(queue)
-  mend_index(base, queue)
   trim_index(queue)
+  mend_index(base, queue)
   update_waiting(base, queue)
   if redis.call('ZSCORE', waiting_key(base), queue) then
     count = count + 1

@@ -9,9 +9,9 @@
 -- Classes: 0 ran before, 1 interactive, 2 batch.
 local BEGAN, BATCH = '0', '2'
 local LINE_CHARS = 20
-local ORDER = '^([12])|(' .. ('%x'):rep(8) .. ')|(' .. ('%d'):rep(10) .. ')|(' .. ('%d'):rep(6) .. ')$'
-local PLACE = '^[012]|' .. ('%x'):rep(8) .. '|' .. ('%x'):rep(8) .. '|' .. ('%d'):rep(10) .. '|' .. ('%d'):rep(16)
-  .. '|' .. ('%d'):rep(6) .. '|(.*)$'
+local ORDER = '^([12])|(%x%x%x%x%x%x%x%x)|(%d%d%d%d%d%d%d%d%d%d)|(%d%d%d%d%d%d)$'
+local PLACE = '^[012]|%x%x%x%x%x%x%x%x|%x%x%x%x%x%x%x%x|%d%d%d%d%d%d%d%d%d%d|%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d|'
+  .. '%d%d%d%d%d%d|(.*)$'
 -- The `order` field of a request from an API that sent none.
 local DEFAULT_ORDER = '1|00000000|2147483648|000001'
 local NO_VERSION = '00000000'
@@ -96,6 +96,14 @@ end
 -- Drops places whose requests are not in the list any more, if there are more places than requests; a few at a time.
 local function trim_index(queue)
   local key = order_key(queue)
+  -- Entries with a score stand at the ends. If they stayed, searches by text would miss the others.
+  for _, position in ipairs({ 0, -1 }) do
+    local place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
+    while place and (score ~= '0' or not id_of(place)) do
+      redis.call('ZREM', key, place)
+      place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
+    end
+  end
   if redis.call('ZCARD', key) <= redis.call('LLEN', queue_key(queue)) then return end
   for _, place in ipairs(redis.call('ZRANGE', key, 0, 99)) do
     local id = id_of(place)
