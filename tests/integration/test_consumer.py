@@ -640,9 +640,9 @@ def test_a_running_worker_asks_for_more_only_while_something_waits(
     num_held: list[int] = []
     look_once = WorkerStreams.look
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
         num_held.append(len(held))
-        return look_once(*args)
+        return look_once(*args, **options)
 
     monkeypatch.setattr(WorkerStreams, "look", counted)
     api.enqueue(make_request())
