@@ -23,7 +23,6 @@ from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from worker.serving.capacity import Capacity
 from worker.serving.claimer import Claimer
 from worker.serving.commands import Commands, Inbox
-from worker.serving.faults import Faults
 from worker.serving.patience import RETRY_WAIT_S, call_until
 from worker.serving.prompt_encoder import Encode, PromptEncoder
 
@@ -140,7 +139,6 @@ class Consumer:
         encode: Encode,
         max_num_requests: int,
         poll_s: float,
-        faults: Faults | None = None,
     ) -> None:
         """`max_num_requests`: sequences that the engine runs at once."""
         self._streams = streams
@@ -148,7 +146,6 @@ class Consumer:
         self._held = held
         self._capacity = Capacity(max_num_requests)
         self._poll_s = poll_s
-        self._faults = faults or Faults()
         self.outages = Outages(logger)
         self._unsent: list[Append] = []
         self._known_isolated: Held | None = None
@@ -262,13 +259,11 @@ class Consumer:
     def _send(self) -> bool:
         """Writes the collected events, if any, and learns of aborts; returns true if anything waits."""
         appends = self._unsent
-        self._faults.appending(appends)
         isolated = self._held.isolated
         news = self._streams.append(self._held.snapshot(), appends, isolated.request_id if isolated else "")
         if isolated != self._known_isolated:
             self._known_isolated = isolated
             self.commands.put(Commands(run_alone=isolated is not None))
-        self._faults.appended(appends)
         self._unsent = []
         if self._held.is_cleared_by(appends):
             self.commands.put(Commands(allow_company=True))
@@ -311,7 +306,5 @@ class Consumer:
         claims = self._claimer.claim(running)
         for claim in claims:
             self._held.add(claim)
-        if claims:
-            self._faults.claimed(claims)
-            self.num_claimed += len(claims)
-            self._encoder.take(claims)
+        self.num_claimed += len(claims)
+        self._encoder.take(claims)

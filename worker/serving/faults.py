@@ -16,7 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
-from shared.queue.records import Append, Claim
+from shared.messages import GenerationRequest
+from shared.queue.records import Append, Claim, Held, News
+from shared.queue.worker_streams import WorkerStreams
 from worker.engine.ports import Model
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
 
@@ -65,10 +67,9 @@ class Faults:
     def claimed(self, claims: Iterable[Claim]) -> None:
         """Passes the point after a claim."""
         for claim in claims:
-            text = str((claim.request.messages, claim.request.prompts))
-            if self._poison and self._poison in text:
+            if _has(claim.request, self._poison):
                 self._poisoned.add(claim.held.request_id)
-            if self._raising and self._raising in text:
+            if _has(claim.request, self._raising):
                 self._raised_by.add(claim.held.request_id)
         self.reach("claimed")
 
@@ -114,9 +115,44 @@ class FaultyModel:
         return self._model.run(batch)
 
 
-def with_faults(model: Model, faults: Faults) -> Model:
+class FaultyStreams:
+    """A worker's end of the queue whose claims and appends may fail on purpose; the rest is passed on."""
+
+    def __init__(self, streams: WorkerStreams, faults: Faults) -> None:
+        self._streams = streams
+        self._faults = faults
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._streams, name)
+
+    def claim(self, *args: Any) -> list[Claim]:
+        """Claims, and then has a fault if one is due."""
+        claims = self._streams.claim(*args)
+        if claims:
+            self._faults.claimed(claims)
+        return claims
+
+    def append(self, held: Sequence[Held], appends: Sequence[Append], isolated: str) -> News:
+        """Appends; a fault may be due before, or after."""
+        self._faults.appending(appends)
+        news = self._streams.append(held, appends, isolated)
+        self._faults.appended(appends)
+        return news
+
+
+def faulty_model(model: Model, faults: Faults) -> Model:
     """The model with these faults."""
     return cast(Model, FaultyModel(model, faults))
+
+
+def faulty_streams(streams: WorkerStreams, faults: Faults) -> WorkerStreams:
+    """The end of the queue with these faults."""
+    return cast(WorkerStreams, FaultyStreams(streams, faults))
+
+
+def _has(request: GenerationRequest, word: str) -> bool:
+    """True if a word was given, and the prompt of the request contains it."""
+    return bool(word) and word in str((request.messages, request.prompts))
 
 
 def _fail() -> None:

@@ -19,7 +19,7 @@ from worker.serving.claimer import Claimer
 from worker.serving.consumer import IO, Consumer, HeldRequests
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.failure import Failure
-from worker.serving.faults import Faults, with_faults
+from worker.serving.faults import Faults, faulty_model, faulty_streams
 from worker.serving.heartbeat import Heartbeat
 from worker.serving.served import ServedQueues, adapter_slots
 
@@ -48,14 +48,13 @@ class WorkerService:
         self._settings = settings
         self._held = HeldRequests()
         self._engine = engine
-        streams = make_streams()
+        streams = faulty_streams(make_streams(), faults)
         self._consumer = Consumer(
             streams,
             _claimer(streams, queues, engine, settings),
             self._held,
             max_num_requests=settings.max_batch_size,
             poll_s=settings.poll_s,
-            faults=faults,
             encode=engine.encode,
         )
         self._loop = EngineLoop(
@@ -175,4 +174,4 @@ def build_engine(model: Model, settings: WorkerSettings, faults: Faults) -> Engi
         max_prefill_tokens=settings.max_prefill_tokens,
         adapters=model.adapter_cache,
     )
-    return BatchingEngine(with_faults(model, faults), scheduler)
+    return BatchingEngine(faulty_model(model, faults), scheduler)
