@@ -114,7 +114,7 @@ class FailingRunner:
         return getattr(self._runner, name)
 
     def run(self, batch: Batch) -> list[Sampled]:
-        fails, self.fails = self.fails if len(batch) > 1 else None, None
+        fails, self.fails = self.fails if len({item.seq.request_id for item in batch}) > 1 else None, None
         if fails == "before":
             raise OutOfDeviceMemory
         sampled = self._runner.run(batch)
@@ -150,6 +150,7 @@ class Schedule:
     def __init__(self, model: Model, num_blocks: int, max_batch_size: int, max_prefill_tokens: int) -> None:
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE)
         self.cases: dict[str, Case] = {}
+        self.num_choices: dict[str, int] = {}
         self.events: dict[str, list[StreamEvent]] = {}
         self._runner = FailingRunner(model.runner)
         self._engine = build_engine(
@@ -157,9 +158,10 @@ class Schedule:
         )
 
     def add(self, number: int) -> None:
-        """A new request."""
+        """A new request, of one to three choices."""
         request_id = f"r{len(self.cases)}"
         self.cases[request_id] = CASES[number % len(CASES)]
+        self.num_choices[request_id] = 1 + number // len(CASES) % 3
         self.events[request_id] = []
         self._claim(request_id)
 
@@ -180,6 +182,17 @@ class Schedule:
             self._engine.drop_request(request_id)
             self._claim(request_id)
 
+    def suspect(self, number: int) -> None:
+        """A request comes back that must run alone."""
+        for request_id in self._any_running(number):
+            self._engine.drop_request(request_id)
+            self._claim(request_id, alone=True)
+            self._engine.run_alone()
+
+    def clear(self, number: int) -> None:
+        """The request that ran alone is beyond doubt."""
+        self._engine.allow_company()
+
     def fail(self, number: int) -> None:
         """A step of several is out of memory: the newest of them makes room, and comes back."""
         self._runner.fails = ("before", "after")[number % 2]
@@ -194,22 +207,24 @@ class Schedule:
 
     def finish(self) -> None:
         """Steps until nothing is left."""
+        self._engine.allow_company()
         for _ in range(1000):
             if not self._engine.has_work:
                 return
             self._note(self._engine.step())
         pytest.fail("the schedule never came to an end")
 
-    def _claim(self, request_id: str) -> None:
+    def _claim(self, request_id: str, *, alone: bool = False) -> None:
         case = self.cases[request_id]
         request: GenerationRequest = make_request(
             case.adapter_name,
             request_id=request_id,
             messages=[{"role": "user", "content": case.prompt}],
             sampling=SamplingParams(temperature=0, max_tokens=NUM_TOKENS),
+            n=self.num_choices[request_id],
         )
         prompts = self._engine.encode(request)
-        assert self._engine.add_request(request, prompts, self.events[request_id]) == []
+        assert self._engine.add_request(request, prompts, self.events[request_id], alone=alone) == []
 
     def _running(self) -> Iterator[str]:
         return (name for name, events in self.events.items() if not (events and events[-1].is_terminal))
@@ -223,7 +238,7 @@ class Schedule:
             self.events[append.request_id].append(append.event)
 
 
-MOVES = ("add", "add", "add", "step", "step", "step", "abort", "hand_back", "fail")
+MOVES = (*["add"] * 4, *["step"] * 5, "abort", "hand_back", "fail", "suspect", "clear", "clear")
 
 
 @settings(
@@ -245,8 +260,9 @@ def test_whatever_the_schedule_every_request_gets_the_tokens_it_gets_alone(
         getattr(schedule, move)(number)
     schedule.finish()
     for request_id, events in schedule.events.items():
-        token_ids = [token_id for event in events for token_id in event.token_ids]
         assert [event.event_no for event in events] == list(range(len(events)))
-        assert token_ids == model.expected(schedule.cases[request_id])[: len(token_ids)]
-        assert len(token_ids) == NUM_TOKENS or events[-1].finish_reason == "abort"
+        for index in range(schedule.num_choices[request_id]):
+            token_ids = [t for event in events if event.index == index for t in event.token_ids]
+            assert token_ids == model.expected(schedule.cases[request_id])[: len(token_ids)]
+            assert len(token_ids) == NUM_TOKENS or events[-1].finish_reason == "abort"
     check_blocks(schedule.blocks)
