@@ -10,7 +10,7 @@ import redis
 from shared.logs import fields
 from shared.queue.connections import is_passing
 from shared.queue.outages import Outages
-from shared.queue.worker_streams import WorkerStreams
+from shared.queue.upkeep_streams import UpkeepStreams
 from shared.settings import WorkerSettings
 from worker.serving.consumer import Consumer, HeldRequests
 
@@ -26,7 +26,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        streams: WorkerStreams,
+        streams: UpkeepStreams,
         held: HeldRequests,
         consumer: Consumer,
         settings: WorkerSettings,
@@ -36,7 +36,7 @@ class Heartbeat:
         watch_engine: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`served` returns the queues to sweep and their versions, see `WorkerStreams.serve`."""
+        """`served` returns the queues to sweep and their versions, see `UpkeepStreams.serve`."""
         self._streams = streams
         self._held = held
         self._consumer = consumer
