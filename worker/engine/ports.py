@@ -1,6 +1,7 @@
-"""The two ports of a worker: `Model`, which an engine needs, and `Engine`, which the serving threads need.
+"""The ports of the engine: what it needs of a model, and what the serving threads need of an engine.
 
-A second model is a folder beside `worker.model`; a second engine is a class beside `BatchingEngine`.
+A second engine is a folder beside `worker.model` with a class that has the methods of `Engine`;
+`LoraWorker.load_engine` returns it, and nothing else changes. A second model has the methods of `Model`.
 """
 
 from collections.abc import Callable, Collection, Iterable

@@ -49,8 +49,8 @@ class ServedModel:
 class ServedModels:
     """The base model and the adapters that this worker serves now.
 
-    Adapters may be added, replaced and removed while requests run. Any thread may read: a reader sees the
-    models before a change or after it.
+    `add` and `remove` are safe while requests run, though nothing calls them after the start yet. Any thread
+    may read: a reader sees the models before a change or after it.
     """
 
     def __init__(self, base: ServedModel) -> None:

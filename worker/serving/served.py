@@ -40,7 +40,7 @@ class ServedQueues:
         num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
         return list(self.versions()) if num_queues <= most else []
 
-    def shares(self, weights: Mapping[str, float]) -> dict[str, float]:
+    def weights_by_queue(self, weights: Mapping[str, float]) -> dict[str, float]:
         """Translates weights by model name into weights by queue."""
         base = self._models.base.name
         return {self.name_of(None if name == base else name): weight for name, weight in weights.items()}

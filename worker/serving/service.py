@@ -154,7 +154,7 @@ def _claimer(
     order = WaitingOrder(
         queues.name_of(None),
         max_wait_s=settings.max_wait_s,
-        weights=queues.shares(settings.adapter_weights),
+        weights=queues.weights_by_queue(settings.adapter_weights),
     )
     return Claimer(
         streams,
