@@ -68,12 +68,12 @@ def test_no_file_class_or_function_is_long_but_those_that_tell_why(folder: str) 
     assert long_files | long_parts == {name for name in LARGER if name.startswith(f"{folder}/")}
 
 
-@pytest.mark.parametrize("name", LARGER)
-def test_a_long_one_tells_why_in_its_docstring(name: str) -> None:
-    path = name.partition(":")[0]
-    source = (ROOT / path).read_text()
-    (node,) = [part.node for part in parts(path, source) if part.name == name] or [ast.parse(source)]
-    assert LARGER[name] in " ".join((ast.get_docstring(node) or "").split())
+def test_a_long_one_tells_why_in_its_docstring() -> None:
+    for name, reason in LARGER.items():
+        path = name.partition(":")[0]
+        source = (ROOT / path).read_text()
+        (node,) = [part.node for part in parts(path, source) if part.name == name] or [ast.parse(source)]
+        assert reason in " ".join((ast.get_docstring(node) or "").split()), name
 
 
 def test_tests_touch_few_private_attributes_of_others() -> None:

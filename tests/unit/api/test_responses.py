@@ -144,7 +144,9 @@ async def test_a_request_that_ended_is_not_given_up(relay: FakeRelay, client: Fa
     assert [message.get("more_body", False) for message in client.sent[1:]][-1] is False
 
 
-@pytest.mark.parametrize(("error", "given_up"), [(QueueFull(), []), (QueueUnavailable(), ["id"])])
+@pytest.mark.parametrize(
+    ("error", "given_up"), [(QueueFull(), []), (ServerDraining(), []), (QueueUnavailable(), ["id"])]
+)
 async def test_a_request_that_may_stand_in_the_queue_all_the_same_is_given_up(
     relay: FakeRelay, client: FakeClient, error: LorelayError, given_up: list[str]
 ) -> None:
