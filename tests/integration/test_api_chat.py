@@ -193,7 +193,7 @@ async def test_a_worker_sees_all_that_the_client_asked_for(api: ApiServer, worke
     request, sampling = claim.request, claim.request.sampling
     assert (request.model, request.base, request.adapter_name) == (ADAPTER.name, "base", ADAPTER.name)
     assert request.adapter_version == ADAPTER.version
-    assert request.generation_limit_s == 30
+    assert (request.generation_limit_s, request.wait_limit_s, request.tenant) == (30, 30, "")
     assert request.messages == [
         {"role": "system", "content": "ab"},
         {"role": "user", "content": "hi", "name": "ann"},

@@ -247,6 +247,36 @@ def test_a_request_that_no_worker_takes_in_time_ends_and_never_runs(
     assert job.get_status() == JobStatus.CANCELED
 
 
+async def test_a_request_that_a_worker_finds_overdue_ends_as_the_api_would_end_it(
+    api: ApiServer, worker: ScriptedWorker
+) -> None:
+    async with asking(api) as task:
+        (job,) = await eventually(lambda: worker.connection.keys("rq:job:*"), "the request")
+        worker.connection.hset(job, "deadline_ms", 1)
+        assert worker.try_claim() is None
+        response = await task
+    assert (response.status_code, error_in(response)["code"]) == (503, "queue_timeout")
+    assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_a_detached_request_may_wait_for_any_time_and_its_key_is_its_tenant(
+    redis_server: RedisServer, worker: ScriptedWorker
+) -> None:
+    with running_api(redis_server.url, api_keys=("sk-zero", KEY)) as api:
+        tenants = set()
+        for key in ("sk-zero", KEY, KEY):
+            headers = {"Authorization": f"Bearer {key}", "X-Lorelay-Detach": "true"}
+            async with httpx.AsyncClient(base_url=api.url, headers=headers) as client:
+                task = asyncio.create_task(client.post(CHAT, json=HELLO, timeout=30))
+                claim = await eventually(worker.try_claim, "the request")
+                worker.finish(claim, "Paris")
+                assert (await task).status_code == 200
+            assert claim.request.wait_limit_s is None
+            tenants.add(claim.request.tenant)
+    assert len(tenants) == 2
+    assert not any(KEY in tenant for tenant in tenants)
+
+
 async def test_the_queue_time_limit_leaves_a_running_request_alone(
     redis_server: RedisServer, worker: ScriptedWorker
 ) -> None:

@@ -1,5 +1,6 @@
 """Tests of the index beside each queue: what a look finds, what a claim takes, how lists repair it."""
 
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from shared.messages import RequestClass, decode_event
 from shared.queue import keys
 from shared.queue.order import Pick
 from shared.queue.places import tenant_key
+from shared.queue.records import Held
 from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
 from tests.redis_server import BINARIES, RedisServer
@@ -308,6 +310,85 @@ def test_garbage_in_the_index_holds_nobody_up(
     connection.zadd(keys.order(QUEUE), {place: 1, b"%s-" % place: -1, places(connection)[0]: 7})
     streams.sweep([QUEUE])
     assert sorted(claimed_ids(streams)) == sorted(ids)
+
+
+class EarlierRelease:
+    """An API and a worker that know RQ's lists and `waiting`, and nothing of the index."""
+
+    def __init__(self, connection: redis.Redis, api: BlockingApi) -> None:
+        self._connection = connection
+        self._api = api
+
+    def enqueue(self, name: str) -> str:
+        """At the back of the list."""
+        request_id = self._api.enqueue(make_request(name))
+        as_before_the_index(self._connection, request_id, f"{BASE}-{name}")
+        return request_id
+
+    def claim(self, name: str) -> str | None:
+        """The head of the list."""
+        head = self._connection.lindex(f"rq:queue:{BASE}-{name}", 0)
+        if head is None:
+            return None
+        self._connection.lrem(f"rq:queue:{BASE}-{name}", 1, head)
+        self._connection.hset(Job.key_for(head.decode()), "status", "started")
+        self._connection.hset(keys.owner(head.decode()), "execution", "e")
+        self._connection.zrem(keys.waiting(BASE), f"{BASE}-{name}")
+        next_one = self._connection.lindex(f"rq:queue:{BASE}-{name}", 0)
+        if next_one is not None:
+            enqueued_ms = self._connection.hget(Job.key_for(next_one.decode()), "enqueued_ms")
+            self._connection.zadd(keys.waiting(BASE), {f"{BASE}-{name}": float(enqueued_ms or 0)})
+        return head.decode()
+
+    def hand_back(self, request_id: str) -> None:
+        """To the front of the list."""
+        job = Job.key_for(request_id)
+        queue, enqueued_ms = self._connection.hmget(job, "origin", "enqueued_ms")
+        self._connection.delete(keys.owner(request_id))
+        self._connection.hset(job, "status", "queued")
+        self._connection.lpush(f"rq:queue:{(queue or b'').decode()}", request_id)
+        self._connection.zadd(keys.waiting(BASE), {queue or b"": float(enqueued_ms or 0)})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_releases_on_the_same_queues_lose_nothing_and_run_nothing_twice(
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams, seed: int
+) -> None:
+    rng, earlier = random.Random(seed), EarlierRelease(connection, api)
+    names = ("a", "b", "c")
+    waiting: set[str] = set()
+    held: list[Held] = []
+    held_earlier: list[str] = []
+    for _ in range(120):
+        action = rng.randrange(6)
+        if action == 0:
+            waiting.add(api.enqueue(make_request(rng.choice(names), tenant=rng.choice("xyz"))))
+        elif action == 1:
+            waiting.add(earlier.enqueue(rng.choice(names)))
+        elif action == 2:
+            claimed = [entry.held for entry in claim(streams, 2)]
+            assert {entry.request_id for entry in claimed} <= waiting
+            waiting -= {entry.request_id for entry in claimed}
+            held += claimed
+        elif action == 3 and (taken := earlier.claim(rng.choice(names))):
+            waiting.remove(taken)
+            held_earlier.append(taken)
+        elif action == 4 and held:
+            returned = held.pop(rng.randrange(len(held)))
+            assert streams.hand_back([returned]) == 1
+            waiting.add(returned.request_id)
+        elif action == 5 and held_earlier:
+            back = held_earlier.pop(rng.randrange(len(held_earlier)))
+            earlier.hand_back(back)
+            waiting.add(back)
+    while waiting:
+        claimed = [entry.held for entry in claim(streams, 8)]
+        assert claimed, f"stuck: {waiting}"
+        assert {entry.request_id for entry in claimed} <= waiting
+        waiting -= {entry.request_id for entry in claimed}
+    streams.sweep([f"{BASE}-{name}" for name in names])
+    assert not connection.keys(keys.order("*"))
+    assert claim(streams) == []
 
 
 # Deadlines.

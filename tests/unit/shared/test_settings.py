@@ -133,3 +133,17 @@ def test_a_malformed_line_is_refused_with_file_and_line(tmp_path: Path, last_lin
 def test_a_file_of_adapters_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigurationError, match="can't read 'no-file': No such file or directory"):
         WorkerSettings.load(adapters="@no-file")
+
+
+def test_weights_are_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert WorkerSettings.load(model="m").adapter_weights == {}
+    monkeypatch.setenv("LORELAY_ADAPTER_WEIGHTS", "a=2 org/name=0.5  m=3e0")
+    assert WorkerSettings.load(model="m").adapter_weights == {"a": 2.0, "org/name": 0.5, "m": 3.0}
+
+
+@pytest.mark.parametrize("weights", ["a", "a=", "=2", "a=x", "a=0", "a=-1", "a=nan", "a=inf", "a=1 a=2"])
+def test_malformed_weights_are_refused(monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
+    monkeypatch.setenv("LORELAY_ADAPTER_WEIGHTS", weights)
+    with pytest.raises(ConfigurationError, match="is not of the form name=weight") as caught:
+        WorkerSettings.load(model="m")
+    assert caught.value.param == "LORELAY_ADAPTER_WEIGHTS"

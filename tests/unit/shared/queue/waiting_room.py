@@ -1,5 +1,6 @@
 """A simulation of queues and workers in memory, with a clock of its own, for tests of the order rule."""
 
+from bisect import insort
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ class Ask:
         return queue_name(self.request.base, self.request.adapter_name)
 
     @property
+    def line(self) -> Pick:
+        """Its queue and line."""
+        return Pick(self.queue, read_place(self.place).line)
+
+    @property
     def name(self) -> str:
         """The adapter's name, or that of the base."""
         return self.request.adapter_name or BASE
@@ -39,7 +45,7 @@ class WaitingRoom:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
-        self._waiting: dict[str, list[Ask]] = {}
+        self._lines: dict[Pick, list[Ask]] = {}
         self._numbers = count()
 
     def ask(
@@ -80,36 +86,31 @@ class WaitingRoom:
         ]
         deadline_ms = None if due_in_s is None else (self.now_s + due_in_s) * 1000
         ask = Ask(request, "|".join(parts), deadline_ms)
-        waiting = self._waiting.setdefault(ask.queue, [])
-        waiting.append(ask)
-        waiting.sort(key=lambda entry: entry.place)
+        insort(self._lines.setdefault(ask.line, []), ask, key=lambda entry: entry.place)
         return ask
 
     def look(self, most: int) -> list[Waiting]:
         """All lines, each with at most `most` requests."""
-        lines: dict[tuple[str, str], list[Ask]] = {}
-        for queue, waiting in self._waiting.items():
-            for ask in waiting:
-                lines.setdefault((queue, read_place(ask.place).line), []).append(ask)
         return [
-            Waiting(queue, [read_place(ask.place) for ask in asks[:most]], asks[0].deadline_ms)
-            for (queue, _), asks in lines.items()
+            Waiting(pick.queue, [read_place(ask.place) for ask in asks[:most]], asks[0].deadline_ms)
+            for pick, asks in self._lines.items()
         ]
 
     def take(self, pick: Pick) -> Ask:
         """Removes the first request of a line."""
-        waiting = self._waiting[pick.queue]
-        ask = next(entry for entry in waiting if read_place(entry.place).line == pick.line)
+        ask = self._lines[pick][0]
         self.remove(ask)
         return ask
 
     def remove(self, ask: Ask) -> None:
         """Takes a request off its queue."""
-        self._waiting[ask.queue].remove(ask)
+        self._lines[ask.line].remove(ask)
+        if not self._lines[ask.line]:
+            del self._lines[ask.line]
 
     @property
     def num_waiting(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(map(len, self._lines.values()))
 
 
 @dataclass

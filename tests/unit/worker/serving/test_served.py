@@ -31,3 +31,20 @@ def test_queue_arguments_are_model_names_and_none_means_all() -> None:
     assert queues_of("tiny", ["a", "b"], ["b", "tiny"]) == ["tiny-b", "tiny"]
     with pytest.raises(ConfigurationError, match="'c', which is no model of this worker: tiny, a, b"):
         queues_of("tiny", ["a", "b"], ["c"])
+
+
+def test_weights_by_model_name_become_those_of_queues() -> None:
+    queues = ServedQueues(served_models(["a"]), max_model_len=64)
+    assert queues.shares({"a": 2.0, "tiny": 0.5, "later": 3.0}) == {
+        "tiny-a": 2.0,
+        "tiny": 0.5,
+        "tiny-later": 3.0,
+    }
+
+
+def test_only_few_queues_are_named() -> None:
+    models = served_models(["a", "b"])
+    queues = ServedQueues(models, max_model_len=64)
+    assert queues.names_if_few(3) == ["tiny", "tiny-a", "tiny-b"]
+    assert queues.names_if_few(2) == []
+    assert ServedQueues(models, max_model_len=64, only=["tiny-a"]).names_if_few(1) == ["tiny-a"]
