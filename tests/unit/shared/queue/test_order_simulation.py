@@ -10,7 +10,7 @@ MAX_WAIT_S = 10.0
 
 
 class Waits:
-    """How long the requests of each (adapter, tenant) have waited, and how many were served."""
+    """Longest waits of the requests of each (adapter, tenant), and the number of sequences served."""
 
     def __init__(self, room: WaitingRoom) -> None:
         self._room = room

@@ -35,7 +35,7 @@ def test_queue_arguments_are_model_names_and_none_means_all() -> None:
 
 def test_weights_by_model_name_become_those_of_queues() -> None:
     queues = ServedQueues(served_models(["a"]), max_model_len=64)
-    assert queues.shares({"a": 2.0, "tiny": 0.5, "later": 3.0}) == {
+    assert queues.weights_by_queue({"a": 2.0, "tiny": 0.5, "later": 3.0}) == {
         "tiny-a": 2.0,
         "tiny": 0.5,
         "tiny-later": 3.0,
