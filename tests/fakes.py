@@ -84,16 +84,16 @@ class FakeModel:
 
     def _write(self, seq: Sequence, num_tokens: int) -> None:
         for position in range(seq.num_computed_tokens, seq.num_computed_tokens + num_tokens):
-            self._cache[self._slot(seq, position)] = self._contents(seq, position)
+            self._cache[self._place(seq, position)] = self._contents(seq, position)
 
     def _check(self, seq: Sequence, num_tokens: int) -> None:
         for position in range(num_tokens):
-            assert self._cache[self._slot(seq, position)] == self._contents(seq, position)
+            assert self._cache[self._place(seq, position)] == self._contents(seq, position)
 
     def _contents(self, seq: Sequence, position: int) -> tuple[str | None, list[int]]:
         return seq.adapter_version or seq.adapter_name, seq.token_ids[: position + 1]
 
-    def _slot(self, seq: Sequence, position: int) -> tuple[int, int]:
+    def _place(self, seq: Sequence, position: int) -> tuple[int, int]:
         return seq.block_table[position // self.block_size], position % self.block_size
 
 

@@ -6,22 +6,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol
 
 from shared.errors import AdapterError
 from shared.logs import fields
+from worker.engine.host_cache import HostCache, W
 
 logger = logging.getLogger(__name__)
-
-
-class Weights(Protocol):
-    """An adapter in host memory, ready to be copied into a slot."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-
-W = TypeVar("W", bound=Weights)
 
 
 class Store(Protocol[W]):
@@ -61,7 +52,6 @@ class AdapterCache(Generic[W]):
         self._store = store
         self._executor = executor
         self.num_slots = num_slots
-        self._max_num_bytes = max_num_bytes
         self._max_num_slot_bytes = max_num_slot_bytes
         self._num_wanted_slots = num_slots
         self._num_known = 0
@@ -72,18 +62,23 @@ class AdapterCache(Generic[W]):
         self._loading: dict[str, float] = {}
         """Adapters that are being read, and the clock's time when that began."""
         self._read: queue.SimpleQueue[tuple[str, Future[W]]] = queue.SimpleQueue()
-        self._cached: OrderedDict[str, W] = OrderedDict()
+        self._host: HostCache[W] = HostCache(max_num_bytes)
         self._failures: dict[str, AdapterError] = {}
-        self.num_cached_bytes = 0
         self.num_reads = 0
         """Adapters that were read from disk so far."""
         self.resident: tuple[str, ...] = ()
         """Resident adapters, least recently used first. Safe to read in any thread."""
 
     @property
+    def num_cached_bytes(self) -> int:
+        """Bytes of the adapters in host memory."""
+        return self._host.num_bytes
+
+    @property
     def summary(self) -> str:
         """The numbers of adapters by place, for a log line."""
-        num_on_disk = self._num_known - len(self._cached.keys() | self._slots.keys())
+        cached = self._host.contents
+        num_on_disk = self._num_known - len(cached.keys() | self._slots.keys())
         slots = f"{self.num_slots} slots"
         if self.num_slots < self._num_wanted_slots:
             slots += (
@@ -91,8 +86,8 @@ class AdapterCache(Generic[W]):
             )
         return (
             f"{self._num_known}, the largest {_mib(self._largest_num_bytes)}; "
-            f"{len(self._slots)} resident in {slots}; {len(self._cached)} in host memory, "
-            f"{_mib(self.num_cached_bytes)} of at most {_mib(self._max_num_bytes)}; "
+            f"{len(self._slots)} resident in {slots}; {len(cached)} in host memory, "
+            f"{_mib(self.num_cached_bytes)} of at most {_mib(self._host.max_num_bytes)}; "
             f"{num_on_disk} on disk only"
         )
 
@@ -100,13 +95,13 @@ class AdapterCache(Generic[W]):
         """Counts an adapter that was read before the start, and caches it if host memory has room."""
         self._num_known += 1
         self._fit_slots(weights.num_bytes)
-        if self.num_cached_bytes + weights.num_bytes <= self._max_num_bytes:
-            self._cache(name, weights)
+        if self._host.has_room(weights.num_bytes):
+            self._host.add(name, weights)
 
     def fill_slots(self) -> None:
         """Makes cached adapters resident until all slots are full; call it after all `keep`s."""
-        for name in list(self._cached)[: self._num_free_slots]:
-            self._fill_slot(name, self._cached[name])
+        for name, weights in list(self._host.contents.items())[: self._num_free_slots]:
+            self._fill_slot(name, weights)
 
     def slot(self, name: str) -> int:
         """The slot of a resident adapter.
@@ -126,23 +121,22 @@ class AdapterCache(Generic[W]):
         """
         if name is None:
             return True
-        if name in self._cached:
-            self._cached.move_to_end(name)
+        weights = self._host.get(name)
         if name in self._slots:
             self._slots.move_to_end(name)
             self.resident = tuple(self._slots)
             return True
         if name in self._loading or not self._make_room(in_use):
             return False
-        if name in self._cached:
-            try:
-                self._fill_slot(name, self._cached[name])
-            except AdapterError as error:
-                self._fail(name, error)
-                return False
-            return True
-        self._start_reading(name)
-        return False
+        if weights is None:
+            self._start_reading(name)
+            return False
+        try:
+            self._fill_slot(name, weights)
+        except AdapterError as error:
+            self._fail(name, error)
+            return False
+        return True
 
     def is_loading(self, name: str | None) -> bool:
         """True if an adapter is being read from disk."""
@@ -159,7 +153,7 @@ class AdapterCache(Generic[W]):
             except AdapterError as error:
                 self._fail(name, error)
                 continue
-            self._cache(name, weights)
+            self._host.add(name, weights)
             took_ms = (time.monotonic() - started_s) * 1000
             logger.debug("adapter %r read in %.0f ms", name, took_ms, extra=fields("load_adapter"))
         failures, self._failures = self._failures, {}
@@ -206,15 +200,6 @@ class AdapterCache(Generic[W]):
     def _announce(self, name: str, future: "Future[W]") -> None:
         self._read.put((name, future))
         self.on_read()
-
-    def _cache(self, name: str, weights: W) -> None:
-        if name in self._cached or weights.num_bytes > self._max_num_bytes:
-            return
-        self._cached[name] = weights
-        self.num_cached_bytes += weights.num_bytes
-        while self.num_cached_bytes > self._max_num_bytes:
-            _, oldest = self._cached.popitem(last=False)
-            self.num_cached_bytes -= oldest.num_bytes
 
 
 def _mib(num_bytes: int) -> str:
