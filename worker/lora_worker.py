@@ -20,7 +20,7 @@ from shared.logs import fields
 from shared.messages import ModelCard
 from shared.queue import keys, permissions, registry
 from shared.queue.connections import SOCKET_TIMEOUT_S, check_server, connect_like, same_server
-from shared.queue.not_now import is_not_now
+from shared.queue.not_now import is_transient_reply
 from shared.queue.refusals import explain
 from shared.queue.scripts import mend
 from shared.queue.worker_streams import WorkerStreams
@@ -106,7 +106,7 @@ class LoraWorker(RqWorker):
     def _prepare(self) -> WorkerSettings:
         """Checks server and settings, and sets the queues that this worker registers for."""
         # If the URL leads nowhere, the worker ends; a server that answers "not now" is waited for.
-        self._patience.call(self._check_server, waits_for=is_not_now)
+        self._patience.call(self._check_server, waits_for=is_transient_reply)
         url = os.environ.get(f"{ENV_PREFIX}REDIS_URL")
         if url and not same_server(url, self.connection):
             raise ConfigurationError(

@@ -13,7 +13,7 @@ from rq.worker import BaseWorker
 from rq.worker.base import WorkerStatus
 
 from shared.logs import fields
-from shared.queue.connections import is_passing, retry_briefly
+from shared.queue.connections import is_transient, retry_briefly
 from shared.queue.outages import Outages
 from shared.queue.refusals import NamingRedis, explain
 from worker.serving.failure import Failure
@@ -79,7 +79,7 @@ class RqWorker(BaseWorker):
     ) -> None:
         if not isinstance(exc, redis.RedisError):
             super()._pubsub_exception_handler(exc, pubsub, pubsub_thread)
-        elif is_passing(exc):
+        elif is_transient(exc):
             self._patience.call(lambda: self.connection.exists(self.key), part="commands")
             if pubsub.connection is not None:
                 # Redis may have refused the subscription itself: the next connection subscribes again.

@@ -11,7 +11,7 @@ from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
 from shared.errors import ConfigurationError
-from shared.queue.not_now import is_not_now
+from shared.queue.not_now import is_transient_reply
 from shared.queue.refusals import NamingRedis
 from shared.settings import RedisSettings
 
@@ -108,10 +108,10 @@ def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.R
     )
 
 
-def is_passing(error: redis.RedisError) -> bool:
+def is_transient(error: redis.RedisError) -> bool:
     """True if a failure is due to the server's present state, so that the command may succeed later."""
     is_lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
-    return is_not_now(error) or (is_lost and not isinstance(error, redis.AuthenticationError))
+    return is_transient_reply(error) or (is_lost and not isinstance(error, redis.AuthenticationError))
 
 
 def is_wrong_type(error: object) -> bool:

@@ -2,7 +2,7 @@
 
 redis-py removes the error code of a reply if it has an exception class for it, and puts a prefix before
 errors in a pipeline; Redis 6.2 wraps errors inside a script. `reply_of` restores the reply, which is then
-looked up in `NOT_NOW`.
+looked up in `TRANSIENT_REPLIES`.
 """
 
 import re
@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import redis
 
-NOT_NOW = MappingProxyType(
+TRANSIENT_REPLIES = MappingProxyType(
     {
         "BUSY": "a script or a module command of another client runs; it ends, or is killed",
         "CLUSTERDOWN": "a proxy before the server finds no node that serves the key at the moment",
@@ -77,10 +77,10 @@ def code_of(error: redis.RedisError) -> str:
     return reply_of(error).partition(" ")[0]
 
 
-def is_not_now(error: redis.RedisError) -> bool:
+def is_transient_reply(error: redis.RedisError) -> bool:
     """True if the server refused only for now."""
     reply = f"{reply_of(error)} "
-    return any(reply.startswith(f"{said} ") for said in NOT_NOW)
+    return any(reply.startswith(f"{said} ") for said in TRANSIENT_REPLIES)
 
 
 def _with_code(text: str, code: str) -> str:

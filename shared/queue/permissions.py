@@ -16,7 +16,7 @@ from rq.defaults import RQ_KEY_PREFIX as RQ
 
 from shared.errors import ConfigurationError
 from shared.queue import keys
-from shared.queue.not_now import code_of, is_not_now, reply_of
+from shared.queue.not_now import code_of, is_transient_reply, reply_of
 
 CONTAINERS = ("CLIENT", "SCRIPT")
 """Commands whose names have two words."""
@@ -212,7 +212,7 @@ def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str 
         connection.read_response(push_request=True)
     except redis.ResponseError as error:
         # Servers check permissions first, so a user who gets "not now" has them.
-        if is_not_now(error):
+        if is_transient_reply(error):
             return None
         if code_of(error) != "NOPERM":
             raise

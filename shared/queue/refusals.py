@@ -8,7 +8,7 @@ from typing import Any
 
 import redis
 
-from shared.queue.not_now import code_of, is_not_now, reply_of
+from shared.queue.not_now import code_of, is_transient_reply, reply_of
 from shared.queue.scripts import script_source
 
 _PERMISSION = "give its user that permission: docs/operations.md has the ACL rule that suffices"
@@ -45,7 +45,7 @@ def explain(error: redis.RedisError) -> str:
     if isinstance(error, redis.ConnectionError | redis.TimeoutError) and code_of(error) == "ERR":
         return f"can't reach Redis: {error}"
     reply = reply_of(error)
-    if is_not_now(error):
+    if is_transient_reply(error):
         return f"Redis is not available now, try again later: {reply}"
     advice = _PERMISSION if reply.startswith(_IN_SCRIPT) else _ADVICE.get(code_of(error), _OTHER_ADVICE)
     return f"Redis refused {_what_failed(error)}: {' '.join(reply.split())} ({advice})"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from shared.queue.connections import is_passing
-from shared.queue.not_now import code_of, is_not_now, reply_of
+from shared.queue.connections import is_transient
+from shared.queue.not_now import code_of, is_transient_reply, reply_of
 from tests.redis_server import BINARIES, RedisServer, free_port
 from tests.server_faults import BUSY_OPTIONS, FAULTS, LOOP, configured, demoted
 from tests.waiting import wait_until
@@ -62,7 +62,7 @@ def test_a_state_that_passes_is_known_by_its_reply_to_commands_scripts_and_pipel
         ]
     # A replica without its master has two reasons to refuse a write.
     codes = {code, "READONLY"} if code == "MASTERDOWN" else {code}
-    assert all(is_not_now(error) for error in errors)
+    assert all(is_transient_reply(error) for error in errors)
     assert {code_of(error) for error in errors} <= codes
     assert own_connection.set("key", "value")
 
@@ -84,7 +84,7 @@ def test_a_wait_that_a_demotion_ends_is_taken_up_again(
         with demoted(own_connection):
             thread.join()
     assert [code_of(error) for error in errors] == ["UNBLOCKED"]
-    assert is_passing(errors[0])
+    assert is_transient(errors[0])
 
 
 def test_a_script_that_an_operator_killed_before_it_wrote_is_called_again(
@@ -96,7 +96,7 @@ def test_a_script_that_an_operator_killed_before_it_wrote_is_called_again(
         own_connection.script_kill()
         thread.join()
     assert reply_of(errors[0]).startswith("ERR Script killed by user")
-    assert is_passing(errors[0])
+    assert is_transient(errors[0])
 
 
 def error_of_ping(connection: redis.Redis, code: str) -> redis.RedisError | None:
@@ -113,7 +113,7 @@ def test_a_script_that_is_lost_between_its_loading_and_its_call_is_called_again(
 ) -> None:
     error = failure(lambda: own_connection.evalsha("0" * 40, 0))
     assert code_of(error) == "NOSCRIPT"
-    assert is_passing(error)
+    assert is_transient(error)
 
 
 def test_a_server_without_a_free_connection_is_waited_for(
@@ -124,7 +124,7 @@ def test_a_server_without_a_free_connection_is_waited_for(
         redis.Redis.from_url(server.url, retry=None) as other,
     ):
         error = failure(other.ping)
-    assert is_passing(error)
+    assert is_transient(error)
 
 
 def test_a_server_that_reads_its_data_is_waited_for(server: RedisServer, own_connection: redis.Redis) -> None:
@@ -139,7 +139,7 @@ def test_a_server_that_reads_its_data_is_waited_for(server: RedisServer, own_con
         thread.start()
         error = wait_until(lambda: error_of_ping(impatient, "LOADING"), what="LOADING")
         thread.join()
-    assert is_passing(error)
+    assert is_transient(error)
 
 
 def test_a_server_that_can_not_write_to_its_disk_is_waited_for(
@@ -158,7 +158,7 @@ def test_a_server_that_can_not_write_to_its_disk_is_waited_for(
             failure(lambda: own_connection.eval(WRITE, 0)),
         ]
     assert [code_of(error) for error in errors] == ["MISCONF"] * 2
-    assert all(is_passing(error) for error in errors)
+    assert all(is_transient(error) for error in errors)
 
 
 def test_a_server_that_is_made_a_replica_of_nobody_keeps_its_data_over_a_restart(tmp_path: Path) -> None:

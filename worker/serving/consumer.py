@@ -13,7 +13,7 @@ from typing import NamedTuple
 import redis
 
 from shared.logs import fields
-from shared.queue.connections import is_passing
+from shared.queue.connections import is_transient
 from shared.queue.names import queue_name
 from shared.queue.order import Running
 from shared.queue.outages import Outages
@@ -190,7 +190,7 @@ class Consumer:
             try:
                 self.turn()
             except redis.RedisError as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
                 self.outages.begin(IO, error)
                 self._stopped.wait(RETRY_WAIT_S)
@@ -240,7 +240,7 @@ class Consumer:
         try:
             return call_until(give_up_at, lambda: self._streams.hand_back(held))
         except redis.RedisError as error:
-            if not is_passing(error):
+            if not is_transient(error):
                 raise
             logger.warning(
                 "%d requests were not handed back: %s", len(held), error, extra=fields("hand_back_failed")

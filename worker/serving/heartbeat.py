@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import redis
 
 from shared.logs import fields
-from shared.queue.connections import is_passing
+from shared.queue.connections import is_transient
 from shared.queue.outages import Outages
 from shared.queue.upkeep_streams import UpkeepStreams
 from shared.settings import WorkerSettings
@@ -63,7 +63,7 @@ class Heartbeat:
             try:
                 self.turn()
             except redis.RedisError as error:
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
                 self._connected_since = None
                 self.outages.begin("heartbeat", error)

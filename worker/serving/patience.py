@@ -10,8 +10,8 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from shared.queue.connections import is_passing
-from shared.queue.not_now import ERR, code_of, is_not_now
+from shared.queue.connections import is_transient
+from shared.queue.not_now import ERR, code_of, is_transient_reply
 from shared.queue.outages import Outages
 from shared.queue.permissions import WORKER, describe, missing_rules
 from shared.queue.refusals import NamingRedis, explain
@@ -37,7 +37,7 @@ class Patience:
         self,
         call: Callable[[], T],
         part: str = "worker",
-        waits_for: Callable[[redis.RedisError], bool] = is_passing,
+        waits_for: Callable[[redis.RedisError], bool] = is_transient,
     ) -> T:
         """Repeats a call until it succeeds, and returns its result.
 
@@ -70,7 +70,7 @@ def call_until(give_up_at: float, call: Callable[[], T]) -> T:
         try:
             return call()
         except redis.RedisError as error:
-            if not is_passing(error) or time.monotonic() >= give_up_at:
+            if not is_transient(error) or time.monotonic() >= give_up_at:
                 raise
             time.sleep(RETRY_WAIT_S)
 
@@ -104,7 +104,7 @@ class _PatientRetry(Retry):
             try:
                 result = super().call_with_retry(do, *args, **kwargs)
             except redis.RedisError as error:
-                if not is_not_now(error):
+                if not is_transient_reply(error):
                     self._end_if_refused(error)
                     raise
                 outages.begin("start", error)

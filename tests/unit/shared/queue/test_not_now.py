@@ -6,8 +6,8 @@ import pytest
 import redis
 from redis._parsers.base import BaseParser
 
-from shared.queue.connections import is_passing
-from shared.queue.not_now import NOT_NOW, code_of, reply_of
+from shared.queue.connections import is_transient
+from shared.queue.not_now import TRANSIENT_REPLIES, code_of, reply_of
 
 PASSING = {
     "BUSY": ["BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE."],
@@ -120,13 +120,13 @@ Form = Callable[[str], redis.RedisError]
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reply", ALL_PASSING)
 def test_a_reply_that_says_not_now_is_waited_out_in_every_form(reply: str, form: Form) -> None:
-    assert is_passing(form(reply))
+    assert is_transient(form(reply))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reply", LASTING)
 def test_a_reply_that_says_more_than_not_now_is_never_waited_out(reply: str, form: Form) -> None:
-    assert not is_passing(form(reply))
+    assert not is_transient(form(reply))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -139,27 +139,27 @@ def test_the_reply_is_read_out_of_every_form(reply: str, form: Form) -> None:
 
 
 def test_every_member_of_the_list_is_tested_and_has_a_reason() -> None:
-    assert PASSING.keys() == NOT_NOW.keys()
+    assert PASSING.keys() == TRANSIENT_REPLIES.keys()
     assert all(reply.startswith(f"{said} ") for said, replies in PASSING.items() for reply in replies)
-    assert all(NOT_NOW.values())
+    assert all(TRANSIENT_REPLIES.values())
 
 
 def test_a_script_of_redis_6_2_that_was_killed_is_repeated() -> None:
     killed = "Script killed by user with SCRIPT KILL..."
-    assert is_passing(raised_in_old_script(killed))
+    assert is_transient(raised_in_old_script(killed))
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError("Connection refused"), redis.TimeoutError("late")])
 def test_a_lost_connection_is_passing(error: redis.RedisError) -> None:
-    assert is_passing(error)
+    assert is_transient(error)
 
 
 @pytest.mark.parametrize("code", ["ASK", "MOVED"])
 def test_a_cluster_is_not_waited_for(code: str) -> None:
     error = parsed(f"{code} 3999 127.0.0.1:6381")
-    assert not is_passing(error)
+    assert not is_transient(error)
     assert code_of(error) == code
 
 
 def test_an_exception_without_a_text_is_not_passing() -> None:
-    assert not is_passing(redis.ResponseError())
+    assert not is_transient(redis.ResponseError())
