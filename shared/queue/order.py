@@ -8,7 +8,7 @@ many sequences never has to wait until as many are free at once; the engine hold
 Lines are compared by these keys, in this order:
 
 1. Class. Requests that began before come first: their clients watch a stream that has stalled. Then
-   interactive ones, then batch. While both wait, one of `BATCH_SHARE` sequences is batch. A batch request
+   interactive ones, then batch. While both wait, one of `BATCH_ONE_IN` sequences is batch. A batch request
    whose deadline is less than `BATCH_URGENT_S` away counts as interactive.
 2. Residency. An adapter that would evict another one from its slot on the device comes after those that
    don't, until its oldest request has waited for `max_wait_s` (batch: `BATCH_PATIENCE` times that). If it
@@ -36,7 +36,7 @@ from shared.queue.places import BATCH, INTERACTIVE, Place
 from shared.queue.shares import Shares
 from shared.queue.slot_plan import AdapterSlots, SlotPlan
 
-BATCH_SHARE = 16
+BATCH_ONE_IN = 16
 BATCH_URGENT_S = 60.0
 BATCH_PATIENCE = 16
 MAX_NUM_TENANT_SHARES = 256
@@ -215,7 +215,7 @@ class _BatchAccount:
     def charge(self, place: Place) -> None:
         """Charges a chosen or claimed request."""
         if self.has_rival:
-            self.num_due = min(BATCH_SHARE, self.num_due + place.num_sequences / BATCH_SHARE)
+            self.num_due = min(BATCH_ONE_IN, self.num_due + place.num_sequences / BATCH_ONE_IN)
             if place.request_class == BATCH:
                 self.num_due -= place.num_sequences
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from shared.queue.order import BATCH_PATIENCE, BATCH_SHARE, MAX_NUM_TENANT_SHARES, WaitingOrder
+from shared.queue.order import BATCH_PATIENCE, BATCH_ONE_IN, MAX_NUM_TENANT_SHARES, WaitingOrder
 from shared.queue.places import order_field, place_of, read_place, tenant_key
 from shared.queue.shares import MAX_NUM_NAMES, Shares
 from tests.unit.shared.queue.waiting_room import BASE, SimulatedWorker, WaitingRoom
@@ -114,12 +114,12 @@ def test_requests_that_began_come_first_then_interactive_ones_then_batch(room: W
 
 def test_batch_gets_its_share_beside_interactive_requests_and_all_without_them(room: WaitingRoom) -> None:
     worker = SimulatedWorker(room, 1)
-    for _ in range(10 * BATCH_SHARE):
+    for _ in range(10 * BATCH_ONE_IN):
         room.ask("a")
         room.ask("b", batch=True)
-    served = [name for _ in range(8 * BATCH_SHARE) for name in worker.turn(0)]
+    served = [name for _ in range(8 * BATCH_ONE_IN) for name in worker.turn(0)]
     assert 7 <= served.count("b") <= 8
-    for _ in range(3 * BATCH_SHARE):
+    for _ in range(3 * BATCH_ONE_IN):
         worker.turn(0)
     assert [worker.turn(0) for _ in range(3)] == [["b"]] * 3
 
