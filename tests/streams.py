@@ -105,9 +105,9 @@ def choose(streams: WorkerStreams, num_requests: int) -> list[Pick]:
     return WaitingOrder(BASE, max_wait_s=1.0).choose(waiting, running(num_requests), PLENTY, now_ms)
 
 
-def running(room: int, /, **per_queue: int) -> Running:
+def running(num_free: int, /, **per_queue: int) -> Running:
     """The running sequences by queue, and room for more."""
-    return Running(room, per_queue, {})
+    return Running(num_free, per_queue, {})
 
 
 def claimer(

@@ -62,7 +62,7 @@ class Pick(NamedTuple):
 class Running(NamedTuple):
     """The sequences that a worker holds, and its room for more."""
 
-    room: int
+    num_free: int
     per_queue: Mapping[str, int]
     per_tenant: Mapping[tuple[str, str], int]
     """Sequences by queue and tenant key."""
@@ -90,7 +90,7 @@ class WaitingOrder:
         draft = _Draft(running, SlotPlan(self._base, running.per_queue, slots), replace(self._batch))
         self._closed = self._close(lines, draft, now_ms)
         picks: list[Pick] = []
-        while draft.room > 0:
+        while draft.num_free > 0:
             lines = [line for line in lines if line.places and self._may_run(line.queue, draft.slots)]
             if not lines:
                 break
@@ -226,7 +226,7 @@ class _Draft:
     def __init__(self, running: Running, slots: SlotPlan, batch: _BatchAccount) -> None:
         self.slots = slots
         self.batch = batch
-        self.room = running.room
+        self.num_free = running.num_free
         self.per_queue = Counter(running.per_queue)
         self.per_tenant = Counter(running.per_tenant)
         self.chosen: Counter[str] = Counter()
@@ -238,7 +238,7 @@ class _Draft:
         place = line.places.popleft()
         self.slots.use(line.queue)
         self.batch.charge(place)
-        self.room -= place.num_sequences
+        self.num_free -= place.num_sequences
         for per_queue in (self.per_queue, self.chosen):
             per_queue[line.queue] += place.num_sequences
         for per_tenant in (self.per_tenant, self.chosen_of):

@@ -71,8 +71,8 @@ class Claimer:
         waiting, now_ms = self._streams.look(
             self._order.nearest(running, slots.resident),
             served,
-            num_queues=min(MAX_NUM_QUEUES, running.room + NUM_SPARE),
-            num_requests=running.room,
+            num_queues=min(MAX_NUM_QUEUES, running.num_free + NUM_SPARE),
+            num_requests=running.num_free,
         )
         picks = self._order.choose(waiting, running, slots, now_ms) if waiting else []
         return _Attempt([uuid4().hex for _ in picks], picks)

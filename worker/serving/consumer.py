@@ -301,7 +301,7 @@ class Consumer:
 
     def _claim(self) -> None:
         running = self._held.running(self._capacity.num_sequences)
-        if running.room <= 0 or self._draining.is_set() or self._held.has_lone_request:
+        if running.num_free <= 0 or self._draining.is_set() or self._held.has_lone_request:
             return
         claims = self._claimer.claim(running)
         for claim in claims:

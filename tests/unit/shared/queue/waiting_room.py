@@ -148,10 +148,10 @@ class SimulatedWorker:
         """One claim. Each request runs for `num_turns` further claims."""
         self.runs = [Run(run.ask, run.num_turns - 1) for run in self.runs if run.num_turns > 0]
         running = self._running()
-        if running.room <= 0:
+        if running.num_free <= 0:
             return []
         slots = AdapterSlots(self.num_slots, [queue_name(BASE, name) for name in self.resident])
-        picks = self.order.choose(self.room.look(running.room), running, slots, self.room.now_s * 1000)
+        picks = self.order.choose(self.room.look(running.num_free), running, slots, self.room.now_s * 1000)
         claimed = [self.room.take(pick) for pick in picks]
         for ask in claimed:
             self.order.charge(ask.queue, place_of(ask.request))
