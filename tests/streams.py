@@ -95,7 +95,7 @@ def reaper(connection: redis.Redis, name: str = "reaper") -> WorkerStreams:
 
 
 def claim(streams: WorkerStreams, num_requests: int = 1, **options: Any) -> list[Claim]:
-    """Claims up to `num_requests` under fresh execution ids."""
+    """Claims up to `num_requests` under fresh claim ids."""
     return claimer(streams).claim(running(num_requests, **options.get("running", {})))
 
 

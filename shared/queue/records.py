@@ -10,7 +10,7 @@ class Held(NamedTuple):
     """A request that a worker believes it owns, under the execution of its claim."""
 
     request_id: str
-    execution_id: str
+    claim_id: str
 
 
 class Claim(NamedTuple):

@@ -59,7 +59,7 @@ class WorkerStreams(UpkeepStreams):
             lines += [read_waiting(entry) for entry in found]
         return lines, float(now_ms)
 
-    def claim(self, execution_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
+    def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
         """Claims a request for each pick; fewer if others took them, or if one is a suspect.
 
         The same ids again return the same requests. Requests whose records can't be read end here.
@@ -72,14 +72,14 @@ class WorkerStreams(UpkeepStreams):
                 self._stream_ttl_ms,
                 SCHEMA_VERSION,
                 pack([item for pick in picks for item in pick]),
-                *execution_ids,
+                *claim_ids,
             ]
         )
         log_unreadable(unreadable)
         claims: list[Claim] = []
         refused: list[Append] = []
-        for request_id, execution_id, request, log, alone, queue, version in claimed:
-            held = Held(request_id.decode(), execution_id.decode())
+        for request_id, claim_id, request, log, alone, queue, version in claimed:
+            held = Held(request_id.decode(), claim_id.decode())
             try:
                 claims.append(read_claim(held, queue, version, request, log, alone=bool(alone)))
             except UnreadableRecord as error:

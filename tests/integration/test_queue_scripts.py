@@ -134,7 +134,7 @@ def test_a_claimed_request_is_a_started_job_of_its_worker(connection: redis.Redi
     assert job.get_status() == JobStatus.STARTED
     assert job.worker_name == "w1"
     assert StartedJobRegistry("tiny-pirate", connection).get_job_ids() == [request.request_id]
-    assert [execution.id for execution in job.get_executions()] == [claimed.held.execution_id]
+    assert [execution.id for execution in job.get_executions()] == [claimed.held.claim_id]
     (seen,) = Worker.all(connection=connection)
     assert seen.get_state() == "busy"
     assert [execution.job_id for execution in seen.get_current_executions()] == [request.request_id]
@@ -181,15 +181,15 @@ def test_a_claim_repeated_after_a_lost_reply_returns_what_it_claimed_and_nothing
     ids = [api.enqueue(make_request()) for _ in range(4)]
     streams = worker_streams(connection)
     (former,) = claim(streams)
-    execution_ids = ["e2", "e3"]
+    claim_ids = ["e2", "e3"]
     picks = choose(streams, 2)
-    claims = streams.claim(execution_ids, picks)
+    claims = streams.claim(claim_ids, picks)
     suspend(connection)
-    assert streams.claim(execution_ids, picks) == claims
+    assert streams.claim(claim_ids, picks) == claims
     assert [c.held.request_id for c in [former, *claims]] == ids[:3]
     streams.hand_back([claims[0].held])
     Job.fetch(ids[2], connection, JSONSerializer).delete()
-    assert streams.claim(execution_ids, picks) == []
+    assert streams.claim(claim_ids, picks) == []
 
 
 def test_a_repeated_claim_renews_the_leases_and_says_again_what_must_run_alone(

@@ -21,7 +21,7 @@ NUM_SPARE = 4
 class _Attempt(NamedTuple):
     """A claim whose reply has not come yet."""
 
-    execution_ids: list[str]
+    claim_ids: list[str]
     picks: list[Pick]
 
 

@@ -1,7 +1,7 @@
 -- Writes the events of one engine step to the logs and publishes them; a terminal event ends its job. Only the owner's
 -- events are written. An event that the log has already is a success that changes nothing.
--- ARGV: base, lease (ms), stream ttl (ms), held = {id, execution, ...} of all requests the worker holds,
---       appends = {{id, execution, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
+-- ARGV: base, lease (ms), stream ttl (ms), held = {id, claim_id, ...} of all requests the worker holds,
+--       appends = {{id, claim_id, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
 --       return value, exception text, ttl (s)}, the middle two encoded as RQ's results have them; events after
 --       which a request is cleared of the crashes it was near, id of the one whose steps run alone from now on or ''.
 -- Returns {aborted ids, lost ids, number of the base's queues that wait: with 0 there is nothing to claim, unreadable}.
@@ -15,7 +15,7 @@ local owners, aborted, lost = {}, {}, {}
 for i = 1, #held, 2 do
   local id = held[i]
   local owner = guarded(id, base, nil, get_owner, id)
-  if not owner or owner.execution ~= held[i + 1] then
+  if not owner or owner.claim_id ~= held[i + 1] then
     lost[#lost + 1] = id
   else
     owners[id] = owner
@@ -40,7 +40,7 @@ local function append(id, owner, event_no, event, outcome)
     -- The job was removed with RQ's tools, such as `rq empty` or a dashboard.
     write(id, event_no, REMOVED:format(event_no))
     redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
-    drop_execution(id, owner)
+    drop_ownership(id, owner)
     return false
   end
   write(id, event_no, event)
@@ -58,10 +58,10 @@ local function append(id, owner, event_no, event, outcome)
 end
 
 for _, entry in ipairs(appends) do
-  local id, execution, event_no, event, outcome = unpack(entry, 1, 5)
+  local id, claim_id, event_no, event, outcome = unpack(entry, 1, 5)
   local owner = owners[id]
-  -- An event of another execution belongs to an earlier claim, which this worker lost before it claimed again.
-  if owner and owner.execution == execution then
+  -- An event with another claim id belongs to an earlier claim, which this worker lost before it claimed again.
+  if owner and owner.claim_id == claim_id then
     local is_kept = guarded(id, base, nil, append, id, owner, event_no, event, outcome)
     if not is_kept then
       owners[id] = nil

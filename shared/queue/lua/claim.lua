@@ -1,9 +1,9 @@
 -- Claims the first requests of the lines that a worker chose (shared/queue/order.py) from the reply of look.lua. If
--- others took them meanwhile, it gets fewer. A call whose reply was lost may be repeated: the same execution ids return
+-- others took them meanwhile, it gets fewer. A call whose reply was lost may be repeated: the same claim ids return
 -- the same requests.
 -- ARGV: base, worker, lease (ms), stream ttl (ms), schema version, picks = {queue, line, ...} (msgpack), then a fresh
---       execution id for each pick.
--- Returns {claimed, unreadable}. Per claimed request {id, execution, request, log, alone, queue, version}: log is what
+--       claim id for each pick.
+-- Returns {claimed, unreadable}. Per claimed request {id, claim_id, request, log, alone, queue, version}: log is what
 -- was written so far, version that of the weights by its job ('' from an earlier release); alone says that the request
 -- was near crashes, and that its steps must run without company until it is cleared (append.lua).
 local base, worker, lease_ms, stream_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -32,15 +32,15 @@ local function start_anew(id, job)
   job.crashes_alone, job.suspect = false, false
 end
 
-local function start(id, queue, execution, is_watched)
-  local composite = id .. ':' .. execution
-  redis.call('HSET', owner_key(id), 'execution', execution, 'worker', worker, 'base', base, 'queue', queue)
+local function start(id, queue, claim_id, is_watched)
+  local composite = id .. ':' .. claim_id
+  redis.call('HSET', owner_key(id), 'execution', claim_id, 'worker', worker, 'base', base, 'queue', queue)
   redis.call('HSET', job_key(id), 'status', 'started', 'worker_name', worker,
     'started_at', iso(now_us), 'last_heartbeat', iso(now_us))
-  redis.call('HSET', execution_key(composite), 'id', execution, 'job_id', id, 'worker_name', worker,
+  redis.call('HSET', execution_key(composite), 'id', claim_id, 'job_id', id, 'worker_name', worker,
     'created_at', now_us / 1000000, 'last_heartbeat', now_us / 1000000)
   redis.call('PEXPIRE', execution_key(composite), stream_ttl_ms)
-  redis.call('ZADD', executions_key(id), math.floor((now_ms + stream_ttl_ms) / 1000), execution)
+  redis.call('ZADD', executions_key(id), math.floor((now_ms + stream_ttl_ms) / 1000), claim_id)
   redis.call('PEXPIRE', executions_key(id), stream_ttl_ms)
   redis.call('SADD', held_key(worker), composite)
   redis.call('PEXPIRE', held_key(worker), stream_ttl_ms)
@@ -52,20 +52,20 @@ local function start(id, queue, execution, is_watched)
   redis.call('ZADD', leases_key(base), now_ms + lease_ms, id)
 end
 
-local function describe(id, execution, job)
+local function describe(id, claim_id, job)
   local request, log = redis.call('HGET', job_key(id), 'request'), redis.call('LRANGE', log_key(id), 0, -1)
   local queue = redis.call('HGET', owner_key(id), 'queue')
-  return { id, execution, request, log, must_run_alone(job) and 1 or 0, queue, job.version or '' }
+  return { id, claim_id, request, log, must_run_alone(job) and 1 or 0, queue, job.version or '' }
 end
 
--- The requests that an earlier call with these execution ids claimed before its reply was lost.
+-- The requests that an earlier call with these claim ids claimed before its reply was lost.
 local function claimed_already()
   local position, claimed = {}, {}
   for i = NUM_ARGS + 1, #ARGV do position[ARGV[i]] = i end
   for _, composite in ipairs(redis.call('SMEMBERS', held_key(worker))) do
-    local id, execution = composite:match('^(.*):(.*)$')
-    local described = id and position[execution] and guarded(id, base, nil, function()
-      return describe(id, execution, read_history(id, read_job(id)))
+    local id, claim_id = composite:match('^(.*):(.*)$')
+    local described = id and position[claim_id] and guarded(id, base, nil, function()
+      return describe(id, claim_id, read_history(id, read_job(id)))
     end)
     if described and described[3] then
       redis.call('ZADD', leases_key(base), 'XX', now_ms + lease_ms, id)
@@ -84,7 +84,7 @@ local function reject(id, queue)
 end
 
 -- Takes a request out of its queue; nil if it can't be handed out.
-local function take(id, queue, place, job, execution)
+local function take(id, queue, place, job, claim_id)
   redis.call('ZREM', order_key(queue), place)
   -- If the list does not have it, somebody removed it there and left its place.
   if redis.call('LREM', queue_key(queue), 1, id) == 0 then return nil end
@@ -94,8 +94,8 @@ local function take(id, queue, place, job, execution)
     return nil
   end
   if job.has_ended then start_anew(id, job) end
-  start(id, queue, execution, job.crashes_alone or job.suspect)
-  return describe(id, execution, job)
+  start(id, queue, claim_id, job.crashes_alone or job.suspect)
+  return describe(id, claim_id, job)
 end
 
 -- Checks the types of two keys that this script does not read: the worker blocks on the first, `rq info` reads the

@@ -1,12 +1,12 @@
 -- Puts requests of a live worker back in front of their queues, with their logs.
--- ARGV: base, held = {id, execution, ...} (msgpack), newest first, so that the oldest ends up in front.
+-- ARGV: base, held = {id, claim_id, ...} (msgpack), newest first, so that the oldest ends up in front.
 -- Returns {how many it still owned, unreadable}.
 local base, held = ARGV[1], cmsgpack.unpack(ARGV[2])
 local count = 0
 
-local function hand_back(id, execution)
+local function hand_back(id, claim_id)
   local owner = get_owner(id)
-  if owner.execution ~= execution then return false end
+  if owner.claim_id ~= claim_id then return false end
   requeue(id, owner)
   return true
 end

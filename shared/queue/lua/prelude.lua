@@ -95,11 +95,11 @@ local function ring(base)
   redis.call('LTRIM', doorbell_key(base), 0, 63)
 end
 
--- Deletes the ownership of a request, and RQ's records of its execution.
-local function drop_execution(id, owner)
-  local composite = id .. ':' .. owner.execution
+-- Deletes the ownership of a request, and RQ's execution of its claim.
+local function drop_ownership(id, owner)
+  local composite = id .. ':' .. owner.claim_id
   redis.call('ZREM', registry_key('wip', owner.queue), composite)
-  redis.call('ZREM', executions_key(id), owner.execution)
+  redis.call('ZREM', executions_key(id), owner.claim_id)
   redis.call('DEL', execution_key(composite))
   redis.call('SREM', held_key(owner.worker), composite)
   if redis.call('SCARD', held_key(owner.worker)) == 0
@@ -113,12 +113,12 @@ end
 local function get_owner(id)
   local owner = redis.call('HMGET', owner_key(id), 'execution', 'worker', 'base', 'queue', 'aborted', 'watched_from',
     'alone')
-  return { execution = owner[1], worker = owner[2], base = owner[3], queue = owner[4], aborted = owner[5],
+  return { claim_id = owner[1], worker = owner[2], base = owner[3], queue = owner[4], aborted = owner[5],
     watched_from = to_number(owner[6]), alone = owner[7] }
 end
 
 -- Stands for the owner of a request that waits.
-local function nobody(base, queue) return { execution = '', worker = '', base = base, queue = queue } end
+local function nobody(base, queue) return { claim_id = '', worker = '', base = base, queue = queue } end
 
 -- Raises an error, which `guarded` catches, for a value of the right type that makes no sense.
 local function refuse(reason) error('unreadable: ' .. reason, 0) end
@@ -146,7 +146,7 @@ end
 local function write_result(id, owner, started, status, return_value, exc_text, ttl)
   local RESULT_TYPE = { finished = 1, failed = 2, stopped = 3 }
   if not RESULT_TYPE[status] then return end
-  local fields = { 'type', RESULT_TYPE[status], 'worker_name', owner.worker, 'execution_id', owner.execution,
+  local fields = { 'type', RESULT_TYPE[status], 'worker_name', owner.worker, 'execution_id', owner.claim_id,
     'execution_started_at', started, 'execution_ended_at', now_us / 1000000 }
   for name, value in pairs({ return_value = return_value, exc_string = exc_text }) do
     if value ~= '' then
@@ -172,12 +172,12 @@ end
 local function finish(id, owner, outcome)
   local status, meta, return_value, exc_text, ttl = unpack(outcome)
   local REGISTRY = { stopped = 'failed' }
-  local created = redis.call('HGET', execution_key(id .. ':' .. owner.execution), 'created_at')
+  local created = redis.call('HGET', execution_key(id .. ':' .. owner.claim_id), 'created_at')
   local started = to_number(created, now_us / 1000000)
   redis.call('HSET', job_key(id), 'status', status, 'ended_at', iso(now_us), 'meta', meta, 'has_ended', 1)
   redis.call('ZADD', registry_key(REGISTRY[status] or status, owner.queue), math.floor(now_ms / 1000) + ttl, id)
   write_result(id, owner, started, status, return_value, exc_text, ttl)
-  drop_execution(id, owner)
+  drop_ownership(id, owner)
   count_job(owner, status, now_us / 1000000 - started)
   for _, key in ipairs({ job_key(id), log_key(id), reader_key(id) }) do
     redis.call('EXPIRE', key, ttl)
@@ -220,7 +220,7 @@ local function set_aside(id, base, queue, reason)
   local owner = get_owner(id)
   local origin, ttl = unpack(redis.call('HMGET', job_key(id), 'origin', 'failure_ttl'))
   for field, value in pairs(nobody(base, queue or origin or '')) do owner[field] = owner[field] or value end
-  keep_if('hash', execution_key(id .. ':' .. owner.execution))
+  keep_if('hash', execution_key(id .. ':' .. owner.claim_id))
   unqueue(id, queue or owner.queue, 0)
   if redis.call('EXISTS', job_key(id)) == 1 then
     redis.call('HSET', job_key(id), 'unreadable', reason)
@@ -229,7 +229,7 @@ local function set_aside(id, base, queue, reason)
       { 'failed', meta, '', UNREADABLE_RESULT, math.floor(to_number(ttl, 86400)) })
   else
     tell_end(id, UNREADABLE)
-    drop_execution(id, owner)
+    drop_ownership(id, owner)
     for _, key in ipairs({ log_key(id), reader_key(id) }) do redis.call('EXPIRE', key, 60) end
   end
 end

@@ -35,7 +35,7 @@ end
 
 local requeued, dead = {}, {}
 local function reap(id, owner)
-  if not owner.execution then
+  if not owner.claim_id then
     -- The owner's record was removed with other tools. If the request ran, it is put back on its queue.
     redis.call('ZREM', leases_key(base), id)
     local status, queue = unpack(redis.call('HMGET', job_key(id), 'status', 'origin'))

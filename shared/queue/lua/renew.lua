@@ -1,5 +1,5 @@
 -- Renews the leases of a worker and of all requests that it holds.
--- ARGV: base, worker, lease (ms), held = {id, execution, ...} (msgpack), '1' to abort requests that nobody reads:
+-- ARGV: base, worker, lease (ms), held = {id, claim_id, ...} (msgpack), '1' to abort requests that nobody reads:
 --       their API let its lease run out, and they are not detached; life (ms) of the record of what the worker serves.
 -- Returns {aborted ids, lost ids, 1 if the worker's own lease held until now, else 0, unreadable, 1 if Redis still
 -- knows what the worker serves, else 0}.
@@ -18,17 +18,17 @@ local function is_orphan(id)
 end
 
 local aborted, lost = {}, {}
-local function renew(id, execution)
+local function renew(id, claim_id)
   local owner = get_owner(id)
-  if owner.execution ~= execution then return false end
+  if owner.claim_id ~= claim_id then return false end
   redis.call('ZADD', leases_key(base), now_ms + lease_ms, id)
   if owner.aborted or is_orphan(id) then aborted[#aborted + 1] = id end
   return true
 end
 
 for i = 1, #held, 2 do
-  local id, execution = held[i], held[i + 1]
-  if not guarded(id, base, nil, renew, id, execution) then lost[#lost + 1] = id end
+  local id, claim_id = held[i], held[i + 1]
+  if not guarded(id, base, nil, renew, id, claim_id) then lost[#lost + 1] = id end
 end
 local is_known = redis.call('PEXPIRE', served_key(worker), ARGV[6])
 return { aborted, lost, was_in_time and 1 or 0, unreadable, is_known }

@@ -5,13 +5,13 @@ local base = ARGV[1]
 local MAX_NUM_ENDED = 100
 local count = 0
 
--- Repairs RQ's entry of an execution whose owner or lease was removed or garbled. If there is no owner, the entry is
+-- Repairs RQ's entry of a claim whose owner or lease was removed or garbled. If there is no owner, the entry is
 -- removed. If there is no lease, the request gets an expired one: its worker renews it, or if that is dead, another one
 -- reaps it.
-local function mend_execution(queue, composite)
-  local id, execution = composite:match('^(.*):(.*)$')
+local function mend_entry(queue, composite)
+  local id, claim_id = composite:match('^(.*):(.*)$')
   local owner = id and guarded(id, base, nil, get_owner, id)
-  if owner and owner.execution == execution then
+  if owner and owner.claim_id == claim_id then
     if not redis.call('ZSCORE', leases_key(base), id) then redis.call('ZADD', leases_key(base), now_ms, id) end
   elseif not id or redis.pcall('HEXISTS', job_key(id), 'request') ~= 0 or redis.call('EXISTS', job_key(id)) == 0 then
     -- Any other job belongs to a plain RQ worker.
@@ -33,7 +33,7 @@ for i = 2, #ARGV do
     redis.call('ZREMRANGEBYSCORE', registry_key(name, queue), '-inf', math.floor(now_ms / 1000))
   end
   for _, composite in ipairs(redis.call('ZRANGE', registry_key('wip', queue), 0, -1)) do
-    mend_execution(queue, composite)
+    mend_entry(queue, composite)
   end
   end_overdue_heads(queue)
   trim_index(queue)

@@ -133,13 +133,13 @@ local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens"
 -- Puts a running request back in front of its queue. Its log stays, and the next owner goes on from there. If its
 -- client gave up, it ends instead.
 local function requeue(id, owner)
-  if redis.call('EXISTS', job_key(id)) == 0 then return drop_execution(id, owner) end
+  if redis.call('EXISTS', job_key(id)) == 0 then return drop_ownership(id, owner) end
   if owner.aborted then
     return finish_ownerless(id, owner, ABORTED, { 'canceled', '{}', '', '', 60 })
   end
   local origin, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
   if origin ~= owner.queue or base ~= owner.base then refuse('its job and its owner name two queues') end
-  drop_execution(id, owner)
+  drop_ownership(id, owner)
   -- The request has begun, so its deadline for beginning is met.
   redis.call('HDEL', job_key(id), 'deadline_ms')
   redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
