@@ -37,11 +37,11 @@ class News(NamedTuple):
 
     aborted: list[str]
     lost: list[str]
-    in_time: bool = True
+    had_lease: bool = True
     """True if the worker's own lease had not run out (from `renew`)."""
     num_waiting: int = 0
     """The number of the base's queues that wait; with 0 there is nothing to claim (from `append`)."""
-    is_known: bool = True
+    has_served: bool = True
     """True if Redis still has the worker's `served` hash (from `renew`)."""
 
 

@@ -22,7 +22,7 @@ SCRIPTS = ("look", "claim", "append", "hand_back", "renew", "reap", "sweep", "en
 NUM_QUEUES_PER_SWEEP = 100
 MAX_NUM_REAPED = 1000
 """Most requests that one call of `reap` takes from their workers."""
-MAX_NUM_JUDGED = 1000
+MAX_NUM_CHECKED = 1000
 """Waiting requests after which one call of `end_unserved` looks at no further queue."""
 SERVED_TTL_MS = 600_000
 """Life of the record of what a worker serves, after its last heartbeat."""
@@ -69,10 +69,10 @@ class UpkeepStreams:
         known = self._connection.hgetall(keys.served(self._worker_name))
         return known == {name.encode(): value.encode() for name, value in _served_fields(served).items()}
 
-    def renew(self, held: Iterable[Held], *, judge_readers: bool = False) -> News:
+    def renew(self, held: Iterable[Held], *, abort_unread: bool = False) -> News:
         """Renews the leases of this worker and of all requests that it holds.
 
-        `judge_readers`: requests whose API let its lease run out are reported as aborted, unless they are
+        `abort_unread`: requests whose API let its lease run out are reported as aborted, unless they are
         detached, or this worker's own lease had run out.
         """
         reply = self._scripts["renew"](
@@ -81,13 +81,13 @@ class UpkeepStreams:
                 self._worker_name,
                 self._lease_ms,
                 pack_held(held),
-                int(judge_readers),
+                int(abort_unread),
                 SERVED_TTL_MS,
             ]
         )
-        aborted, lost, in_time, unreadable, is_known = reply
+        aborted, lost, had_lease, unreadable, has_served = reply
         log_unreadable(unreadable)
-        return News(decode_all(aborted), decode_all(lost), in_time=bool(in_time), is_known=bool(is_known))
+        return News(decode_all(aborted), decode_all(lost), had_lease=bool(had_lease), has_served=bool(has_served))
 
     def reap(self, max_crashes_alone: int = 3) -> Reaped:
         """Puts requests with an expired lease back on their queues, unless this worker's own has run out.
@@ -125,7 +125,7 @@ class UpkeepStreams:
                     self._base,
                     self._worker_name,
                     rank,
-                    MAX_NUM_JUDGED,
+                    MAX_NUM_CHECKED,
                     int(min_pause_s * 1000),
                     event_format(reason),
                     exception_text(reason),

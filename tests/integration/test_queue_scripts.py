@@ -428,10 +428,10 @@ def test_a_worker_whose_own_lease_ran_out_judges_nobody(connection: redis.Redis,
     orphan = api.enqueue(make_request())
     (held,) = claim(late)
     connection.delete(CHANNEL)
-    news = worker_streams(connection, "late").renew([held.held], judge_readers=True)
-    assert (news.aborted, news.in_time) == ([], False)
-    news = worker_streams(connection, "late").renew([held.held], judge_readers=True)
-    assert (news.aborted, news.in_time) == ([orphan], True)
+    news = worker_streams(connection, "late").renew([held.held], abort_unread=True)
+    assert (news.aborted, news.had_lease) == ([], False)
+    news = worker_streams(connection, "late").renew([held.held], abort_unread=True)
+    assert (news.aborted, news.had_lease) == ([orphan], True)
     assert worker_streams(connection, "late").reap().requeued == [request_id]
 
 
@@ -653,9 +653,9 @@ def test_a_request_whose_api_let_its_lease_run_out_is_aborted_unless_detached(
     streams = worker_streams(connection)
     held = [c.held for c in claim(streams, 2)]
     assert streams.renew(held).aborted == []
-    assert streams.renew(held, judge_readers=True).aborted == [orphan]
+    assert streams.renew(held, abort_unread=True).aborted == [orphan]
     connection.set(CHANNEL, 1, px=60_000)
-    assert streams.renew(held, judge_readers=True).aborted == []
+    assert streams.renew(held, abort_unread=True).aborted == []
 
 
 def test_what_an_operator_requeues_is_noticed_and_begins_anew(
@@ -672,7 +672,7 @@ def test_what_an_operator_requeues_is_noticed_and_begins_anew(
     assert streams.sweep([BASE, "tiny-a"]) == 1
     (again,) = claim(streams)
     assert (again.request, again.events) == (claimed.request, ())
-    assert streams.renew([again.held], judge_readers=True).aborted == []
+    assert streams.renew([again.held], abort_unread=True).aborted == []
     streams.append([again.held], [last(again, 0)])
     assert fetch(connection, request_id).get_status() == JobStatus.FINISHED
 

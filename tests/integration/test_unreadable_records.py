@@ -104,7 +104,7 @@ class World:
         held = [c.held for c in self.claims]
         self.api.abort(ABORTED)
         self.worker.append(held, [token(c, 1) for c in self.claims])
-        self.worker.renew(held, judge_readers=True)
+        self.worker.renew(held, abort_unread=True)
         self.worker.hand_back(held[2:])
         other = worker_streams(self.connection, "w2")
         for _ in range(3):

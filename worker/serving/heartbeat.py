@@ -42,7 +42,7 @@ class Heartbeat:
         self._consumer = consumer
         self._settings = settings
         self._served = served
-        self._told: Mapping[str, str] | None = None
+        self._published: Mapping[str, str] | None = None
         """The queues and versions that Redis was told last."""
         self._on_beat = on_beat
         self._watch_engine = watch_engine
@@ -75,7 +75,7 @@ class Heartbeat:
         now = self._clock()
         connected_s = now - self._connected_since if self._connected_since is not None else 0.0
         if now - self._renewed_at >= self._settings.heartbeat_s:
-            self._renew(judge_readers=connected_s >= self._settings.api_lease_s)
+            self._renew(abort_unread=connected_s >= self._settings.api_lease_s)
             self._renewed_at = now
         if self._connected_since is None:
             self._connected_since = now
@@ -87,17 +87,17 @@ class Heartbeat:
         if now - self._swept_at >= self._settings.sweep_s:
             self._streams.sweep(self._served())
             if not self._streams.serves(self._servable):
-                self._tell()
+                self._publish_served()
             self._swept_at = now
 
-    def _renew(self, *, judge_readers: bool) -> None:
-        if self._told != self._servable:
-            self._tell()
-        news = self._streams.renew(self._held.snapshot(), judge_readers=judge_readers)
-        if not news.is_known:
-            self._tell()
+    def _renew(self, *, abort_unread: bool) -> None:
+        if self._published != self._servable:
+            self._publish_served()
+        news = self._streams.renew(self._held.snapshot(), abort_unread=abort_unread)
+        if not news.has_served:
+            self._publish_served()
         self._consumer.abort(news.aborted)
-        if not news.in_time:
+        if not news.had_lease:
             # Redis or this process was paused: other workers must get the time to renew their leases first.
             self._connected_since = self._clock()
         self._on_beat()
@@ -106,10 +106,10 @@ class Heartbeat:
     def _servable(self) -> Mapping[str, str]:
         return {} if self._consumer.is_draining else self._served()
 
-    def _tell(self) -> None:
+    def _publish_served(self) -> None:
         """Tells Redis what this worker serves."""
-        self._told = self._servable
-        self._streams.serve(self._told)
+        self._published = self._servable
+        self._streams.serve(self._published)
 
     def _end_unserved(self) -> None:
         for request_id in self._streams.end_unserved(min_pause_s=self._settings.reap_s):

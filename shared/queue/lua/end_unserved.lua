@@ -9,12 +9,12 @@ local base, worker, rank, budget = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber
 local event, exc_text, failure_ttl = ARGV[6], ARGV[7], tonumber(ARGV[8])
 
 local NOTHING = { -1, {}, unreadable }
-if not may_judge(base, worker) then return NOTHING end
-local judged = shared_key('string', OURS .. ':judged:' .. base)
+if not holds_lease(base, worker) then return NOTHING end
+local checked_at = shared_key('string', OURS .. ':judged:' .. base)
 if rank < 0 then
   rank = 0
-  if math.abs(now_ms - to_number(redis.call('GET', judged), 0)) < tonumber(ARGV[5]) then return NOTHING end
-  redis.call('SET', judged, now_ms, 'PX', ARGV[5])
+  if math.abs(now_ms - to_number(redis.call('GET', checked_at), 0)) < tonumber(ARGV[5]) then return NOTHING end
+  redis.call('SET', checked_at, now_ms, 'PX', ARGV[5])
 end
 
 local live = redis.call('ZRANGEBYSCORE', workers_key(base), '(' .. now_ms, '+inf')
@@ -46,7 +46,7 @@ local function registered_version(model)
 end
 
 local ended = {}
-local function judge(id, queue, served, is_served)
+local function check(id, queue, served, is_served)
   local status, version, model = unpack(redis.call('HMGET', job_key(id), 'status', 'version', 'model'))
   if status ~= 'queued' or not version or version == '' or served[version] or served[''] then return end
   if not is_served and registered_version(model or '') == version then return end
@@ -60,7 +60,7 @@ while budget > 0 do
   if not queue then return { -1, ended, unreadable } end
   local served, is_served = weights_of(queue)
   for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, -1)) do
-    guarded(id, base, queue, judge, id, queue, served, is_served)
+    guarded(id, base, queue, check, id, queue, served, is_served)
     budget = budget - 1
   end
   update_waiting(base, queue)

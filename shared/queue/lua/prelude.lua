@@ -86,7 +86,7 @@ local function served_key(worker) return shared_key('hash', OURS .. ':served:' .
 
 -- True if a worker's own lease holds. After a pause of the server or of the worker it does not: then the leases of
 -- others may look expired too, before they had the time to renew them, and the worker must reap none.
-local function may_judge(base, worker)
+local function holds_lease(base, worker)
   return tonumber(redis.call('ZSCORE', workers_key(base), worker) or 0) > now_ms
 end
 

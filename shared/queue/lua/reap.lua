@@ -54,7 +54,7 @@ local function reap(id, owner)
   end
 end
 
-if not may_judge(base, ARGV[7]) then return { {}, {}, unreadable } end
+if not holds_lease(base, ARGV[7]) then return { {}, {}, unreadable } end
 local expired = redis.call('ZRANGEBYSCORE', leases_key(base), '-inf', now_ms, 'LIMIT', 0, tonumber(ARGV[2]))
 if #expired == 0 then return { {}, {}, unreadable } end
 

@@ -5,14 +5,14 @@
 -- knows what the worker serves, else 0}.
 local base, worker, lease_ms, held = ARGV[1], ARGV[2], tonumber(ARGV[3]), cmsgpack.unpack(ARGV[4])
 
-local was_in_time = may_judge(base, worker)
+local had_lease = holds_lease(base, worker)
 redis.call('ZADD', workers_key(base), now_ms + lease_ms, worker)
 redis.call('ZREMRANGEBYSCORE', workers_key(base), '-inf', now_ms - 600000)
 -- The worker is alive, so requests that were reaped from it while it was stopped must not count in a later crash.
 redis.call('DEL', reaped_key(worker))
 
 local function is_orphan(id)
-  if ARGV[5] ~= '1' or not was_in_time or redis.call('HGET', job_key(id), 'detached') == '1' then return false end
+  if ARGV[5] ~= '1' or not had_lease or redis.call('HGET', job_key(id), 'detached') == '1' then return false end
   local reader = redis.call('GET', reader_key(id))
   return not reader or redis.call('EXISTS', reader) == 0
 end
@@ -30,5 +30,5 @@ for i = 1, #held, 2 do
   local id, claim_id = held[i], held[i + 1]
   if not guarded(id, base, nil, renew, id, claim_id) then lost[#lost + 1] = id end
 end
-local is_known = redis.call('PEXPIRE', served_key(worker), ARGV[6])
-return { aborted, lost, was_in_time and 1 or 0, unreadable, is_known }
+local has_served = redis.call('PEXPIRE', served_key(worker), ARGV[6])
+return { aborted, lost, had_lease and 1 or 0, unreadable, has_served }
