@@ -110,7 +110,7 @@ def measure(connection: redis.Redis, streams: WorkerStreams, queues: list[str]) 
 
     def look() -> list[Pick]:
         waiting, now_ms = streams.look(
-            order.nearest(running, resident), [], num_queues=NUM_QUEUES, num_requests=running.num_free
+            order.rank_by_share(running, resident), [], num_queues=NUM_QUEUES, num_requests=running.num_free
         )
         return order.choose(waiting, running, AdapterSlots(NUM_SLOTS, resident), now_ms)
 

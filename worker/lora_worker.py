@@ -139,7 +139,7 @@ class LoraWorker(RqWorker):
         return load_model_runner(settings)
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
-        self.farewell_s = settings.lease_s
+        self.shutdown_wait_s = settings.lease_s
         faults = Faults(settings.faults)
         with contextlib.closing(self.load_engine(settings, faults)) as engine:
             only = None if self._has_all_queues else self.queue_names()
@@ -158,7 +158,7 @@ class LoraWorker(RqWorker):
                 # Python ignored the exception that should have ended the loading: it was raised in a __del__.
                 service.drain()
             self._announce(service, queues)
-            service.run(self.failure, self.last_words_until, burst=burst)
+            service.run(self.failure, self.shutdown_deadline, burst=burst)
             if self.failure.error is not None:
                 raise SystemExit(1) from self.failure.error
             self.log.info("Worker %s: ended with %s", self.name, service.remains)

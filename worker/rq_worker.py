@@ -19,13 +19,13 @@ from shared.queue.refusals import NamingRedis, explain
 from worker.serving.failure import Failure
 from worker.serving.patience import Patience, call_until
 
-FAREWELL_S = 4.0
+SHUTDOWN_WAIT_S = 4.0
 
 
 class RqWorker(BaseWorker):
     """RQ's worker, but it waits where RQ's own ends: a `BUSY` must not cost a loaded model."""
 
-    farewell_s = FAREWELL_S
+    shutdown_wait_s = SHUTDOWN_WAIT_S
     """Longest wait for Redis while the worker ends: one lease, after which others take over anyway."""
 
     def __init__(self, *args: Any, connection: redis.Redis, **kwargs: Any) -> None:
@@ -35,7 +35,7 @@ class RqWorker(BaseWorker):
         self._outages = Outages(self.log)
         self._patience = Patience(self._outages)
         self.failure = Failure(self.name)
-        self._farewell_until: float | None = None
+        self._shutdown_deadline: float | None = None
 
     def bootstrap(
         self,
@@ -59,20 +59,20 @@ class RqWorker(BaseWorker):
         super().register_birth()  # type: ignore[no-untyped-call]
 
     def teardown(self) -> None:
-        """Tells RQ that this worker ends; gives up if Redis does not answer within `farewell_s`."""
+        """Tells RQ that this worker ends; gives up if Redis does not answer within `shutdown_wait_s`."""
         try:
-            call_until(self.last_words_until(), self.register_death)
+            call_until(self.shutdown_deadline(), self.register_death)
             self.unsubscribe()  # type: ignore[no-untyped-call]
         except redis.RedisError as error:
             self.log.warning(
                 "Worker %s: its end was not recorded: %s", self.name, explain(error), extra=fields("teardown")
             )
 
-    def last_words_until(self) -> float:
+    def shutdown_deadline(self) -> float:
         """The deadline (`time.monotonic()`) of calls to Redis while the worker ends; set by the first one."""
-        if self._farewell_until is None:
-            self._farewell_until = time.monotonic() + self.farewell_s
-        return self._farewell_until
+        if self._shutdown_deadline is None:
+            self._shutdown_deadline = time.monotonic() + self.shutdown_wait_s
+        return self._shutdown_deadline
 
     def _pubsub_exception_handler(
         self, exc: Exception, pubsub: PubSub, pubsub_thread: PubSubWorkerThread

@@ -18,7 +18,7 @@ from shared.queue.names import queue_name, slug
 from shared.queue.scripts import script_source
 
 MAX_RETRY_AFTER_S = 60
-NUM_PLACES_TO_AWAIT = 5
+NUM_ENDS_TO_AWAIT = 5
 
 
 class EndLost(GenerationFailed):
@@ -183,5 +183,5 @@ def _retry_after_s(num_ended: int, over_s: float) -> int:
     If no request has ended while others waited, it grows with the length of that time (`over_s`): soon
     in a burst on an idle deployment, ever later if nothing moves.
     """
-    wait_s = NUM_PLACES_TO_AWAIT * over_s / num_ended if num_ended else over_s
+    wait_s = NUM_ENDS_TO_AWAIT * over_s / num_ended if num_ended else over_s
     return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s)))

@@ -117,7 +117,7 @@ class WaitingOrder:
         """The number of remembered shares, of adapters and of tenants."""
         return len(self._shares) + sum(map(len, self._tenant_shares.values()))
 
-    def nearest(self, running: Running, queues: Iterable[str]) -> list[str]:
+    def rank_by_share(self, running: Running, queues: Iterable[str]) -> list[str]:
         """These queues, the base's and those of running adapters, in the order of key 3."""
         queues = {self._base, *queues, *running.per_queue}
 

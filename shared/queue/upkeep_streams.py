@@ -87,7 +87,9 @@ class UpkeepStreams:
         )
         aborted, lost, had_lease, unreadable, has_served = reply
         log_unreadable(unreadable)
-        return News(decode_all(aborted), decode_all(lost), had_lease=bool(had_lease), has_served=bool(has_served))
+        return News(
+            decode_all(aborted), decode_all(lost), had_lease=bool(had_lease), has_served=bool(has_served)
+        )
 
     def reap(self, max_crashes_alone: int = 3) -> Reaped:
         """Puts requests with an expired lease back on their queues, unless this worker's own has run out.

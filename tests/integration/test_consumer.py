@@ -56,7 +56,7 @@ class ThreadedWorker:
         url: str,
         runner: FakeModel,
         *,
-        max_num_requests: int = 8,
+        max_num_sequences: int = 8,
         drain_s: float = 30,
         encode: Encode | None = None,
     ) -> None:
@@ -67,7 +67,7 @@ class ThreadedWorker:
         self.consumer = make_consumer(
             worker_streams(self.connection, self.name),
             self.held,
-            max_num_requests=max_num_requests,
+            max_num_sequences=max_num_sequences,
             poll_s=0.02,
             encode=encode or engine.encode,
         )
@@ -171,7 +171,7 @@ def test_a_worker_claims_no_more_than_its_engine_has_room_for(
 ) -> None:
     ids = [api.enqueue(request_of(3)) for _ in range(5)]
     runner = SlowRunner()
-    worker = start_worker(runner, max_num_requests=2)
+    worker = start_worker(runner, max_num_sequences=2)
     wait_until(lambda: len(worker.held) == 2)
     runner.permits.release(1)
     wait_until(lambda: connection.llen(keys.log(ids[1])) == 1)
@@ -350,7 +350,7 @@ def make_heartbeat(
 
 def test_a_heartbeat_tells_what_its_worker_serves_until_it_drains(connection: redis.Redis) -> None:
     streams = worker_streams(connection, "w1")
-    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, max_num_requests=8, poll_s=0.02)
+    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, max_num_sequences=8, poll_s=0.02)
     now_s = [0.0]
     heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m1")
     heartbeat.turn()
@@ -374,7 +374,7 @@ def test_a_heartbeat_ends_requests_for_weights_that_nobody_has_after_a_beat_of_i
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     streams = worker_streams(connection, "w1")
-    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, max_num_requests=8, poll_s=0.02)
+    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, max_num_sequences=8, poll_s=0.02)
     now_s = [0.0]
     heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m2")
     request_id = api.enqueue(make_request(base_version="m1"))
@@ -400,7 +400,7 @@ def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
     heartbeat = Heartbeat(
         streams,
         held,
-        make_consumer(streams, held, encode=not_at_all, max_num_requests=8, poll_s=0.02),
+        make_consumer(streams, held, encode=not_at_all, max_num_sequences=8, poll_s=0.02),
         WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
         served=lambda: {BASE: ""},
         on_beat=lambda: beats.append(now_s[0]),
@@ -463,7 +463,7 @@ def test_a_worker_holds_as_many_as_before_some_time_after_it_was_out_of_memory(
     runner = CrampedRunner(max_model_len=512)
     runner.num_failures_left = 2
     ids = [api.enqueue(request_of(200)) for _ in range(4)]
-    start_worker(runner, max_num_requests=4)
+    start_worker(runner, max_num_sequences=4)
     for request_id in ids:
         assert text_of(finished_log(connection, request_id)) == expected_text(200)
     assert runner.num_failures_left == 0
@@ -621,7 +621,7 @@ def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
     ids = [api.enqueue(make_request()) for _ in range(2)]
     held = HeldRequests()
     consumer = make_consumer(
-        worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01
+        worker_streams(connection), held, encode=not_at_all, max_num_sequences=2, poll_s=0.01
     )
     with lost_replies(monkeypatch), pytest.raises(redis.ConnectionError):
         consumer.turn()
@@ -635,7 +635,7 @@ def test_a_running_worker_asks_for_more_only_while_something_waits(
 ) -> None:
     held = HeldRequests()
     consumer = make_consumer(
-        worker_streams(connection), held, encode=not_at_all, max_num_requests=3, poll_s=0.01
+        worker_streams(connection), held, encode=not_at_all, max_num_sequences=3, poll_s=0.01
     )
     num_held: list[int] = []
     look_once = WorkerStreams.look
@@ -660,7 +660,7 @@ def test_a_claim_whose_reply_was_lost_is_repeated_though_nothing_waits_any_more(
 ) -> None:
     held = HeldRequests()
     consumer = make_consumer(
-        worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01
+        worker_streams(connection), held, encode=not_at_all, max_num_sequences=2, poll_s=0.01
     )
     api.enqueue(make_request())
     consumer.turn()
@@ -676,7 +676,7 @@ def test_what_is_handed_back_while_all_else_ends_is_claimed_in_the_same_turn(
 ) -> None:
     held = HeldRequests()
     consumer = make_consumer(
-        worker_streams(connection), held, encode=not_at_all, max_num_requests=2, poll_s=0.01
+        worker_streams(connection), held, encode=not_at_all, max_num_sequences=2, poll_s=0.01
     )
     ids = [api.enqueue(make_request()) for _ in range(2)]
     consumer.turn()
@@ -694,7 +694,7 @@ def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     api.enqueue(make_request())
     held = HeldRequests()
     streams = worker_streams(connection)
-    consumer = make_consumer(streams, held, encode=not_at_all, max_num_requests=1, poll_s=0.01)
+    consumer = make_consumer(streams, held, encode=not_at_all, max_num_sequences=1, poll_s=0.01)
     consumer.turn()
     (claimed,) = held.snapshot()
     end: list[Append] = [last(Claim(claimed, make_request(), ()), 0)]

@@ -214,7 +214,7 @@ def test_a_claim_whose_picks_others_took_gets_what_is_left(
     claims = claimer(streams)
     assert streams.claim(["e3"], [Pick(QUEUE, "1|00000000|00000000|")]) == []
     assert claims.claim(running(1)) == []
-    assert not claims.was_outrun
+    assert not claims.lost_race
 
 
 def test_a_worker_that_was_outrun_says_so(
@@ -231,9 +231,9 @@ def test_a_worker_that_was_outrun_says_so(
     with monkeypatch.context() as patch:
         patch.setattr(streams, "look", look_and_lose)
         assert claims.claim(running(1)) == []
-    assert claims.was_outrun
+    assert claims.lost_race
     assert claims.claim(running(1)) == []
-    assert not claims.was_outrun
+    assert not claims.lost_race
 
 
 # Earlier releases know the lists only.

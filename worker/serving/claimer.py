@@ -42,7 +42,7 @@ class Claimer:
         self._slots = slots
         self._names_if_few = names_if_few
         self._attempt: _Attempt | None = None
-        self.was_outrun = False
+        self.lost_race = False
         """True if the last claim chose requests and got none: others took them, and more may wait."""
 
     @property
@@ -54,7 +54,7 @@ class Claimer:
         """Claims requests until the worker's room is used."""
         self._attempt = self._attempt or self._choose(running)
         claims = self._streams.claim(*self._attempt) if self._attempt.picks else []
-        self.was_outrun = bool(self._attempt.picks) and not claims
+        self.lost_race = bool(self._attempt.picks) and not claims
         self._attempt = None
         for claim in claims:
             request = claim.request
@@ -69,7 +69,7 @@ class Claimer:
         slots = self._slots()
         served = self._names_if_few(MAX_NUM_NAMED)
         waiting, now_ms = self._streams.look(
-            self._order.nearest(running, slots.resident),
+            self._order.rank_by_share(running, slots.resident),
             served,
             num_queues=min(MAX_NUM_QUEUES, running.num_free + NUM_SPARE),
             num_requests=running.num_free,

@@ -47,8 +47,8 @@ class HeldRequests:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._shares: dict[Held, _Share] = {}
-        self._lone: Held | None = None
-        self._alone_until_event_no = 0
+        self._suspect: Held | None = None
+        self._suspect_until_event_no = 0
         self._isolated: Held | None = None
 
     def __len__(self) -> int:
@@ -58,9 +58,9 @@ class HeldRequests:
         return held in self._shares
 
     @property
-    def has_lone_request(self) -> bool:
+    def has_suspect(self) -> bool:
         """True if a held request must run isolated."""
-        return self._lone in self._shares
+        return self._suspect in self._shares
 
     def add(self, claim: Claim) -> None:
         """Adds a claimed request, in place of an earlier claim of the same one."""
@@ -68,8 +68,8 @@ class HeldRequests:
         with self._lock:
             self._shares[claim.held] = _share_of(claim)
             if claim.alone:
-                self._lone = claim.held
-                self._alone_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
+                self._suspect = claim.held
+                self._suspect_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
 
     def isolate(self, held: Held) -> None:
         """Notes that the engine has isolated this request: it runs nothing until Redis knows of it."""
@@ -78,16 +78,16 @@ class HeldRequests:
     @property
     def isolated(self) -> Held | None:
         """The request that the engine has isolated, while it is held and not cleared."""
-        return self._isolated if self._isolated == self._lone and self._isolated in self._shares else None
+        return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
         """True if these events, now written, clear the isolated request. It is isolated no longer then."""
         is_cleared = any(
-            append.held == self._lone and append.event.event_no >= self._alone_until_event_no
+            append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends
         )
         if is_cleared:
-            self._lone = None
+            self._suspect = None
         return is_cleared
 
     def remove(self, request_ids: Iterable[str]) -> None:
@@ -137,14 +137,14 @@ class Consumer:
         held: HeldRequests,
         *,
         encode: Encode,
-        max_num_requests: int,
+        max_num_sequences: int,
         poll_s: float,
     ) -> None:
-        """`max_num_requests`: sequences that the engine runs at once."""
+        """`max_num_sequences`: sequences that the engine runs at once."""
         self._streams = streams
         self._claimer = claimer
         self._held = held
-        self._capacity = Capacity(max_num_requests)
+        self._capacity = Capacity(max_num_sequences)
         self._poll_s = poll_s
         self.outages = Outages(logger)
         self._unsent: list[Append] = []
@@ -207,7 +207,7 @@ class Consumer:
         if may_claim or self._claimer.awaits_reply:
             self._claim()
         self.is_idle = not self._held
-        if self.is_idle and not self._claimer.was_outrun and not self._stopped.is_set():
+        if self.is_idle and not self._claimer.lost_race and not self._stopped.is_set():
             self._streams.wait_for_doorbell(IDLE_WAIT_S)
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -301,7 +301,7 @@ class Consumer:
 
     def _claim(self) -> None:
         running = self._held.running(self._capacity.num_sequences)
-        if running.num_free <= 0 or self._draining.is_set() or self._held.has_lone_request:
+        if running.num_free <= 0 or self._draining.is_set() or self._held.has_suspect:
             return
         claims = self._claimer.claim(running)
         for claim in claims:

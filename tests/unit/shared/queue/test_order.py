@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from shared.queue.order import BATCH_PATIENCE, BATCH_ONE_IN, MAX_NUM_TENANT_SHARES, WaitingOrder
+from shared.queue.order import BATCH_ONE_IN, BATCH_PATIENCE, MAX_NUM_TENANT_SHARES, WaitingOrder
 from shared.queue.places import order_field, place_of, read_place, tenant_key
 from shared.queue.shares import MAX_NUM_NAMES, Shares
 from tests.unit.shared.queue.waiting_room import BASE, SimulatedWorker, WaitingRoom
