@@ -11,7 +11,7 @@ from api.relay.aborter import Aborter
 from api.relay.inbox import Inbox
 from api.relay.queue_client import QueueClient
 from api.relay.subscriber import PING_S, Subscriber
-from api.relay.upkeep import fail_vanished_forever, renew_lease_forever, watch_permissions
+from api.relay.upkeep import fail_vanished_loop, renew_lease_loop, watch_permissions
 from shared.errors import GenerationFailed, QueueUnavailable, ServerDraining
 from shared.logs import log_unexpected
 from shared.messages import decode_event
@@ -76,11 +76,11 @@ class Relay:
         """Starts the tasks in the running event loop; Redis need not be there yet."""
         works = {
             "subscriber": self._subscriber.run(self._deliver, self._on_subscribed),
-            "log reader": self._read_logs_forever(),
+            "log reader": self._read_logs_loop(),
             "aborter": self._aborter.run(),
-            "lease": renew_lease_forever(self.queue, self._settings.api_lease_s),
+            "lease": renew_lease_loop(self.queue, self._settings.api_lease_s),
             "permissions": watch_permissions(self._permission_pool, self._note_lacking),
-            "vanished": fail_vanished_forever(self.queue, self._settings, self._inboxes.values),
+            "vanished": fail_vanished_loop(self.queue, self._settings, self._inboxes.values),
         }
         self._tasks = [asyncio.create_task(work, name=name) for name, work in works.items()]
 
@@ -149,7 +149,7 @@ class Relay:
         for inbox in self._inboxes.values():
             inbox.fall_behind()
 
-    async def _read_logs_forever(self) -> None:
+    async def _read_logs_loop(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             alarm = loop.call_later(self._settings.max_silence_s / 2, self._log_wanted.set)

@@ -22,7 +22,7 @@ MIN_QUIET_S = 3.0
 """Silence on an exchange after which Redis is asked whether its request still exists."""
 
 
-async def renew_lease_forever(queue: QueueClient, lease_s: float) -> None:
+async def renew_lease_loop(queue: QueueClient, lease_s: float) -> None:
     """Renews this API's lease; workers abort the requests of an API whose lease has lapsed."""
     while True:
         try:
@@ -59,7 +59,7 @@ async def watch_permissions(pool: redis.ConnectionPool, on_change: Callable[[str
         await asyncio.sleep(PERMISSION_CHECK_S)
 
 
-async def fail_vanished_forever(
+async def fail_vanished_loop(
     queue: QueueClient, settings: ApiSettings, inboxes: Callable[[], Iterable[Inbox]]
 ) -> None:
     """Ends exchanges whose requests no longer exist: Redis lost its data, or an operator removed them."""
