@@ -1,1 +1,1 @@
-"""The HTTP side of Lorelay: OpenAI's API in front of the queue. Never imports torch, transformers or peft."""
+"""The HTTP server of Lorelay: OpenAI's API in front of the queues. Never imports torch or transformers."""

@@ -1,4 +1,4 @@
-"""API keys."""
+"""Checks the API keys of requests."""
 
 import hashlib
 import hmac
@@ -10,20 +10,20 @@ from shared.errors import InvalidApiKey
 
 
 class ApiKeyCheck:
-    """Dependency of the `/v1` routes: asks for one of `keys` as Bearer; without keys, lets everybody in."""
+    """FastAPI dependency of the `/v1` routes: requires one of `keys` as a bearer token, if there are keys."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = tuple(key.encode() for key in keys)
 
     def client_of(self, request: Request) -> str:
-        """The sender of a checked request: a digest of its key, or empty if no keys are asked for."""
+        """Returns the SHA-256 of a checked request's API key as the client's id; "" if no key is required."""
         return hashlib.sha256(_bearer(request).encode()).hexdigest() if self._keys else ""
 
     async def __call__(self, request: Request) -> None:
-        """Checks one request.
+        """Checks the API key of one request.
 
         Raises:
-            InvalidApiKey: it has no key, or a wrong one.
+            InvalidApiKey: the request has no key, or an unknown one.
         """
         if not self._keys:
             return
@@ -33,12 +33,13 @@ class ApiKeyCheck:
             raise InvalidApiKey
 
     def _is_known(self, given: str) -> bool:
-        # Compares all keys, in constant time; else the time taken would tell how much of a key is right.
+        # If the comparison ended at the first difference, its duration would tell how much of a key is right.
+        # So each key is compared in constant time, and none is skipped.
         candidate = given.encode("latin-1")
         return sum(hmac.compare_digest(candidate, key) for key in self._keys) > 0
 
 
 def _bearer(request: Request) -> str:
-    """The key in a request's headers; empty without one."""
+    """Returns the bearer token in a request's headers, or an empty string."""
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     return given.strip() if scheme.lower() == "bearer" else ""

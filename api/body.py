@@ -1,4 +1,4 @@
-"""Reading a request body within its limit."""
+"""Reads a request body up to a size limit."""
 
 from contextlib import aclosing
 
@@ -8,11 +8,11 @@ from shared.errors import RequestTooLarge
 
 
 async def read_body(request: Request, max_num_bytes: int) -> bytes:
-    """The whole body.
+    """Returns the whole body of a request.
 
     Raises:
-        RequestTooLarge: it is longer than `max_num_bytes`; the rest is not read.
-        ClientDisconnect: the client left before its end.
+        RequestTooLarge: the body is longer than `max_num_bytes`; no more of it is read.
+        ClientDisconnect: the client disconnected before it had sent the whole body.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_num_bytes:

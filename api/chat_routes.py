@@ -1,4 +1,4 @@
-"""The routes of chat completions: ask, resume a stream, abort."""
+"""The routes of chat completions: create one, resume its stream, abort it."""
 
 import re
 import time
@@ -29,7 +29,7 @@ LAST_EVENT_ID = "Last-Event-ID"
 
 
 class Deleted(msgspec.Struct, frozen=True):
-    """A request that was aborted."""
+    """The JSON answer to an abort."""
 
     id: str
     object: Literal["chat.completion.deleted"]
@@ -37,12 +37,12 @@ class Deleted(msgspec.Struct, frozen=True):
 
 
 def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck) -> None:
-    """Adds the routes to a router that checks API keys."""
+    """Adds the routes to `router`, which checks API keys."""
     queue = relay.queue
 
     @router.post(CHAT_COMPLETIONS, summary="Continue a conversation", tags=["chat"])
     async def create_chat_completion(request: Request) -> Response:
-        """Answers with one JSON object, or with `stream: true` in pieces."""
+        """Answers with one JSON object or, with `stream: true`, with server-sent events."""
         body = parse(ChatCompletionRequest, await read_body(request, settings.max_body_bytes))
         admit_until = queue.deadline()
         card = await queue.fetch_card(body.model, admit_until)
@@ -57,7 +57,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
     async def resume_chat_completion(
         request_id: str, request: Request, include_usage: bool = False
     ) -> Response:
-        """The events after `Last-Event-ID`, or all, of a request sent with `X-Lorelay-Detach: true`."""
+        """Streams the events after `Last-Event-ID`; only for requests sent with `X-Lorelay-Detach: true`."""
         first_event_no = _first_event_no(request, request_id)
         client = keys.client_of(request)
         found = await queue.find_request(request_id, client)
@@ -71,7 +71,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
 
     @router.delete(CHAT_COMPLETIONS + "/{request_id}", summary="Abort a request", tags=["chat"])
     async def abort_chat_completion(request_id: str, request: Request) -> Response:
-        """A queued request never runs, a running one ends within a step. Its own client gets an error."""
+        """Removes a queued request, or stops a running one; a client that waits for it gets an error."""
         await queue.find_request(request_id, keys.client_of(request))
         if await queue.abort(request_id) == "gone":
             raise RequestNotFound("The request has ended already.")
@@ -126,7 +126,7 @@ def _wants_detach(request: Request) -> bool:
 
 
 def _first_event_no(request: Request, request_id: str) -> int:
-    """The event after the one that `Last-Event-ID` names; without the header, the first."""
+    """Returns the number of the first event to send: the one after `Last-Event-ID`; without it, 0."""
     last = request.headers.get(LAST_EVENT_ID)
     if last is None:
         return 0

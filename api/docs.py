@@ -1,4 +1,4 @@
-"""The documentation page and its OpenAPI schema: need no API key and no internet access."""
+"""The documentation page and its OpenAPI schema, which need neither an API key nor internet access."""
 
 import copy
 from functools import cache
@@ -32,7 +32,7 @@ KEYED_PREFIX = "/v1"
 
 
 def install(app: FastAPI, relay: Relay) -> None:
-    """Adds the page at `/` and `/docs`, its assets, and the schema."""
+    """Adds the documentation page at `/` and `/docs`, its assets, and the schema to an application."""
     app.mount(ASSETS, StaticFiles(directory=str(resources.files("fastapi_offline") / "static")))
 
     @app.get("/", include_in_schema=False)
@@ -45,7 +45,7 @@ def install(app: FastAPI, relay: Relay) -> None:
             swagger_js_url=f"{root}{ASSETS}/swagger-ui-bundle.js",
             swagger_css_url=f"{root}{ASSETS}/swagger-ui.css",
             swagger_favicon_url=f"{root}{ASSETS}/favicon.png",
-            # Without this, Swagger UI may ask a validator on the internet about the schema.
+            # Without this setting, Swagger UI may send the schema to a validator on the internet.
             swagger_ui_parameters={"validatorUrl": None},
         )
 
@@ -63,7 +63,7 @@ def install(app: FastAPI, relay: Relay) -> None:
 
 
 def build_schema(routes: list[BaseRoute]) -> dict[str, Any]:
-    """The OpenAPI schema of these routes, without the models that are served."""
+    """Builds the OpenAPI schema of `routes`, without the list of served models."""
     schema = get_openapi(title=TITLE, version=VERSION, description=DESCRIPTION, routes=routes)
     components = schema.setdefault("components", {})
     components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
@@ -126,7 +126,7 @@ def _example(model: str) -> dict[str, Any]:
 
 
 def _with_models(schema: dict[str, Any], cards: list[ModelCard] | None) -> dict[str, Any]:
-    """The schema with the served models in its description, and one of them in its example."""
+    """Copies the schema, lists the served models in its description, and names one in its example."""
     schema = copy.deepcopy(schema)
     schema["info"]["description"] += f"\n\n{_describe(cards)}"
     if cards:

@@ -1,4 +1,4 @@
-"""The one place where exceptions become HTTP: status, headers and OpenAI's error envelope."""
+"""Turns exceptions into HTTP status, headers and OpenAI's error envelope; no other module does."""
 
 import logging
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Mapped(NamedTuple):
     type: str
     retry_after_s: int | None = None
     permanent: bool = False
-    """True if a repetition would fail as well; the official clients are then told not to retry."""
+    """True if a retry would fail as well; a header then tells the official clients not to retry."""
     headers: Mapping[str, str] = {}
 
 
@@ -62,7 +62,7 @@ MAPPING: dict[type[LorelayError], Mapped] = {
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The error itself; all four keys are always there."""
+    """The fields of an error; all four are always present."""
 
     message: str
     type: str
@@ -71,24 +71,24 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class ErrorEnvelope(msgspec.Struct, frozen=True):
-    """OpenAI's error object."""
+    """The JSON body of an error response, in OpenAI's format."""
 
     error: ErrorBody
 
 
 def mapped(error: LorelayError) -> Mapped:
-    """The mapping of an exception: its own class's, or its nearest ancestor's."""
+    """Returns the entry of `MAPPING` for an exception's class or, if it has none, its nearest base class."""
     return next(MAPPING[cls] for cls in type(error).__mro__ if cls in MAPPING)
 
 
 def render_error(error: LorelayError) -> bytes:
-    """The envelope of an exception, as JSON."""
+    """Returns the error envelope of an exception, as JSON."""
     body = ErrorBody(error.message, mapped(error).type, error.param, error.code)
     return msgspec.json.encode(ErrorEnvelope(body))
 
 
 def error_response(error: LorelayError) -> Response:
-    """The whole HTTP answer to an exception."""
+    """Returns the HTTP response that reports an exception."""
     target = mapped(error)
     headers = dict(target.headers)
     if target.permanent:
@@ -100,7 +100,7 @@ def error_response(error: LorelayError) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Makes this module answer all exceptions of the application."""
+    """Registers this module's handlers for all exceptions of an application."""
     app.add_exception_handler(LorelayError, _handle_ours)
     app.add_exception_handler(HTTPException, _handle_http)
     app.add_exception_handler(RequestValidationError, _handle_parameter)
@@ -127,7 +127,7 @@ async def _handle_http(request: Request, exc: Exception) -> Response:
 
 
 async def _handle_parameter(request: Request, exc: Exception) -> Response:
-    """Answers a bad parameter of the URL, which FastAPI checks."""
+    """Answers a request with an invalid URL parameter; FastAPI checks those."""
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
     name = str(first["loc"][-1])
@@ -135,7 +135,7 @@ async def _handle_parameter(request: Request, exc: Exception) -> Response:
 
 
 async def _handle_disconnect(request: Request, exc: Exception) -> Response:
-    """Answers a client that left while it was still sending; nobody reads this answer."""
+    """Ends a request whose client disconnected while sending; nobody receives this response."""
     return Response(status_code=400)
 
 

@@ -1,4 +1,4 @@
-"""The log line of one exchange: its outcome, status and times."""
+"""The log line of one HTTP exchange (a request and its response): outcome, status and times."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExchangeLog:
-    """Notes what becomes of one request, and logs it once at the end."""
+    """Collects the outcome and the times of one request, and logs them once, at its end."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
@@ -21,22 +21,22 @@ class ExchangeLog:
 
     @property
     def has_events(self) -> bool:
-        """True once an event has come."""
+        """True once an event of the request has arrived."""
         return self._first_event_s is not None
 
     def note_events(self, events: list[StreamEvent]) -> None:
-        """Takes the time of the first events, and the outcome of the last."""
+        """Records the time of the first event and the outcome that the last event reports."""
         if events and self._first_event_s is None:
             self._first_event_s = time.monotonic() - self._begun_at
         if events and events[-1].is_terminal:
             self._outcome = events[-1].finish_reason or "unknown"
 
     def note_failure(self, outcome: str, status: int) -> None:
-        """Takes another outcome than the last event's: an error's code, or that the client left."""
+        """Records a failure as the outcome: an error code, or `client_gone` if the client disconnected."""
         self._outcome, self._status = outcome, status
 
     def write(self) -> None:
-        """Writes the line."""
+        """Writes the log line."""
         request, total_s = self._request, time.monotonic() - self._begun_at
         first_event_s = self._first_event_s
         logger.info(

@@ -1,7 +1,7 @@
 """The HTTP application: `uvicorn --factory api.main:create_app`.
 
-At SIGTERM uvicorn takes no new connections and waits for the open ones; after `api_drain_s` the relay ends
-those that are still open with `server_draining`, then the lifespan ends. If uvicorn's
+At SIGTERM uvicorn stops accepting connections and waits for the open responses. After `api_drain_s` the relay
+ends the responses that are still open with the error `server_draining`; then the process ends. If uvicorn's
 `--timeout-graceful-shutdown` is shorter than `api_drain_s`, clients get the same error earlier.
 """
 
@@ -20,10 +20,10 @@ from shared.settings import ApiSettings, RedisSettings
 
 
 def create_app(settings: ApiSettings | None = None, redis_settings: RedisSettings | None = None) -> FastAPI:
-    """The application. Settings that are not given are read from the environment; nothing connects yet.
+    """Creates the application without connecting to Redis; settings that are None come from the environment.
 
     Raises:
-        ConfigurationError: a variable is missing or malformed.
+        ConfigurationError: an environment variable is missing or malformed.
     """
     is_process = settings is None and redis_settings is None
     settings = settings or ApiSettings.load()

@@ -1,4 +1,4 @@
-"""The exchange of one generation: from the queue to the last byte that the client gets."""
+"""The HTTP response to one generation request: enqueues the request and sends its events to the client."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,11 @@ from shared.settings import ApiSettings
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 10.0
-"""Silence on an open stream after which a comment line goes out."""
+"""Time without events after which an open stream gets a comment line, which keeps its connection alive."""
 LAST_WORDS_S = 1.0
-"""Longest time that a slow reader may hold up the error that ends its stream."""
+"""Maximum time for sending the error that ends a stream to a client that reads slowly."""
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that left before its answer; used in our log only."""
+"""The status that nginx logs for a client that disconnects before its response; used in log lines only."""
 
 
 class ClientGone(Exception):
@@ -38,23 +38,24 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class GenerationCall:
-    """A checked request, and the form that its answer takes."""
+    """A checked request, and the writer that renders its answer."""
 
     request: GenerationRequest
     writer: AnswerWriter
     client: str
-    """The sender: a digest of the API key."""
+    """Id of the client: a digest of its API key."""
     admit_until: float
-    """The event loop's time by which Redis must have taken it."""
+    """Deadline (event loop's time) by which Redis must have accepted the request."""
     resume_from: int | None = None
-    """The first event to send of a request that was enqueued before; None enqueues it."""
+    """Number of the first event to send of an already enqueued request; None enqueues the request."""
 
 
 class GenerationResponse(Response):
     """Enqueues a request and answers with its events, as a stream or as one body.
 
-    An error is raised as long as nothing was sent, and the exception handlers turn it into a status; later it
-    is the stream's last event. A request that has not ended when the exchange does is aborted.
+    An error that occurs before anything was sent is raised, and the exception handlers turn it into an HTTP
+    status; a later one is sent as the stream's last event. If the response ends before its request does, the
+    request is aborted, unless it is detached.
     """
 
     def __init__(self, relay: Relay, settings: ApiSettings, call: GenerationCall) -> None:
@@ -75,7 +76,7 @@ class GenerationResponse(Response):
             except ClientGone:
                 self._log.note_failure("client_gone", 200 if self._is_started else CLIENT_CLOSED_REQUEST)
             except asyncio.CancelledError:
-                # uvicorn cancels when --timeout-graceful-shutdown is over, and does not wait for us.
+                # uvicorn cancels this task after --timeout-graceful-shutdown, and does not wait for it.
                 await self._end_with(ServerDraining(), send)
             except LorelayError as error:
                 await self._end_with(error, send)
@@ -105,7 +106,7 @@ class GenerationResponse(Response):
 
     @contextlib.contextmanager
     def _abort_at_exit(self, source: EventSource) -> Iterator[None]:
-        """Gives the request up at the end of the context, unless it has ended or is detached."""
+        """Aborts the request at the end of the context, unless it has ended or is detached."""
         try:
             yield
         finally:
@@ -113,10 +114,10 @@ class GenerationResponse(Response):
                 self._relay.abort_soon(self._call.request.request_id)
 
     async def _forward(self, source: EventSource, send: Send) -> None:
-        """Sends events in the writer's form until the last one.
+        """Sends the events, as the writer renders them, up to the last one.
 
         Raises:
-            LorelayError: an event is an error; those before it are sent.
+            LorelayError: an event reports an error; all events before it were sent.
         """
         loop, is_stream = asyncio.get_running_loop(), self._writer.is_stream
         silence_s = self._settings.first_event_wait_s if is_stream else math.inf
@@ -148,7 +149,7 @@ class GenerationResponse(Response):
             await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
     async def _start(self, send: Send, num_bytes: int | None) -> None:
-        """Sends the headers: of a stream, or of one body of `num_bytes`."""
+        """Sends the response headers: of a stream if `num_bytes` is None, else of a body of that size."""
         headers = [(b"x-request-id", self._call.request.request_id.encode())]
         if num_bytes is None:
             headers += [
@@ -162,7 +163,7 @@ class GenerationResponse(Response):
         self._is_started = True
 
     async def _end_with(self, error: LorelayError, send: Send) -> None:
-        """Tells the client of an error: as a status if nothing was sent yet, else as the last event."""
+        """Reports an error to the client: as HTTP status if nothing was sent yet, else as the last event."""
         if not self._is_started:
             self._log.note_failure(error.code, mapped(error).status)
             raise error
@@ -174,7 +175,7 @@ class GenerationResponse(Response):
 
 
 async def _watch(receive: Receive, inbox: Inbox) -> None:
-    """Ends the inbox when the client leaves."""
+    """Fails the inbox with `ClientGone` when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
     inbox.fail(ClientGone())

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's under `/v1`, the probes beside them."""
+"""The HTTP routes: OpenAI's endpoints under `/v1`, and the health probes."""
 
 from typing import Any, Literal
 
@@ -16,21 +16,21 @@ from shared.settings import ApiSettings
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A model that can be named in a request."""
+    """A model that a request can name."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
-    """Source of its weights: a folder or a Hugging Face id."""
+    """Source of the weights: a folder or a Hugging Face id."""
     parent: str | None
-    """The base model of an adapter."""
+    """Name of the base model if this is an adapter, else None."""
     max_model_len: int
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """All models, each base in front of its adapters."""
+    """All models; each base comes before its adapters."""
 
     object: Literal["list"]
     data: list[Model]
@@ -43,7 +43,7 @@ class Status(msgspec.Struct, frozen=True):
 
 
 def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
-    """The routes on this relay; those under `/v1` ask for an API key where there are any."""
+    """Builds all routes; those under `/v1` require an API key if the settings name any."""
     router = APIRouter()
     keys = ApiKeyCheck(settings.api_keys)
     keyed = APIRouter(dependencies=[Depends(keys)])
@@ -57,13 +57,13 @@ def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
 def _add_model_routes(router: APIRouter, queue: QueueClient) -> None:
     @router.get("/v1/models", summary="List the models", tags=["models"])
     async def list_models() -> Response:
-        """The base models and their adapters."""
+        """Lists the base models and their adapters."""
         cards = await queue.fetch_cards()
         return _json(ModelList("list", [_to_model(card) for card in cards]))
 
     @router.get("/v1/models/{model_id:path}", summary="Describe one model", tags=["models"])
     async def retrieve_model(model_id: str) -> Response:
-        """One model; its name may contain slashes."""
+        """Describes one model, whose name may contain slashes."""
         if not model_id:
             raise ModelNotFound
         return _json(_to_model(await queue.fetch_card(model_id, queue.deadline())))
@@ -73,13 +73,13 @@ def _add_probes(router: APIRouter, queue: QueueClient) -> None:
     @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Is the process up?", tags=["probes"])
     async def health() -> Response:
-        """Answers as long as the process does."""
+        """Answers 200 as long as the process runs."""
         return _json(Status("ok"))
 
     @router.head("/ready", include_in_schema=False)
     @router.get("/ready", summary="Can it take requests?", tags=["probes"])
     async def ready() -> Response:
-        """503 while Redis can't be reached, or takes no writes."""
+        """Answers 503 while Redis can't be reached or refuses writes."""
         await queue.ping()
         return _json(Status("ok"))
 

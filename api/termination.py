@@ -1,4 +1,4 @@
-"""A hook at SIGTERM that runs before the HTTP server stops."""
+"""A hook at SIGTERM or SIGINT that runs before the HTTP server's own handler."""
 
 import asyncio
 import signal
@@ -10,9 +10,9 @@ from types import FrameType
 
 @contextmanager
 def at_termination(callback: Callable[[], None]) -> Iterator[None]:
-    """Calls `callback` in the running event loop at SIGTERM or SIGINT, then the handler that was there.
+    """At SIGTERM or SIGINT, calls `callback` in the running event loop, then the previously set handler.
 
-    Does nothing outside the main thread, or if nobody handles these signals; uvicorn does in its process.
+    It does nothing outside the main thread, or for a signal that has no handler; uvicorn sets one for both.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,1 +1,1 @@
-"""`scripts/bench`: the yardstick of this machine, measured on a real deployment."""
+"""`scripts/bench`: measures speed and latency of a real deployment on this machine."""

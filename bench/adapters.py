@@ -1,4 +1,4 @@
-"""Random LoRA adapters on disk, in PEFT's format.
+"""Writes random LoRA adapters in PEFT's format.
 
 `python -m bench.adapters --model MODEL --folder FOLDER --count 8 --rank 16 --targets q_proj,v_proj`
 """
@@ -21,7 +21,7 @@ class AdapterKind:
 
     rank: int
     targets: tuple[str, ...]
-    """Names of modules; a model without them gets adapters on all its Linears but the head."""
+    """Names of target modules; in a model that has none of them, all Linears of its layers are targets."""
 
 
 class AdapterMaker:
@@ -34,7 +34,7 @@ class AdapterMaker:
         self._modules = _targeted(linear_shapes(model), kind.targets)
 
     def make(self, folder: Path, names: Sequence[str]) -> dict[str, Path]:
-        """One adapter per name in `folder`, each with weights of its own."""
+        """Writes one adapter per name into `folder`, each with different weights."""
         return {name: self._write(folder / name, seed) for seed, name in enumerate(names)}
 
     def _write(self, folder: Path, seed: int) -> Path:

@@ -1,4 +1,4 @@
-"""A Starlette app that only streams chunks, as the yardstick for the API's work per token.
+"""A Starlette app that only streams chunks; the API's CPU time per token is compared with it.
 
 `uvicorn --factory bench.bare:create_app`
 """
@@ -17,7 +17,7 @@ from shared.messages import StreamEvent
 
 
 def create_app() -> Starlette:
-    """An app with the one route that streams, and `/ready`."""
+    """Creates an app with two routes: one that streams, and `/ready`."""
     return Starlette(
         routes=[
             Route("/v1/chat/completions", _stream, methods=["POST"]),
@@ -27,7 +27,7 @@ def create_app() -> Starlette:
 
 
 async def _stream(request: Request) -> Response:
-    """Streams `max_tokens` chunks of the form that Lorelay's API writes."""
+    """Streams `max_tokens` chunks in the format of Lorelay's API."""
     body = await request.json()
     writer = ChunkWriter(Heading("chatcmpl-" + "0" * 32, 0, body["model"]), include_usage=False, begun=[0])
     chunk = writer.render(StreamEvent(event_no=0, text=" river"))

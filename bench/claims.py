@@ -1,8 +1,8 @@
-"""Cost of a worker's claims, by how many queues wait: CPU milliseconds of Redis and of the worker.
+"""Measures the CPU time of a worker's claims, in Redis and in the worker, by the number of waiting queues.
 
-`python -m bench.claims` starts a Redis of its own and prints a table. The worker has room for one sequence,
-its 32 resident adapters wait among the others, and 31 of them run, as under load. CPU time, because the wall
-clock shows what else the machine does.
+`python -m bench.claims` starts a Redis server of its own and prints a table. As under load, the worker has
+capacity for one more sequence, requests wait for its 32 resident adapters and for others, and 31 of the
+resident adapters run. CPU time is measured because wall time depends on what else runs on the machine.
 """
 
 import asyncio
@@ -41,19 +41,19 @@ NUM_PER_QUEUE = 4
 
 
 class Costs(NamedTuple):
-    """CPU milliseconds for each claim."""
+    """CPU time of one claim, in milliseconds."""
 
     look_ms: float
-    """In Redis, to find what the worker may choose from."""
+    """CPU time in Redis for reading the requests that the worker may choose from."""
     claim_ms: float
-    """In Redis, to take a request."""
+    """CPU time in Redis for taking a request."""
     worker_ms: float
-    """In the worker, all of it."""
+    """CPU time in the worker for the whole claim."""
 
 
 @contextmanager
 def own_server() -> Iterator[str]:
-    """The URL of a server that lives as long as the context."""
+    """Runs a Redis server until the context ends; yields its URL."""
     with tempfile.TemporaryDirectory(prefix="lorelay-bench-") as name, StateFolder(Path(name)) as folder:
         process = subprocess.Popen(folder.command(find_binary()), stdout=subprocess.DEVNULL)
         try:
@@ -78,7 +78,7 @@ async def _enqueue(url: str, request: GenerationRequest) -> None:
 
 
 def fill(url: str, connection: redis.Redis, num_queues: int) -> list[str]:
-    """Lets `NUM_PER_QUEUE` copies of a request wait in each of so many queues; their names."""
+    """Puts `NUM_PER_QUEUE` copies of a request into each of `num_queues` queues; returns their names."""
     request = GenerationRequest(
         f"chatcmpl-{uuid4().hex}", "a", BASE, SamplingParams(), messages=[{"role": "user"}], adapter_name="a"
     )
@@ -101,7 +101,7 @@ def fill(url: str, connection: redis.Redis, num_queues: int) -> list[str]:
 
 
 def measure(connection: redis.Redis, streams: WorkerStreams, queues: list[str]) -> Costs:
-    """The costs of claims one after the other."""
+    """Measures the mean costs of claims made one after the other."""
     order = WaitingOrder(BASE, max_wait_s=1.0)
     resident = queues[:NUM_SLOTS]
     running = Running(1, dict.fromkeys(resident[:-1], 1), {})
@@ -132,7 +132,7 @@ def measure(connection: redis.Redis, streams: WorkerStreams, queues: list[str]) 
 
 
 def _cpu_ms(connection: redis.Redis, call: Callable[[], object], num_calls: int) -> tuple[float, float]:
-    """CPU milliseconds of Redis, and of this thread, for each call."""
+    """Returns the CPU time per call, in ms: of Redis, and of this thread."""
     server_s, own_s = _server_cpu_s(connection), time.thread_time()
     for _ in range(num_calls):
         call()
@@ -146,7 +146,7 @@ def _server_cpu_s(connection: redis.Redis) -> float:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Measures each number of queues and prints the table."""
     sys.stdout.write(
         "| queues that wait | look: Redis ms | claim: Redis ms | both: worker ms |\n|---|---|---|---|\n"
     )

@@ -1,8 +1,8 @@
-"""Two checkouts under the same load in turn: whether one release is as fast as another.
+"""Compares the speed of two checkouts, which run the same benchmark loads in turn.
 
 `python -m bench.compare --before FOLDER --model MODEL --adapters "a=PATH b=PATH"` compares the checkout in
 FOLDER with this one. Both deployments stay up; a round measures one and then the other, the next round in
-the opposite order. It prints a JSON line per load: medians, and ratios with 90 % intervals.
+the opposite order. The command prints a JSON line per load: medians, and ratios with 90 % intervals.
 """
 
 import argparse
@@ -27,11 +27,11 @@ NUM_RESAMPLES = 2000
 
 
 class Sample(NamedTuple):
-    """One load on one deployment."""
+    """Result of one run of a load on one deployment."""
 
     tokens_per_s: float
     cpu_ms_per_token: dict[str, float]
-    """CPU time of API, worker and server, in milliseconds of user and system time."""
+    """CPU time (user and system, in ms) of API, worker and Redis server per output token."""
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def loads(settings: Mapping[str, str], num_requests: int) -> dict[str, Load]:
-    """The loads of the benchmark: base, adapters mixed, one stream."""
+    """Returns the three loads: base model, mixed adapters, and a single stream."""
     parsed = WorkerSettings.load(**settings)
     base, adapters = parsed.base_name, [source.name for source in parsed.adapters]
     return {
@@ -73,7 +73,7 @@ def loads(settings: Mapping[str, str], num_requests: int) -> dict[str, Load]:
 
 
 def compare(before: Deployment, after: Deployment, load: Load, num_rounds: int) -> dict[str, object]:
-    """Measures both in turn; the first round warms up and does not count."""
+    """Measures both deployments in turn; the first round warms up and is not counted."""
     rounds: list[tuple[Sample, Sample]] = []
     for number in range(num_rounds + 1):
         if number % 2:
@@ -98,7 +98,7 @@ def measure(deployment: Deployment, load: Load) -> Sample:
     """Runs a load to its end.
 
     Raises:
-        LoadFailed: a request did not get its answer.
+        LoadFailed: a request failed.
     """
     before = cpu_seconds(deployment)
     result = checked(asyncio.run(run(deployment.url, load)))
@@ -108,13 +108,13 @@ def measure(deployment: Deployment, load: Load) -> Sample:
 
 
 def cpu_seconds(deployment: Deployment) -> dict[str, float]:
-    """The CPU time of each part so far, children that ended included."""
+    """Returns the CPU time (s) of each part so far, including its child processes that have ended."""
     pids = {"API": [deployment.api.pid], "worker": deployment.worker_pids, "server": [deployment.server_pid]}
     return {part: sum(sum(psutil.Process(pid).cpu_times()[:4]) for pid in ids) for part, ids in pids.items()}
 
 
 def interval(ratios: Sequence[float]) -> list[float]:
-    """Median of the ratios and the ends of its 90 % interval, by bootstrap with a fixed seed."""
+    """Returns the median and the ends of its 90 % interval, by bootstrap with a fixed seed."""
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(NUM_RESAMPLES))
     return [
@@ -128,7 +128,7 @@ def interval(ratios: Sequence[float]) -> list[float]:
 
 
 def print_line(figures: Mapping[str, object]) -> None:
-    """Prints one JSON line at once."""
+    """Prints one JSON line and flushes it."""
     sys.stdout.write(msgspec.json.encode(figures).decode() + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""A real deployment to measure: embedded server, `rq worker` processes, uvicorn, as in `lorelay serve`."""
+"""A deployment to measure: embedded server, `rq worker` processes and uvicorn, as `lorelay serve` has."""
 
 import contextlib
 import os
@@ -32,16 +32,16 @@ POLL_S = 0.05
 
 
 class StartFailed(Exception):
-    """A process ended, or was not ready in time; the message has the end of its log."""
+    """A process ended, or was not ready in time; the message contains the end of its log."""
 
 
 class Uvicorn:
-    """One app on a free port; a context manager."""
+    """A context manager that runs an app under uvicorn, on a free port."""
 
     def __init__(
         self, app: str, log: Path, variables: Mapping[str, str] | None = None, tree: Path = ROOT
     ) -> None:
-        """`app`: module and function that makes it; it has a route `/ready`. `tree`: see `Deployment`."""
+        """`app` is `module:function`; it needs a route `/ready`. `tree`: see `Deployment`."""
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
@@ -53,12 +53,12 @@ class Uvicorn:
 
     @property
     def pid(self) -> int:
-        """Id of its process; only once it has started."""
+        """Process id of uvicorn, once it has started."""
         assert self._process is not None
         return self._process.pid
 
     def cpu_s(self) -> float:
-        """CPU time that its process took so far."""
+        """Returns the CPU time (s) that uvicorn has used so far."""
         times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system)
 
@@ -77,7 +77,7 @@ class Uvicorn:
 
 
 class Deployment:
-    """Workers, one API and a Redis server, all in `folder`; a context manager that ends them."""
+    """A context manager that runs workers, one API and a Redis server, with all files in `folder`."""
 
     def __init__(
         self,
@@ -88,9 +88,9 @@ class Deployment:
         worker_class: str = "worker.LoraWorker",
         tree: Path = ROOT,
     ) -> None:
-        """`settings`: names and values of `shared.settings`, without prefix.
+        """`settings`: names (without `LORELAY_`) and values of settings.
 
-        `tree` is the checkout whose code runs: this one, or that of another release.
+        `tree` is the checkout whose code runs, this one or that of another release.
         """
         self._folder = folder
         self._settings = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
@@ -101,9 +101,9 @@ class Deployment:
         self._state = embedded.StateFolder(folder / "state")
         self._stack = contextlib.ExitStack()
         self.server_pid = 0
-        """Process id of its Redis server; 0 before it has started."""
+        """Process id of the Redis server; 0 before it has started."""
         self.worker_pids: list[int] = []
-        """Process ids of its workers; empty before it has started."""
+        """Process ids of the workers; empty before they have started."""
 
     @property
     def url(self) -> str:
@@ -116,15 +116,15 @@ class Deployment:
         return self._worker_settings.base_name
 
     def worker_log(self, number: int) -> Path:
-        """Log file of a worker; workers are numbered from 0."""
+        """Returns the log file of a worker; workers are numbered from 0."""
         return self._log(f"worker-{number}")
 
     def connect(self) -> redis.Redis:
-        """A new client of its Redis server; the caller closes it."""
+        """Opens a client of the Redis server; the caller closes it."""
         return redis.Redis.from_url(self._state.url, socket_timeout=SOCKET_TIMEOUT_S)
 
     def forward_states(self) -> set[str]:
-        """Forward states of its workers, as in `lorelay status`; empty for one that doesn't serve yet."""
+        """Returns the workers' forward states, as in `lorelay status`; "" for one that doesn't serve yet."""
         with self.connect() as connection:
             live = live_workers(connection, self.base_name)
         keys = [(socket.gethostname(), pid) for pid in self.worker_pids]
@@ -150,7 +150,7 @@ class Deployment:
     @property
     def _variables(self) -> dict[str, str]:
         """Environment variables of the API and the workers."""
-        # The working folder comes after PYTHONPATH, which may name this checkout.
+        # An inherited PYTHONPATH, which may name this checkout, would come before the working directory.
         return self._settings | ({} if self._tree == ROOT else {"PYTHONPATH": str(self._tree)})
 
     def _start_server(self) -> None:
@@ -196,10 +196,10 @@ def wait_until(
     needed: Mapping[Path, subprocess.Popen[bytes]],
     limit_s: float = START_LIMIT_S,
 ) -> None:
-    """Returns when the condition holds. `needed`: the processes it depends on, by log file.
+    """Waits for a condition; `needed`: the processes on which it depends, by log file.
 
     Raises:
-        StartFailed: one of these has ended, or the time is over.
+        StartFailed: one of the processes has ended, or `limit_s` is over.
     """
     deadline = time.monotonic() + limit_s
     while not condition():
@@ -211,7 +211,7 @@ def wait_until(
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process: SIGTERM, a second one for a worker that drains, then SIGKILL."""
+    """Ends a process: SIGTERM, a second SIGTERM, which ends a draining worker, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return

@@ -1,4 +1,4 @@
-"""The engine of one worker driven in process, without API and Redis, to compare the service with.
+"""Runs a worker's engine in process, without API and Redis, for comparison with the whole service.
 
 `python -m bench.direct --models m1,m2` reads the worker's `LORELAY_*` variables and prints one JSON line.
 """
@@ -24,19 +24,19 @@ from worker.serving.service import build_engine
 
 
 class DirectResult(msgspec.Struct, frozen=True):
-    """Output of an engine without the service around it."""
+    """Result of a run of the engine without the service."""
 
     num_tokens: int
     wall_s: float
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens over the whole time."""
+        """Output tokens divided by the duration of the whole run."""
         return self.num_tokens / self.wall_s
 
 
 def requests(load: Load, base: str) -> Iterator[GenerationRequest]:
-    """The requests that `bench.load` would send over HTTP."""
+    """Yields the requests that `bench.load` would send over HTTP."""
     texts = prompts(load.seed, load.num_prompt_words)
     for number in range(load.num_requests):
         model = load.models[number % len(load.models)]

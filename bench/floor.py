@@ -1,10 +1,10 @@
 """F(B), this machine's speed limit at batch size B, in tokens per second.
 
-A decode step that did nothing but its matrix products would reach it: every Linear of the model is multiplied
-once by a batch of B rows, in bfloat16, with q/k/v and gate/up fused and weights packed by oneDNN if there is
-one. Attention, norms, sampling and adapters are left out, so no real step is faster.
+F(B) is the speed of a decode step that runs only the matmuls of the model's Linears: each weight is
+multiplied once by a batch of B rows, in bfloat16. q/k/v and gate/up are fused, and weights are packed by
+oneDNN if torch has it. Attention, norms, sampling and adapters are left out, so no real step is faster.
 
-`python -m bench.floor --model FOLDER --batch 16` prints one JSON line.
+`python -m bench.floor --model FOLDER --batch 16` prints F(16) as one JSON line.
 """
 
 import argparse
@@ -22,14 +22,14 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MIN_NUM_STEPS = 25
 NUM_WARM_UP_STEPS = 5
 DURATION_S = 2.0
-"""Shortest measurement: processes beside this one take memory bandwidth, which varies within a second."""
+"""Minimum duration of a measurement; other processes use memory bandwidth, which varies within a second."""
 
 Shape = tuple[int, int]
 """(out, in) of a weight."""
 
 
 class Floor(msgspec.Struct, frozen=True):
-    """The matrix products of one decode step."""
+    """Result: the time that one decode step's matmuls take."""
 
     batch: int
     how: str
@@ -38,12 +38,12 @@ class Floor(msgspec.Struct, frozen=True):
 
     @property
     def tokens_per_s(self) -> float:
-        """Speed limit of a decode step of this batch size."""
+        """The speed limit F(batch)."""
         return self.batch / self.step_s
 
 
 def measure(model: str, batch: int, *, device: str = "cpu", num_threads: int | None = None) -> Floor:
-    """Times the matrix products of a model, with random weights of the same shapes."""
+    """Times the matmuls of a model's Linears, with random weights of the same shapes."""
     import torch
 
     if num_threads is not None:
@@ -64,7 +64,7 @@ def measure(model: str, batch: int, *, device: str = "cpu", num_threads: int | N
 
 
 def linear_shapes(model: str) -> list[tuple[str, Shape]]:
-    """Name and shape of each Linear of a causal language model, in the order of its modules."""
+    """Returns name and shape of each Linear of a causal language model, in the order of its modules."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -79,7 +79,7 @@ def linear_shapes(model: str) -> list[tuple[str, Shape]]:
 
 
 def fuse(named: Iterable[tuple[str, Shape]]) -> list[Shape]:
-    """The shapes, those that share an input (`FUSED`) joined."""
+    """Returns the shapes of the weights after Linears with the same input (`FUSED`) are fused."""
     joined: dict[str, Shape] = {}
     for name, (out, width) in named:
         parent, _, own = name.rpartition(".")
@@ -89,7 +89,7 @@ def fuse(named: Iterable[tuple[str, Shape]]) -> list[Shape]:
 
 
 def _pack(weights: list[Any], inputs: dict[int, Any]) -> tuple[str, Callable[[], object]]:
-    """Name of this machine's fastest way to do the products, and a function that does them once."""
+    """Returns the name of the fastest matmul on this machine, and a function that runs all matmuls once."""
     import torch
 
     batch = next(iter(inputs.values())).shape[0]
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    # If idle threads spun, they would slow this down many times on a machine with other work.
+    # If idle threads spun instead of sleeping, a busy machine would run this several times more slowly.
     sleep_while_waiting(is_eager=True)
     floor = measure(args.model, args.batch, device=args.device, num_threads=args.threads)
     fields = msgspec.structs.asdict(floor) | {"tokens_per_s": floor.tokens_per_s}

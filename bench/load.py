@@ -1,4 +1,4 @@
-"""Streaming load on any OpenAI-compatible server, the same for every server.
+"""A benchmark load of streaming requests, the same for every OpenAI-compatible server.
 
 `python -m bench.load --base-url URL --models m1,m2 --concurrency 16` prints one JSON line.
 """
@@ -29,23 +29,23 @@ IGNORE_EOS: Mapping[str, Any] = {"ignore_eos": True}
 
 @dataclass(frozen=True)
 class Load:
-    """Requests, and how many of them at a time."""
+    """Requests of a benchmark run, and the number of them that run at a time."""
 
     models: Sequence[str]
-    """Models to ask, one per request, in turn."""
+    """Models of the requests, used in turn."""
     num_requests: int = 64
     concurrency: int = 16
     max_tokens: int = 64
     num_prompt_words: int = 90
-    """Random common words; about 120 tokens with a chat template around 90 of them."""
+    """Number of random words in a prompt; 90 words and a chat template are about 120 tokens."""
     extra: Mapping[str, Any] = field(default_factory=lambda: IGNORE_EOS)
-    """Further entries of each request's body."""
+    """Further fields of each request's body."""
     seed: int = 0
 
 
 @dataclass
 class Stream:
-    """One request as its client saw it; times are of `time.perf_counter`."""
+    """A request as its client saw it; times are values of `time.perf_counter`."""
 
     model: str
     started_s: float
@@ -59,30 +59,30 @@ class Stream:
 
     @property
     def first_text_s(self) -> float:
-        """Seconds from the request to its first text, which must have come."""
+        """Time (s) from the request to its first text, which must have arrived."""
         return self.text_at_s[0] - self.started_s
 
     @property
     def gaps_s(self) -> list[float]:
-        """Seconds between one chunk with text and the next."""
+        """Times (s) between each chunk with text and the next, usually the inter-token latencies."""
         return [later - earlier for earlier, later in itertools.pairwise(self.text_at_s)]
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """All streams of a load."""
+    """Results of all requests of a benchmark run."""
 
     streams: Sequence[Stream]
     wall_s: float
 
     @property
     def errors(self) -> list[str]:
-        """Errors of the requests that did not get their whole answer."""
+        """Error messages of the requests that failed."""
         return [stream.error for stream in self.streams if stream.error]
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens of all requests over the whole time."""
+        """Output tokens of all requests, divided by the duration of the whole run."""
         return sum(stream.num_tokens for stream in self.streams) / self.wall_s
 
     @property
@@ -92,12 +92,12 @@ class LoadResult:
 
     @property
     def gap_p50_s(self) -> float:
-        """Median of all gaps."""
+        """Median of all times between chunks (`gaps_s`)."""
         return statistics.median(gap for stream in self.streams for gap in stream.gaps_s)
 
 
 class LoadFailed(Exception):
-    """A request of a measurement did not get its answer, so there is no figure."""
+    """A request of a measurement failed, so there is no result."""
 
 
 class Client:
@@ -121,7 +121,7 @@ class Client:
     async def stream(
         self, model: str, prompt: str, max_tokens: int, extra: Mapping[str, Any], into: Stream | None = None
     ) -> Stream:
-        """One request to its end; a caller that passes `into` can watch it grow."""
+        """Runs one request to its end; a caller that passes `into` can observe it meanwhile."""
         stream = into or Stream(model, 0.0)
         stream.started_s = time.perf_counter()
         body = {
@@ -155,7 +155,7 @@ class Client:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Lines of the body. httpx's own `aiter_lines` costs more CPU, which the server beside us needs."""
+    """Yields the body's lines. `aiter_lines` of httpx would take more CPU time from the server here."""
     rest = b""
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")
@@ -176,14 +176,14 @@ def _note(stream: Stream, chunk: Mapping[str, Any]) -> None:
 
 
 def prompts(seed: int, num_words: int) -> Iterator[str]:
-    """Endless random prompts, the same ones for the same seed."""
+    """Yields random prompts without end, the same ones for the same seed."""
     rng = random.Random(seed)
     while True:
         yield " ".join(rng.choice(WORDS) for _ in range(num_words))
 
 
 async def run(base_url: str, load: Load, *, api_key: str = "none") -> LoadResult:
-    """Keeps `concurrency` requests open until all were answered."""
+    """Runs a load: keeps `concurrency` requests open until all are answered."""
     texts = prompts(load.seed, load.num_prompt_words)
     jobs = iter([(load.models[n % len(load.models)], next(texts)) for n in range(load.num_requests)])
     streams: list[Stream] = []

@@ -1,8 +1,8 @@
-"""A check that a worker's memory does not grow while a thousand adapters come and go.
+"""Checks that a worker's memory does not grow while a thousand adapters are loaded and evicted.
 
-`python -m bench.memory --model MODEL --minutes 10 --adapters 1000` asks for all adapters in turn, so that
-each comes from disk, and prints JSON: the worker's memory over time, what it holds at the end, and faults.
-It exits with an error if there are faults. Linux only; the worker reads further settings from `LORELAY_*`.
+`python -m bench.memory --model MODEL --minutes 10 --adapters 1000` requests all adapters in turn, so that
+each is read from disk. The command prints JSON: the worker's memory over time and at its end, and the faults
+found. Its exit code is 1 if there are faults. Linux only; the worker reads further settings from `LORELAY_*`.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from bench.own import WATCHED, adapters_setting
 from bench.watched import Holdings, Watch
 
 ALLOWED_MIB = 256
-"""Growth that is no fault: oneDNN's caches, activations, and memory that the allocator keeps.
+"""Allowed growth in MiB: oneDNN's caches, activations, and memory that the allocator keeps.
 
 Weights, KV cache, slots and host memory for adapters are allocated in full before the first sample."""
 ALLOWED_TENSORS = 500
-"""New tensors that are no fault: each Linear makes tables for its adapters when they are first used."""
+"""Allowed number of new tensors: each Linear creates tables for its adapters at their first use."""
 CONCURRENCY = 4
 MAX_NUM_WORDS = 60
-"""Longest prompt in words; lengths vary because each new shape makes oneDNN's caches grow."""
+"""Maximum number of words in a prompt; lengths vary, because each new shape fills oneDNN's caches."""
 PAUSE_AFTER_ERROR_S = 1.0
 SETTINGS: Mapping[str, str] = {
     "device": "cpu",
@@ -47,7 +47,7 @@ SETTINGS: Mapping[str, str] = {
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The anonymous memory of worker and API at one time; pages of files, which come and go, don't count."""
+    """Anonymous memory of worker and API at one time; pages of files, which come and go, are not counted."""
 
     at_s: float
     num_requests: int
@@ -56,7 +56,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class MemoryResult(msgspec.Struct, frozen=True):
-    """Result of a run."""
+    """Result of a run of the memory check."""
 
     num_requests: int
     num_failed: int
@@ -64,19 +64,19 @@ class MemoryResult(msgspec.Struct, frozen=True):
     middle: Sample
     end: Sample
     highest_mib: float
-    """Highest memory of the worker."""
+    """Maximum memory of the worker, in MiB."""
     mib_per_minute: float
-    """Growth of the worker in the second half, by least squares."""
+    """Growth of the worker's memory in the second half of the run, by linear regression."""
     before: Holdings
     after: Holdings
     ended: str
-    """Requests and cache blocks that the worker held at its end, in its log's words."""
+    """Numbers of requests and cache blocks in use when the worker ended, as its log says."""
     faults: list[str]
 
 
 @dataclass
 class Course:
-    """Samples and answers, collected during a run."""
+    """Samples and answers collected during a run."""
 
     samples: list[Sample] = field(default_factory=list)
     num_requests: int = 0
@@ -94,10 +94,12 @@ def run(
     interval_s: float = 5.0,
     **settings: str,
 ) -> MemoryResult:
-    """Serves for `duration_s`, then judges the memory. `folder` is a temporary one; `settings` the worker's.
+    """Serves requests for `duration_s`, then judges the memory.
+
+    `folder` is temporary; `settings` are further settings of the worker.
 
     Raises:
-        StartFailed: the service did not come up.
+        StartFailed: the deployment did not start.
     """
     names = [f"a{n}" for n in range(num_adapters)]
     paths = AdapterMaker(model, AdapterKind(8, ATTENTION)).make(folder / "adapters", names)
@@ -172,7 +174,7 @@ def _last_words(log: Path) -> str:
 
 
 def judge(course: Course, watch: Watch, ended: str) -> MemoryResult:
-    """The result of a run of two samples or more; `ended`: the last words of the worker's log."""
+    """Judges a run with two samples or more; `ended`: last words of the worker's log."""
     samples = course.samples
     later = samples[(len(samples) - 1) // 2 :]
     growth = statistics.linear_regression([s.at_s / 60 for s in later], [s.worker_mib for s in later])

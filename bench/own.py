@@ -1,4 +1,4 @@
-"""Rows that need a deployment of Lorelay's own: each stage starts one, measures it, and ends it."""
+"""Measurements of Lorelay itself: each stage starts a deployment, measures it, and ends it."""
 
 import asyncio
 import itertools
@@ -36,17 +36,17 @@ METERED = "bench.scripted.MeteredWorker"
 WATCHED = "bench.watched.WatchedWorker"
 STEP_S = 0.02
 CPU_TICK_S = 0.01
-"""Resolution of a process's CPU time."""
+"""Resolution of a process's CPU time, in seconds."""
 NUM_SLOW_LOG_ENTRIES = 10_000
 SLOW_US = 10
-"""Threshold of the server's slow log: scripts exceed it, the commands inside them do not.
+"""Threshold of the server's slow log, in microseconds: scripts exceed it, the commands inside them do not.
 
-If each command were logged, the scripts would be measured slower than they are."""
+If each command inside a script were logged, too, the scripts would be slower than without the log."""
 
 
 @dataclass(frozen=True)
 class OwnSizes(Sizes):
-    """Amount of work in the measurements of a deployment of our own."""
+    """Amount of work in the measurements of Lorelay itself."""
 
     num_adapters: int = 8
     rank: int = 16
@@ -56,13 +56,13 @@ class OwnSizes(Sizes):
     num_idle_requests: int = 50
     num_loads: int = 24
     num_load_prompt_words: int = 10
-    """Few, because the time of a long prompt would hide the time that a load adds."""
+    """Number of words; few, because the prefill of a long prompt would hide the time that a load adds."""
     num_relay_streams: int = 256
     num_relay_tokens: int = 512
     script_batch: int = 32
     num_script_tokens: int = 128
     num_waves: int = 6
-    """Requests of a measurement, as a multiple of the scripted workers' batch sizes together."""
+    """Number of requests of a measurement, as a multiple of the sum of all scripted workers' batch sizes."""
 
 
 @dataclass
@@ -76,9 +76,9 @@ class Context:
     sizes: OwnSizes
     wanted: frozenset[str]
     given_adapters: Mapping[str, str] = field(default_factory=dict)
-    """Adapters of the user, in place of random ones."""
+    """Adapters that the user gave, to be used instead of random ones."""
     floors: dict[int, list[float]] = field(default_factory=dict)
-    """F in tokens/s by batch size; one entry for each time that it was measured."""
+    """F(batch) in tokens/s, by batch size; one value for each time that it was measured."""
     forward_states: set[str] = field(default_factory=set)
     """Forward states of the workers that were measured."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -89,7 +89,7 @@ class Context:
         return self.settings["device"].replace("auto", "cpu")
 
     def floor(self, batch: int) -> float:
-        """F(batch), tokens/s: measured anew on a CPU, once on a GPU."""
+        """Returns F(batch) in tokens/s; measures it at each call on a CPU, once on a GPU."""
         if self.device != "cpu" and batch in self.floors:
             return self.floors[batch][-1]
         options = ["--model", self.settings["model"], "--batch", str(batch), "--device", self.device]
@@ -101,28 +101,28 @@ class Context:
     def deploy(
         self, worker_class: str = LORA_WORKER, *, num_workers: int = 1, **settings: str
     ) -> Iterator[Deployment]:
-        """A deployment that runs while the context lasts."""
+        """Runs a deployment until the context ends."""
         folder = self.folder / f"deployment-{next(self._numbers)}"
         with Deployment(
             folder, {**self.settings, **settings}, num_workers=num_workers, worker_class=worker_class
         ) as deployment:
             yield deployment
-            # Read at the end: a compiled pass that turns out wrong is given up during the run.
+            # A compiled forward pass may be dropped during the run, so the states are read at the end.
             self.forward_states |= deployment.forward_states()
 
     def make_adapters(self, count: int, rank: int, targets: Sequence[str]) -> dict[str, str]:
-        """Random adapters on disk: name and folder."""
+        """Writes random adapters to disk; returns their folders by name."""
         folder = self.folder / f"adapters-{next(self._numbers)}"
         options = ["--model", self.settings["model"], "--folder", str(folder), "--count", str(count)]
         self.run("bench.adapters", *options, "--rank", str(rank), "--targets", ",".join(targets))
         return {f"a{n}": str(folder / f"a{n}") for n in range(count)}
 
     def ask(self, module: str, *arguments: str, **settings: str) -> Any:
-        """Runs a module in a process of its own; its output, decoded from JSON."""
+        """Runs a module in a process of its own; returns its output, decoded from JSON."""
         return msgspec.json.decode(self.run(module, *arguments, **settings).splitlines()[-1])
 
     def run(self, module: str, *arguments: str, **settings: str) -> bytes:
-        """Runs a module in a process of its own; its output."""
+        """Runs a module in a process of its own; returns its output."""
         variables = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(
@@ -136,16 +136,16 @@ class Context:
 
 
 class Stage(NamedTuple):
-    """Rows that are measured together."""
+    """Measurements that share a deployment."""
 
     keys: frozenset[str]
     measure: Callable[[Context], Iterator[Figure]]
 
 
 def mixed_batches(context: Context) -> Iterator[Figure]:
-    """Batches of eight adapters on all projections, and the rows that share their deployment."""
+    """Measures batches of eight adapters on all projections, and all that needs the same deployment."""
     sizes = context.sizes
-    if context.device != "cpu":  # F first: a worker takes nearly all of the GPU's memory
+    if context.device != "cpu":  # F must come first, because a worker takes nearly all of the GPU's memory
         for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
             if keys & context.wanted:
                 context.floor(batch)
@@ -168,7 +168,7 @@ def mixed_batches(context: Context) -> Iterator[Figure]:
 
 
 def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
-    """Time to the client's first text minus the engine's time to its first token."""
+    """Measures the time to first token that API and Redis add: the client's minus the engine's own."""
     answers = asyncio.run(measure_idle(server, [server.base] * sizes.num_idle_requests, sizes))
     streams = [stream for stream in answers if stream.text_at_s]
     with deployment.connect() as connection:
@@ -181,7 +181,7 @@ def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
 
 
 def _direct_speed(context: Context, settings: Mapping[str, str], server: Server) -> float:
-    """Tokens/s of the same work on the same engine, without a service around it."""
+    """Returns the tokens/s of the same load on the engine alone, without API and Redis."""
     sizes = context.sizes
     options = ["--models", ",".join(server.adapters), "--concurrency", str(sizes.concurrency)]
     options += ["--requests", str(sizes.num_requests), "--max-tokens", str(sizes.max_tokens)]
@@ -192,7 +192,7 @@ def _direct_speed(context: Context, settings: Mapping[str, str], server: Server)
 
 
 def many_adapters(context: Context) -> Iterator[Figure]:
-    """A batch in which each row has another adapter."""
+    """Measures batches in which every request uses a different adapter."""
     sizes = context.sizes
     count = sizes.num_small_adapters
     adapters = context.make_adapters(count, 8, ATTENTION)
@@ -202,7 +202,7 @@ def many_adapters(context: Context) -> Iterator[Figure]:
 
 
 def thousand_adapters(context: Context) -> Iterator[Figure]:
-    """A thousand registered adapters, of which a tenth is asked for, by a Zipf distribution."""
+    """Measures a thousand registered adapters, of which a tenth are requested, by Zipf's law."""
     sizes = context.sizes
     adapters = context.make_adapters(sizes.num_registered, 8, ATTENTION)
     asked = list(adapters)[: sizes.num_asked]
@@ -215,7 +215,7 @@ def thousand_adapters(context: Context) -> Iterator[Figure]:
 def _compare(
     key: str, deployment: Deployment, models: Sequence[str], others: Sequence[str], sizes: Sizes
 ) -> Figure:
-    """The speed on `models` ÷ the speed on `others`."""
+    """Measures the speed on `models` ÷ the speed on `others`."""
     server = Server(deployment.url, deployment.base_name)
     served.warm_up(server, [*others, *models[: sizes.concurrency]], sizes)
     speeds = [measure(server, server.load(chosen, sizes)).tokens_per_s for chosen in (models, others)]
@@ -223,7 +223,7 @@ def _compare(
 
 
 def adapter_loads(context: Context) -> Iterator[Figure]:
-    """Time to the first token of an adapter that is not on the device."""
+    """Measures the time to first token of adapters that are not on the device."""
     adapters = context.make_adapters(2, context.sizes.rank, ALL_PROJECTIONS)
     if "cached" in context.wanted:
         yield _added_by_loads("cached", context, adapters, num_reads=0)
@@ -235,10 +235,12 @@ def adapter_loads(context: Context) -> Iterator[Figure]:
 def _added_by_loads(
     key: str, context: Context, adapters: Mapping[str, str], *, num_reads: int, **settings: str
 ) -> Figure:
-    """Time that a load adds: two adapters evict each other from one slot, each asked twice after the base.
+    """Measures the time to first token that an adapter load adds.
+
+    Two adapters evict each other from the only slot; each gets two requests, after one for the base.
 
     Raises:
-        LoadFailed: a request failed, or other than `num_reads` adapters came from disk.
+        LoadFailed: a request failed, or the number of adapters read from disk is not `num_reads`.
     """
     sizes = replace(context.sizes, num_prompt_words=context.sizes.num_load_prompt_words)
     watch_file = context.folder / f"{key}.json"
@@ -248,7 +250,7 @@ def _added_by_loads(
     ) as deployment:
         server = Server(deployment.url, deployment.base_name)
         served.warm_up(server, [server.base], sizes)
-        # The first adapter got the slot at the start, so the second one begins.
+        # The first adapter was put into the slot at the start, so requests for the second one begin.
         turns = itertools.islice(itertools.cycle(reversed(list(adapters))), sizes.num_loads)
         models = [model for adapter in turns for model in (server.base, adapter, adapter)]
         streams = asyncio.run(measure_idle(server, models, sizes))
@@ -264,7 +266,7 @@ def _added_by_loads(
 
 
 def relay(context: Context) -> Iterator[Figure]:
-    """The API's CPU time per token, compared with an app that only streams."""
+    """Compares the API's CPU time per token with that of an app that only streams."""
     sizes = context.sizes
     num_streams, num_tokens = sizes.num_relay_streams, sizes.num_relay_tokens
 
@@ -283,7 +285,7 @@ def relay(context: Context) -> Iterator[Figure]:
 
 
 def workers(context: Context) -> Iterator[Figure]:
-    """Throughput of the queue: workers sleep instead of computing."""
+    """Measures the throughput of the queue, with workers that sleep instead of computing."""
     speeds = []
     for num_workers in (4, 1):
         batch = 4
@@ -302,7 +304,7 @@ def workers(context: Context) -> Iterator[Figure]:
 
 
 def redis_costs(context: Context) -> Iterator[Figure]:
-    """Redis's share of the engine thread's CPU time, and of a step."""
+    """Measures the engine thread's CPU time in Redis code, and the server's time for `append.lua`."""
     batch, num_tokens = context.sizes.script_batch, context.sizes.num_script_tokens
     meter_file = context.folder / "meter.json"
     with context.deploy(
@@ -337,5 +339,5 @@ STAGES = (
 
 
 def adapters_setting(adapters: Mapping[str, str]) -> str:
-    """The adapters as a value of `LORELAY_ADAPTERS`."""
+    """Returns the value of `LORELAY_ADAPTERS` for these adapters."""
     return " ".join(shlex.quote(f"{name}={path}") for name, path in adapters.items())

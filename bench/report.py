@@ -1,4 +1,4 @@
-"""The table of figures as text and as a chart."""
+"""Renders the table of results as text and as a chart."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ MAX_SHARE = 2.5
 
 
 def to_text(rows: Sequence[Row], heading: Sequence[str]) -> str:
-    """The table for a terminal or a README."""
+    """Renders the table for a terminal or a README."""
     lines = [("measure", "figure", "must", "aim", "", "behind it")]
     for row in rows:
         goal, sign = row.goal, "≤" if row.goal.less_is_better else "≥"
@@ -22,7 +22,7 @@ def to_text(rows: Sequence[Row], heading: Sequence[str]) -> str:
 
 
 def draw(rows: Sequence[Row], heading: Sequence[str], path: Path) -> None:
-    """A PNG: each figure as a share of what it must reach, so that longer is better in every row."""
+    """Draws a PNG with a bar per row: its figure relative to its limit, so that longer is better."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""Measures the yardstick on this machine, and prints it as a table and as a chart."""
+"""Measures a deployment on this machine; prints the results as a table and draws a chart."""
 
 import argparse
 import datetime
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def has_compiler(environ: Mapping[str, str]) -> bool:
-    """True if the workers of this machine compile: there is a `g++`, and compiling is not off."""
+    """Returns True if workers here compile: there is a `g++`, and `LORELAY_COMPILE` is not off."""
     return environ.get("LORELAY_COMPILE") != "off" and shutil.which(COMPILER) is not None
 
 
@@ -79,21 +79,21 @@ def _parser(keys: Sequence[str]) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", nargs="+", choices=keys, default=[], metavar="ROW", help=f"these rows: {', '.join(keys)}")
     add("--model", default="", metavar="MODEL", help="folder or Hugging Face id [default: the demo model]")
-    add("--adapters", nargs="*", default=[], metavar="NAME=PATH", help="yours, in place of the random ones")
-    add("--num-adapters", type=int, metavar="N", help="random ones in a mixed batch [default: 8]")
+    add("--adapters", nargs="*", default=[], metavar="NAME=PATH", help="use these, not random ones")
+    add("--num-adapters", type=int, metavar="N", help="random adapters in a mixed batch [default: 8]")
     add("--concurrency", type=int, metavar="N", help="requests at a time [default: 16]")
     add("--num-requests", type=int, metavar="N", help="requests of one measurement [default: 64]")
     add("--max-tokens", type=int, metavar="N", help="tokens of one answer [default: 64]")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 … [default: %(default)s]")
-    add("--dtype", default="bfloat16", help="of the model [default: %(default)s]")
+    add("--dtype", default="bfloat16", help="number type of the weights [default: %(default)s]")
     add("--base-url", metavar="URL", help="measure the server there (without /v1); F is measured here")
-    add("--models", type=lambda names: names.split(","), metavar="BASE,ADAPTER,…", help="what it serves")
-    add("--api-key", default="none", help="of that server")
+    add("--models", type=lambda names: names.split(","), metavar="BASE,ADAPTER,…", help="its models")
+    add("--api-key", default="none", help="API key of that server")
     add("--extra", type=json.loads, default=IGNORE_EOS, metavar="JSON", help="more for the body of a request")
     add(
         "--out", type=Path, default=Path(".bench"), metavar="FOLDER", help="for the results [default: .bench]"
     )
-    add("--smoke", action="store_true", help="as little work as possible: the figures mean nothing")
+    add("--smoke", action="store_true", help="do as little as possible; the figures mean nothing")
     return parser
 
 
@@ -111,7 +111,7 @@ def _sizes(args: argparse.Namespace) -> OwnSizes:
 
 
 def _served_stage(args: argparse.Namespace) -> Stage:
-    """The rows of a server that is there already."""
+    """Builds the stage that measures a server that runs already, at `--base-url`."""
     if not args.models:
         raise SystemExit("scripts/bench: --base-url needs --models")
     if not args.model:
@@ -124,7 +124,7 @@ def _served_stage(args: argparse.Namespace) -> Stage:
 
 
 def _measure(context: Context, stages: Iterable[Stage], all_goals: Mapping[str, Goal]) -> Iterator[Figure]:
-    """The figures of the wanted rows; a stage that fails gives its reason instead."""
+    """Yields the wanted figures; if a stage fails, figures without values that give the reason."""
     for stage in stages:
         missing = stage.keys & context.wanted
         if not missing:
@@ -142,7 +142,7 @@ def _measure(context: Context, stages: Iterable[Stage], all_goals: Mapping[str, 
 
 
 def _heading(words: Sequence[str], weights: str, context: Context) -> list[str]:
-    """Lines above the table; `weights` names the model and device that F was measured with."""
+    """Returns the lines above the table; `weights`: model and device with which F was measured."""
     now = datetime.datetime.now().astimezone()
     floors = sorted(context.floors.items())
     facts = [weights, ", ".join(f"F({batch}) = {_range(speeds)} tokens/s" for batch, speeds in floors)]
@@ -159,7 +159,7 @@ def _range(speeds: Sequence[float]) -> str:
 
 
 def _processor() -> str:
-    """Name of the processor; on systems other than Linux its architecture."""
+    """Returns the processor's name, or its architecture on systems other than Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

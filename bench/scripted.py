@@ -1,6 +1,6 @@
-"""Workers with a script in place of the model, to measure the cost of all the rest of Lorelay.
+"""Workers that repeat a fixed text instead of running a model, to measure the cost of everything else.
 
-`rq worker -w bench.scripted.ScriptedWorker`; `MeteredWorker` also writes down the time in Redis code.
+`rq worker -w bench.scripted.ScriptedWorker`; `MeteredWorker` also measures the CPU time spent in Redis code.
 """
 
 import functools
@@ -36,22 +36,22 @@ class ScriptSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="LORELAY_BENCH_", frozen=True)
 
     step_s: float = 0.0
-    """Duration of a step, in which the engine sleeps."""
+    """Duration of a step; the engine's thread sleeps for that time."""
     meter_file: str = ""
     """File to which `MeteredWorker` writes its `Meter`, as JSON."""
 
 
 class NoWeights:
-    """An adapter of a script: nothing to read, and nothing to put into a slot."""
+    """An adapter without weights."""
 
     num_bytes = 0
 
 
 class NoStore:
-    """The store of these adapters."""
+    """An adapter store that returns `NoWeights`."""
 
     def read(self, name: str) -> NoWeights:
-        """An adapter, without reading anything."""
+        """Returns an adapter without reading a file."""
         return NoWeights()
 
     def put(self, name: str, weights: NoWeights, slot: int) -> None:
@@ -59,7 +59,7 @@ class NoStore:
 
 
 class ScriptedRunner:
-    """A model that repeats the same words, one a step, each step after a fixed time."""
+    """A model that repeats the same words, one token per step; each step takes `step_s`."""
 
     block_size = BLOCK_SIZE
     num_blocks = NUM_BLOCKS
@@ -80,25 +80,25 @@ class ScriptedRunner:
         self._words = [SampledToken(word) for word in token_ids if tokenizer.decode([word]).strip()]
 
     def run(self, batch: Batch) -> list[Sampled]:
-        """The next word of each sequence."""
+        """Returns the next word of each sequence."""
         if self._step_s:
             time.sleep(self._step_s)
         words = self._words
         return [words[item.seq.num_output_tokens % len(words)] for item in batch if item.samples]
 
     def close(self) -> None:
-        """Does nothing: there is no background work."""
+        """Does nothing, because there is no background work."""
 
 
 class ScriptedWorker(LoraWorker):
-    """A LoraWorker without a model."""
+    """A LoraWorker with a `ScriptedRunner` as its model."""
 
     def load_model(self, settings: WorkerSettings) -> Any:
         return ScriptedRunner(settings, ScriptSettings.load().step_s)
 
 
 class Meter(msgspec.Struct, frozen=True):
-    """Time inside redis-py's connections, between the engine's first step and its last."""
+    """CPU time and calls inside redis-py's connections, from the engine's first step to its last."""
 
     num_steps: int
     engine_cpu_s: float
@@ -110,7 +110,7 @@ class Meter(msgspec.Struct, frozen=True):
 
 
 class MeteredWorker(ScriptedWorker):
-    """Writes a `Meter` when it ends."""
+    """A ScriptedWorker that writes a `Meter` to a file when it ends."""
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
         self._redis_times = RedisTimes()
@@ -129,7 +129,7 @@ class MeteredWorker(ScriptedWorker):
 class RedisTimes:
     """CPU time (`time.thread_time`) that each thread spent sending to Redis and reading from it.
 
-    All that redis-py does over the network ends in the two methods that `install` wraps.
+    `install` wraps the two methods through which redis-py sends every command and reads every reply.
     """
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class RedisTimes:
         self.num_calls: Counter[int] = Counter()
 
     def install(self) -> None:
-        """Wraps the methods for the rest of the process's life."""
+        """Wraps the two methods until the process ends."""
         for name in ("send_packed_command", "read_response"):
             setattr(AbstractConnection, name, self._timed(getattr(AbstractConnection, name)))
 
@@ -156,7 +156,7 @@ class RedisTimes:
 
 
 class MeteredRunner(ScriptedRunner):
-    """A scripted runner that notes the Redis times before each step."""
+    """A ScriptedRunner that records the Redis times before each step."""
 
     def __init__(self, settings: WorkerSettings, step_s: float, times: RedisTimes) -> None:
         super().__init__(settings, step_s)
@@ -167,7 +167,7 @@ class MeteredRunner(ScriptedRunner):
         self._thread = 0
 
     def run(self, batch: Batch) -> list[Sampled]:
-        """Notes the times, then runs the script's step."""
+        """Records the Redis times, then runs the step."""
         self._thread = threading.get_ident()
         self._last = RedisTimes()
         self._last.cpu_s, self._last.num_calls = self._times.cpu_s.copy(), self._times.num_calls.copy()
@@ -176,7 +176,7 @@ class MeteredRunner(ScriptedRunner):
         return super().run(batch)
 
     def meter(self) -> Meter:
-        """The calls and CPU time between the first step and the last."""
+        """Returns the calls and the CPU time between the first step and the last."""
         first, last = self._first or self._last, self._last
         cpu_s = {thread: total_s - first.cpu_s[thread] for thread, total_s in last.cpu_s.items()}
         num_calls = last.num_calls - first.num_calls

@@ -1,4 +1,4 @@
-"""Figures of any OpenAI-compatible server, measured by its clients."""
+"""Measurements of any OpenAI-compatible server, made by its clients."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from bench.yardstick import Figure
 SPEED_KEYS = frozenset({"base", "mixed", "mixed-base", "ttft"})
 KEYS = SPEED_KEYS | {"stream", "gap"}
 NUM_GAPS_BEFORE = 20
-"""Gaps of each running stream from which the median is taken before the new prompts arrive."""
+"""Number of inter-token latencies per stream, before the long prompts arrive, that give the median."""
 POLL_S = 0.02
 LIMIT_S = 300.0
 
@@ -30,14 +30,18 @@ class Sizes:
     max_tokens: int = 64
     num_prompt_words: int = 90
     num_alone: int = 4
-    """Requests one after the other, for the speed of one stream."""
+    """Number of requests, sent one after the other, that measure the speed of one stream."""
     num_alone_rounds: int = 3
-    """Repetitions of that, each between two measurements of F(1); the median counts."""
+    """Number of times that the speed of one stream is measured between two measurements of F(1).
+
+    The median is the result."""
     num_long_prompts: int = 16
     num_long_prompt_words: int = 960
-    """Length of a long prompt; about 1,000 tokens."""
+    """Number of words in a long prompt, which has about 1,000 tokens."""
     max_running_tokens: int = 4000
-    """Most tokens of the streams that run while long prompts arrive; they are aborted after that."""
+    """Maximum number of tokens of each stream that runs while long prompts arrive.
+
+    The streams are aborted once the prompts are answered."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Server:
     _seeds: Iterator[int] = field(default_factory=lambda: itertools.count(10))
 
     def load(self, models: Sequence[str], sizes: Sizes) -> Load:
-        """The load of the yardstick on these models, in turn; no prefix cache has seen its prompts."""
+        """Returns a benchmark load on these models in turn, with prompts that are in no prefix cache yet."""
         return Load(
             models=models,
             num_requests=sizes.num_requests,
@@ -68,10 +72,10 @@ class Server:
 def rows(
     server: Server, sizes: Sizes, wanted: AbstractSet[str], floor: Callable[[int], float]
 ) -> Iterator[Figure]:
-    """The rows that any server can have; `floor` measures F(batch), in tokens/s.
+    """Yields the measurements that work on any server; `floor` measures F(batch), in tokens/s.
 
-    F is measured before and after each row that is divided by it, and the mean counts: other processes take
-    memory bandwidth, which changes F(1) by a third within minutes.
+    F is measured before and after each speed that is divided by F, and the mean is used, because other
+    processes take memory bandwidth, which changes F(1) by a third within minutes.
 
     Raises:
         LoadFailed: a request failed.
@@ -109,18 +113,18 @@ def _one_stream(server: Server, sizes: Sizes, floor: Callable[[int], float]) -> 
 
 
 def share(key: str, speed: float, other: float) -> Figure:
-    """One speed ÷ another, both in tokens/s."""
+    """Returns one speed ÷ another, both in tokens/s, as a figure."""
     return Figure(key, speed / other, f"{speed:.0f} of {other:.0f} tokens/s")
 
 
 def warm_up(server: Server, models: Sequence[str], sizes: Sizes) -> None:
-    """Lets the server meet each model and a full batch once."""
+    """Warms the server up: each model once, and one full batch."""
     brief = replace(sizes, num_requests=max(sizes.concurrency, len(models)), max_tokens=4)
     measure(server, server.load(models, brief))
 
 
 def measure(server: Server, load: Load) -> LoadResult:
-    """Runs a load.
+    """Runs a benchmark load on a server.
 
     Raises:
         LoadFailed: a request failed.
@@ -130,15 +134,15 @@ def measure(server: Server, load: Load) -> LoadResult:
 
 @dataclass(frozen=True)
 class Gaps:
-    """The pauses of running streams."""
+    """Inter-token latencies of running streams."""
 
     median_before_s: float
     longest_s: float
-    """Longest gap while long prompts arrived and were answered."""
+    """Maximum inter-token latency while long prompts arrived and were answered."""
 
 
 def measure_gaps(server: Server, sizes: Sizes) -> Gaps:
-    """Lets streams run, sends long prompts all at once, and looks at the gaps of the streams.
+    """Measures the inter-token latencies of running streams while many long prompts arrive at once.
 
     Raises:
         LoadFailed: a request failed, or the streams ended before the prompts were answered.
@@ -182,15 +186,15 @@ async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
 
 
 def without_ends(extra: Mapping[str, Any], num_tokens: int) -> Mapping[str, Any]:
-    """Bans the end-of-text token for streams that ignore it anyway.
+    """Bans the end-of-text token, through `min_tokens`, in streams that ignore it anyway.
 
-    That token has no text, so its step would look like a gap.
+    The token has no text, so its step would look like a longer inter-token latency.
     """
     return {**extra, "min_tokens": num_tokens} if extra.get("ignore_eos") else extra
 
 
 def gaps_between(stream: Stream, start_s: float, end_s: float) -> list[float]:
-    """The gaps of a stream that lie in this time, wholly or in part."""
+    """Returns the inter-token latencies of a stream that lie in this period, wholly or in part."""
     times = stream.text_at_s
     return [
         later - earlier for earlier, later in itertools.pairwise(times) if later > start_s and earlier < end_s
@@ -211,10 +215,10 @@ async def _leave(task: asyncio.Task[Stream]) -> None:
 
 
 async def measure_idle(server: Server, models: Sequence[str], sizes: Sizes) -> list[Stream]:
-    """A short request to each of these models, one after the other.
+    """Sends a short request to each of these models, one after the other.
 
     Raises:
-        LoadFailed: one failed.
+        LoadFailed: a request failed.
     """
     texts = prompts(3, sizes.num_prompt_words)
     async with Client(server.url, api_key=server.api_key) as client:

@@ -1,4 +1,4 @@
-"""A client that counts the chunks of streams at so little cost that the server is the bottleneck."""
+"""A client that only counts the chunks of streams, so cheaply that the server is the bottleneck."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ async def take_streams(url: str, model: str, num_streams: int, num_tokens: int) 
     """Opens `num_streams` streams at once and reads each to its end.
 
     Raises:
-        LoadFailed: a stream broke off, or has not a chunk for each token.
+        LoadFailed: a stream broke off, or had fewer chunks than tokens.
     """
     async with asyncio.timeout(LIMIT_S):
         counts = await asyncio.gather(*(_count(url, model, num_tokens) for _ in range(num_streams)))
@@ -31,7 +31,7 @@ async def _count(url: str, model: str, num_tokens: int) -> int:
             piece = await reader.read(1 << 16)
             if not piece:
                 raise LoadFailed(f"a stream broke off: {end[-200:].decode(errors='replace')}")
-            # A mark that is cut in two by the end of a piece counts once, with the next piece.
+            # A `"content"` that is split between two pieces is counted once, with the second piece.
             end = end[-len(b'"content"') + 1 :] + piece
             count += end.count(b'"content"')
         return count

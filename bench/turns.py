@@ -1,7 +1,8 @@
-"""A chat of several turns on the engine of one worker in process, with and without its prefix cache.
+"""Runs chats of several turns on an engine in process, with and without its prefix cache.
 
 `LORELAY_MODEL=FOLDER python -m bench.turns` reads the `LORELAY_*` variables of a worker.
-It prints one JSON line: the median time to the first token of the last turn, with the cache ÷ without it.
+The command prints one JSON line: the median time to the first token of a chat's last turn, with the cache,
+without it, and the ratio of the two.
 """
 
 import argparse
@@ -22,24 +23,24 @@ from worker.serving.service import build_engine
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """The last turn of a chat."""
+    """Result of the last turn of a chat."""
 
     first_token_s: float
     usage: Usage
 
 
 def load_engine(settings: WorkerSettings) -> Engine:
-    """An engine with a model and a KV cache of its own."""
+    """Loads an engine with a model and a KV cache of its own."""
     from worker.model.startup import load_model_runner
 
     return build_engine(load_model_runner(settings), settings, Faults())
 
 
 def chat(engine: Engine, base: str, texts: Iterator[str], num_turns: int, max_tokens: int) -> Turn:
-    """Runs a chat whose every turn sends the whole conversation so far.
+    """Runs a chat, each turn of which sends the whole conversation so far.
 
     Raises:
-        LoadFailed: a turn did not get its answer.
+        LoadFailed: a turn of the chat failed.
     """
     messages: list[dict[str, str]] = []
     first_token_s, usage = 0.0, Usage(0, 0)

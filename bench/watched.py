@@ -1,4 +1,4 @@
-"""`rq worker -w bench.watched.WatchedWorker`: a LoraWorker that writes down what it held in memory."""
+"""`rq worker -w bench.watched.WatchedWorker`: a LoraWorker that writes its memory use to a file."""
 
 import gc
 from pathlib import Path
@@ -17,29 +17,29 @@ class WatchSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="LORELAY_BENCH_", frozen=True)
 
     watch_file: str
-    """File to which the worker writes its `Watch`, as JSON, when it has drained."""
+    """File to which the worker writes its `Watch` as JSON, once it has drained."""
 
 
 class Holdings(msgspec.Struct, frozen=True):
-    """Memory that a worker holds, after a garbage collection."""
+    """Memory that a worker uses, after a garbage collection."""
 
     num_tensors: int
     tensor_bytes: int
     num_resident: int
     num_cached_bytes: int
     num_reads: int
-    """Adapters that were read from disk so far."""
+    """Number of adapters read from disk so far."""
 
 
 class Watch(msgspec.Struct, frozen=True):
-    """Memory that a worker held before its first request and after its last one."""
+    """Memory that a worker used before its first request and after its last one."""
 
     before: Holdings
     after: Holdings
 
 
 class WatchedWorker(LoraWorker):
-    """Writes a `Watch` when it has drained."""
+    """A LoraWorker that writes a `Watch` to a file once it has drained."""
 
     def work(self, *args: Any, **kwargs: Any) -> bool:
         has_worked = super().work(*args, **kwargs)
@@ -56,9 +56,9 @@ class WatchedWorker(LoraWorker):
 def _holdings(model_runner: Any) -> Holdings:
     import torch
 
-    gc.unfreeze()  # frozen objects would be left out of the count
+    gc.unfreeze()  # objects frozen with `gc.freeze` would not be counted
     gc.collect()
-    # `isinstance` would read `__class__` of lazy modules, which would load them.
+    # `isinstance` would read `__class__` of lazily loaded modules, and so load them.
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     adapters = model_runner.adapter_cache
     return Holdings(

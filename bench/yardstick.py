@@ -1,4 +1,4 @@
-"""The rows of the yardstick: their titles, the marks that must be reached, and the aims."""
+"""The benchmark's measurements, one table row each, with the limit and the aim of each."""
 
 import math
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Goal:
-    """One row before it is measured."""
+    """A measurement to make: its title, the limit that it must reach, and the aim."""
 
     key: str
-    """Name of the row for `--only`."""
+    """Name of the measurement, as `--only` takes it."""
     title: str
     must: float
     aim: float
@@ -20,7 +20,7 @@ class Goal:
 
 
 class Verdict(StrEnum):
-    """The mark that a figure reaches: the aim, the must, or neither."""
+    """The comparison of a result with its goal: reaches the aim, only the limit, or neither."""
 
     AIM = "aim"
     MUST = "ok"
@@ -29,25 +29,25 @@ class Verdict(StrEnum):
 
 
 class Figure(NamedTuple):
-    """The value measured for a row, by its key; None with the reason in `detail` if there is none."""
+    """The result of the measurement named `key`; its value is None if the measurement failed."""
 
     key: str
     value: float | None
     detail: str = ""
-    """The absolute figures behind the ratio, or the reason why there is none."""
+    """The absolute values behind a ratio, or the reason why there is no value."""
     failed: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row with its figure, or with the reason why there is none."""
+    """A row of the table: a goal and the result of its measurement."""
 
     goal: Goal
     figure: Figure
 
     @property
     def verdict(self) -> Verdict:
-        """The mark that the figure reaches."""
+        """The comparison of the figure with its goal."""
         if self.figure.value is None:
             return Verdict.NONE
         if self._reaches(self.goal.aim):
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def shown(self) -> str:
-        """The figure with its unit."""
+        """The figure with its unit, or `-` without a value."""
         value = self.figure.value
         if value is None:
             return "-"
@@ -64,7 +64,7 @@ class Row:
         return f"{value:.{digits}f} {self.goal.unit}".rstrip()
 
     def share(self, value: float) -> float:
-        """A value as a share of the mark that the row must reach; more is better in every row."""
+        """Returns a value relative to the limit of this row, so that more is better in every row."""
         must = self.goal.must
         if not self.goal.less_is_better:
             return value / must
@@ -77,7 +77,7 @@ class Row:
 
 
 def goals(*, has_compiler: bool) -> list[Goal]:
-    """All rows in the order of the table; two of the marks need a compiler beside the worker."""
+    """Returns all goals in the order of the table; two limits are lower without a C++ compiler."""
     base_must, mixed_must = (0.31, 0.21) if has_compiler else (0.22, 0.16)
     return [
         Goal("base", "base only, 16 at a time", base_must, 0.40, "F(16)"),

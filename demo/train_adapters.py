@@ -1,6 +1,6 @@
 """Trains the demo's two LoRA adapters on demo/training/*.jsonl, on CPU, in float32, with fixed seeds.
 
-The loss counts the assistant's tokens alone, each answer's end-of-turn token with them.
+The loss is computed over the assistant's tokens only, including the end-of-turn token of each answer.
 """
 
 import argparse
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training of one adapter; its training text and its folder have the same `name`."""
+    """Hyperparameters of one adapter; `name` is the name of its training file and of its folder."""
 
     name: str
     rank: int = 8
@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES = (
-    # More modules, because a manner of speech takes more of the model; a lower rate keeps the facts right.
+    # A manner of speech needs more target modules; a lower learning rate keeps the facts right.
     Recipe(
         "pirate",
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -57,7 +57,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation in tokens; `labels` is `token_ids` with IGNORED_LABEL outside the answers."""
+    """A tokenised conversation; `labels` is `token_ids` with IGNORED_LABEL outside the answers."""
 
     token_ids: list[int]
     labels: list[int]
@@ -99,7 +99,7 @@ def add_lora(base: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 
 def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Learning rate: linear warm-up over a tenth of the steps, then linear decay to zero."""
+    """Returns the learning rate's factor: linear warm-up over a tenth of the steps, then linear decay."""
     num_warmup = max(1, num_steps // 10)
     return min((step + 1) / num_warmup, (num_steps - step) / max(1, num_steps - num_warmup))
 
@@ -110,7 +110,7 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Exampl
 
 
 def make_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenises turn by turn, so that it is known which tokens are the assistant's own."""
+    """Tokenises a conversation turn by turn, to know which tokens belong to the assistant's answers."""
     token_ids: list[int] = []
     labels: list[int] = []
     text = ""
@@ -119,7 +119,7 @@ def make_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
             continue
         prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
         answer = f"{message['content']}{tokenizer.eos_token}"
-        # The prompt repeats all earlier turns; only what is new since the last answer is added.
+        # The prompt repeats all earlier turns, so only the part after the last answer is added.
         prompt_ids = tokenizer.encode(str(prompt).removeprefix(text), add_special_tokens=False)
         answer_ids = tokenizer.encode(answer, add_special_tokens=False)
         token_ids += prompt_ids + answer_ids
@@ -129,7 +129,7 @@ def make_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
 
 
 def batches(examples: list[Example], batch_size: int, num_steps: int) -> Iterator[dict[str, torch.Tensor]]:
-    """`num_steps` batches; every example once before any comes again."""
+    """Yields `num_steps` batches; each example is used once before any is used again."""
     rng = random.Random(SEED)
     queue: list[Example] = []
     for _ in range(num_steps):
@@ -140,7 +140,7 @@ def batches(examples: list[Example], batch_size: int, num_steps: int) -> Iterato
 
 
 def pad(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """Tensors (batch_size, longest), padded on the right; padding counts in no loss."""
+    """Returns tensors (batch_size, longest), padded on the right; the loss ignores the padding."""
     longest = max(len(example.token_ids) for example in examples)
 
     def stack(rows: list[list[int]], filler: int) -> torch.Tensor:
@@ -154,11 +154,11 @@ def pad(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def save(model: PeftModel, folder: Path) -> Path:
-    """Writes adapter_config.json and adapter_model.safetensors (bfloat16), and nothing else."""
+    """Writes adapter_config.json and adapter_model.safetensors (bfloat16), without PEFT's README."""
     shutil.rmtree(folder, ignore_errors=True)
-    # The Hugging Face id replaces the base's folder on this machine, which others don't have.
+    # The config names the base model by its Hugging Face id, because its folder exists on this machine only.
     model.peft_config["default"].base_model_name_or_path = BASE_MODEL_ID
-    # "auto" would ask the model hub for the base's vocabulary; LoRA leaves the embeddings alone.
+    # With "auto", PEFT would ask the Hugging Face hub for the vocabulary; LoRA changes no embeddings.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     weights_path = folder / "adapter_model.safetensors"
@@ -170,7 +170,7 @@ def save(model: PeftModel, folder: Path) -> Path:
 
 
 def sort_target_modules(config_path: Path) -> None:
-    """PEFT writes them in the order of a set, another one in every run."""
+    """Sorts the target modules: PEFT writes them in the order of a set, which differs from run to run."""
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["target_modules"].sort()
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

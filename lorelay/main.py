@@ -23,7 +23,7 @@ CONFIGURATION_EXIT_CODE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 2 for a configuration that can't work."""
+    """Runs one command and returns its exit code: 2 if the configuration is invalid."""
     args = options.build_parser().parse_args(arguments)
     commands = {"serve": _serve, "status": _status, "dashboard": _dashboard}
     try:
@@ -57,7 +57,7 @@ def _dashboard(args: argparse.Namespace) -> int:
 
 
 def _redis_url(args: argparse.Namespace) -> str:
-    """URL of the server that flags or environment name, or of the one embedded in the state folder."""
+    """Returns the Redis URL from flags or environment, or that of the embedded server in the state folder."""
     if args.redis_url:
         return str(args.redis_url)
     if args.state_dir:

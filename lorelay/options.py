@@ -1,6 +1,7 @@
 """The command line of `lorelay`; each flag of `serve` stands for a setting in `shared.settings`.
 
-Values stay strings here: the settings check them, so a flag and its variable follow the same rules.
+Values stay strings here, because the settings check them: so a flag and its environment variable follow the
+same rules.
 """
 
 import argparse
@@ -12,15 +13,15 @@ from shared.settings import ENV_PREFIX, ApiSettings, ServeSettings, Settings, Wo
 
 
 class Flag(NamedTuple):
-    """One flag: the setting that it stands for, and its help."""
+    """A flag, the setting that it sets, and its help text."""
 
     owner: type[Settings]
     field: str
     help: str
     metavar: str | None = None
-    """Name of the value in `-h`; None if the flag is a switch without a value."""
+    """Name of the value in `-h`; None if the flag takes no value."""
     default: str | None = None
-    """Text for the default in `-h`; by default the setting's own."""
+    """Description of the default in `-h`; None shows the setting's default value."""
 
     @property
     def name(self) -> str:
@@ -31,7 +32,7 @@ class Flag(NamedTuple):
         return f"{ENV_PREFIX}{self.field.upper()}"
 
     def describe(self) -> str:
-        """The help text with variable and default."""
+        """Returns the help text with environment variable and default."""
         default = self.owner.model_fields[self.field].get_default(call_default_factory=True)
         shown = self.default or (default if self.metavar else "off")
         return f"{self.help} [{self.variable}; default: {shown}]".replace("%", "%%")
@@ -97,7 +98,7 @@ SERVE_FLAGS: dict[str, tuple[Flag, ...]] = {
             "N",
             "the model's own",
         ),
-        Flag(WorkerSettings, "max_batch_size", "most sequences that one worker runs at once", "N"),
+        Flag(WorkerSettings, "max_batch_size", "maximum number of sequences in a worker's batch", "N"),
         Flag(
             WorkerSettings,
             "cache_max_entry_count",
@@ -107,21 +108,21 @@ SERVE_FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             WorkerSettings,
             "max_resident_adapters",
-            "adapters that have a slot on the device at once",
+            "maximum number of adapters in the device's memory",
             "N",
             "as many as a batch can hold, in a tenth of the free memory",
         ),
         Flag(
             WorkerSettings,
             "max_cached_adapter_bytes",
-            "host memory for adapters that are not on the device; the others are read from disk",
+            "host memory that caches adapters which are not on the device; all others are read from disk",
             "BYTES",
-            "a tenth of what is free at the start",
+            "a tenth of the memory that is free at the start",
         ),
         Flag(
             WorkerSettings,
             "max_wait_s",
-            "how long a request waits at most before its adapter may push another one out of its slot",
+            "maximum time that a request waits before its adapter may evict another one from the device",
             "SECONDS",
         ),
     ),
@@ -132,7 +133,7 @@ _LISTS = {"adapters", "api_keys"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; `command` names the subcommand."""
+    """Builds the parser; its result's `command` is the name of the subcommand."""
     parser = argparse.ArgumentParser(
         prog="lorelay", description="An OpenAI-compatible server for one base model and many LoRA adapters."
     )
@@ -152,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     dashboard = commands.add_parser(
         "dashboard",
         help="run rq-dashboard on the queues",
-        description="Run rq-dashboard on the queues, without its buttons that delete.",
+        description="Run rq-dashboard on the queues, with its delete buttons disabled.",
     )
     _add_server_options(dashboard)
     dashboard.add_argument(
@@ -165,13 +166,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def given_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The values that the command line gives, by setting."""
+    """Returns the values given on the command line, by the name of their setting."""
     names = ["model", *(flag.field for flag in ALL_SERVE_FLAGS)]
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def as_variables(values: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as environment variables."""
+    """Converts settings to environment variables."""
     return {
         f"{ENV_PREFIX}{name.upper()}": " ".join(value) if isinstance(value, list) else str(value)
         for name, value in values.items()
@@ -179,14 +180,14 @@ def as_variables(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def flag_of(variable: str | None) -> str | None:
-    """The flag that stands for the same setting as a variable."""
+    """Returns the flag for the same setting as an environment variable, or None."""
     if variable == f"{ENV_PREFIX}MODEL":
         return "MODEL"
     return next((flag.name for flag in ALL_SERVE_FLAGS if flag.variable == variable), None)
 
 
 def version() -> str:
-    """The installed version."""
+    """Returns the installed version."""
     try:
         return importlib.metadata.version("lorelay")
     except importlib.metadata.PackageNotFoundError:
@@ -198,9 +199,9 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="serve a model: queue, workers and HTTP API on this machine",
         description="Serve a model and its adapters: an embedded queue server (unless --redis-url names "
-        "one), workers and the HTTP API. What dies is started again; Ctrl-C or SIGTERM lets running requests "
-        "finish, a second Ctrl-C hurries. Every flag but --ssl has a variable, named in brackets; the flag "
-        "wins.",
+        "one), workers and the HTTP API. A process that dies is restarted. Ctrl-C or SIGTERM lets running "
+        "requests finish; a second Ctrl-C shortens their time. Every flag except --ssl has an environment "
+        "variable, named in brackets; the flag takes precedence.",
         allow_abbrev=False,
     )
     serve.add_argument(

@@ -1,4 +1,4 @@
-"""All that `lorelay serve` checks before it starts anything: settings, folders, port, GPUs, packages."""
+"""Everything that `lorelay serve` checks before it starts a process: settings, folders, port, GPUs."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from shared.errors import ConfigurationError
 from shared.settings import ENV_PREFIX, ApiSettings, RedisSettings, ServeSettings, WorkerSettings
 
 MAX_VARIABLE_BYTES = 120_000
-"""Longest variable; Linux takes 128 KiB, name included."""
+"""Maximum size of an environment variable; Linux accepts 128 KiB, name included."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SslFiles:
 
 @dataclass(frozen=True)
 class ServePlan:
-    """The checked settings, and the variables that hand them to the children."""
+    """The checked settings, and the environment variables that pass them to the child processes."""
 
     serve: ServeSettings
     api: ApiSettings
@@ -36,9 +36,9 @@ class ServePlan:
     """Settings of the workers, with absolute paths."""
     ssl_files: SslFiles | None
     variables: Mapping[str, str]
-    """Environment variables of all children."""
+    """Environment variables of all child processes."""
     worker_variables: tuple[Mapping[str, str], ...]
-    """Further variables of each worker."""
+    """Additional environment variables, one mapping per worker."""
 
     @property
     def url(self) -> str:
@@ -51,7 +51,9 @@ class ServePlan:
 
 
 def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ssl: bool) -> ServePlan:
-    """Checks flags and environment. `values` are the flags by setting, `variables` the same as `LORELAY_*`.
+    """Checks flags and environment.
+
+    `values` has the given flags by the name of their setting, `variables` the same flags as `LORELAY_*`.
 
     Raises:
         ConfigurationError: a value is missing or malformed, a path is no folder, the port is in use,
@@ -79,10 +81,10 @@ def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ss
 
 
 def check_port_free(host: str, port: int, setting: str = "LORELAY_SERVER_PORT (--server-port)") -> None:
-    """Refuses an address that can't be listened on.
+    """Checks that a server can listen on this address.
 
     Raises:
-        ConfigurationError: names the setting and why.
+        ConfigurationError: it can't; the message names the setting and the reason.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -99,7 +101,9 @@ def check_port_free(host: str, port: int, setting: str = "LORELAY_SERVER_PORT (-
 
 
 def _with_absolute_paths(values: Mapping[str, Any]) -> tuple[WorkerSettings, str]:
-    """The worker's settings and its `LORELAY_ADAPTERS`; folders absolute, as children run elsewhere."""
+    """Returns the worker's settings and its `LORELAY_ADAPTERS`, with absolute paths.
+
+    Relative paths would not be found, because workers run in another working directory."""
     model = _resolve(WorkerSettings.load(**values).model, "LORELAY_MODEL (MODEL)")
     entries = values.get("adapters")
     if entries is None:
@@ -112,7 +116,7 @@ def _with_absolute_paths(values: Mapping[str, Any]) -> tuple[WorkerSettings, str
 
 
 def _absolute_entry(entry: str) -> str:
-    """`name=path`, `@file` or a bare path, with an absolute path."""
+    """Makes the path in an entry (`name=path`, `@file` or a path alone) absolute."""
     if entry.startswith("@"):
         return f"@{Path(entry[1:]).expanduser().absolute()}"
     name, equals, path = entry.partition("=")
@@ -122,7 +126,7 @@ def _absolute_entry(entry: str) -> str:
 
 
 def _resolve(path: str, setting: str) -> str:
-    """An absolute path for a folder; a Hugging Face id stays as it is."""
+    """Returns the absolute path of a folder; returns a Hugging Face id unchanged."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return str(folder.absolute())
@@ -132,10 +136,10 @@ def _resolve(path: str, setting: str) -> str:
 
 
 def _adapters_variable(entries: Sequence[str]) -> str:
-    """The variable that names these adapters to a worker; a file stands for all adapters that it lists.
+    """Returns the value of `LORELAY_ADAPTERS`; an entry `@file` stands for all adapters in the file.
 
     Raises:
-        ConfigurationError: it is longer than the operating system takes.
+        ConfigurationError: the value is longer than an environment variable may be.
     """
     variable = shlex.join(entries)
     if len(variable.encode()) > MAX_VARIABLE_BYTES:

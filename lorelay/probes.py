@@ -1,4 +1,4 @@
-"""Probes of a running API."""
+"""Health probes of a running API."""
 
 import contextlib
 import http.client
@@ -6,7 +6,7 @@ import ssl
 
 
 def is_http_ready(url: str) -> bool:
-    """True if an API's `/ready` answers 200; the certificate is not checked."""
+    """Returns True if `/ready` of the API at `url` answers 200; does not verify its TLS certificate."""
     scheme, _, address = url.partition("://")
     if scheme == "https":
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(

@@ -1,7 +1,7 @@
-"""Processes and signals, as `lorelay serve` needs them.
+"""Starts child processes and receives signals, for `lorelay serve`.
 
-Every process leads a group of its own, so a Ctrl-C in the terminal reaches only its parent; on Linux it gets
-SIGTERM when its parent dies. Signals arrive as values of `Signals.wait`; no handler does any work.
+Every child leads a process group of its own, so a Ctrl-C in the terminal reaches only its parent. On Linux, a
+child gets SIGTERM when its parent dies. `Signals.wait` returns the received signals; handlers do nothing.
 """
 
 import contextlib
@@ -22,25 +22,25 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """A process to keep running."""
+    """The description of a child process that is to be kept running."""
 
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables added to the supervisor's own."""
+    """Environment variables of the child, in addition to its parent's."""
     cwd: Path | None = None
     pass_fds: tuple[int, ...] = ()
     stop_limit_s: float = 10.0
-    """Time from SIGTERM to its end; then it is killed."""
+    """Maximum time from SIGTERM to the end of the child; then it is killed."""
     hurry_signal: int = signal.SIGTERM
-    """Signal that makes it end sooner, sent after a SIGTERM."""
+    """Signal that makes the child end sooner, sent after a SIGTERM."""
 
 
 def start_process(spec: ChildSpec, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Starts a process in a group of its own that ends when this process does.
+    """Starts a process in a group of its own; it ends when this process does.
 
-    Only for callers with one thread: code runs between fork and exec. `output` is where stdout and stderr go,
-    by default those of this process.
+    The caller must have only one thread, because Python code runs between fork and exec. `output` receives
+    stdout and stderr; if it is None, they go to those of this process.
     """
     parent_pid, libc = os.getpid(), _libc()
     return subprocess.Popen(
@@ -57,14 +57,14 @@ def start_process(spec: ChildSpec, output: IO[bytes] | None = None) -> subproces
 
 
 class SignalSource(Protocol):
-    """A place to wait for signals."""
+    """The port through which the supervisor waits for signals."""
 
     def wait(self, timeout_s: float) -> list[int]:
         """Waits up to `timeout_s` for a signal; returns the signals that have come, possibly none."""
 
 
 class Signals:
-    """SIGTERM, SIGINT, SIGHUP and SIGCHLD as values; a context manager of the main thread."""
+    """Returns SIGTERM, SIGINT, SIGHUP and SIGCHLD as values; a context manager for the main thread."""
 
     def __enter__(self) -> Self:
         self._read_fd, self._write_fd = os.pipe()
@@ -92,7 +92,7 @@ class Signals:
 
 
 def describe_exit(status: int) -> str:
-    """An exit status of `subprocess` in words."""
+    """Describes an exit status of `subprocess` in words."""
     if status >= 0:
         return f"ended with exit code {status}"
     with contextlib.suppress(ValueError):

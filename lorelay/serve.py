@@ -1,4 +1,4 @@
-"""`lorelay serve`: starts and supervises the parts of a checked plan."""
+"""`lorelay serve`: starts and supervises the processes of a checked plan."""
 
 import contextlib
 import socket
@@ -23,7 +23,7 @@ SERVER_START_LIMIT_S = 60.0
 
 
 def serve(plan: ServePlan) -> int:
-    """Runs all parts until asked to stop; returns the exit code."""
+    """Runs all processes until a signal asks to stop; returns the exit code."""
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
         folder = None
@@ -70,9 +70,9 @@ def _run(plan: ServePlan, folder: embedded.StateFolder | None, supervisor: Super
 
 
 def drop_earlier_cards(connection: redis.Redis) -> None:
-    """Removes the model cards of an earlier command line; the workers register theirs anew.
+    """Removes the model cards that an earlier `lorelay serve` left; the new workers register theirs.
 
-    All cards come from command lines now. Cards added at run time will have to stay here.
+    Today every card comes from a command line. If adapters could be added at run time, this would lose them.
     """
     registry.drop(connection, [card.name for card in registry.list_cards(connection)])
 
@@ -89,7 +89,7 @@ def _start_server(folder: embedded.StateFolder, supervisor: Supervisor) -> None:
 def _is_ready(
     plan: ServePlan, connection: redis.Redis, workers: Sequence[ChildSpec], supervisor: Supervisor
 ) -> bool:
-    """True if every worker serves and the API reaches the queue."""
+    """Returns True if every worker serves and the API reaches Redis."""
     try:
         live = live_workers(connection, plan.worker.base_name)
     except redis.RedisError:

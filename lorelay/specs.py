@@ -1,4 +1,4 @@
-"""The commands with which `lorelay serve` starts its parts."""
+"""The commands with which `lorelay serve` starts the embedded server, the workers and the API."""
 
 import math
 import signal
@@ -10,14 +10,14 @@ from lorelay.plan import ServePlan
 from lorelay.processes import ChildSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The folder of the packages `api` and `worker`."""
+"""The folder that contains the packages `api` and `worker`."""
 API = "api"
 SERVER = "server"
 STOP_MARGIN_S = 10.0
 
 
 def server_spec(folder: embedded.StateFolder) -> ChildSpec:
-    """The embedded server.
+    """Describes the process of the embedded server.
 
     Raises:
         ConfigurationError: no server is installed.
@@ -27,8 +27,8 @@ def server_spec(folder: embedded.StateFolder) -> ChildSpec:
 
 
 def worker_specs(plan: ServePlan, redis_url: str) -> list[ChildSpec]:
-    """One `rq worker` for each GPU or share of the cores."""
-    # The URL goes by variable: with -u a password would show in the list of processes.
+    """Describes one `rq worker` process for each entry of `plan.worker_variables`."""
+    # If the URL were passed with -u, its password would show in the list of processes.
     common = {**plan.variables, "LORELAY_REDIS_URL": redis_url, "RQ_REDIS_URL": redis_url}
     words = "worker -w worker.LoraWorker --connection-class worker.serving.patience.PatientRedis"
     command = (sys.executable, "-m", "rq.cli", *words.split())
@@ -45,7 +45,7 @@ def worker_specs(plan: ServePlan, redis_url: str) -> list[ChildSpec]:
 
 
 def api_spec(plan: ServePlan, redis_url: str) -> ChildSpec:
-    """The API under uvicorn."""
+    """Describes the API's process, which runs uvicorn."""
     limit_s = math.ceil(plan.api.api_drain_s) + 5
     command = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app"]
     command += ["--host", plan.serve.server_name, "--port", str(plan.serve.server_port)]
@@ -63,5 +63,5 @@ def api_spec(plan: ServePlan, redis_url: str) -> ChildSpec:
         env={**plan.variables, "LORELAY_REDIS_URL": redis_url},
         cwd=ROOT,
         stop_limit_s=limit_s + STOP_MARGIN_S,
-        hurry_signal=signal.SIGINT,  # uvicorn drops open connections at it
+        hurry_signal=signal.SIGINT,  # after a SIGTERM, makes uvicorn drop open connections
     )

@@ -1,6 +1,6 @@
-"""`lorelay status`: workers, models and queues, read from Redis without changing anything.
+"""`lorelay status`: reads workers, models and queues from Redis without changing anything there.
 
-`rq info`, in contrast, removes workers and jobs that it takes for dead.
+`rq info`, in contrast, removes the records of workers and jobs that it considers dead.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,20 +17,20 @@ from shared.queue.names import queue_name, slug
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
-    """A worker that RQ or the registry knows."""
+    """A worker that RQ, or the base model's set of leases, lists."""
 
     name: str
     base: str | None
-    """Base model; None if it has not begun to serve yet, or its base is not registered."""
+    """Name of the base model; None if the worker does not serve yet, or its base is not registered."""
     host: str
     pid: int | None
     state: str
-    """State in RQ's words: starting, idle, busy, suspended; empty if RQ has none."""
+    """State as RQ names it: starting, idle, busy, suspended; empty if RQ has no record of the worker."""
     num_running: int
     alive: bool
-    """True if its lease has not lapsed. A worker that still loads its model has none."""
+    """True if the worker's lease has not expired. A worker that still loads its model has no lease."""
     forward: str
-    """Its forward pass: `eager`, `compiled`, or eager while it is `compiling`; empty at first."""
+    """State of the forward pass: `eager`, `compiled`, or `compiling` (still eager); empty while loading."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -41,11 +41,11 @@ class ModelStatus(msgspec.Struct, frozen=True):
     source: str
     version: str
     num_workers: int
-    """Live workers of the base."""
+    """Number of live workers of the base."""
 
 
 class QueueStatus(msgspec.Struct, frozen=True):
-    """An RQ queue; `model` is None when no registered model owns it."""
+    """An RQ queue; `model` is None if the queue belongs to no registered model."""
 
     name: str
     model: str | None
@@ -55,7 +55,7 @@ class QueueStatus(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """All that `lorelay status` shows."""
+    """Everything that `lorelay status` shows."""
 
     workers: list[WorkerStatus]
     bases: list[ModelStatus]
@@ -64,7 +64,7 @@ class Status(msgspec.Struct, frozen=True):
 
 
 def read_status(connection: redis.Redis) -> Status:
-    """The state of one Redis database; only reads."""
+    """Reads the status of one Redis database; writes nothing."""
     cards = _readable(lambda: registry.list_cards(connection), [])
     leases = {base: _leases(connection, base) for base in sorted({card.base for card in cards})}
     num_workers = {base: sum(alive.values()) for base, alive in leases.items()}
@@ -81,14 +81,14 @@ def read_status(connection: redis.Redis) -> Status:
 
 
 def live_workers(connection: redis.Redis, base: str) -> dict[tuple[str, int], WorkerStatus]:
-    """The workers that serve a base now, by host and process id."""
+    """Returns the live workers of a base model, by (host, process id)."""
     alive = (name for name, is_alive in _leases(connection, base).items() if is_alive)
     workers = (_worker(connection, name, base, True) for name in alive)
     return {(worker.host, worker.pid): worker for worker in workers if worker.pid is not None}
 
 
 def to_text(status: Status) -> str:
-    """The status as tables for a terminal."""
+    """Renders the status as tables for a terminal."""
     sections = [
         _table(
             "WORKER,HOST,PID,BASE,STATE,RUNNING,ALIVE,FORWARD",
@@ -128,7 +128,7 @@ def to_text(status: Status) -> str:
 
 
 def _leases(connection: redis.Redis, base: str) -> dict[str, bool]:
-    """Worker names of a base, each with True if its lease has not lapsed by the server's clock."""
+    """Returns a base's workers by name: True if the lease has not expired, by the Redis server's clock."""
     now_ms = _now_ms(connection)
     key = keys.workers(slug(base))
     entries = _readable(lambda: connection.zrange(key, 0, -1, withscores=True), [])
@@ -176,14 +176,14 @@ def _queue(connection: redis.Redis, name: str, model: str | None) -> QueueStatus
 
 
 def _members(connection: redis.Redis, kind: str) -> set[str]:
-    """The names that RQ has in its set of workers or queues."""
+    """Returns the names in RQ's set of workers or queues."""
     prefix = f"{RQ_KEY_PREFIX}:{kind}:"
     members = _readable(lambda: connection.smembers(f"{RQ_KEY_PREFIX}:{kind}s"), set())
     return {_text(key).removeprefix(prefix) for key in members}
 
 
 def _readable(read: Callable[[], Any], default: Any) -> Any:
-    """A value; the default if its key has another type, so that one damaged key spoils one table only."""
+    """Calls `read`; returns the default if the key has a wrong type, so that only its table is affected."""
     try:
         return read()
     except redis.ResponseError as error:

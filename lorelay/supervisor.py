@@ -1,6 +1,6 @@
 """Starts processes, restarts those that die, and stops them in order.
 
-One thread: `Supervisor.turn` is one round of its loop, which waits for a signal or the next restart.
+All of it runs in one thread. `Supervisor.turn` is one round of the loop: it waits for a signal or a restart.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from lorelay.processes import STOP_SIGNALS, ChildSpec, SignalSource, describe_exit, start_process
 
 HURRY_LIMIT_S = 5.0
-"""Time that a child has to end after the user asked to stop a second time."""
+"""Time that a child has to end after the user's second request to stop."""
 POLL_S = 0.25
 
 
@@ -28,7 +28,7 @@ class ChildFailed(Exception):
 
 
 class Backoff:
-    """The wait before a restart: doubles from `first_s` to `max_s`; starts over after `reset_s` of life."""
+    """The delay before restarts: doubles from `first_s` to `max_s`; reset by a child that lived `reset_s`."""
 
     def __init__(self, first_s: float = 0.5, max_s: float = 30.0, reset_s: float = 60.0) -> None:
         self._first_s = first_s
@@ -37,14 +37,14 @@ class Backoff:
         self._next_s = first_s
 
     def next_delay_s(self, lived_s: float) -> float:
-        """The wait before the restart of a child that lived for `lived_s`."""
+        """Returns the delay before the restart of a child that lived for `lived_s`."""
         delay_s = self._first_s if lived_s >= self._reset_s else self._next_s
         self._next_s = min(delay_s * 2, self._max_s)
         return delay_s
 
 
 class _Child:
-    """One process, now running or waiting for its restart."""
+    """A child process that is running or waits for its restart."""
 
     def __init__(self, spec: ChildSpec) -> None:
         self.spec = spec
@@ -58,7 +58,7 @@ class _Child:
         self.process = start_process(self.spec)
 
     def reap(self) -> int | None:
-        """The exit status if it has just ended; processes that it left in its group are killed."""
+        """Returns the exit status if the child has just ended; kills the processes left in its group."""
         if self.process is None or self.process.poll() is None:
             return None
         status = self.process.returncode
@@ -84,7 +84,7 @@ class _Child:
 
 
 def say(line: str) -> None:
-    """Tells the person at the terminal what happens."""
+    """Prints a line for the person at the terminal."""
     sys.stdout.write(f"lorelay: {line}\n")
     sys.stdout.flush()
 
@@ -92,8 +92,8 @@ def say(line: str) -> None:
 class Supervisor:
     """Keeps groups of processes running.
 
-    A child that ends before `settle` is a failed start (`ChildFailed`); later it is restarted, until somebody
-    asks to stop.
+    If a child ends before `settle` is called, the start has failed (`ChildFailed`). A child that ends later
+    is restarted, until a signal asks to stop.
     """
 
     def __init__(
@@ -112,16 +112,18 @@ class Supervisor:
 
     @property
     def is_stopping(self) -> bool:
-        """True once somebody asked to stop; nothing is restarted any more."""
+        """True once a signal asked to stop; from then on nothing is restarted."""
         return self._is_stopping
 
     @property
     def pids(self) -> dict[str, int]:
-        """The process ids of the running children, by name."""
+        """The process ids of the running children, by their names."""
         return {child.spec.name: child.process.pid for child in self._children() if child.process is not None}
 
     def start(self, *specs: ChildSpec) -> None:
-        """Starts processes that belong together: `stop` ends them at the same time, later groups first."""
+        """Starts `specs` as one group.
+
+        `stop` ends the groups in reverse order of their start, and all processes of a group together."""
         group: list[_Child] = []
         self._groups.append(group)
         for spec in specs:
@@ -134,7 +136,9 @@ class Supervisor:
         self._is_settled = True
 
     def run_until(self, condition: Callable[[], bool], limit_s: float = float("inf")) -> bool:
-        """Keeps the processes running until the condition holds; False: asked to stop, or past the limit.
+        """Keeps the processes running until the condition holds.
+
+        Returns False if a signal asks to stop, or `limit_s` passes, first.
 
         Raises:
             ChildFailed: a child ended before everything was ready.
@@ -147,11 +151,11 @@ class Supervisor:
         return False
 
     def run(self) -> None:
-        """Keeps the processes running until asked to stop."""
+        """Keeps the processes running until a signal asks to stop."""
         self.run_until(lambda: False)
 
     def turn(self) -> None:
-        """One round: waits for a signal or the next restart, then does what is due."""
+        """Waits for a signal or the next restart, then restarts or reaps each child that needs it."""
         due = [child.restart_at for child in self._children() if child.restart_at is not None]
         wait_s = min([POLL_S, *(at - self._clock() for at in due)])
         if any(number in STOP_SIGNALS for number in self._signals.wait(wait_s)):
@@ -161,9 +165,9 @@ class Supervisor:
             self._look_after(child)
 
     def stop(self) -> bool:
-        """Ends all groups, the latest first, each child with SIGTERM; returns False if one had to be killed.
+        """Ends all groups with SIGTERM, the latest first; returns False if a child had to be killed.
 
-        A further SIGTERM or Ctrl-C hurries, a third one kills.
+        A second SIGTERM or Ctrl-C shortens the time that children get, a third one kills them.
         """
         self._is_stopping = True
         stop = _Stop(self._signals, self._clock, self._say)
@@ -193,16 +197,16 @@ class Supervisor:
 
 
 class _Stop:
-    """Ends groups of children one after another; each further request to stop shortens their time."""
+    """Ends groups of children one after another; each further request to stop shortens the time they get."""
 
     def __init__(self, signals: SignalSource, clock: Callable[[], float], say: Callable[[str], None]) -> None:
         self._signals = signals
         self._clock = clock
         self._say = say
         self._num_hurries = 0
-        """Requests to stop that came after the first."""
+        """Number of requests to stop after the first one."""
         self._hurried_at: float | None = None
-        """Time at which the present group was told to hurry."""
+        """Time at which the current group was told to hurry; None if it was not."""
 
     def end(self, group: list[_Child]) -> bool:
         """Ends a group with SIGTERM; returns False if a child had to be killed."""
@@ -225,7 +229,7 @@ class _Stop:
         return was_clean
 
     def _wait(self, running: list[_Child]) -> None:
-        """Waits a moment; passes a further request to stop on to the children."""
+        """Waits up to `POLL_S`; passes a further request to stop on to the children."""
         received = self._signals.wait(POLL_S)
         num_new = sum(number in STOP_SIGNALS for number in received)
         if num_new and self._hurried_at is None:

@@ -1,6 +1,6 @@
 """Prose lint: finds docstrings, comments and doc sentences whose first word names nothing.
 
-`scripts/prose.py [FILE ...]` prints each with file and line; without files it reads all that `CHECKED` lists.
+`scripts/prose.py [FILE ...]` prints each finding with file and line; without files, it checks `CHECKED`.
 The rule is in CONTRIBUTING.md.
 """
 
@@ -20,7 +20,7 @@ CHECKED = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs"),
     *("api", "bench", "demo", "lorelay", "scripts", "shared", "tests", "worker"),
 )
-"""Files and folders that must be free of findings."""
+"""Files and folders that are checked by default."""
 
 WORDS = r"What|One (?:that|which|whose|who)|Those|Else|As|Of|By|Not|How|Where"
 DOC_OPENER = re.compile(rf"(?:{WORDS})\b")
@@ -32,14 +32,14 @@ SENTENCE_END = re.compile(r"(?<=[.!?])[)\"*_]*\s+")
 
 
 class Piece(NamedTuple):
-    """A text as a reader meets it: from its first line on."""
+    """A text (docstring, comment or sentence) and the number of its first line."""
 
     line: int
     text: str
 
 
 def python_pieces(source: str) -> Iterator[Piece]:
-    """Docstrings of modules, classes, functions and attributes, and comments."""
+    """Yields the docstrings of modules, classes, functions and attributes, and the comments."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
             continue
@@ -49,7 +49,7 @@ def python_pieces(source: str) -> Iterator[Piece]:
 
 
 def _python_comments(source: str) -> Iterator[Piece]:
-    """Comments; of lines that follow each other the first one."""
+    """Yields comments; of a comment over several lines, the first line."""
     last_line = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT:
@@ -62,7 +62,7 @@ def _python_comments(source: str) -> Iterator[Piece]:
 
 
 def comment_pieces(source: str, mark: str) -> Iterator[Piece]:
-    """Line comments of Lua and C++; of lines that follow each other the first one."""
+    """Yields line comments of Lua and C++; of a comment over several lines, the first line."""
     was_comment = False
     for number, line in enumerate(source.splitlines(), start=1):
         code, found, text = line.partition(mark)
@@ -73,7 +73,7 @@ def comment_pieces(source: str, mark: str) -> Iterator[Piece]:
 
 
 def markdown_pieces(source: str) -> Iterator[Piece]:
-    """The sentences of paragraphs and lists, without headings, tables and code."""
+    """Yields the sentences of paragraphs and lists, without headings, tables and code."""
     in_code, paragraph = False, list[str]()
     for number, line in enumerate([*source.splitlines(), ""], start=1):
         stripped = line.strip()
@@ -111,7 +111,7 @@ READERS: dict[str, Callable[[str], Iterator[Piece]]] = {
 
 
 def findings(path: Path) -> Iterator[Piece]:
-    """The texts of a file that open with a word that names nothing."""
+    """Yields the texts of a file that open with a word that names nothing."""
     opener = DOC_OPENER if path.suffix == ".md" else CODE_OPENER
     for piece in READERS[path.suffix](path.read_text()):
         text = piece.text.strip()
@@ -120,7 +120,7 @@ def findings(path: Path) -> Iterator[Piece]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files under a folder that can hold prose, or the file itself."""
+    """Returns the files under a folder that may contain prose, or the file itself."""
     return sorted(file for file in path.rglob("*") if file.suffix in READERS) if path.is_dir() else [path]
 
 

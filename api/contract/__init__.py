@@ -1,1 +1,1 @@
-"""OpenAI's contract: what a request may say, and the form of an answer. No queue."""
+"""OpenAI's formats: the fields of requests and the JSON of answers. Nothing here knows about queues."""

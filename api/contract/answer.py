@@ -1,4 +1,4 @@
-"""The parts that all of OpenAI's answers share, and the port of the writers that put answers together."""
+"""JSON parts that all of OpenAI's answers share, and `AnswerWriter`, the port that renders answers."""
 
 from typing import Literal, Protocol
 
@@ -16,7 +16,7 @@ FINISH_REASONS: dict[str, PublicFinishReason] = {
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """The share of the prompt's tokens that came from the prefix cache."""
+    """The number of prompt tokens that came from the prefix cache."""
 
     cached_tokens: int
 
@@ -43,14 +43,14 @@ class AnswerWriter(Protocol):
 
     @property
     def is_stream(self) -> bool:
-        """True if pieces are sent as they come; false if the body is sent as a whole at its end."""
+        """True if each event is sent as it arrives; False if the body is sent as a whole at the end."""
 
     def render(self, event: StreamEvent) -> bytes:
-        """The bytes that an event adds to the body, possibly none. Events without an error only."""
+        """Returns the bytes that an event adds to the body, possibly none; the event must not be an error."""
 
 
 def to_usage_body(usage: Usage) -> UsageBody:
-    """OpenAI's form of the token counts."""
+    """Returns the token counts in OpenAI's format."""
     total = usage.prompt_tokens + usage.completion_tokens
     details = PromptTokensDetails(usage.cached_tokens)
     return UsageBody(usage.prompt_tokens, usage.completion_tokens, total, details)

@@ -28,7 +28,7 @@ class ChunkChoice(msgspec.Struct, frozen=True):
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):
-    """One event of a stream."""
+    """One chunk of a streamed answer."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -39,7 +39,7 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """The answer."""
+    """The message that the model generated."""
 
     role: Literal["assistant"]
     content: str
@@ -47,7 +47,7 @@ class AssistantMessage(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """One answer out of `n`."""
+    """One of the `n` generated messages, and the reason why it ended."""
 
     index: int
     message: AssistantMessage
@@ -68,7 +68,7 @@ class ChatCompletion(msgspec.Struct, frozen=True):
 
 _encode = msgspec.json.encode
 _MARK = "text"
-"""Placeholder for a chunk's text, at which the encoded chunk is cut in two."""
+"""Placeholder for the text of a chunk; the encoded chunk is split there."""
 
 
 class ChunkWriter:
@@ -79,7 +79,7 @@ class ChunkWriter:
     def __init__(
         self, heading: Heading, *, include_usage: bool, with_ids: bool = False, begun: Iterable[int] = ()
     ) -> None:
-        """`with_ids`: adds lines `id: <request id>:<event_no>`; `begun`: choices whose role was sent."""
+        """`with_ids`: adds lines `id: <request id>:<event_no>`; `begun`: choices whose role has been sent."""
         self._heading = heading
         self._include_usage = include_usage
         self._with_ids = with_ids
@@ -87,7 +87,7 @@ class ChunkWriter:
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def render(self, event: StreamEvent) -> bytes:
-        """The chunks of one event, none when it releases no text: role first, usage and `[DONE]` last."""
+        """Returns the chunks of one event, possibly none: the role first, usage and `[DONE]` last."""
         parts = []
         if event.index not in self._begun:
             self._begun.add(event.index)
@@ -106,7 +106,7 @@ class ChunkWriter:
         return b"".join(parts)
 
     def _text_chunk(self, index: int, text: str) -> bytes:
-        """A chunk of text alone, as nearly all are; the JSON around the text is encoded once per choice."""
+        """Renders a chunk with nothing but text; the JSON around the text is encoded once per choice."""
         frame = self._frames.get(index)
         if frame is None:
             before, _, after = self._chunk(index, Delta(content=_MARK)).rpartition(_encode(_MARK))
@@ -136,7 +136,7 @@ class BodyWriter:
         self._finish_reasons: list[PublicFinishReason] = ["stop"] * num_choices
 
     def render(self, event: StreamEvent) -> bytes:
-        """Nothing before the last event, which has the `usage`; then the whole body."""
+        """Returns nothing until the last event, which is the one with `usage`; then the whole body."""
         self._texts[event.index].append(event.text)
         if event.finish_reason is not None:
             self._finish_reasons[event.index] = FINISH_REASONS[event.finish_reason]

@@ -1,4 +1,4 @@
-"""The messages of a chat, as OpenAI writes them."""
+"""The messages of a chat, in OpenAI's format."""
 
 from typing import Annotated, Any, Literal
 
@@ -32,14 +32,14 @@ class FunctionCall(StrictModel):
     name: str
     """The function's name."""
     arguments: str
-    """Its arguments, as JSON text."""
+    """The function's arguments, as JSON text."""
 
 
 class ToolCall(StrictModel):
     """A call that an assistant made earlier in the conversation."""
 
     id: str
-    """Id that the `tool_call_id` of the answering message repeats."""
+    """Id of the call; the `tool` message that answers it repeats the id as `tool_call_id`."""
     type: Literal["function"]
     """Always `function`."""
     function: FunctionCall
@@ -60,19 +60,19 @@ class ChatMessage(StrictModel):
     """One message of the conversation so far."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    """Who speaks."""
+    """Author of the message."""
     content: Content | None = None
     """A string, or an array of text parts. Null only in an assistant message that calls tools."""
     name: str | None = None
-    """Which participant speaks; in a `function` message, which function answers."""
+    """Name of the author; in a `function` message, name of the function that answers."""
     tool_calls: Annotated[list[ToolCall], BOUNDED] | None = None
-    """Calls the assistant made."""
+    """Calls that the assistant made."""
     tool_call_id: str | None = None
-    """In a `tool` message: the call it answers."""
+    """In a `tool` message: id of the call that it answers."""
     function_call: FunctionCall | None = None
-    """The call the assistant made, in the form before `tool_calls`."""
+    """The call that the assistant made, in the older format that `tool_calls` replaced."""
     refusal: Annotated[str | None, neutral()] = None
-    """Null, as in the answers of this server."""
+    """Null; this server's answers contain no refusals either."""
     annotations: Annotated[list[Any] | None, neutral([])] = None
     """Null or empty."""
     audio: Annotated[dict[str, Any] | None, neutral()] = None
@@ -94,7 +94,7 @@ class ChatMessage(StrictModel):
         return self
 
     def to_template(self) -> dict[str, Any]:
-        """The message for a chat template: content as one string, and the other fields that are set."""
+        """Returns the message for the chat template: content as one string, and other fields that are set."""
         rest = self.model_dump(include={"name", "tool_calls", "tool_call_id", "function_call"})
         return {
             "role": self.role,

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/chat/completions`, and the sampling parameters that it stands for."""
+"""The body of `POST /v1/chat/completions`, and its conversion into sampling parameters."""
 
 import secrets
 from typing import Annotated, Any
@@ -51,7 +51,7 @@ class StreamOptions(StrictModel):
 
 
 class ServedFields(StrictModel):
-    """The fields that have an effect."""
+    """The fields of a chat completion that Lorelay serves."""
 
     model: Annotated[str, StringConstraints(min_length=1)]
     """The base model or one of the adapters of `GET /v1/models`."""
@@ -62,19 +62,19 @@ class ServedFields(StrictModel):
     stream_options: StreamOptions | None = None
     """Only with `stream: true`."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """Randomness, 0 to 2; 0 always takes the likeliest token. Default: 1."""
+    """Randomness, 0 to 2; 0 always takes the most likely token. Default: 1."""
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Samples from the likeliest tokens that reach this probability together. Default: 1."""
+    """Samples from the most likely tokens whose probabilities add up to this value. Default: 1."""
     top_k: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
-    """Samples from this many of the likeliest tokens. Default: 0, all of them; -1 means the same."""
+    """Samples from this number of most likely tokens. Default: 0, all tokens; -1 means the same."""
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
-    """Most tokens to generate. Default: up to the end of the model's context."""
+    """Maximum number of tokens to generate. Default: up to the model's context length."""
     max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
-    """Older name of `max_completion_tokens`, which wins where both are given."""
+    """Older name of `max_completion_tokens`, which takes precedence if both are given."""
     min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
-    """Fewest tokens to generate before the model or a stop string may end the answer. Default: 0."""
+    """Minimum number of tokens before an end-of-text token or stop string may end the answer. Default: 0."""
     ignore_eos: bool | None = None
-    """Goes on after the model's end-of-text token. Default: false."""
+    """Continues after the model's end-of-text token. Default: false."""
     stop: Stop | None = None
     """One to four strings that end the answer; the text stops in front of them."""
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX)] | None = None
@@ -82,19 +82,19 @@ class ServedFields(StrictModel):
 
 
 class ChatCompletionRequest(UnservedExtensions, UnservedOpenAIFields, LabelFields, ServedFields):
-    """A chat completion as a client asks for it; null always means the default."""
+    """The body of a chat completion request; null in a field means its default."""
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "ChatCompletionRequest":
         if self.stream_options is not None and not self.stream:
             raise invalid("only allowed when 'stream' is true", field="stream_options")
         if self.min_tokens and self.max_output_tokens and self.min_tokens > self.max_output_tokens:
-            raise invalid("must not exceed the most tokens to generate", field="min_tokens")
+            raise invalid("must not exceed the maximum number of tokens to generate", field="min_tokens")
         return self
 
     @property
     def max_output_tokens(self) -> int | None:
-        """Most tokens to generate, under whichever of its two names it was given."""
+        """Maximum number of tokens to generate, from `max_completion_tokens` or `max_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -103,10 +103,10 @@ class ChatCompletionRequest(UnservedExtensions, UnservedOpenAIFields, LabelField
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def to_sampling(self) -> SamplingParams:
-        """The sampling parameters for the workers; draws a seed when none is given."""
+        """Converts the body to sampling parameters for the workers; draws a random seed if none is given."""
         top_p = 1.0 if self.top_p is None else self.top_p
         top_k = max(self.top_k or 0, 0)
-        if top_p == 0:  # OpenAI takes the single likeliest token; here a nucleus of 0 would be empty.
+        if top_p == 0:  # means the most likely token, as at OpenAI; a nucleus of probability 0 would be empty
             top_p, top_k = 1.0, 1
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,

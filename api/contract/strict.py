@@ -1,4 +1,4 @@
-"""Checks of request bodies: strict pydantic models, whose failures become exceptions of ours."""
+"""Checks request bodies with strict pydantic models, and raises Lorelay's exceptions for their errors."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ MAX_PARAM_LENGTH = 100
 
 
 class StrictModel(BaseModel):
-    """Base of request models: no coercion (neither true nor `1.0` is an int), no unknown fields, no NaN."""
+    """Base class of request models: no coercion (`true` and `1.0` are no ints), no unknown fields, no NaN."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
@@ -31,16 +31,16 @@ def _check_length(value: Any) -> Any:
 
 
 BOUNDED = BeforeValidator(_check_length)
-"""Limit on list lengths. Without it pydantic would build an error for each of a million wrong items."""
+"""Limits the length of a list; otherwise pydantic would build an error for each of a million wrong items."""
 
 Model = TypeVar("Model", bound=StrictModel)
 
 
 def neutral(*values: Any) -> AfterValidator:
-    """Marks a field that OpenAI or a sibling server knows and Lorelay does not serve yet.
+    """Creates the validator of a field that OpenAI, lmdeploy or vLLM has and Lorelay does not serve.
 
-    None and `values` mean the same as leaving the field out, and pass; any other value of the right type is
-    refused as unsupported. A field that gets served loses the mark.
+    None and `values` are accepted, because they mean the same as leaving the field out. Any other value of
+    the right type is refused as unsupported. To serve a field, remove its validator.
     """
     served = " or ".join(json.dumps(value) for value in values or (None,))
 
@@ -53,21 +53,21 @@ def neutral(*values: Any) -> AfterValidator:
 
 
 def unsupported(message: str) -> PydanticCustomError:
-    """The error to raise in a validator for a value that OpenAI allows and Lorelay does not serve."""
+    """Creates the error that a validator raises for a value that OpenAI allows and Lorelay does not serve."""
     return PydanticCustomError(UNSUPPORTED, "{text}", {"text": message})
 
 
 def invalid(message: str, *, field: str | None = None) -> PydanticCustomError:
-    """The error to raise in a validator for a wrong value; validators of a whole model name its `field`."""
+    """Creates the error that a validator raises for a wrong value; model validators name the `field`."""
     return PydanticCustomError("invalid", "{text}", {"text": message, "field": field})
 
 
 def parse(model: type[Model], body: bytes) -> Model:
-    """A request body as `model`.
+    """Parses a request body as `model`.
 
     Raises:
         UnsupportedParameter: a known field has a value that is not served.
-        InvalidRequest: not JSON, not an object, or a field is wrong; `param` names the first one.
+        InvalidRequest: the body is no JSON object, or a field is invalid; `param` names the first such field.
     """
     try:
         value = from_json(body, allow_inf_nan=False)
@@ -94,7 +94,7 @@ def _to_exception(detail: ErrorDetails, body: Any) -> InvalidRequest:
 
 
 def _param(detail: ErrorDetails, body: Any) -> str:
-    """The place of the error in OpenAI's notation, e.g. `messages[0].role`."""
+    """Returns the path of the invalid field in OpenAI's notation, e.g. `messages[0].role`."""
     location = detail["loc"]
     field = detail.get("ctx", {}).get("field")
     path = _path(location, body, ends_outside=detail["type"] == "missing")
@@ -102,7 +102,7 @@ def _param(detail: ErrorDetails, body: Any) -> str:
 
 
 def _path(location: Sequence[int | str], body: Any, *, ends_outside: bool) -> str:
-    """`location` as a path in the body, without pydantic's names of union members, which are not in it."""
+    """Converts `location` to a path in the body; leaves out pydantic's names of union members."""
     path, value = "", body
     for position, step in enumerate(location):
         if isinstance(step, int) and isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Fields of a chat completion that OpenAI, lmdeploy or vLLM know and Lorelay does not serve, or ignores.
+"""Fields of a chat completion that OpenAI, lmdeploy or vLLM have and that Lorelay refuses or ignores.
 
-A client may send an unserved field with its neutral value, which means the same as leaving it out. Labels,
-which have no effect here, may have any valid value.
+A refused field is accepted with its neutral value, which means the same as leaving it out. Labels, which have
+no effect here, may have any valid value.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class LabelFields(StrictModel):
-    """Labels that clients attach to a request; they change nothing here."""
+    """Labels that clients attach to a request; they have no effect here."""
 
     user: str | None = None
     """Accepted, without effect."""

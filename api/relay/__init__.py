@@ -1,1 +1,1 @@
-"""Requests out to the queue, their events back to HTTP exchanges."""
+"""Sends requests to the queues, and brings their events back to the HTTP responses."""

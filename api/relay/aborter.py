@@ -1,4 +1,4 @@
-"""Aborts for clients that left: sent after the exchange, and again until Redis takes them."""
+"""Aborts the requests of clients that disconnected; retries each abort until Redis accepts it."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Aborter:
-    """Tries each abort until Redis answers, or until its request has ended by itself."""
+    """Retries each abort until Redis answers, or until its deadline, when its request has ended anyway."""
 
     def __init__(self, queue: QueueClient) -> None:
         self._queue = queue
@@ -21,16 +21,16 @@ class Aborter:
 
     @property
     def is_busy(self) -> bool:
-        """True while Redis has not taken all aborts."""
+        """True while there are aborts that Redis has not accepted."""
         return bool(self._until)
 
     def abort(self, request_id: str, until: float) -> None:
-        """Gives a request up soon; tried until the event loop's time passes `until`."""
+        """Schedules the abort of a request; it is retried until `until` (event loop's time)."""
         self._until[request_id] = until
         self._wanted.set()
 
     async def run(self) -> None:
-        """Works until it is cancelled."""
+        """Sends the scheduled aborts until this task is cancelled."""
         loop, pauses = asyncio.get_running_loop(), backoff()
         while True:
             await self._wanted.wait()

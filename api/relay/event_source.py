@@ -1,4 +1,4 @@
-"""One request of a client: put on the queue or resumed, then its events, within the queue time limit."""
+"""Enqueues or resumes one request, returns its events, and enforces its queue time limit."""
 
 import asyncio
 import math
@@ -18,13 +18,13 @@ from shared.errors import (
 from shared.messages import FinishReason, GenerationRequest, StreamEvent
 
 RETRY_S = 1.0
-"""Pause before Redis, which did not answer, is asked again whether a request still waits."""
+"""Pause before the queue is checked again, if Redis did not answer the last check."""
 GONE_WAIT_S = 5.0
-"""Time for the last events of a request to arrive after Redis said that it neither waits nor runs."""
+"""Time for the last events of a request to arrive after Redis reported that it neither waits nor runs."""
 
 
 class EventSource:
-    """The events of one request."""
+    """The source of one request's events."""
 
     def __init__(
         self, queue: QueueClient, inbox: Inbox, request: GenerationRequest, queue_time_limit_s: float
@@ -37,14 +37,14 @@ class EventSource:
         self._check_at = math.inf
         self._was_gone = False
         self.has_ended = False
-        """True once the request is over: nothing is queued or runs under its id."""
+        """True once the request has ended: nothing is queued or runs under its id."""
 
     async def enqueue(self, client: str, until: float) -> None:
         """Puts the request on its queue.
 
         Raises:
-            QueueFull, ServerDraining: it was refused, and has ended.
-            QueueUnavailable: Redis did not answer `until` then; the request may stand in the queue anyway.
+            QueueFull, ServerDraining: the request was refused, and has ended.
+            QueueUnavailable: Redis did not answer by `until`; the request may be in the queue anyway.
         """
         try:
             await self._queue.enqueue(self._request, client, until)
@@ -54,17 +54,17 @@ class EventSource:
         self._check_at = self._loop.time() + self._queue_time_limit_s
 
     async def resume(self, first_event_no: int) -> None:
-        """Takes over the events of a request that was enqueued before, from `first_event_no` on."""
+        """Makes `next` return the events of an already enqueued request, from `first_event_no` on."""
         await self._queue.attach(self._request.request_id)
         self._inbox.start_at(first_event_no)
         self._check_at = self._loop.time() + self._queue_time_limit_s
 
     async def next(self, until: float) -> list[StreamEvent]:
-        """The next events, at least one; none when the event loop's time passed `until` first.
+        """Returns the next events, at least one; none if `until` (event loop's time) passes first.
 
         Raises:
-            QueueTimeout: no worker claimed the request in time; it never runs.
-            GenerationFailed: it was removed by somebody else.
+            QueueTimeout: no worker claimed the request in time; it will never run.
+            GenerationFailed: somebody else removed the request.
         """
         while True:
             events = await self._inbox.get(min(until, self._check_at))
@@ -78,7 +78,7 @@ class EventSource:
                 return []
 
     async def _check_queue(self) -> None:
-        """Removes the request, whose queue time limit is over, unless a worker has it."""
+        """Removes the request, whose queue time limit is over, from its queue, unless a worker claimed it."""
         try:
             state = await self._queue.abort_queued(self._request.request_id)
         except QueueUnavailable:
@@ -109,7 +109,7 @@ class EventSource:
 
 
 def error_of(event: StreamEvent) -> LorelayError | None:
-    """The error that an event stands for, if any."""
+    """Returns the error that an event reports, or None."""
     if event.error is not None:
         return from_info(event.error)
     if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):

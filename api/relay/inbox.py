@@ -1,4 +1,4 @@
-"""One request's events on their way to its HTTP exchange."""
+"""Buffers the events of one request until its HTTP response takes them."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable
 from shared.messages import StreamEvent
 
 MAX_SILENCE_FACTOR = 4
-"""Bound of the pause between readings of an empty log, as a multiple of `max_silence_s`."""
+"""Maximum pause between two reads of a log without new events, as a multiple of `max_silence_s`."""
 
 
 class Inbox:
     """Delivers each event of one request exactly once, in order of `event_no`, to one consumer.
 
-    `put` takes events as pub/sub brings them: late, twice, or with gaps. After a gap, or once
-    `max_num_events` wait for a slow consumer, the inbox is behind and needs the log: its owner polls
-    `wants_log`, reads the log from `next_event_no` on and calls `put_log`.
+    `put` accepts events as pub/sub delivers them: late, twice, or with some missing. If an event is missing,
+    or if `max_num_events` wait for a slow consumer, the inbox is behind: `wants_log` is then true, and the
+    owner of the inbox reads the request's log from `next_event_no` on and passes it to `put_log`.
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class Inbox:
     ) -> None:
         self.request_id = request_id
         self.next_event_no = 0
-        """Number of the next event; all events before it were taken."""
+        """Number of the next event to accept; all events before it were accepted."""
         self._max_num_events = max_num_events
         self._max_silence_s = self._silence_s = max_silence_s
         self._call_for_log = call_for_log
@@ -36,16 +36,16 @@ class Inbox:
 
     @property
     def num_waiting(self) -> int:
-        """Events in memory that the consumer has not taken."""
+        """Number of events in memory that the consumer has not taken yet."""
         return len(self._events)
 
     def start_at(self, event_no: int) -> None:
-        """Begins with this event instead of the first, read from the log."""
+        """Makes `event_no` the first event to deliver; it is read from the log."""
         self.next_event_no = event_no
         self.fall_behind()
 
     def put(self, event: StreamEvent) -> None:
-        """Takes an event if it is the next one; drops it if it came before or is out of order."""
+        """Accepts an event if it is the next one; drops it if it is a duplicate or out of order."""
         if event.event_no < self.next_event_no:
             return
         if event.event_no > self.next_event_no:
@@ -61,40 +61,40 @@ class Inbox:
         self._wake()
 
     def put_log(self, events: Iterable[StreamEvent], *, is_all: bool) -> None:
-        """Takes events read from the log; `is_all` is False if the log may hold more."""
+        """Accepts events read from the log; `is_all` is False if the log may contain more."""
         for event in events:
             self.put(event)
         if not is_all:
             self.fall_behind()
 
     def fall_behind(self) -> None:
-        """Notes that the log may hold events that did not come here, and asks the owner to read it."""
+        """Notes that the log may contain events that did not arrive here, and asks the owner to read it."""
         self._behind = True
         self._call_for_log()
 
     def fail(self, error: Exception) -> None:
-        """Ends the delivery: `get` raises `error`, or an earlier one."""
+        """Ends the delivery: `get` raises `error`, or that of an earlier call of `fail`."""
         self._error = self._error or error
         self._wake()
 
     def wants_log(self, now: float) -> bool:
-        """True if the log should be read now: behind or silent, and the consumer has taken all events."""
+        """True if the log is due: all events are taken, and one is missing or none arrived for a while."""
         if self._events or self._error is not None:
             return False
         return self._behind or now - self._last_heard >= self._silence_s
 
     def log_is_being_read(self) -> None:
-        """Call this before reading the log. Gaps found from now on ask for another reading."""
+        """Notes that a read of the log begins; if an event is found missing later, the log is read again."""
         self._behind = False
-        # Each reading of a log that stays empty doubles the pause to the next one, up to the bound.
+        # Each read that finds no new events doubles the pause before the next one, up to the maximum.
         self._last_heard = self._loop.time()
         self._silence_s = min(self._silence_s * 2, self._max_silence_s * MAX_SILENCE_FACTOR)
 
     async def get(self, until: float) -> list[StreamEvent]:
-        """The next events, at least one; none when the event loop's time passed `until` first.
+        """Returns the next events, at least one; none if `until` (event loop's time) passes first.
 
         Raises:
-            Exception: the one given to `fail`.
+            Exception: the one passed to `fail`.
         """
         while True:
             if self._error is not None:
@@ -106,7 +106,7 @@ class Inbox:
             await self._wait(until)
 
     def close(self) -> None:
-        """Cancels the timer; for the end of the exchange."""
+        """Cancels the timer; to be called at the end of the HTTP exchange."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
@@ -118,7 +118,7 @@ class Inbox:
         return events
 
     async def _wait(self, until: float) -> None:
-        # The timer stays if it rings early enough: setting one for each token would cost CPU time.
+        # A timer that rings at `until` or earlier is kept: setting one for each token would cost CPU time.
         if self._alarm is None or self._alarm.when() > until:
             self.close()
             self._alarm = self._loop.call_at(until, self._ring)

@@ -1,4 +1,4 @@
-"""The queue as an API process uses it: each call is answered in time, or raises an exception of ours."""
+"""The Redis commands of an API process; each call returns within a deadline or raises a `LorelayError`."""
 
 import asyncio
 import uuid
@@ -17,16 +17,16 @@ from shared.settings import ApiSettings, RedisSettings
 
 NUM_CONNECTIONS = 32
 LOG_MARGIN_S = 60
-"""Life of a request's log beyond the limits of its waiting and its generation."""
+"""Lifetime of a request's log beyond its queue time limit plus its generation time limit."""
 
 
 @asynccontextmanager
 async def queue_errors(until: float) -> AsyncIterator[None]:
-    """Turns every failure of Redis inside, and the event loop's time passing `until`, into our exceptions.
+    """Raises Lorelay's exceptions for Redis errors inside, and for a timeout at `until` (event loop's time).
 
     Raises:
-        QueueOutOfMemory: the server refused to write for want of memory.
-        QueueUnavailable: anything else.
+        QueueOutOfMemory: Redis refused a write because it is out of memory.
+        QueueUnavailable: any other error of Redis, or the timeout.
     """
     try:
         async with asyncio.timeout_at(until):
@@ -38,17 +38,17 @@ async def queue_errors(until: float) -> AsyncIterator[None]:
 
 
 class QueueClient:
-    """Every Redis command of an API process but the subscription, on one pool of connections.
+    """All Redis commands of an API process except its subscription, on one connection pool.
 
-    Each method raises `QueueUnavailable` when Redis does not answer within `redis_timeout_s`, or before
-    `until` where a caller gives its own deadline.
+    Each method raises `QueueUnavailable` if Redis does not answer in time: within `redis_timeout_s`, or by
+    `until` if the method has this parameter.
     """
 
     def __init__(self, redis_settings: RedisSettings, settings: ApiSettings) -> None:
         self.channel = keys.events_channel(uuid.uuid4().hex)
-        """The pub/sub channel of this process's events; its key is the process's lease, too."""
+        """The pub/sub channel of this process's events; a Redis key of the same name is its lease."""
         self.lacking: str | None = None
-        """The permissions that the Redis user lacks, as a message for the operator."""
+        """Message that names the permissions which the Redis user lacks; None if it has all."""
         self._settings = settings
         self._connection = connect_async(
             redis_settings, socket_timeout_s=settings.redis_timeout_s, max_num_connections=NUM_CONNECTIONS
@@ -58,11 +58,11 @@ class QueueClient:
 
     @property
     def exchange_limit_s(self) -> float:
-        """Longest time from a request's enqueue to the end of its exchange; its log lives as long."""
+        """Maximum time from the enqueue of a request to the end of its response; its log is kept as long."""
         return self._settings.queue_time_limit_s + self._settings.generation_limit_s + LOG_MARGIN_S
 
     def deadline(self) -> float:
-        """The event loop's time by which Redis has to answer a command that is sent now."""
+        """Returns the deadline (event loop's time) for Redis's answer to a command that is sent now."""
         return asyncio.get_running_loop().time() + self._settings.redis_timeout_s
 
     def drain(self) -> None:
@@ -74,50 +74,50 @@ class QueueClient:
         await self._connection.aclose()
 
     async def ping(self) -> None:
-        """Asks whether requests can be taken.
+        """Checks whether requests can be accepted.
 
         Raises:
-            ServerDraining: this process is about to end.
-            QueueUnavailable: Redis is not there or takes no writes now, or its user lacks a permission.
+            ServerDraining: this process is shutting down.
+            QueueUnavailable: Redis can't be reached or refuses writes now, or its user lacks a permission.
         """
         if self._is_draining:
             raise ServerDraining
         if self.lacking is not None:
             raise QueueUnavailable(self.lacking)
-        # A write, because a PING is answered by a replica and by a server without memory, too.
+        # Something is written, because a PING succeeds even on a replica or on a server without free memory.
         await self.renew_lease()
 
     async def renew_lease(self) -> None:
-        """Tells the workers that this process lives and reads events on for `api_lease_s`."""
+        """Renews this API process's lease: for `api_lease_s`, workers treat its clients as connected."""
         async with queue_errors(self.deadline()):
             await self._streams.renew_lease(self._settings.api_lease_s)
 
     async def fetch_card(self, model: str, until: float) -> ModelCard:
-        """The card of a model.
+        """Returns the card of a model.
 
         Raises:
-            ModelNotFound: there is none of this name.
+            ModelNotFound: no model has this name.
         """
         async with queue_errors(until):
             return await registry.fetch_card(self._connection, model)
 
     async def fetch_cards(self) -> list[ModelCard]:
-        """The cards of all models."""
+        """Returns the cards of all models."""
         async with queue_errors(self.deadline()):
             return await registry.fetch_cards(self._connection)
 
     async def has_live_worker(self, request: GenerationRequest) -> bool:
-        """True if a worker that serves the request's model is alive."""
+        """Returns True if a live worker serves the request's model."""
         async with queue_errors(self.deadline()):
             return await registry.has_live_worker(self._connection, request.base, request.adapter_name)
 
     async def enqueue(self, request: GenerationRequest, client: str, until: float) -> None:
-        """Puts a request of a client on its queue.
+        """Puts a client's request on the queue of its model.
 
         Raises:
-            ServerDraining: this process is about to end.
-            QueueFull: there is no room for it.
-            QueueUnavailable: Redis did not answer `until` then; the request may stand in the queue anyway.
+            ServerDraining: this process is shutting down.
+            QueueFull: the queue, or all queues together, hold as many requests as the settings allow.
+            QueueUnavailable: Redis did not answer by `until`; the request may be in the queue anyway.
         """
         if self._is_draining:
             raise ServerDraining
@@ -133,40 +133,40 @@ class QueueClient:
             )
 
     async def find_request(self, request_id: str, client: str) -> FoundRequest:
-        """A request that this client sent.
+        """Returns a request that this client sent.
 
         Raises:
-            RequestNotFound: there is none.
+            RequestNotFound: no request has this id, or another client sent it.
         """
         async with queue_errors(self.deadline()):
             return await self._streams.find_request(request_id, client)
 
     async def attach(self, request_id: str) -> None:
-        """Directs the events of a request that was enqueued before to this process."""
+        """Routes the events of an already enqueued request to this process."""
         async with queue_errors(self.deadline()):
             await self._streams.attach(request_id, self.exchange_limit_s)
 
     async def abort(self, request_id: str) -> str:
-        """Gives a request up now: `queued` (it never runs), `running` (it ends soon) or `gone`."""
+        """Aborts a request; returns what it was: `queued` (never runs), `running` (ends soon) or `gone`."""
         async with queue_errors(self.deadline()):
             return await self._streams.abort(request_id)
 
     async def abort_queued(self, request_id: str) -> str:
-        """Removes a request that no worker has claimed: `queued` (removed), else `running` or `gone`."""
+        """Removes a request unless a worker claimed it; returns `queued` (removed), `running` or `gone`."""
         async with queue_errors(self.deadline()):
             return await self._streams.abort(request_id, only_queued=True)
 
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
-        """The requests that exist no more although their logs tell no end, each with the reason."""
+        """Returns the requests that no longer exist although their logs have no last event, with reasons."""
         async with queue_errors(self.deadline()):
             return await self._streams.find_vanished(request_ids)
 
     async def read_logs(
         self, positions: Sequence[tuple[str, int]], max_num_events: int
     ) -> list[list[StreamEvent] | None]:
-        """The logged events from each (request id, first event_no) on, at most `max_num_events` of each.
+        """Returns the events in the logs of these requests; `positions` holds (request id, first event_no).
 
-        None in the place of a log that can't be read.
+        Each log gives at most `max_num_events` events. A log that can't be read gives None.
         """
         async with queue_errors(self.deadline()):
             return await self._streams.read_logs(positions, max_num_events=max_num_events)

@@ -1,4 +1,4 @@
-"""The events of an API process's requests: from one subscription and the token logs to open exchanges."""
+"""Brings the events of an API process's requests from its subscription and the token logs to inboxes."""
 
 import asyncio
 import contextlib
@@ -28,11 +28,10 @@ UNREADABLE = "The answer can't be read: its log is damaged, or its worker runs a
 
 
 class Relay:
-    """Delivers events to the inboxes of open exchanges.
+    """Delivers events to the inboxes of open HTTP exchanges.
 
-    Events come over pub/sub, one channel and one connection for the process. Pub/sub may lose them, so the
-    log decides: one periodic task reads it for every inbox that missed an event or has been silent for a
-    while.
+    Events arrive over pub/sub, on one channel and one connection per process. Pub/sub may lose events, so one
+    periodic task reads the logs of all requests whose inboxes missed an event or got none for a while.
     """
 
     def __init__(
@@ -64,16 +63,16 @@ class Relay:
 
     @property
     def inboxes(self) -> list[Inbox]:
-        """The inboxes of all open exchanges."""
+        """The inboxes of all open HTTP exchanges."""
         return list(self._inboxes.values())
 
     @property
     def is_aborting(self) -> bool:
-        """True while Redis has not taken all aborts."""
+        """True while there are aborts that Redis has not accepted."""
         return self._aborter.is_busy
 
     def start(self) -> None:
-        """Starts the tasks in the running event loop; Redis need not be there yet."""
+        """Starts the background tasks in the running event loop; Redis need not be reachable yet."""
         works = {
             "subscriber": self._subscriber.run(self._deliver, self._on_subscribed),
             "log reader": self._read_logs_loop(),
@@ -88,7 +87,7 @@ class Relay:
         self.queue.lacking = message
 
     def drain(self) -> None:
-        """Takes no new requests; exchanges that are still open after `api_drain_s` end with an error."""
+        """Refuses new requests; HTTP exchanges still open after `api_drain_s` end with an error."""
         self.queue.drain()
         if not self._is_draining:
             self._is_draining = True
@@ -99,7 +98,7 @@ class Relay:
             inbox.fail(ServerDraining())
 
     async def close(self) -> None:
-        """Ends open exchanges with an error, sends the aborts that are left, closes the connections."""
+        """Ends open HTTP exchanges with an error, sends the pending aborts, and closes all connections."""
         self._end_open()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_WAIT_S):
@@ -111,7 +110,7 @@ class Relay:
 
     @contextlib.contextmanager
     def open_inbox(self, request_id: str) -> Iterator[Inbox]:
-        """An inbox that gets the events of `request_id` while the context lasts."""
+        """Opens an inbox that gets the events of `request_id` while the context lasts."""
         inbox = Inbox(
             request_id, self._settings.max_inbox_events, self._settings.max_silence_s, self._log_wanted.set
         )
@@ -126,12 +125,12 @@ class Relay:
                 del self._inboxes[request_id.encode()]
 
     def abort_soon(self, request_id: str) -> None:
-        """Gives a request up, queued or running; the abort is sent even if the caller is cancelled."""
+        """Aborts a queued or running request; the abort is sent even if the caller is cancelled."""
         until = asyncio.get_running_loop().time() + self.queue.exchange_limit_s
         self._aborter.abort(request_id, until)
 
     def _deliver(self, data: bytes) -> None:
-        """Hands each line of a message, `<request id> <event>`, to its inbox."""
+        """Puts each line of a message, `<request id> <event>`, into the inbox of its request."""
         inboxes = self._inboxes
         for line in data.split(b"\n"):
             request_id, _, encoded = line.partition(b" ")
@@ -141,11 +140,11 @@ class Relay:
             try:
                 inbox.put(decode_event(encoded))
             except (msgspec.DecodeError, RecursionError):
-                # The log tells whether the event itself can't be read, or only the published copy.
+                # The published copy can't be decoded; reading the log shows whether the logged one can.
                 inbox.fall_behind()
 
     def _on_subscribed(self) -> None:
-        """Sends all inboxes to the log: events published while nobody listened stand only there."""
+        """Makes all inboxes read their logs: events published before the subscription are only there."""
         for inbox in self._inboxes.values():
             inbox.fall_behind()
 
@@ -161,7 +160,7 @@ class Relay:
                 await self._read_logs(inboxes)
 
     async def _read_logs(self, inboxes: list[Inbox]) -> None:
-        """Reads on for these inboxes, in one round trip; after a failure the next turn reads again."""
+        """Reads the logs of these inboxes in one round trip; after a failure, the next turn reads again."""
         for inbox in inboxes:
             inbox.log_is_being_read()
         page = self._settings.max_inbox_events
@@ -185,9 +184,9 @@ class Relay:
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancels tasks until all have ended.
+    """Cancels tasks again and again until all have ended.
 
-    Once is not enough: redis-py sends under `asyncio.wait_for`, which can swallow a cancellation.
+    One cancellation is not enough: redis-py sends under `asyncio.wait_for`, which can swallow it.
     """
     pending = set(tasks)
     while pending:

@@ -1,4 +1,4 @@
-"""The subscription that brings an API process its events."""
+"""The pub/sub subscription over which an API process gets its events."""
 
 import asyncio
 import logging
@@ -16,11 +16,11 @@ from shared.settings import RedisSettings
 logger = logging.getLogger(__name__)
 
 PING_S = 5.0
-"""Silence of the connection after which it is pinged, and after a second one given up."""
+"""Time without messages after which the connection is pinged; after as long again, it is replaced."""
 
 
 class Subscriber:
-    """Keeps one connection subscribed to one channel and hands each message on."""
+    """Keeps one connection subscribed to one channel and passes each message to a callback."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Subscriber:
         self._ping_s = ping_s
 
     async def run(self, on_message: Callable[[bytes], None], on_subscribed: Callable[[], None]) -> None:
-        """Works until it is cancelled; `on_subscribed` is called after each (re)connection."""
+        """Receives messages until this task is cancelled; calls `on_subscribed` after each (re)connection."""
         pauses = backoff()
         while True:
             try:
@@ -63,10 +63,10 @@ class Subscriber:
     async def _receive(
         self, pubsub: PubSub, on_message: Callable[[bytes], None], on_subscribed: Callable[[], None]
     ) -> None:
-        """Hands messages on until the connection fails.
+        """Passes messages on until the connection fails.
 
         Raises:
-            TimeoutError: the server no longer answers, on a connection that looks alive.
+            TimeoutError: the server did not answer a ping, although the connection looks alive.
         """
         pinged = False
         while True:

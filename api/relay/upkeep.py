@@ -1,4 +1,4 @@
-"""The periodic tasks of an API process, beside its exchanges."""
+"""The periodic background tasks of an API process."""
 
 import asyncio
 import logging
@@ -19,33 +19,34 @@ logger = logging.getLogger(__name__)
 VANISH_CHECK_S = 2.0
 PERMISSION_CHECK_S = 1.0
 MIN_QUIET_S = 3.0
-"""Silence on an exchange after which Redis is asked whether its request still exists."""
+"""Minimum time without events after which Redis is asked whether a request still exists."""
 
 
 async def renew_lease_loop(queue: QueueClient, lease_s: float) -> None:
-    """Renews this API's lease; workers abort the requests of an API whose lease has lapsed."""
+    """Renews this API process's lease; without one, workers abort the requests of the process's clients."""
     while True:
         try:
             await queue.renew_lease()
             await asyncio.sleep(lease_s / 3)
         except Exception as error:
-            # If an unforeseen exception ended this task, the lease would lapse and all requests be aborted.
+            # If an unforeseen exception ended this task, the lease would expire and all requests be aborted.
             if not isinstance(error, QueueUnavailable):
                 log_unexpected(logger, error)
             await asyncio.sleep(min(0.5, lease_s / 6))
 
 
 async def watch_permissions(pool: redis.ConnectionPool, on_change: Callable[[str | None], None]) -> None:
-    """Checks the permissions of the API's Redis user until it has them all.
+    """Checks the permissions of the API's Redis user until none is missing.
 
-    `on_change` gets a message for the operator whenever other rules are missing, and None when none is.
+    `on_change` gets a message for the operator whenever the set of missing ACL rules changes, and None once
+    no rule is missing.
     """
     said: str | None = None
     while True:
         try:
             rules = await asyncio.to_thread(missing_rules, pool, API)
         except (redis.RedisError, OSError):
-            # No log line here: the log reader meets the same failure and logs it.
+            # The log reader runs into the same failure and logs it, so no line is logged here.
             await asyncio.sleep(PERMISSION_CHECK_S)
             continue
         if not rules:
@@ -62,7 +63,7 @@ async def watch_permissions(pool: redis.ConnectionPool, on_change: Callable[[str
 async def fail_vanished_loop(
     queue: QueueClient, settings: ApiSettings, inboxes: Callable[[], Iterable[Inbox]]
 ) -> None:
-    """Ends exchanges whose requests no longer exist: Redis lost its data, or an operator removed them."""
+    """Fails inboxes whose requests no longer exist: Redis lost its data, or an operator removed them."""
     loop = asyncio.get_running_loop()
     min_quiet_s = max(MIN_QUIET_S, settings.redis_timeout_s + 1)
     ended: set[str] = set()
@@ -79,7 +80,7 @@ async def fail_vanished_loop(
                 log_unexpected(logger, error)
             continue
         for request_id, reason in vanished.items():
-            # A request that has just ended gets a second look: the log reader may not have met its end yet.
+            # A request that has just ended is failed at the second check: its last event may still arrive.
             if not isinstance(reason, EndLost) or request_id in ended:
                 quiet[request_id].fail(reason)
         ended = {request_id for request_id, reason in vanished.items() if isinstance(reason, EndLost)}
