@@ -26,6 +26,15 @@ def test_the_adapter_with_the_fewest_running_comes_first_then_the_one_that_waits
     assert SimulatedWorker(room, 3).turn() == ["a", "b", "a"]
 
 
+def test_requests_that_run_already_count(room: WaitingRoom) -> None:
+    worker = SimulatedWorker(room, 4)
+    worker.hold("a", 2)
+    worker.hold("b")
+    room.ask("a", waited_s=9)
+    room.ask("b", waited_s=1)
+    assert worker.turn() == ["b"]
+
+
 def test_running_sequences_count_and_not_requests(room: WaitingRoom) -> None:
     room.ask("a", waited_s=5, n=2)
     for _ in range(3):
