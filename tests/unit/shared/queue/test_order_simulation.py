@@ -3,7 +3,7 @@
 import random
 from collections import Counter, defaultdict
 
-from shared.queue.order import BATCH_SHARE
+from shared.queue.order import BATCH_ONE_IN
 from tests.unit.shared.queue.waiting_room import SimulatedWorker, WaitingRoom
 
 MAX_WAIT_S = 10.0
@@ -105,7 +105,7 @@ def test_batch_gets_no_less_than_its_share_and_little_more_while_interactive_req
             waits.claim(worker, num_turns=rng.randrange(2))
         room.now_s += 1
     share = waits.served["batch"] / sum(waits.served.values())
-    assert 0.9 / BATCH_SHARE <= share <= 2 / BATCH_SHARE, waits.served
+    assert 0.9 / BATCH_ONE_IN <= share <= 2 / BATCH_ONE_IN, waits.served
 
 
 def test_all_that_waits_is_served_once_when_nothing_more_comes() -> None:
