@@ -326,8 +326,9 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The Linear modules of a model by name."""
-    found: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    """The Linears of a model by name; not those of a subclass that computes something else, as routers do."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     }
-    return found

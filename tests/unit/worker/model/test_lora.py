@@ -260,6 +260,18 @@ def test_a_config_of_an_older_peft_is_read(folder: Path, model: Any) -> None:
     assert len(load_adapter("mine", str(folder), model).layers) == 4
 
 
+class Router(nn.Linear):
+    """A Linear that returns more than a product, like those of experts in some models."""
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        return super().forward(rows), rows
+
+
+def test_linears_that_compute_something_else_are_left_alone() -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(2, 2), "router": Router(2, 2)})
+    assert list(lora.linears(model)) == ["plain"]
+
+
 # The stack, on two Linears of which only one sees all tokens.
 
 
