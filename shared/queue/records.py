@@ -7,7 +7,7 @@ from shared.messages import GenerationRequest, StreamEvent
 
 
 class Held(NamedTuple):
-    """A request that a worker believes it owns, under the execution of its claim."""
+    """A request that a worker believes it owns, and the id of its claim."""
 
     request_id: str
     claim_id: str

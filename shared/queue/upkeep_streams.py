@@ -1,4 +1,4 @@
-"""The scripts by which a worker keeps itself and others in order; those that move requests: `worker_streams`.
+"""The scripts of a worker's heartbeat: leases, reaping, sweeps. Requests are moved by `worker_streams`.
 
 Each script is atomic and can be repeated safely: redis-py repeats a call whose reply it lost.
 """
@@ -159,7 +159,7 @@ def _served_fields(served: Mapping[str, str]) -> dict[Any, Any]:
 
 
 def pack_held(held: Iterable[Held]) -> bytes:
-    """Held requests as scripts take them: id, execution, id, ..."""
+    """Packs held requests for the scripts: request id, claim id, request id, ..."""
     return pack([item for pair in held for item in pair])
 
 
