@@ -68,6 +68,7 @@ class InMemoryEngine:
     """Adapters that are being read, and the errors that `settle_adapters` will find."""
     adapters: AllResident = field(default_factory=AllResident)
     max_model_len: int = 64
+    max_num_sequences: int = 8
     served: ServedModels = field(default_factory=lambda: served_models("abc"))
     forward_state: str = ForwardState.EAGER
     is_stalled: bool = False
@@ -152,8 +153,10 @@ class InMemoryEngine:
 
     def shed(self) -> tuple[str | None, list[Output]]:
         newest = next(name for name in reversed(self._requests) if name in self._ran)
+        self.max_num_sequences -= 1
         if len(self._ran) == 1:
-            return None, self._fail([newest], GenerationFailed())
+            is_wide = self._requests[newest].request.num_sequences > 1
+            return None, [] if is_wide else self._fail([newest], GenerationFailed())
         del self._requests[newest]
         return newest, []
 

@@ -124,7 +124,7 @@ def claimer(
 
 def make_consumer(streams: WorkerStreams, held: HeldRequests, **options: Any) -> Consumer:
     """A consumer that claims by `claimer`."""
-    defaults = {"max_num_sequences": 8, "poll_s": 0.02}
+    defaults = {"capacity": lambda: 8, "poll_s": 0.02}
     return Consumer(streams, claimer(streams), held, **(defaults | options))
 
 

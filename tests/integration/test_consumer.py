@@ -23,8 +23,8 @@ from tests.fakes import FakeModel, build_engine, letters
 from tests.redis_server import RedisServer
 from tests.streams import BASE, BlockingApi, claim, last, make_consumer, make_request, token, worker_streams
 from tests.waiting import wait_until
+from worker.engine import capacity
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
-from worker.serving import capacity
 from worker.serving.consumer import MAX_NUM_UNSENT_STEPS, Consumer, HeldRequests
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.heartbeat import Heartbeat
@@ -62,12 +62,12 @@ class ThreadedWorker:
     ) -> None:
         self.name = f"w-{uuid4().hex}"
         self.held = HeldRequests()
-        engine = build_engine(runner, max_prefill_tokens=64)
+        engine = build_engine(runner, max_batch_size=max_num_sequences, max_prefill_tokens=64)
         self.connection = redis.Redis.from_url(url, socket_timeout=5)
         self.consumer = make_consumer(
             worker_streams(self.connection, self.name),
             self.held,
-            max_num_sequences=max_num_sequences,
+            capacity=lambda: engine.max_num_sequences,
             poll_s=0.02,
             encode=encode or engine.encode,
         )
@@ -350,7 +350,7 @@ def make_heartbeat(
 
 def test_a_heartbeat_tells_what_its_worker_serves_until_it_drains(connection: redis.Redis) -> None:
     streams = worker_streams(connection, "w1")
-    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, max_num_sequences=8, poll_s=0.02)
+    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, capacity=lambda: 8, poll_s=0.02)
     now_s = [0.0]
     heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m1")
     heartbeat.turn()
@@ -374,7 +374,7 @@ def test_a_heartbeat_ends_requests_for_weights_that_nobody_has_after_a_beat_of_i
     connection: redis.Redis, api: BlockingApi
 ) -> None:
     streams = worker_streams(connection, "w1")
-    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, max_num_sequences=8, poll_s=0.02)
+    consumer = make_consumer(streams, HeldRequests(), encode=not_at_all, capacity=lambda: 8, poll_s=0.02)
     now_s = [0.0]
     heartbeat = make_heartbeat(streams, consumer, now_s, tiny="m2")
     request_id = api.enqueue(make_request(base_version="m1"))
@@ -400,7 +400,7 @@ def test_a_heartbeat_keeps_leases_and_reaps_only_after_a_lease_of_its_own(
     heartbeat = Heartbeat(
         streams,
         held,
-        make_consumer(streams, held, encode=not_at_all, max_num_sequences=8, poll_s=0.02),
+        make_consumer(streams, held, encode=not_at_all, capacity=lambda: 8, poll_s=0.02),
         WorkerSettings.load(model="m", lease_s=4, heartbeat_s=1, reap_s=0.5),
         served=lambda: {BASE: ""},
         on_beat=lambda: beats.append(now_s[0]),
@@ -530,9 +530,9 @@ class StuckEncode:
         return [[ord("x")]]
 
 
-def long_request() -> object:
+def long_request(num_tokens: int = 3) -> object:
     messages = [{"role": "user", "content": "x" * (LONG_PROMPT_CHARS + 1)}]
-    return make_request(sampling=SamplingParams(temperature=0, max_tokens=3), messages=messages)
+    return make_request(sampling=SamplingParams(temperature=0, max_tokens=num_tokens), messages=messages)
 
 
 def test_a_prompt_that_takes_long_to_encode_holds_up_no_other_request(
@@ -568,7 +568,7 @@ def test_a_request_given_up_while_its_prompt_was_encoded_ends(
 ) -> None:
     encode, runner = StuckEncode(), SlowRunner()
     start_worker(runner, encode=encode)
-    request_id = api.enqueue(long_request())
+    request_id = api.enqueue(long_request(num_tokens=500))
     wait_until(lambda: encode.num_begun)
     assert api.abort(request_id) == "running"
     encode.may_go_on.set()
@@ -621,7 +621,7 @@ def test_what_a_claim_took_before_its_reply_was_lost_comes_with_the_next_one(
     ids = [api.enqueue(make_request()) for _ in range(2)]
     held = HeldRequests()
     consumer = make_consumer(
-        worker_streams(connection), held, encode=not_at_all, max_num_sequences=2, poll_s=0.01
+        worker_streams(connection), held, encode=not_at_all, capacity=lambda: 2, poll_s=0.01
     )
     with lost_replies(monkeypatch), pytest.raises(redis.ConnectionError):
         consumer.turn()
@@ -635,7 +635,7 @@ def test_a_running_worker_asks_for_more_only_while_something_waits(
 ) -> None:
     held = HeldRequests()
     consumer = make_consumer(
-        worker_streams(connection), held, encode=not_at_all, max_num_sequences=3, poll_s=0.01
+        worker_streams(connection), held, encode=not_at_all, capacity=lambda: 3, poll_s=0.01
     )
     num_held: list[int] = []
     look_once = WorkerStreams.look
@@ -660,7 +660,7 @@ def test_a_claim_whose_reply_was_lost_is_repeated_though_nothing_waits_any_more(
 ) -> None:
     held = HeldRequests()
     consumer = make_consumer(
-        worker_streams(connection), held, encode=not_at_all, max_num_sequences=2, poll_s=0.01
+        worker_streams(connection), held, encode=not_at_all, capacity=lambda: 2, poll_s=0.01
     )
     api.enqueue(make_request())
     consumer.turn()
@@ -676,7 +676,7 @@ def test_what_is_handed_back_while_all_else_ends_is_claimed_in_the_same_turn(
 ) -> None:
     held = HeldRequests()
     consumer = make_consumer(
-        worker_streams(connection), held, encode=not_at_all, max_num_sequences=2, poll_s=0.01
+        worker_streams(connection), held, encode=not_at_all, capacity=lambda: 2, poll_s=0.01
     )
     ids = [api.enqueue(make_request()) for _ in range(2)]
     consumer.turn()
@@ -694,7 +694,7 @@ def test_a_repeated_terminal_append_does_not_count_as_a_lost_request(
     api.enqueue(make_request())
     held = HeldRequests()
     streams = worker_streams(connection)
-    consumer = make_consumer(streams, held, encode=not_at_all, max_num_sequences=1, poll_s=0.01)
+    consumer = make_consumer(streams, held, encode=not_at_all, capacity=lambda: 1, poll_s=0.01)
     consumer.turn()
     (claimed,) = held.snapshot()
     end: list[Append] = [last(Claim(claimed, make_request(), ()), 0)]

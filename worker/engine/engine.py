@@ -58,6 +58,11 @@ class BatchingEngine:
         return f"{len(self._outputs)} requests, {self._scheduler.num_blocks_in_use} cache blocks in use"
 
     @property
+    def max_num_sequences(self) -> int:
+        """The number of sequences that run at once; see `Engine`."""
+        return self._scheduler.max_num_sequences
+
+    @property
     def max_model_len(self) -> int:
         """The longest sequence, in tokens."""
         return self._model.max_model_len
@@ -138,13 +143,18 @@ class BatchingEngine:
         self._remove(request_id)
 
     def shed(self) -> tuple[str | None, list[Output]]:
-        """Drops the newest request of a step that did not fit into memory; see `Engine`."""
+        """Makes room after a step that did not fit into memory; see `Engine`."""
+        self._scheduler.shrink()
         ran = {scheduled.seq.request_id for scheduled in self._batch}
         newest = next(request_id for request_id in reversed(self._outputs) if request_id in ran)
+        if len(ran) > 1:
+            self._remove(newest)
+            return newest, []
+        # The sequences of one request can run one after another.
+        if len(self._batch) > 1:
+            return None, []
         output = self._outputs[newest]
         self._remove(newest)
-        if len(ran) > 1:
-            return newest, []
         return None, [output.fail(GenerationFailed("The request does not fit into the device's memory."))]
 
     def expire_requests(self) -> list[Output]:

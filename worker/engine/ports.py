@@ -113,6 +113,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def max_num_sequences(self) -> int:
+        """The number of sequences that run at once; it falls for a while after a step that did not fit."""
+        ...
+
+    @property
     def adapters(self) -> Residency:
         """Which adapters are on the device."""
         ...
@@ -198,9 +203,10 @@ class Engine(Protocol):
         ...
 
     def shed(self) -> tuple[str | None, list[Output]]:
-        """Drops the newest request of a step that did not fit into memory, and returns its id.
+        """Makes room after a step that did not fit into memory: drops its newest request, and returns the id.
 
-        If it ran alone, it ends with an error instead, and the id is None.
+        If one request ran alone, the id is None: fewer of its sequences run at once from now on. If it ran a
+        single one, it ends with an error.
         """
         ...
 

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence as Items
 
 from worker.engine.block_manager import BlockManager
+from worker.engine.capacity import Capacity
 from worker.engine.ports import Adapters
 from worker.engine.sequence import (
     Batch,
@@ -39,13 +40,18 @@ class Scheduler:
         self._blocks = blocks
         self._adapters = adapters
         self._pace = pace
-        self._max_batch_size = max_batch_size
+        self._capacity = Capacity(max_batch_size)
         self._max_prefill_tokens = max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._lone: str | None = None
         """The request that runs alone; nothing runs until `run_isolated`."""
         self._may_run_lone = False
+
+    @property
+    def max_num_sequences(self) -> int:
+        """The number of sequences that may run at once now. Safe to read in any thread."""
+        return self._capacity.num_sequences
 
     @property
     def has_work(self) -> bool:
@@ -91,6 +97,12 @@ class Scheduler:
             others = itertools.chain(self._running, self._waiting)
             self._lone = self._lone if any(not self._must_wait(other) for other in others) else None
 
+    def shrink(self) -> None:
+        """Lets fewer sequences run for a while, because a step did not fit into memory: the newest wait."""
+        self._capacity.shrink(len(self._running))
+        for seq in self._running[: self.max_num_sequences - 1 : -1]:
+            self._preempt(seq)
+
     def schedule(self) -> Batch:
         """The next step's batch; empty if all sequences wait for their adapters, or for `run_isolated`."""
         self._pace.start_step()
@@ -107,6 +119,7 @@ class Scheduler:
         """
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)
+        self._capacity.count_step()
         sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
         for seq, num_tokens in batch:
             seq.num_computed_tokens += num_tokens
@@ -166,7 +179,7 @@ class Scheduler:
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:
-            prompts += self._ready(prompts)[: max(0, self._max_batch_size - len(self._running))]
+            prompts += self._ready(prompts)[: max(0, self.max_num_sequences - len(self._running))]
         # There is no room for the first one: if newer ones took the free blocks, it would wait for ever.
         if not (num_ms and prompts and self._admit(prompts[0])):
             return []

@@ -20,7 +20,6 @@ from shared.queue.outages import Outages
 from shared.queue.places import tenant_key
 from shared.queue.records import Append, Claim, Held, News
 from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
-from worker.serving.capacity import Capacity
 from worker.serving.claimer import Claimer
 from worker.serving.commands import Commands, Inbox
 from worker.serving.patience import RETRY_WAIT_S, call_until
@@ -137,14 +136,14 @@ class Consumer:
         held: HeldRequests,
         *,
         encode: Encode,
-        max_num_sequences: int,
+        capacity: Callable[[], int],
         poll_s: float,
     ) -> None:
-        """`max_num_sequences`: sequences that the engine runs at once."""
+        """`capacity` tells how many sequences the engine runs at once now."""
         self._streams = streams
         self._claimer = claimer
         self._held = held
-        self._capacity = Capacity(max_num_sequences)
+        self._capacity = capacity
         self._poll_s = poll_s
         self.outages = Outages(logger)
         self._unsent: list[Append] = []
@@ -220,13 +219,8 @@ class Consumer:
         self.commands.put(Commands(stop=[request_id]))
 
     def shed(self, held: Held) -> None:
-        """Hands one request back after a step that was out of memory, and holds fewer for a while."""
-        self._capacity.shrink(self._held.num_sequences)
+        """Hands one request back, because a step was out of memory."""
         self._to_shed.put(held)
-
-    def count_step(self) -> None:
-        """Counts a step that found the memory it needed."""
-        self._capacity.count_step()
 
     def hand_back(self, give_up_at: float = 0) -> int:
         """Hands all held requests back to their queues; call it when `run` has ended.
@@ -300,7 +294,7 @@ class Consumer:
         return has_shed
 
     def _claim(self) -> None:
-        running = self._held.running(self._capacity.num_sequences)
+        running = self._held.running(self._capacity())
         if running.num_free <= 0 or self._draining.is_set() or self._held.has_suspect:
             return
         claims = self._claimer.claim(running)

@@ -82,7 +82,6 @@ class EngineLoop:
         self._step_started_s = self._clock()
         try:
             outputs = self._engine.step()
-            self._consumer.count_step()
             return self._to_appends(outputs)
         except OutOfDeviceMemory as error:
             logger.warning("a step is out of memory: %s", error, extra=fields("out_of_memory"))

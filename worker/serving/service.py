@@ -53,7 +53,7 @@ class WorkerService:
             streams,
             _claimer(streams, queues, engine, settings),
             self._held,
-            max_num_sequences=settings.max_batch_size,
+            capacity=lambda: engine.max_num_sequences,
             poll_s=settings.poll_s,
             encode=engine.encode,
         )

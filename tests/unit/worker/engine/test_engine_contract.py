@@ -191,12 +191,24 @@ def test_the_newest_request_of_a_step_without_memory_makes_room(rig: Rig) -> Non
     with pytest.raises(OutOfDeviceMemory):
         rig.engine.step()
     rig.lack_memory(False)
+    before = rig.engine.max_num_sequences
     assert rig.engine.shed() == ("new", [])
+    assert rig.engine.max_num_sequences < before
     assert finish(rig).keys() == {"old"}
 
 
+def test_a_request_that_has_no_memory_for_all_its_sequences_runs_fewer_at_once(rig: Rig) -> None:
+    add(rig, "r", n=3)
+    rig.lack_memory(True)
+    with pytest.raises(OutOfDeviceMemory):
+        rig.engine.step()
+    rig.lack_memory(False)
+    assert rig.engine.shed() == (None, [])
+    assert len({event.index for event in finish(rig)["r"]}) == 3
+
+
 def test_a_request_that_has_no_memory_even_alone_ends_with_an_error(rig: Rig) -> None:
-    add(rig, "r", n=2)
+    add(rig, "r")
     rig.lack_memory(True)
     with pytest.raises(OutOfDeviceMemory):
         rig.engine.step()

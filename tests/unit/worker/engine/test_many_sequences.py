@@ -11,7 +11,7 @@ from tests.fakes import EOS, FakeModel, build_engine, encoded
 from tests.streams import make_request
 from worker.engine.block_manager import BlockManager
 from worker.engine.records import Output
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
 
 PROMPTS = ("a first prompt of 28 letters", tuple(b"a second one, given as token ids"), "the last")
 """Prompts of 28, 32 and 8 tokens, with different remainders after their last full blocks."""
@@ -252,3 +252,24 @@ def test_the_messages_of_a_request_leave_memory_while_it_runs() -> None:
     bench.add(request)
     bench.engine.step()
     assert (sys.getrefcount(request), sys.getrefcount(request.messages)) == before
+
+
+def test_a_request_that_has_memory_for_two_of_its_sequences_runs_two_at_once() -> None:
+    bench, run_all = Bench(), FakeModel.run
+
+    def run(batch: Batch) -> list[Sampled]:
+        if len(batch) > 2:
+            raise OutOfDeviceMemory
+        return run_all(bench.model, batch)
+
+    bench.model.run = run
+    bench.add(request_of(prompts=("abc",), n=5))
+    events: list[StreamEvent] = []
+    while bench.engine.has_work:
+        try:
+            events += [output.event for output in bench.engine.step()]
+        except OutOfDeviceMemory:
+            assert bench.engine.shed() == (None, [])
+    assert len(ends(events)) == 5
+    assert max(map(len, bench.model.batches)) == 2
+    assert bench.engine.max_num_sequences == 2

@@ -1,4 +1,4 @@
-"""The number of sequences that a worker may hold, which falls when memory is short."""
+"""The number of sequences that may run at once, which falls when memory is short."""
 
 NUM_STEPS_TO_GROW = 1_000
 
@@ -13,12 +13,12 @@ class Capacity:
         self._most = max_num_sequences
         self._num_good_steps = 0
         self.num_sequences = max_num_sequences
-        """The number that may be held now. Safe to read in any thread."""
+        """The number that may run now. Safe to read in any thread."""
 
-    def shrink(self, num_held: int) -> None:
-        """Lowers the number after a step was out of memory: to one below `num_held`, but at least 1."""
+    def shrink(self, num_running: int) -> None:
+        """Lowers the number after a step was out of memory: to one below `num_running`, but at least 1."""
         self._num_good_steps = 0
-        self.num_sequences = max(1, min(num_held, self.num_sequences) - 1)
+        self.num_sequences = max(1, min(num_running, self.num_sequences) - 1)
 
     def count_step(self) -> None:
         """Counts a step that found its memory; after `NUM_STEPS_TO_GROW` of them, allows one more."""
