@@ -158,13 +158,13 @@ def mixed_batches(context: Context) -> Iterator[Figure]:
     }
     with context.deploy(LORA_WORKER, num_workers=1, **settings) as deployment:
         server = Server(deployment.url, deployment.base_name, tuple(adapters))
-        yield from served.rows(server, sizes, context.wanted, context.floor)
+        yield from served.figures(server, sizes, context.wanted, context.floor)
         if "pickup" in context.wanted:
             yield _pickup(deployment, server, sizes)
         if "tax" in context.wanted:
             speed = measure(server, server.load(server.adapters, sizes)).tokens_per_s
     if "tax" in context.wanted:
-        yield served.share("tax", speed, _direct_speed(context, settings, server))
+        yield served.ratio("tax", speed, _direct_speed(context, settings, server))
 
 
 def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
@@ -219,7 +219,7 @@ def _compare(
     server = Server(deployment.url, deployment.base_name)
     served.warm_up(server, [*others, *models[: sizes.concurrency]], sizes)
     speeds = [measure(server, server.load(chosen, sizes)).tokens_per_s for chosen in (models, others)]
-    return served.share(key, *speeds)
+    return served.ratio(key, *speeds)
 
 
 def adapter_loads(context: Context) -> Iterator[Figure]:
@@ -300,7 +300,7 @@ def workers(context: Context) -> Iterator[Figure]:
             server = Server(deployment.url, deployment.base_name)
             served.warm_up(server, [server.base], sizes)
             speeds.append(measure(server, server.load([server.base], sizes)).tokens_per_s)
-    yield served.share("workers", *speeds)
+    yield served.ratio("workers", *speeds)
 
 
 def redis_costs(context: Context) -> Iterator[Figure]:

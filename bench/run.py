@@ -119,7 +119,7 @@ def _served_stage(args: argparse.Namespace) -> Stage:
     base, *adapters = args.models
     server = served.Server(args.base_url, base, adapters, args.api_key, args.extra)
     return Stage(
-        served.KEYS, lambda context: served.rows(server, context.sizes, context.wanted, context.floor)
+        served.KEYS, lambda context: served.figures(server, context.sizes, context.wanted, context.floor)
     )
 
 

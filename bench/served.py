@@ -69,7 +69,7 @@ class Server:
         )
 
 
-def rows(
+def figures(
     server: Server, sizes: Sizes, wanted: AbstractSet[str], floor: Callable[[int], float]
 ) -> Iterator[Figure]:
     """Yields the measurements that work on any server; `floor` measures F(batch), in tokens/s.
@@ -85,12 +85,12 @@ def rows(
         before = floor(sizes.concurrency)
         base = measure(server, server.load([server.base], sizes)).tokens_per_s
         after = floor(sizes.concurrency)
-        yield share("base", base, statistics.mean((before, after)))
+        yield ratio("base", base, statistics.mean((before, after)))
         if server.adapters:
             mixed = measure(server, server.load(server.adapters, sizes))
             before, after = after, floor(sizes.concurrency)
-            yield share("mixed", mixed.tokens_per_s, statistics.mean((before, after)))
-            yield share("mixed-base", mixed.tokens_per_s, base)
+            yield ratio("mixed", mixed.tokens_per_s, statistics.mean((before, after)))
+            yield ratio("mixed-base", mixed.tokens_per_s, base)
             yield Figure("ttft", mixed.first_text_p50_s, f"then a token every {mixed.gap_p50_s * 1e3:.0f} ms")
     if "stream" in wanted:
         yield _one_stream(server, sizes, floor)
@@ -107,12 +107,12 @@ def _one_stream(server: Server, sizes: Sizes, floor: Callable[[int], float]) -> 
         alone = replace(server.load([server.base], sizes), concurrency=1, num_requests=sizes.num_alone)
         speed = measure(server, alone).tokens_per_s
         after = floor(1)
-        figures.append(share("stream", speed, statistics.mean((before, after))))
+        figures.append(ratio("stream", speed, statistics.mean((before, after))))
         before = after
     return sorted(figures, key=lambda figure: figure.value or 0)[len(figures) // 2]
 
 
-def share(key: str, speed: float, other: float) -> Figure:
+def ratio(key: str, speed: float, other: float) -> Figure:
     """Returns one speed ÷ another, both in tokens/s, as a figure."""
     return Figure(key, speed / other, f"{speed:.0f} of {other:.0f} tokens/s")
 
@@ -161,11 +161,11 @@ async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
     ):
         streams = [Stream(models[n % len(models)], 0.0) for n in range(sizes.concurrency)]
         for stream in streams:
-            extra = without_ends(server.extra, sizes.max_running_tokens)
+            extra = without_end_tokens(server.extra, sizes.max_running_tokens)
             task = asyncio.create_task(
                 client.stream(stream.model, next(texts), sizes.max_running_tokens, extra, stream)
             )
-            stack.push_async_callback(_leave, task)
+            stack.push_async_callback(_disconnect, task)
         while min(len(stream.text_at_s) for stream in streams) <= NUM_GAPS_BEFORE:
             _check_running(streams)
             await asyncio.sleep(POLL_S)
@@ -185,7 +185,7 @@ async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
     return Gaps(statistics.median(before), max(during))
 
 
-def without_ends(extra: Mapping[str, Any], num_tokens: int) -> Mapping[str, Any]:
+def without_end_tokens(extra: Mapping[str, Any], num_tokens: int) -> Mapping[str, Any]:
     """Bans the end-of-text token, through `min_tokens`, in streams that ignore it anyway.
 
     The token has no text, so its step would look like a longer inter-token latency.
@@ -207,7 +207,7 @@ def _check_running(streams: Sequence[Stream]) -> None:
             raise LoadFailed(f"a stream that was to run on ended: {stream.error or 'its length was reached'}")
 
 
-async def _leave(task: asyncio.Task[Stream]) -> None:
+async def _disconnect(task: asyncio.Task[Stream]) -> None:
     """Aborts a stream by closing its connection."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):

@@ -83,7 +83,7 @@ class Inbox:
             return False
         return self._behind or now - self._last_heard >= self._silence_s
 
-    def log_is_being_read(self) -> None:
+    def begin_log_read(self) -> None:
         """Notes that a read of the log begins; if an event is found missing later, the log is read again."""
         self._behind = False
         # Each read that finds no new events doubles the pause before the next one, up to the maximum.

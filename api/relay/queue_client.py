@@ -47,7 +47,7 @@ class QueueClient:
     def __init__(self, redis_settings: RedisSettings, settings: ApiSettings) -> None:
         self.channel = keys.events_channel(uuid.uuid4().hex)
         """The pub/sub channel of this process's events; a Redis key of the same name is its lease."""
-        self.lacking: str | None = None
+        self.missing_permissions: str | None = None
         """Message that names the permissions which the Redis user lacks; None if it has all."""
         self._settings = settings
         self._connection = connect_async(
@@ -82,8 +82,8 @@ class QueueClient:
         """
         if self._is_draining:
             raise ServerDraining
-        if self.lacking is not None:
-            raise QueueUnavailable(self.lacking)
+        if self.missing_permissions is not None:
+            raise QueueUnavailable(self.missing_permissions)
         # Something is written, because a PING succeeds even on a replica or on a server without free memory.
         await self.renew_lease()
 

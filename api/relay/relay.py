@@ -78,13 +78,13 @@ class Relay:
             "log reader": self._read_logs_loop(),
             "aborter": self._aborter.run(),
             "lease": renew_lease_loop(self.queue, self._settings.api_lease_s),
-            "permissions": watch_permissions(self._permission_pool, self._note_lacking),
+            "permissions": watch_permissions(self._permission_pool, self._note_missing_permissions),
             "vanished": fail_vanished_loop(self.queue, self._settings, self._inboxes.values),
         }
         self._tasks = [asyncio.create_task(work, name=name) for name, work in works.items()]
 
-    def _note_lacking(self, message: str | None) -> None:
-        self.queue.lacking = message
+    def _note_missing_permissions(self, message: str | None) -> None:
+        self.queue.missing_permissions = message
 
     def drain(self) -> None:
         """Refuses new requests; HTTP exchanges still open after `api_drain_s` end with an error."""
@@ -162,7 +162,7 @@ class Relay:
     async def _read_logs(self, inboxes: list[Inbox]) -> None:
         """Reads the logs of these inboxes in one round trip; after a failure, the next turn reads again."""
         for inbox in inboxes:
-            inbox.log_is_being_read()
+            inbox.begin_log_read()
         page = self._settings.max_inbox_events
         positions = [(inbox.request_id, inbox.next_event_no) for inbox in inboxes]
         try:

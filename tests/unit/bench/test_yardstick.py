@@ -5,7 +5,7 @@ import pytest
 from bench.floor import fuse
 from bench.load import Stream
 from bench.report import to_text
-from bench.served import gaps_between, without_ends
+from bench.served import gaps_between, without_end_tokens
 from bench.yardstick import Figure, Goal, Row, Verdict, goals
 
 MORE = Goal("more", "tokens", must=0.5, aim=0.8, unit="F")
@@ -75,8 +75,8 @@ def test_the_floor_multiplies_weights_of_one_input_together() -> None:
 
 
 def test_a_stream_whose_gaps_count_meets_no_token_without_text() -> None:
-    assert without_ends({"ignore_eos": True, "n": 1}, 9) == {"ignore_eos": True, "n": 1, "min_tokens": 9}
-    assert without_ends({}, 9) == {}, "a server that may know neither"
+    assert without_end_tokens({"ignore_eos": True}, 9) == {"ignore_eos": True, "min_tokens": 9}
+    assert without_end_tokens({}, 9) == {}, "a server that may know neither"
 
 
 def test_only_gaps_that_lie_in_a_time_are_counted() -> None:

@@ -30,7 +30,7 @@ async def take(inbox: Inbox) -> list[int]:
 def read_log(inbox: Inbox, log: list[StreamEvent], page: int = 100) -> None:
     """Reads the log as the relay does."""
     first = inbox.next_event_no
-    inbox.log_is_being_read()
+    inbox.begin_log_read()
     found = log[first : first + page]
     inbox.put_log(found, is_all=len(found) < page)
 
@@ -67,7 +67,7 @@ def test_every_event_arrives_once_and_in_order_whatever_is_lost_late_or_doubled(
             elif action == "message" and log:
                 inbox.put(log[argument % len(log)])
             elif action == "ask" and inbox.wants_log(FOREVER):
-                inbox.log_is_being_read()
+                inbox.begin_log_read()
                 answers.append(log[inbox.next_event_no :][:max_num_events])
             elif action == "answer" and answers:
                 answer = answers.pop(0)
@@ -99,7 +99,7 @@ async def test_a_gap_calls_for_the_log_at_once() -> None:
 
 async def test_a_gap_noticed_while_the_log_is_read_calls_for_another_reading() -> None:
     inbox = make_inbox()
-    inbox.log_is_being_read()
+    inbox.begin_log_read()
     inbox.put(StreamEvent(5))
     inbox.put_log(events(0, 1), is_all=True)
     assert await take(inbox) == [0, 1]
@@ -132,7 +132,7 @@ async def test_a_silent_inbox_wants_the_log_less_and_less_often_until_an_event_c
     for _ in range(4):
         now = asyncio.get_running_loop().time()
         pauses.append(next(pause for pause in (0.6, 1.1, 2.1) if inbox.wants_log(now + pause)))
-        inbox.log_is_being_read()
+        inbox.begin_log_read()
     assert pauses == [0.6, 1.1, 2.1, 2.1]
     inbox.put(StreamEvent(0))
     await take(inbox)
