@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextmanager
 def at_termination(callback: Callable[[], None]) -> Iterator[None]:
-    """At SIGTERM or SIGINT, calls `callback` in the running event loop, then the previously set handler.
+    """Schedules `callback` in the running event loop at SIGTERM or SIGINT, then calls the previous handler.
 
     It does nothing outside the main thread, or for a signal that has no handler; uvicorn sets one for both.
     """

@@ -101,7 +101,7 @@ def fill(url: str, connection: redis.Redis, num_queues: int) -> list[str]:
 
 
 def measure(connection: redis.Redis, streams: WorkerStreams, queues: list[str]) -> Costs:
-    """Measures the mean costs of claims made one after the other."""
+    """Measures the costs of a claim, in a series of claims."""
     order = WaitingOrder(BASE, max_wait_s=1.0)
     resident = queues[:NUM_SLOTS]
     running = Running(1, dict.fromkeys(resident[:-1], 1), {})

@@ -211,7 +211,7 @@ def wait_until(
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process: SIGTERM, a second SIGTERM, which ends a draining worker, then SIGKILL."""
+    """Ends a process with SIGTERM, then a second one (ends a draining worker), then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return

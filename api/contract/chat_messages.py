@@ -72,11 +72,11 @@ class ChatMessage(StrictModel):
     function_call: FunctionCall | None = None
     """The call that the assistant made, in the older format that `tool_calls` replaced."""
     refusal: Annotated[str | None, neutral()] = None
-    """Null; this server's answers contain no refusals either."""
+    """Only null is served."""
     annotations: Annotated[list[Any] | None, neutral([])] = None
-    """Null or empty."""
+    """Only null and an empty array are served."""
     audio: Annotated[dict[str, Any] | None, neutral()] = None
-    """Null."""
+    """Only null is served."""
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> "ChatMessage":
@@ -94,7 +94,7 @@ class ChatMessage(StrictModel):
         return self
 
     def to_template(self) -> dict[str, Any]:
-        """Returns the message for the chat template: content as one string, and other fields that are set."""
+        """Returns the message for the chat template: content as one string, and other non-empty fields."""
         rest = self.model_dump(include={"name", "tool_calls", "tool_call_id", "function_call"})
         return {
             "role": self.role,

@@ -2,7 +2,7 @@
 
 DONE = b"data: [DONE]\n\n"
 
-# If a blank line followed a comment, several clients would take it for the end of an event without data.
+# If a blank line followed a comment, several clients would report an event without data.
 QUEUED_COMMENT = b": queued\n"
 PAUSED_COMMENT = b": paused\n"
 

@@ -18,9 +18,9 @@ from shared.errors import (
 from shared.messages import FinishReason, GenerationRequest, StreamEvent
 
 RETRY_S = 1.0
-"""Pause before the queue is checked again, if Redis did not answer the last check."""
+"""Pause before the next check of the queue, if Redis did not answer the previous one."""
 GONE_WAIT_S = 5.0
-"""Time for the last events of a request to arrive after Redis reported that it neither waits nor runs."""
+"""Time for a request's last events to arrive after Redis reported that it neither waits nor runs."""
 
 
 class EventSource:

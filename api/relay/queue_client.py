@@ -22,7 +22,7 @@ LOG_MARGIN_S = 60
 
 @asynccontextmanager
 async def queue_errors(until: float) -> AsyncIterator[None]:
-    """Raises Lorelay's exceptions for Redis errors inside, and for a timeout at `until` (event loop's time).
+    """Turns Redis errors in the context, and a timeout at `until` (event loop's time), into `LorelayError`s.
 
     Raises:
         QueueOutOfMemory: Redis refused a write because it is out of memory.

@@ -140,7 +140,7 @@ class Relay:
             try:
                 inbox.put(decode_event(encoded))
             except (msgspec.DecodeError, RecursionError):
-                # The published copy can't be decoded; reading the log shows whether the logged one can.
+                # The published copy of this event can't be decoded; the copy in the log may be intact.
                 inbox.fall_behind()
 
     def _on_subscribed(self) -> None:
@@ -184,7 +184,7 @@ class Relay:
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancels tasks again and again until all have ended.
+    """Cancels tasks, repeatedly if need be, until all have ended.
 
     One cancellation is not enough: redis-py sends under `asyncio.wait_for`, which can swallow it.
     """

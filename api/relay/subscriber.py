@@ -16,7 +16,7 @@ from shared.settings import RedisSettings
 logger = logging.getLogger(__name__)
 
 PING_S = 5.0
-"""Time without messages after which the connection is pinged; after as long again, it is replaced."""
+"""Time without messages after which the connection is pinged; also the time to wait for the reply."""
 
 
 class Subscriber:
