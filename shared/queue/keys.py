@@ -93,6 +93,11 @@ def drained(base: str, ten_seconds: int) -> str:
     return f"{PREFIX}:drained:{base}:{ten_seconds}"
 
 
+def depth(base: str) -> str:
+    """string, number of waiting requests of a base, at least. Kept by enqueue. 1 s after it was counted."""
+    return f"{PREFIX}:depth:{base}"
+
+
 def events_channel(api_id: str) -> str:
     """pub/sub channel of one API process, and its lease: a string key of the same name.
 

@@ -86,6 +86,7 @@ _KEYS_OF_BOTH = (
     keys.log(PROBE),
     keys.workers(PROBE),
     keys.drained(PROBE, 0),
+    keys.depth(PROBE),
     keys.events_channel(PROBE),
     f"{RQ}:job:{PROBE}",
     f"{RQ}:queue:{PROBE}",

@@ -123,6 +123,28 @@ def test_all_queues_of_a_base_share_a_limit(connection: redis.Redis, api: Blocki
         api.enqueue(make_request("c"), max_total_queue_depth=2)
 
 
+def test_a_place_that_becomes_free_under_the_limit_is_given_away_at_once(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    api.enqueue(make_request("a"), max_total_queue_depth=2)
+    api.enqueue(make_request("b"), max_total_queue_depth=2)
+    claim(worker_streams(connection), 1)
+    api.enqueue(make_request("c"), max_total_queue_depth=2)
+    with pytest.raises(QueueFull):
+        api.enqueue(make_request("c"), max_total_queue_depth=2)
+
+
+def test_enqueueing_does_not_count_all_queues_each_time(connection: redis.Redis, api: BlockingApi) -> None:
+    for number in range(20):
+        api.enqueue(make_request(f"x{number}"))
+    connection.persist(keys.depth(BASE))  # so that the count does not expire, however slow the machine is
+    connection.config_resetstat()
+    for _ in range(10):
+        api.enqueue(make_request("x0"))
+    num_reads = connection.info("commandstats")["cmdstat_llen"]["calls"]
+    assert num_reads <= 2 * 10
+
+
 def test_a_claimed_request_is_a_started_job_of_its_worker(connection: redis.Redis, api: BlockingApi) -> None:
     request = make_request("pirate")
     api.enqueue(request)

@@ -17,6 +17,21 @@ local function full(depth)
   return { 'full', depth, num_ended, now_ms - math.max(first * 10000, since_ms) }
 end
 
+local depth_key = shared_key('string', OURS .. ':depth:' .. base)
+
+-- The number of requests in all queues of the base. Counting reads every waiting queue, so the count is used again
+-- for a second. Requests that leave meanwhile stay in it; if it reaches the limit, the queues are counted anew.
+local function total_depth(limit)
+  local known = to_number(redis.call('GET', depth_key))
+  if known and known < limit then return known end
+  local total = 0
+  for _, other in ipairs(redis.call('ZRANGE', waiting_key(base), 0, -1)) do
+    total = total + to_number(redis.pcall('LLEN', RQ .. ':queue:' .. other), 0)
+  end
+  redis.call('SET', depth_key, total, 'PX', 1000)
+  return total
+end
+
 if redis.call('EXISTS', job_key(id)) == 1 then
   return { 'queued' }
 end
@@ -25,13 +40,11 @@ local depth = redis.call('LLEN', queue_key(queue))
 if depth >= tonumber(ARGV[4]) then
   return full(depth)
 end
-local total = 0
-for _, other in ipairs(redis.call('ZRANGE', waiting_key(base), 0, -1)) do
-  total = total + to_number(redis.pcall('LLEN', RQ .. ':queue:' .. other), 0)
-end
+local total = total_depth(tonumber(ARGV[5]))
 if total >= tonumber(ARGV[5]) then
   return full(total)
 end
+redis.call('SET', depth_key, total + 1, 'KEEPTTL')
 
 for i = 9, #ARGV, 2 do
   redis.call('HSET', job_key(id), ARGV[i], ARGV[i + 1])
