@@ -177,7 +177,7 @@ def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
         stream.first_text_s - meta["first_token_s"] for stream, meta in zip(streams, metas, strict=True)
     ]
     in_engine_ms = statistics.median(meta["first_token_s"] for meta in metas) * 1e3
-    return Figure("pickup", statistics.median(added_s) * 1e3, f"beside {in_engine_ms:.0f} ms in the engine")
+    return Figure("pickup", statistics.median(added_s) * 1e3, f"added to {in_engine_ms:.0f} ms in the engine")
 
 
 def _direct_speed(context: Context, settings: Mapping[str, str], server: Server) -> float:
@@ -261,7 +261,7 @@ def _added_by_loads(
         statistics.median(stream.first_text_s for stream in streams[place::3] if stream.text_at_s) * 1e3
         for place in range(3)
     )
-    detail = f"to {base_ms:.0f} ms without adapter; a resident one adds {resident_ms - base_ms:.1f} ms"
+    detail = f"to {base_ms:.0f} ms without adapter; a resident adapter adds {resident_ms - base_ms:.1f} ms"
     return Figure(key, loaded_ms - base_ms, detail)
 
 

@@ -11,7 +11,7 @@ MAX_SHARE = 2.5
 
 def to_text(rows: Sequence[Row], heading: Sequence[str]) -> str:
     """Renders the table for a terminal or a README."""
-    lines = [("measure", "figure", "must", "aim", "", "behind it")]
+    lines = [("measurement", "result", "must", "aim", "", "absolute values")]
     for row in rows:
         goal, sign = row.goal, "≤" if row.goal.less_is_better else "≥"
         marks = f"{sign} {goal.must:g}", f"{goal.aim:g}"

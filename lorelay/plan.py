@@ -144,8 +144,8 @@ def _adapters_variable(entries: Sequence[str]) -> str:
     variable = shlex.join(entries)
     if len(variable.encode()) > MAX_VARIABLE_BYTES:
         raise ConfigurationError(
-            f"LORELAY_ADAPTERS (--adapters): {len(entries)} adapters don't fit into a variable; "
-            "write them into a file, one name=path a line, and give @FILE"
+            f"LORELAY_ADAPTERS (--adapters): {len(entries)} adapters don't fit into an environment variable; "
+            "write them into a file, one name=path per line, and give @FILE"
         )
     return variable
 

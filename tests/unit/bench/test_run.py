@@ -31,6 +31,6 @@ def test_who_measures_another_server_learns_what_it_is_compared_with(
     monkeypatch.setattr(run, "_write", lambda *_: None)
     place = ["--base-url", "http://127.0.0.1:9", "--models", "m"]
     assert run.main(place) == 0
-    assert "F is that of the demo model on cpu" in capsys.readouterr().err
+    assert "F is measured with the demo model on cpu" in capsys.readouterr().err
     assert run.main([*place, "--model", "/mine", "--device", "cuda"]) == 0
     assert not capsys.readouterr().err
