@@ -94,7 +94,7 @@ def drained(base: str, ten_seconds: int) -> str:
 
 
 def depth(base: str) -> str:
-    """string, number of waiting requests of a base, at least. Kept by enqueue. 1 s after it was counted."""
+    """string, number of waiting requests of a base, as of the last second. Kept by enqueue. 1 s."""
     return f"{PREFIX}:depth:{base}"
 
 
