@@ -115,7 +115,7 @@ def _served_stage(args: argparse.Namespace) -> Stage:
     if not args.models:
         raise SystemExit("scripts/bench: --base-url needs --models")
     if not args.model:
-        _say(f"F is measured with the demo model on {args.device}: set --model and --device as that server does")
+        _say(f"F is measured with the demo model on {args.device}: --model and --device set others")
     base, *adapters = args.models
     server = served.Server(args.base_url, base, adapters, args.api_key, args.extra)
     return Stage(

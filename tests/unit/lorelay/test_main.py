@@ -124,7 +124,7 @@ def test_more_adapters_than_a_variable_takes_are_refused_with_the_way_out(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refusal(capsys, "smol", "--adapters", *(f"adapter-{i}=org/adapter-{i}" for i in range(5000)))
-    assert said.startswith("LORELAY_ADAPTERS (--adapters): 5000 adapters don't fit into a variable; write")
+    assert said.startswith("LORELAY_ADAPTERS (--adapters): 5000 adapters don't fit into an environment")
 
 
 @pytest.mark.parametrize(
