@@ -74,5 +74,5 @@ class Claimer:
             num_queues=min(MAX_NUM_QUEUES, running.num_free + NUM_SPARE),
             num_requests=running.num_free,
         )
-        picks = self._order.choose(waiting, running, slots, now_ms) if waiting else []
+        picks = self._order.choose(waiting, running, slots, now_ms)
         return _Attempt([uuid4().hex for _ in picks], picks)

@@ -35,9 +35,11 @@ for i = 2, #ARGV do
   for _, composite in ipairs(redis.call('ZRANGE', registry_key('wip', queue), 0, -1)) do
     mend_entry(queue, composite)
   end
-  end_overdue_heads(queue)
-  trim_index(queue)
-  mend_index(base, queue)
+  if redis.call('LLEN', queue_key(queue)) > 0 then
+    end_overdue_heads(queue)
+    trim_index(queue)
+    mend_index(base, queue)
+  end
   update_waiting(base, queue)
   if redis.call('ZSCORE', waiting_key(base), queue) then
     count = count + 1
