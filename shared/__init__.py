@@ -1,1 +1,1 @@
-"""Everything that the API and the workers must agree on: settings, messages, Redis keys and scripts."""
+"""Code that the API and the workers share: settings, messages, errors, and the queue in Redis."""

@@ -22,7 +22,7 @@ LorelayError
 └── ConfigurationError
     └── RegistryConflict
 
-A class's docstring is its default message and says when it is raised. `api.errors` maps each to HTTP.
+The docstring of a class is its default message to clients. `api.errors` maps each class to an HTTP status.
 """
 
 from shared.messages import ErrorInfo
@@ -41,7 +41,7 @@ class LorelayError(Exception):
         super().__init__(self.message)
 
     def to_info(self) -> ErrorInfo:
-        """The error as it travels in a `StreamEvent`."""
+        """Returns the error in the form that a `StreamEvent` carries."""
         return ErrorInfo(code=self.code, message=self.message, param=self.param)
 
 
@@ -181,5 +181,5 @@ ERRORS_BY_CODE = {cls.code: cls for cls in _subclasses(LorelayError)}
 
 
 def from_info(info: ErrorInfo) -> LorelayError:
-    """The exception that an `ErrorInfo` stands for; a `LorelayError` if its code is unknown."""
+    """Returns the exception with the code of `info`; a plain `LorelayError` if the code is unknown."""
     return ERRORS_BY_CODE.get(info.code, LorelayError)(info.message, param=info.param)

@@ -1,4 +1,4 @@
-"""Logging: a sentence for people, and the same fields in every process."""
+"""Logging: each record has a sentence for people and, in `extra`, fields named alike in every process."""
 
 import logging
 from typing import Any
@@ -12,10 +12,10 @@ def configure(level: str = "INFO") -> None:
 
 
 def fields(action: str, **values: Any) -> dict[str, Any]:
-    """The `extra` of a log record: `action` and what it concerns, e.g. `request_id`, `adapter_name`."""
+    """Returns the `extra` of a log record: the action, and its objects, e.g. `request_id`, `adapter_name`."""
     return {"action": action, **values}
 
 
 def log_unexpected(logger: logging.Logger, error: BaseException) -> None:
-    """Logs an exception that nobody foresaw, with its traceback."""
+    """Logs an exception that is no `LorelayError` (a bug) with its traceback."""
     logger.error("internal error: %r", error, exc_info=error, extra=fields("internal_error"))

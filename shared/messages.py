@@ -1,7 +1,7 @@
-"""Every message that crosses a process border, with its codec and nothing else.
+"""The messages that processes send each other, and their JSON codec; nothing else.
 
-JSON, decoded by field name: unknown fields are ignored, so the API and the workers can be upgraded in
-either order. A worker leaves a request of a newer schema than its `SCHEMA_VERSION` in the queue.
+Decoders ignore unknown fields, so the API and the workers can be upgraded in either order. A worker does not
+claim requests whose schema is newer than its own `SCHEMA_VERSION`.
 """
 
 from enum import StrEnum
@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 SCHEMA_VERSION = 2
-"""The newest schema of a request that this release reads."""
+"""The newest request schema that this release can decode and serve."""
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 MAX_NUM_STOPS = 64
@@ -20,20 +20,20 @@ MAX_NUM_PROMPTS = 2048
 
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 TextOrTokens = str | tuple[TokenId, ...]
-"""One prompt that is no chat: text to be tokenized, or token ids as they are."""
+"""A prompt that is not a chat: text to be tokenized, or token ids to be used unchanged."""
 
 
-# Decoded JSON has no reference cycles; without gc=False the collector would scan every message in vain.
+# Decoded JSON has no reference cycles. Without gc=False, Python's garbage collector would scan every message.
 class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Base of all messages: immutable; fields at their default take no bytes."""
+    """Base class of all messages. They are immutable, and fields with their default value are not encoded."""
 
     def encode(self) -> bytes:
-        """The message as UTF-8 JSON without line breaks."""
+        """Returns the message as UTF-8 JSON without line breaks."""
         return msgspec.json.encode(self)
 
 
 class FinishReason(StrEnum):
-    """The reason why a sequence ended. HTTP shows the first three; `ABORT` and `ERROR` stay inside."""
+    """The reason why a sequence ended. Clients see only the first three; `ABORT` and `ERROR` are internal."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -43,64 +43,64 @@ class FinishReason(StrEnum):
 
 
 class ForwardState(StrEnum):
-    """The way in which a worker computes its forward pass."""
+    """The mode in which a worker runs its forward pass: eager PyTorch or compiled."""
 
     EAGER = "eager"
     COMPILING = "compiling"
-    """Eager, while the compiled forward pass is being built."""
+    """The worker runs eagerly while the forward pass is compiled in the background."""
     COMPILED = "compiled"
 
 
 class RequestClass(StrEnum):
-    """The kind of waiting client: a person who reads the stream, or a batch job that fills idle hours."""
+    """The kind of client: a person who reads the stream, or a batch job that can wait for idle capacity."""
 
     INTERACTIVE = "interactive"
     BATCH = "batch"
 
 
 class SamplingParams(Message, frozen=True):
-    """Parameters of sampling, and conditions for the end."""
+    """Sampling parameters and stop conditions."""
 
     temperature: Annotated[float, Meta(ge=0)] = 1.0
-    """0 is greedy."""
+    """0 means greedy decoding."""
     top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
-    """0 admits the whole vocabulary."""
+    """0 means no limit: all tokens of the vocabulary are candidates."""
     seed: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
-    """63 bits; the random number of a token is a function of seed, choice index and position."""
+    """63 bits. The random number for a token depends only on seed, choice index and position."""
     max_tokens: Annotated[int, Meta(ge=1, le=INT64_MAX)] | None = None
-    """None: up to the end of the context."""
+    """None means as many as fit into the context."""
     min_tokens: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], Meta(max_length=MAX_NUM_STOPS)] = ()
     logprobs: int | None = None
-    """Number of alternatives to report per token; None reports no logprobs."""
+    """Number of alternatives to report per token; None means that no logprobs are reported."""
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] = {}
     """Maps a token id to the number that is added to its logit."""
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    """Both penalties count the tokens of the output so far, as OpenAI defines them."""
+    """Both penalties are OpenAI's: they count the tokens generated so far, not those of the prompt."""
 
     @property
     def adjusts_logits(self) -> bool:
-        """True if logits are changed before a token is drawn, which workers of schema 1 can't do."""
+        """True if a bias or a penalty changes the logits; workers that know only schema 1 can't do that."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
 def weights_version(base_version: str, adapter_version: str | None) -> str:
-    """The weights version of a model: the base's version, and for an adapter also its own, in one string."""
+    """Returns a model's weights version: the base's version, then `+` and the adapter's if there is one."""
     return base_version if adapter_version is None else f"{base_version}+{adapter_version}"
 
 
 class GenerationRequest(Message, frozen=True):
-    """One request on the queue, one job: `n` sequences for each of its prompts.
+    """The request that one job of the queue carries. It asks for `n` sequences for each of its prompts.
 
-    The prompts are either one chat (`messages`) or `prompts`. Sequence j of prompt i has the index i * n + j.
+    A request has either one chat (`messages`) or `prompts`. Sequence j of prompt i has the index i * n + j.
     """
 
     request_id: str
     model: str
-    """The `model` that the client wrote: the name of the base or of an adapter."""
+    """The `model` field of the client's request: the name of the base or of an adapter."""
     base: str
     sampling: SamplingParams
     messages: list[dict[str, Any]] = []
@@ -109,40 +109,40 @@ class GenerationRequest(Message, frozen=True):
     adapter_name: str | None = None
     adapter_version: str | None = None
     base_version: str | None = None
-    """The base's version when the request was accepted; None from an API of an earlier release."""
+    """The base's version when the request was accepted; None if an API of an earlier release sent it."""
     created: int = 0
-    """Unix seconds, by the API's clock; shown to the client."""
+    """Unix time in seconds by the API's clock; the client gets it as `created`."""
     tenant: Annotated[str, Meta(max_length=128)] = ""
-    """The client whose share of the queue this request uses: a digest or a name; empty if all share one."""
+    """The client to whose fair share the request is charged: a digest of its API key; empty without keys."""
     request_class: RequestClass = RequestClass.INTERACTIVE
     priority: Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)] = 0
-    """Order among the waiting requests of one tenant and class: lower runs earlier."""
+    """Rank among the waiting requests of one tenant and class: lower numbers run earlier."""
     wait_limit_s: Annotated[float, Meta(gt=0)] | None = None
-    """Seconds from its acceptance after which the request must not begin, by the clock of Redis."""
+    """Maximum time in the queue in seconds, by the clock of Redis; then the request ends with an error."""
     generation_limit_s: float | None = None
-    """Seconds from the claim after which the request is ended with an error."""
+    """Maximum time in seconds from the claim to the last token; then the request ends with an error."""
     detached: bool = False
-    """True if the request runs on after its client has disconnected."""
+    """True if the request continues after its client has disconnected, so that it can be resumed."""
 
     @property
     def num_prompts(self) -> int:
-        """The number of prompts; a chat is one."""
+        """The number of prompts; a chat counts as one."""
         return len(self.prompts) or 1
 
     @property
     def num_sequences(self) -> int:
-        """The number of sequences to generate."""
+        """The total number of sequences to generate: `n` for each prompt."""
         return self.num_prompts * self.n
 
     @property
     def schema_version(self) -> int:
-        """The oldest schema that can serve it: those of schema 1 know one plain sequence of a chat."""
+        """The oldest schema that can express the request; schema 1 has one chat, n = 1, unchanged logits."""
         is_known_to_all = self.messages and not self.prompts and self.n == 1
         return 1 if is_known_to_all and not self.sampling.adjusts_logits else 2
 
     @property
     def weights_version(self) -> str:
-        """The weights that the client was promised; empty if they are not known."""
+        """The version of the weights that must answer this request; empty if any version may."""
         return weights_version(self.base_version, self.adapter_version) if self.base_version else ""
 
 
@@ -155,7 +155,7 @@ class Usage(Message, frozen=True, omit_defaults=False):
 
 
 class TokenLogprob(Message, frozen=True, omit_defaults=False):
-    """One candidate for one position; `token_bytes` may be part of a character, `logprob` is finite."""
+    """A candidate token for a position. `token_bytes` may be part of a character; `logprob` is finite."""
 
     token_id: int
     token_bytes: bytes
@@ -163,14 +163,14 @@ class TokenLogprob(Message, frozen=True, omit_defaults=False):
 
 
 class PositionLogprobs(Message, frozen=True):
-    """The chosen token of one position and its most likely alternatives."""
+    """The chosen token at one position, and the most likely alternatives to it."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...] = ()
 
 
 class ErrorInfo(Message, frozen=True):
-    """An error on its way to the client; `code` is one of `shared.errors`."""
+    """An error as events and HTTP answers carry it; `code` is that of a class in `shared.errors`."""
 
     code: str
     message: str
@@ -178,17 +178,17 @@ class ErrorInfo(Message, frozen=True):
 
 
 class StreamEvent(Message, frozen=True):
-    """One item of a request's token log.
+    """One entry of a request's token log.
 
-    `event_no` counts from 0 over all choices of the request. An event with `usage` or `error` is the
-    terminal one: nothing follows it.
+    `event_no` counts from 0 over all choices of the request. An event with `usage` or `error` is the terminal
+    event, the last one of the log.
     """
 
     event_no: int
     index: int = 0
     token_ids: tuple[int, ...] = ()
     text: str = ""
-    """The text that these tokens completed; all texts so far are a prefix of decode(all ids so far)."""
+    """The text that these tokens completed; incomplete characters are held back for a later event."""
     logprobs: tuple[PositionLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
@@ -196,30 +196,30 @@ class StreamEvent(Message, frozen=True):
 
     @property
     def is_terminal(self) -> bool:
-        """True if this event ends its request."""
+        """True if this is the last event of its request."""
         return self.usage is not None or self.error is not None
 
 
 class ModelCard(Message, frozen=True, omit_defaults=False):
-    """The registry's entry of a base model or an adapter."""
+    """The registry's entry for a base model or an adapter."""
 
     name: str
     base: str
     source: str
-    """Folder or Hugging Face id, as configured."""
+    """The configured folder or Hugging Face id."""
     version: str
-    """SHA-256 (hex) that changes when the weights do."""
+    """SHA-256 (hex) of the weight files."""
     created: int
-    """Unix seconds."""
+    """Unix time in seconds."""
     max_model_len: int
     adapter_name: str | None = None
     """None for the base model itself."""
     base_version: str = ""
-    """The base's version, for an adapter the one it was checked with; empty from an earlier release."""
+    """The version of the base that this model belongs to; empty if an earlier release wrote the card."""
 
     @property
     def weights_version(self) -> str:
-        """The weights that answer a request for this model; empty if they are not known."""
+        """The version of the weights that answer requests for this model; empty if it is not known."""
         if self.adapter_name is None:
             return self.version
         return weights_version(self.base_version, self.version) if self.base_version else ""

@@ -1,6 +1,6 @@
-"""All settings: frozen objects, read from `LORELAY_*` environment variables and checked at once.
+"""All settings: immutable objects, read and validated from `LORELAY_*` environment variables at start.
 
-A malformed value raises `ConfigurationError`, which names the variable. The flags of `lorelay serve` set the
+A malformed value raises a `ConfigurationError` that names the variable. The flags of `lorelay serve` set the
 same variables.
 """
 
@@ -20,7 +20,7 @@ from shared.errors import ConfigurationError
 ENV_PREFIX = "LORELAY_"
 
 MAX_DURATION = 1e9
-"""Longest duration in seconds, some thirty years. An infinite one would be an error in Redis."""
+"""Maximum for a duration in seconds, about 30 years. Redis would refuse an infinite one."""
 Seconds = Annotated[float, Field(gt=0, le=MAX_DURATION)]
 Count = Annotated[int, Field(gt=0)]
 
@@ -33,11 +33,11 @@ class AdapterSource(NamedTuple):
 
 
 def parse_adapters(value: Any) -> Any:
-    """Parses `"a=path b=path @file"`, or one bare path, whose folder's name becomes the adapter's.
+    """Parses `"a=path b=path @file"`, or a single path; then the folder's name becomes the adapter's name.
 
     Raises:
-        ValueError: an entry is malformed, a name is used twice or is `default`, or a file can't be read; for
-            an entry of a file, the message has the file's name and the line.
+        ValueError: an entry is malformed, a name is used twice or is `default`, or a file can't be read. If
+            the entry is from a file, the message has the file's name and the line number.
     """
     entries = shlex.split(value) if isinstance(value, str) else value
     if entries and isinstance(entries[0], AdapterSource):
@@ -54,7 +54,7 @@ def parse_adapters(value: Any) -> Any:
 
 
 def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
-    """The adapters of a file with one `name=path` per line, each with its file and line.
+    """Reads a file with one `name=path` per line; yields each adapter and, for messages, its file and line.
 
     Blank lines and lines that begin with `#` are skipped. Paths may be relative to the file's folder.
     """
@@ -75,7 +75,7 @@ def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
 
 
 def _beside(folder: Path, path: str) -> str:
-    """A path from a file in `folder`, made absolute; a Hugging Face id stays unchanged."""
+    """Makes a path absolute that is relative to `folder`; a Hugging Face id stays unchanged."""
     named = folder / Path(path).expanduser()
     return str(named) if named.is_dir() or path.startswith((".", "~")) else path
 
@@ -86,15 +86,15 @@ def _parse_named(entry: str) -> AdapterSource:
         raise ValueError(f"{entry!r} is not of the form name=path")
     _check_name(name)
     if name == "default":
-        raise ValueError("no adapter may be called 'default': that is RQ's name for no queue at all")
+        raise ValueError("no adapter may be called 'default': RQ passes that name if no queue was given")
     return AdapterSource(name, path)
 
 
 def parse_weights(value: Any) -> Any:
-    """Parses `"a=2 b=0.5"`, weights by model name.
+    """Parses weights by model name, such as `"a=2 b=0.5"`.
 
     Raises:
-        ValueError: an entry is malformed, a name is used twice, or a weight is no positive number.
+        ValueError: an entry is malformed, a name is used twice, or a weight is not a positive number.
     """
     if not isinstance(value, str):
         return value
@@ -114,7 +114,7 @@ def parse_weights(value: Any) -> Any:
 
 
 def _check_name(name: str) -> None:
-    """Refuses names that no URL can carry.
+    """Refuses names that can't be part of a URL.
 
     Raises:
         ValueError: the name consists of dots, or has a character that can't be printed.
@@ -124,7 +124,7 @@ def _check_name(name: str) -> None:
 
 
 def default_state_dir() -> Path:
-    """`$XDG_STATE_HOME/lorelay`, or `~/.local/state/lorelay`."""
+    """Returns `$XDG_STATE_HOME/lorelay`, or `~/.local/state/lorelay` if that variable is not set."""
     home = os.environ.get("XDG_STATE_HOME")
     return (Path(home) if home else Path.home() / ".local" / "state") / "lorelay"
 
@@ -141,7 +141,7 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
 class Settings(BaseSettings):
-    """Base of all settings objects."""
+    """Base class of all settings."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
@@ -149,10 +149,10 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, **values: Any) -> Self:
-        """The settings from `values`; fields that are missing there come from the environment.
+        """Creates the settings from `values`; missing fields are read from the environment.
 
         Raises:
-            ConfigurationError: names the first variable that is missing or malformed, and why.
+            ConfigurationError: a variable is missing or malformed; the message names it and the reason.
         """
         try:
             return cls(**values)
@@ -163,10 +163,10 @@ class Settings(BaseSettings):
 
 
 class RedisSettings(Settings):
-    """The Redis server that has the queue."""
+    """The address of the Redis server."""
 
     redis_url: str
-    """A `redis://`, `rediss://` (TLS) or `unix://` URL, with user and password where needed."""
+    """A `redis://`, `rediss://` (TLS) or `unix://` URL, with user and password if the server needs them."""
 
     @field_validator("redis_url")
     @classmethod
@@ -177,12 +177,12 @@ class RedisSettings(Settings):
 
 
 class ServeSettings(Settings):
-    """Settings of `lorelay serve` alone: its address, the number of workers, the embedded server's folder."""
+    """Settings that only `lorelay serve` reads: address, number of workers, folder of the embedded server."""
 
     server_name: str = "0.0.0.0"
     server_port: Annotated[int, Field(ge=1, le=65535)] = 23333
     redis_url: str | None = None
-    """None starts an embedded server."""
+    """The Redis server to use; None starts an embedded Valkey."""
     state_dir: Path = Field(default_factory=default_state_dir)
     workers: Count = 1
 
@@ -192,35 +192,35 @@ class ApiSettings(Settings):
 
     log_level: LogLevel = "INFO"
     api_keys: Words = ()
-    """Keys that clients may send; if empty, requests need none."""
+    """API keys that are accepted; if empty, requests need no key."""
     max_queue_depth: Count = 1_000
     max_total_queue_depth: Count = 10_000
     queue_time_limit_s: Seconds = 60
     generation_limit_s: Seconds = 600
     first_event_wait_s: Seconds = 10
-    """Longest wait for the first token before a stream's headers are sent."""
+    """Maximum wait for the first token before a stream's headers are sent without it."""
     max_silence_s: Seconds = 0.5
-    """Silence on a stream after which the API reads its log."""
+    """Seconds without an event for a stream, after which the API reads the stream's log in Redis."""
     max_inbox_events: Count = 256
-    """Events buffered for a slow client; further ones are read from the log."""
+    """Maximum number of events buffered per stream; a client that lags further is served from the log."""
     max_body_bytes: Count = 4 * 1024 * 1024
     redis_timeout_s: Seconds = 2
     api_lease_s: Seconds = 6
-    """Time after which the requests of a silent API process are aborted, unless they are detached."""
+    """Lease of an API process; when it expires, workers abort the API's requests, except detached ones."""
     api_drain_s: Seconds = 30
     result_ttl_s: Count = 300
     failure_ttl_s: Count = 24 * 3600
 
 
 class WorkerSettings(Settings):
-    """Settings of a worker: model, adapters, engine, leases."""
+    """Settings of a worker: model, adapters, engine, leases, shutdown."""
 
     log_level: LogLevel = "INFO"
     """Overridden by `rq worker`'s `--logging_level`, `-v` and `-q`."""
     model: str
     """Folder or Hugging Face id of the base model."""
     model_name: str = ""
-    """The base's name for clients; by default `model`, or the last part of it if it is a folder."""
+    """The name by which clients ask for the base; by default `model`, or the folder's name if it is one."""
     adapters: Adapters = ()
     revision: str | None = None
     trust_remote_code: bool = False
@@ -228,56 +228,57 @@ class WorkerSettings(Settings):
     """`auto` takes the first GPU, or the CPU if there is none."""
     dtype: Dtype = "auto"
     session_len: Count | None = None
-    """Context length in tokens; by default the model's own."""
+    """Context length in tokens; by default that of the model's configuration."""
     max_batch_size: Count = 32
     max_prefill_tokens: Count = 2048
-    """Most prompt tokens in one step, however fast the device is."""
+    """Maximum number of prompt tokens in one step; `step_target_ms` may lower it."""
     step_target_ms: Annotated[float, Field(gt=0, le=MAX_DURATION)] = 100
-    """Aim for the duration of a step with prompt tokens; long prompts are divided into chunks by it."""
+    """Target duration of a step with prompt tokens. Long prompts are split into chunks that keep to it."""
     cache_max_entry_count: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the free device memory that the KV cache may take."""
     cache_max_bytes: Count | None = None
-    """Largest KV cache; by default 2 GiB on a CPU, and on a GPU only limited by `cache_max_entry_count`."""
+    """Maximum size of the KV cache; by default 2 GiB on a CPU, and no limit of its own on a GPU."""
     block_size: Count = 16
     prefix_cache: bool = True
-    """If true, requests of one model whose prompts begin alike share blocks of the KV cache."""
+    """If true, requests of one model whose prompts begin with the same tokens share KV cache blocks."""
     max_resident_adapters: Count | None = None
-    """Slots on the device; by default `max_batch_size`, so that no batch waits for a slot.
+    """Number of adapter slots on the device.
 
-    There are fewer by default if that many of the largest adapter exceed a tenth of the free device memory.
+    By default `max_batch_size`, so that every sequence of a batch can use another adapter; fewer if that many
+    slots of the largest adapter would take more than a tenth of the free device memory.
     """
     max_cached_adapter_bytes: Count | None = None
-    """Host memory for adapters without a slot; by default a tenth of what is free at the start."""
+    """Host memory for adapters without a slot; by default a tenth of the memory that is free at start."""
     max_wait_s: Seconds = 1
-    """Wait after which a request for an adapter without a slot may evict another one that is in demand."""
+    """Time that a request for an adapter without a slot waits before it may evict an adapter in demand."""
     adapter_weights: Weights = {}
-    """Shares by model name, where the requests of several adapters, or of the base, wait; others have 1."""
+    """Fairness weights by model name, used while several models have waiting requests; the default is 1."""
     compile: Literal["off", "kernels", "graph"] = "graph"
-    """Products of the machine's C++ compiler, on a CPU: nothing, the kernels, or the kernels and, in the
+    """Code that a CPU worker builds with the C++ compiler: nothing, the kernels, or the kernels and, in the
     background, the compiled forward pass."""
     num_threads: Count | None = None
-    """CPU threads of the forward pass; by default torch's own choice."""
+    """Number of CPU threads of the forward pass; by default torch decides."""
     lease_s: Seconds = 4
     heartbeat_s: Seconds = 1
     reap_s: Seconds = 0.5
     poll_s: Seconds = 0.2
-    """Longest time between two appends while requests are held; the reply of each tells of aborts."""
+    """Maximum time between two calls of `append` while requests run; each reply lists aborted requests."""
     sweep_s: Seconds = 5
-    """Interval at which a worker looks for queues that were changed with RQ's tools."""
+    """Interval at which a worker checks for queues that were changed with RQ's tools."""
     api_lease_s: Seconds = 6
-    """Time after which a silent API process counts as dead; must be the same in all processes."""
+    """Lease of an API process, after which it counts as dead; must be the same in all processes."""
     step_limit_s: Seconds = 60
-    """Longest step; a worker whose step takes longer counts as hung and ends itself."""
+    """Maximum duration of a step; a worker whose step takes longer counts as hung and ends itself."""
     max_crashes_alone: Count = 3
-    """Crashes of its worker while a request ran alone, after which the request ends as failed."""
+    """Number of times a request may crash its worker while it runs alone, before it ends as failed."""
     drain_s: Seconds = 30
-    """Time that running requests have after SIGTERM before they are handed back to their queues."""
+    """Time that running requests have to finish after SIGTERM; the others are handed back to their queues."""
     step_delay_s: Annotated[float, Field(ge=0, le=MAX_DURATION)] = 0
     """Pause after each step, for tests."""
     faults: str = ""
-    """Deliberate faults, for tests: see `worker/serving/faults.py`."""
+    """Faults to inject, for tests: see `worker/serving/faults.py`."""
     stream_ttl_s: Seconds = 3_600
-    """Life of a token log after the last append."""
+    """Time to live of a token log after its last append."""
     result_ttl_s: Count = 300
     failure_ttl_s: Count = 24 * 3600
 
@@ -299,7 +300,7 @@ class WorkerSettings(Settings):
 
     @property
     def base_name(self) -> str:
-        """The base model's name for clients."""
+        """The name by which clients ask for the base model."""
         if self.model_name:
             return self.model_name
         return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model

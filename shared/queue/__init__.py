@@ -1,1 +1,1 @@
-"""The use of Redis that both sides share: keys, scripts, records, the registry of models."""
+"""Access to Redis for the API and the workers: keys, scripts, records, and the registry of models."""

@@ -1,4 +1,4 @@
-"""The API's end of the queue and the token log; the worker's is in `shared.queue.worker_streams`."""
+"""The API's access to the queue and the token logs; that of the workers is in `worker_streams`."""
 
 import math
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ NUM_ENDS_TO_AWAIT = 5
 
 
 class EndLost(GenerationFailed):
-    """The request has ended, but its log has lost the end."""
+    """The request has ended, but its log has lost the last event."""
 
 
 class FoundRequest(NamedTuple):
-    """A request that was enqueued before, and its progress."""
+    """A request that is in Redis, and its progress."""
 
     request: GenerationRequest
     num_events: int
@@ -34,7 +34,7 @@ class FoundRequest(NamedTuple):
 
 
 class ApiStreams:
-    """The API's end: enqueue, abort, read the log."""
+    """Enqueues and aborts requests, and reads their logs."""
 
     def __init__(self, connection: redis.asyncio.Redis, channel: str) -> None:
         self._connection = connection
@@ -53,12 +53,12 @@ class ApiStreams:
         failure_ttl_s: int,
         client: str = "",
     ) -> None:
-        """Admits a request and puts it on its queue, in one step.
+        """Checks the queue limits and enqueues a request in one atomic step.
 
-        `client` is a digest of the API key; only the same client may resume or abort the request.
+        `client` is a digest of the API key. Only requests with the same key may resume or abort this one.
 
         Raises:
-            QueueFull: the queue, or all queues of the base together, are at their limit.
+            QueueFull: the queue, or the total of the base's queues, is at its limit.
         """
         queue = queue_name(request.base, request.adapter_name)
         fields = job_fields(request, queue, client, result_ttl_s, failure_ttl_s)
@@ -83,16 +83,20 @@ class ApiStreams:
             )
 
     async def abort(self, request_id: str, *, only_queued: bool = False, ttl_s: int = 60) -> str:
-        """Aborts a request: `queued` (it never runs), `running` (its worker is told) or `gone`."""
+        """Aborts a request, and returns the state in which it was.
+
+        `queued`: it was removed and never runs. `running`: it was flagged, and its worker will end it.
+        `gone`: it had ended, or there is no such request. With `only_queued`, a running one is not flagged.
+        """
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
 
     async def find_request(self, request_id: str, client: str) -> FoundRequest:
-        """Finds a request that this client sent, as long as its job is kept.
+        """Finds a request that this client sent; RQ's job must still be in Redis.
 
         Raises:
             RequestNotFound: no request has this id, or another client sent it.
-            UnreadableRecord: its job or its log can't be read.
+            UnreadableRecord: the job or the log of the request can't be read.
         """
         pipeline = self._connection.pipeline()
         pipeline.hmget(Job.key_for(request_id), ["request", "client", "has_ended"])
@@ -106,23 +110,23 @@ class ApiStreams:
         return FoundRequest(read_request(encoded), num_events, has_ended is not None)
 
     async def attach(self, request_id: str, stream_ttl_s: float) -> None:
-        """Makes this API the only one that gets a request's events from now on."""
+        """Makes this API process the one to which a request's events are published from now on."""
         key = keys.reader(request_id)
         pipeline = self._connection.pipeline()
-        # The key of a request that has ended keeps its expiry, which is that of the log.
+        # If the key exists, its expiry is kept: for a request that has ended, it is that of the log.
         pipeline.set(key, self._channel, xx=True, keepttl=True)
         pipeline.set(key, self._channel, nx=True, px=int(stream_ttl_s * 1000))
         await pipeline.execute()
 
     async def renew_lease(self, lease_s: float) -> None:
-        """Tells the workers that this API reads on for `lease_s`."""
+        """Renews this API process's lease: for `lease_s` seconds, workers treat its clients as connected."""
         await self._connection.set(self._channel, 1, px=int(lease_s * 1000))
 
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
-        """The requests that ended without a last event in their log, each with the reason.
+        """Returns the requests that get no further event, each with the error for its client.
 
-        Their job is gone, was canceled in its queue, was unreadable, or has ended (`EndLost`). The last is an
-        error only if the reader still has no last event when it asks again.
+        The job was deleted, was canceled in its queue, was unreadable, or has ended (`EndLost`). `EndLost` is
+        an error only if the caller finds no last event in the log when it reads the log again.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in request_ids:
@@ -134,9 +138,9 @@ class ApiStreams:
     async def read_logs(
         self, positions: Sequence[tuple[str, int]], *, max_num_events: int
     ) -> list[list[StreamEvent] | None]:
-        """The events in the log of each (request id, first event_no), at most `max_num_events` of each.
+        """Reads at most `max_num_events` events of each log, for (request id, first event_no) in `positions`.
 
-        The result has None for a log that can't be read.
+        The result has None in the place of a log that can't be read.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id, first in positions:
@@ -146,7 +150,7 @@ class ApiStreams:
 
 
 def _unless_fatal(replies: list[Any]) -> list[Any]:
-    """The replies of a pipeline, `WRONGTYPE` errors included; any other error concerns all and is raised."""
+    """Returns the replies of a pipeline with their `WRONGTYPE` errors; raises the first other error."""
     for reply in replies:
         if isinstance(reply, Exception) and not is_wrong_type(reply):
             raise reply
@@ -154,7 +158,7 @@ def _unless_fatal(replies: list[Any]) -> list[Any]:
 
 
 def _why_vanished(reply: Any) -> GenerationFailed | None:
-    """The error of a request, by the status of its job and the reason why it was unreadable."""
+    """Returns the error for a client by the status of its job; None if the job may still get events."""
     if is_wrong_type(reply):
         return UnreadableRecord("job: a key of another type")
     status, unreadable = reply
@@ -166,7 +170,7 @@ def _why_vanished(reply: Any) -> GenerationFailed | None:
 
 
 def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
-    """The events of a part of a log; None if an entry is no event or has a wrong number."""
+    """Decodes a part of a log; returns None if an entry is no event or has a wrong number."""
     if is_wrong_type(reply):
         return None
     try:
@@ -178,10 +182,11 @@ def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
 
 
 def _retry_after_s(num_ended: int, over_s: float) -> int:
-    """Seconds after which a client of a full queue should retry: when a few places will be free, at most 60.
+    """Returns the seconds (1 to 60) after which a client of a full queue should retry.
 
-    If no request has ended while others waited, it grows with the length of that time (`over_s`): soon
-    in a burst on an idle deployment, ever later if nothing moves.
+    They are the time in which `NUM_ENDS_TO_AWAIT` requests will end, at the rate of `num_ended` in `over_s`.
+    If none has ended, they are `over_s`, the time since the oldest request was enqueued: short in a sudden
+    burst, longer and longer if nothing moves.
     """
     wait_s = NUM_ENDS_TO_AWAIT * over_s / num_ended if num_ended else over_s
     return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s)))

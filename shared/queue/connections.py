@@ -1,4 +1,4 @@
-"""Connections to Redis, opened in the same way by every process."""
+"""Opens connections to Redis, with the same options in every process."""
 
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -17,13 +17,13 @@ from shared.settings import RedisSettings
 
 MIN_VERSION = (6, 2)
 SOCKET_TIMEOUT_S = 5.0
-"""Longest wait for an answer of Redis where no client of the API waits behind it."""
+"""Maximum wait for a reply of Redis where no HTTP client waits for it."""
 
 
 class _ClosedMeansLost(AbstractConnection):
-    """Reports a connection that broke unnoticed as lost, so that redis-py connects again.
+    """Raises redis-py's `ConnectionError` for a closed socket, so that redis-py reconnects.
 
-    uvloop raises a RuntimeError at the next write on such a connection, which redis-py does not handle.
+    uvloop raises a RuntimeError instead at the next write, which redis-py does not handle.
     """
 
     async def send_packed_command(
@@ -51,7 +51,7 @@ _CONNECTION_CLASSES = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix"
 
 
 def connect(settings: RedisSettings, *, socket_timeout_s: float | None = None) -> redis.Redis:
-    """A blocking client; it connects with its first command."""
+    """Returns a blocking client, which connects with its first command."""
     return redis.Redis.from_url(settings.redis_url, socket_timeout=socket_timeout_s)
 
 
@@ -62,9 +62,9 @@ def connect_async(
     max_num_retries: int = 1,
     max_num_connections: int = 32,
 ) -> redis.asyncio.Redis:
-    """An asyncio client that gives up early, because an HTTP client waits for it.
+    """Returns an asyncio client with few retries, because an HTTP client waits for its results.
 
-    It opens at most `max_num_connections`; a command beyond them waits for `socket_timeout_s`.
+    It opens at most `max_num_connections`. If all are in use, a command waits up to `socket_timeout_s`.
     """
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         settings.redis_url,
@@ -80,11 +80,11 @@ def connect_async(
 
 
 def check_server(connection: redis.Redis) -> None:
-    """Refuses a server that lacks commands the scripts use.
+    """Refuses a server that lacks commands which the scripts use.
 
     Raises:
         ConfigurationError: the server is older than 6.2.
-        redis.ConnectionError: there is none.
+        redis.ConnectionError: the server can't be reached.
     """
     version = str(connection.info("server")["redis_version"])
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_VERSION:
@@ -92,15 +92,15 @@ def check_server(connection: redis.Redis) -> None:
 
 
 def retry_briefly(connection: redis.Redis) -> None:
-    """Lets a client repeat its commands for about 2 s after a lost connection.
+    """Makes a client retry its commands for about 2 s after a lost connection.
 
-    For callers that can't handle a lost connection themselves.
+    It is for RQ's code, which does not handle lost connections.
     """
     connection.set_retry(Retry(ExponentialBackoff(cap=0.5, base=0.05), 7))
 
 
 def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.Redis:
-    """A new client of the server that `connection` uses. It repeats nothing: a lost connection raises."""
+    """Returns a new client for the server of `connection`. It does not retry: a lost connection raises."""
     pool = connection.connection_pool
     options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s, "retry": Retry(NoBackoff(), 0)}
     return NamingRedis(
@@ -109,7 +109,7 @@ def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.R
 
 
 def is_transient(error: redis.RedisError) -> bool:
-    """True if a failure is due to the server's present state, so that the command may succeed later."""
+    """True if the error is due to the server's present state, so that a retry may succeed."""
     is_lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
     return is_transient_reply(error) or (is_lost and not isinstance(error, redis.AuthenticationError))
 
@@ -120,7 +120,7 @@ def is_wrong_type(error: object) -> bool:
 
 
 def same_server(url: str, connection: redis.Redis) -> bool:
-    """True if a URL names the server and database that a client uses."""
+    """True if a URL names the same server and database that a client uses."""
 
     def address(options: dict[str, object]) -> tuple[object, ...]:
         return (

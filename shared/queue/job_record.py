@@ -1,4 +1,4 @@
-"""The job hash of RQ's that carries a generation request."""
+"""Builds RQ's job hash for a generation request."""
 
 from functools import cache
 
@@ -10,7 +10,7 @@ from shared.messages import GenerationRequest
 from shared.queue.places import order_field
 
 FUNCTION = "worker.jobs.generate"
-"""The function named in `job.data`. The prompt is in a field of our own, so no dashboard or log shows it."""
+"""The function named in `job.data`. The prompt is in a separate field, which no RQ command or log shows."""
 
 
 @cache
@@ -21,7 +21,7 @@ def _unconnected() -> Redis:
 def job_fields(
     request: GenerationRequest, queue: str, client: str, result_ttl_s: int, failure_ttl_s: int
 ) -> dict[str, bytes | str | int | float]:
-    """The job hash of a request: RQ's own fields, and seven of ours."""
+    """Returns the fields of a request's job hash: those of RQ, and seven that Lorelay adds."""
     job = Job.create(
         FUNCTION,
         id=request.request_id,

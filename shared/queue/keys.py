@@ -1,95 +1,102 @@
-"""Every Redis key, named once: its type, who writes it, who reads it, how long it lives.
+"""Lorelay's Redis keys. Each docstring gives type, content, the scripts that write and read it, and its TTL.
 
-RQ's own keys (job hashes, queues, registries, workers) are RQ's and are not listed here; the scripts in
-`shared/queue/lua/` take their names from RQ's prefix. `<id>` is a request id, `<base>` a base model's slug.
-The names stand a second time in `lua/prelude.lua`, and a test holds both together.
+Keys that RQ defines (job hashes, queues, registries, workers) are not listed here; the scripts in
+`shared/queue/lua/` build their names from RQ's prefix. `<id>` is a request id, `<base>` a base model's slug.
+`lua/prelude.lua` repeats the names; a test compares both files.
 """
 
 PREFIX = "lorelay"
 
 FORWARD_FIELD = "forward"
-"""Field that a worker adds to its hash of RQ's: its `ForwardState`."""
+"""The field for a worker's `ForwardState`, which the worker adds to RQ's hash of it."""
 
 MODELS = f"{PREFIX}:models"
-"""hash, model name → ModelCard. Written by starting workers, read by every API. Outlives the workers."""
+"""hash, model name → ModelCard. Written by workers when they start, read by every API. It never expires."""
 
 
 def waiting(base: str) -> str:
-    """sorted set, queue → enqueue time (ms) of its head; 2^50 more while nothing but batch waits in it.
+    """sorted set of the queues with waiting requests, queue → enqueue time (ms) of its first request.
 
-    Kept by enqueue, claim, abort, reap, hand_back, sweep; read by look.
+    If only batch requests wait in a queue, 2^50 is added to its score, so that it sorts behind all queues
+    with interactive requests. Written by enqueue, claim, abort, reap, hand_back, sweep; read by look.
     """
     return f"{PREFIX}:waiting:{base}"
 
 
 def order(queue: str) -> str:
-    """sorted set, all scores 0: the place of each request that waits in a queue, see `places`.
+    """sorted set, all scores 0: the place (sort key) of each request that waits in a queue, see `places.py`.
 
-    Kept by whoever changes the queue: enqueue, abort, claim, reap, hand_back. `look` and `sweep` compare it
-    with RQ's list and mend it. It ends with the queue's last waiting request.
+    Written by every script that changes the queue: enqueue, abort, claim, reap, hand_back. `look` and `sweep`
+    compare it with RQ's list and repair it. It is deleted with the last waiting request of the queue.
     """
     return f"{PREFIX}:order:{queue}"
 
 
 def doorbell(base: str) -> str:
-    """list that idle workers block on. Pushed by enqueue, reap, hand_back; holds at most 64 rings."""
+    """list on which idle workers block (BLPOP). Written by enqueue, reap, hand_back; at most 64 entries."""
     return f"{PREFIX}:doorbell:{base}"
 
 
 def leases(base: str) -> str:
-    """sorted set, request id → lease expiry (ms). Kept by claim, renew, append; read by reap."""
+    """sorted set, running request → lease expiry (ms). Written by claim, renew, append; read by reap."""
     return f"{PREFIX}:leases:{base}"
 
 
 def workers(base: str) -> str:
-    """sorted set, worker name → lease expiry (ms). Kept by renew; read by the API and `lorelay status`."""
+    """sorted set, worker name → lease expiry (ms). Written by renew; read by API and `lorelay status`."""
     return f"{PREFIX}:workers:{base}"
 
 
 def served(worker_name: str) -> str:
-    """hash, queue → version of the weights that a worker has for it; one field more, with an empty name.
+    """hash, queue → weights version that a worker has for it; plus one field with an empty name.
 
-    Written by the worker's heartbeat; read by look and claim, and by end_unserved to tell what no live worker
-    serves. 10 min after the last renewal.
+    Written by the worker's heartbeat; read by look and claim, and by end_unserved, which finds the requests
+    that no live worker serves. Expires 10 min after the last renewal.
     """
     return f"{PREFIX}:served:{worker_name}"
 
 
 def judged(base: str) -> str:
-    """string, when (ms) a worker last looked for requests that no live worker can serve. Below a second."""
+    """string, time (ms) at which a worker last ran end_unserved for this base. Expires after `reap_s`."""
     return f"{PREFIX}:judged:{base}"
 
 
 def unreadable(key: str) -> str:
-    """A key that had a type it should not have, as it was. Renamed by the script that met it. A day."""
+    """The new name of a key that had a wrong type. Renamed by the script that met it. Expires after a day."""
     return f"{PREFIX}:unreadable:{key}"
 
 
 def owner(request_id: str) -> str:
-    """hash: execution, worker, base, queue, aborted, watched_from, alone. From claim to end or reap."""
+    """hash of a running request: execution (the claim id), worker, base, queue, aborted, watched_from, alone.
+
+    Written by claim; deleted when the request ends, is handed back or is reaped.
+    """
     return f"{PREFIX}:owner:{request_id}"
 
 
 def reader(request_id: str) -> str:
-    """string, the channel of the API that reads now. Written by enqueue, read by append. Stream TTL."""
+    """string, channel of the API that reads the request's events. Written by enqueue, read by append."""
     return f"{PREFIX}:reader:{request_id}"
 
 
 def log(request_id: str) -> str:
-    """list of encoded StreamEvents, index = event_no. Written by append, read by the API. Stream TTL."""
+    """list of encoded StreamEvents; the index is `event_no`. Written by append, read by the API and claim."""
     return f"{PREFIX}:log:{request_id}"
 
 
 def reaped(worker_name: str) -> str:
-    """hash: requests reaped from a worker (num), whether one ran alone (lone). Written by reap.
+    """hash: number of requests reaped from a worker (num), 1 if one of them ran alone (lone).
 
-    A minute, or until that worker renews.
+    Written by reap. Expires after a minute; deleted when that worker renews its lease.
     """
     return f"{PREFIX}:reaped:{worker_name}"
 
 
 def drained(base: str, ten_seconds: int) -> str:
-    """string, requests that ended in one slice of 10 s. Kept by append; enqueue measures by it. 60 s."""
+    """string, number of requests that ended in one slice of 10 s; enqueue derives `Retry-After` from it.
+
+    Written by append. Expires after 60 s.
+    """
     return f"{PREFIX}:drained:{base}:{ten_seconds}"
 
 
@@ -99,9 +106,9 @@ def depth(base: str) -> str:
 
 
 def events_channel(api_id: str) -> str:
-    """pub/sub channel of one API process, and its lease: a string key of the same name.
+    """Pub/sub channel of one API process; a string key with the same name is the lease of that process.
 
-    The channel is published by append: lines of `<id> <encoded StreamEvent>`. The API renews the key;
-    renew reads it: requests whose reader has none are aborted, unless detached.
+    append publishes to the channel: lines of `<id> <encoded StreamEvent>`. The API renews the key. If the key
+    has expired, renew aborts the requests that this API reads, except detached ones.
     """
     return f"{PREFIX}:events:{api_id}"

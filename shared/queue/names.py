@@ -10,10 +10,10 @@ _HASH_DIGITS = 6
 
 @lru_cache(maxsize=4096)
 def slug(name: str) -> str:
-    """A form of a model's name that is safe in Redis keys, RQ's comma lists and the dashboard's URLs.
+    """Returns a form of a model's name that is safe in Redis keys, RQ's comma lists and the dashboard's URLs.
 
-    A name of `[a-z0-9_-]` stays unchanged. Any other is lowered, its other characters become `-`, and six hex
-    digits of its SHA-256 are appended to keep it unique.
+    A name of `[a-z0-9_-]` stays unchanged. Any other name is lower-cased, its other characters are replaced
+    by `-`, and six hex digits of the name's SHA-256 are appended to keep it unique.
     """
     if _PLAIN.fullmatch(name):
         return name
@@ -22,5 +22,5 @@ def slug(name: str) -> str:
 
 
 def queue_name(base: str, adapter_name: str | None) -> str:
-    """The queue of a base model (`adapter_name` None) or of one of its adapters."""
+    """Returns the name of the queue of an adapter, or of the base model if `adapter_name` is None."""
     return slug(base) if adapter_name is None else f"{slug(base)}-{slug(adapter_name)}"

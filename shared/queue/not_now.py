@@ -1,8 +1,7 @@
-"""Replies of Redis and Valkey that mean "not now": workers wait, APIs answer 503.
+"""Transient error replies of Redis and Valkey ("not now"): workers retry, APIs answer 503.
 
-redis-py removes the error code of a reply if it has an exception class for it, and puts a prefix before
-errors in a pipeline; Redis 6.2 wraps errors inside a script. `reply_of` restores the reply, which is then
-looked up in `TRANSIENT_REPLIES`.
+Replies are recognized by their error code. redis-py removes the code if it has an exception class for it, and
+prefixes errors of a pipeline; Redis 6.2 wraps errors of a script. `reply_of` restores the original reply.
 """
 
 import re
@@ -12,24 +11,24 @@ import redis
 
 TRANSIENT_REPLIES = MappingProxyType(
     {
-        "BUSY": "a script or a module command of another client runs; it ends, or is killed",
-        "CLUSTERDOWN": "a proxy before the server finds no node that serves the key at the moment",
-        "ERR Script killed by user": "an operator's SCRIPT KILL met a script of ours before it wrote",
-        "ERR max number of clients": "other clients take all connections; some of them close",
-        "LOADING": "the server reads its data after a start",
-        "MASTERDOWN": "the server is a replica without its master, and is told not to serve old data",
-        "MISCONF": "the server can't write to its disk; writes are allowed again when it can",
-        "NOREPLICAS": "fewer replicas follow than min-replicas-to-write asks for; they come back",
-        "NOSCRIPT": "a failover between loading a script and calling it; the next call loads it",
-        "OOM": "the server has reached maxmemory; requests that end, or an operator, make room",
-        "READONLY": "the server was made a replica; a failover ends with one that takes writes",
-        "TRYAGAIN": "a proxy before the server moves the key to another node at the moment",
+        "BUSY": "a script or a module command of another client is running; it will end or be killed",
+        "CLUSTERDOWN": "a proxy in front of the server finds no node that serves the key at the moment",
+        "ERR Script killed by user": "an operator's SCRIPT KILL ended one of our scripts before it wrote",
+        "ERR max number of clients": "all connections are in use; some of them will close",
+        "LOADING": "the server has started and is reading its data",
+        "MASTERDOWN": "the server is a replica without its master, configured not to serve old data",
+        "MISCONF": "the server can't write to its disk, and refuses writes until it can",
+        "NOREPLICAS": "fewer replicas are connected than min-replicas-to-write demands",
+        "NOSCRIPT": "a failover came between loading a script and calling it; the next call loads it",
+        "OOM": "the server has reached maxmemory; requests that end, or an operator, free memory",
+        "READONLY": "the server was made a replica; after the failover a server accepts writes",
+        "TRYAGAIN": "a proxy in front of the server is moving the key to another node",
         "UNBLOCKED": "the server became a replica, or an operator ended a wait with CLIENT UNBLOCK",
     }
 )
-"""Error code, or code and first words, of each such reply, with the reason why it passes by itself.
+"""Error code, or code and first words, of each transient reply → its cause, and the reason why it ends.
 
-`tests/unit/shared/queue/test_not_now.py` lists the replies that are left out on purpose.
+`tests/unit/shared/queue/test_not_now.py` lists the replies that are deliberately not in it.
 """
 
 ERR = "ERR"
@@ -48,21 +47,21 @@ _CODES = {
     "ReadOnlyError": "READONLY",
     "TryAgainError": "TRYAGAIN",
 }
-"""The error code that redis-py removed, by the class of its exception."""
+"""Name of redis-py's exception class → the error code that it removed from the reply."""
 _IN_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline ?caused error: (?:\(['\"])?", re.DOTALL)
 _IN_SCRIPT = re.compile(
     r"(?:ERR )?Error running script \(call to \w+\): @user_script:\d+: (?:@user_script: \d+: )?-?"
 )
 _DISCARDED = "Transaction discarded because of: "
 _CODE = re.compile(r"(?!ACL )[A-Z][A-Z0-9]*(?=\s|$)")
-"""Matches an error code. `ACL failure in script`, without its `ERR`, would look like one."""
+"""Matches an error code. `ACL failure in script` is excluded: redis-py removes the `ERR` before it."""
 
 
 def reply_of(error: redis.RedisError) -> str:
-    """The server's reply behind an exception, without what pipelines and scripts add to it.
+    """Returns the server's reply behind an exception, without the text that pipelines and scripts add.
 
-    It begins with its error code, or with `ERR` if it has none. An exception of redis-py itself (a lost
-    connection) gives `ERR` and its text.
+    The reply begins with its error code, or with `ERR` if it has none. For an exception that redis-py itself
+    raised (a lost connection), the reply is `ERR` and the text of the exception.
     """
     text = str(error.args[0]) if error.args else ""
     text = _IN_PIPELINE.sub("", text, count=1)
@@ -73,12 +72,12 @@ def reply_of(error: redis.RedisError) -> str:
 
 
 def code_of(error: redis.RedisError) -> str:
-    """The error code: the first word of `reply_of`."""
+    """Returns the error code of the reply behind an exception: the first word of `reply_of`."""
     return reply_of(error).partition(" ")[0]
 
 
 def is_transient_reply(error: redis.RedisError) -> bool:
-    """True if the server refused only for now."""
+    """True if the reply is a transient refusal, so that the same command may succeed later."""
     reply = f"{reply_of(error)} "
     return any(reply.startswith(f"{said} ") for said in TRANSIENT_REPLIES)
 

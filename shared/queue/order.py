@@ -1,30 +1,32 @@
-"""The order among waiting requests: the rule by which a worker chooses what to claim. No Redis, no clock.
+"""The order of waiting requests: the rule by which a worker chooses what to claim. No Redis, no clock.
 
-A worker looks at the lines of its waiting queues (`Waiting`; a line is the requests of one queue, class,
-weights version and tenant), `WaitingOrder.choose` names lines, and the worker claims the first request of
-each. Room is counted in sequences: the next request is chosen while room for one is left. So a request of
-many sequences never has to wait until as many are free at once; the engine holds back those beyond its batch.
+A line is the waiting requests of one queue, class, weights version and tenant. The worker reads the first
+requests of some lines (`Waiting`), `WaitingOrder.choose` names lines, and the worker claims the first request
+of each of them. Capacity is counted in sequences. The next request is chosen while the worker could hold at
+least one sequence more, even if the request has many: it need not wait until the worker could hold them all,
+since the engine starts those that exceed its batch size later.
 
 Lines are compared by these keys, in this order:
 
-1. Class. Requests that began before come first: their clients watch a stream that has stalled. Then
-   interactive ones, then batch. While both wait, one of `BATCH_ONE_IN` sequences is batch. A batch request
-   whose deadline is less than `BATCH_URGENT_S` away counts as interactive.
-2. Residency. An adapter that would evict another one from its slot on the device comes after those that
-   don't, until its oldest request has waited for `max_wait_s` (batch: `BATCH_PATIENCE` times that). If it
-   then finds all slots in use, the running adapter with the fewest sequences is closed: it is chosen no more
-   until it has ended and its slot is free. So a request waits for a slot for at most `max_wait_s` plus the
-   longest run of one adapter.
-3. Fairness between adapters: fewest running sequences on this worker per weight, then the earliest virtual
-   time of `Shares`, charged with the sequences of each claim per weight. So even with room for one sequence,
-   of two adapters that both wait neither gets ahead of its share by more than one request of each.
-4. Age: the queue whose request waits longest.
-5. Fairness between the tenants of an adapter: keys 3 and 4 once more, without weights.
-6. Inside a line: the lower priority number, then the older request. The index in Redis keeps this order.
+1. Class. Requests that ran before and lost their worker come first, because their clients watch a stalled
+   stream; then interactive requests, then batch. While both wait, batch gets one in `BATCH_ONE_IN` of the
+   claimed sequences. A batch request counts as interactive less than `BATCH_URGENT_S` before its deadline.
+2. Residency. Adapters that are resident, or find an empty slot, come before adapters that would evict another
+   one. An adapter is overdue, and not put behind any more, once its oldest request has waited for `max_wait_s`
+   (batch: `BATCH_PATIENCE` times that). If all slots are in use then, the running adapter with the fewest
+   sequences is closed: none of its requests is chosen until its running ones have ended and its slot is
+   free. So a request waits for a slot at most `max_wait_s` plus the longest run of one adapter.
+3. Fairness between adapters: the fewest running sequences on this worker divided by weight, then the earliest
+   virtual time in `Shares`, which charges each claim with its number of sequences divided by weight. So even
+   a worker that holds one sequence at a time serves two waiting adapters by their shares, within one request
+   of each.
+4. Age: the queue whose request has waited longest.
+5. Fairness between the tenants of an adapter: keys 3 and 4 again, without weights.
+6. Inside a line: the lower priority number, then the older request. Redis keeps each line in this order.
 
-The look takes in the queues whose adapters run or are resident, and of the others those whose heads wait
-longest; of a queue's tenants the one with the oldest request, and a few more from a random point on. So the
-oldest request of a queue is always among the choices, however many tenants wait there.
+`look.lua` reads the lines: those of queues whose adapters run or are resident, and of the other queues whose
+first requests have waited longest. In each queue it reads the tenant with the oldest request, and a few more
+from a random point on. So the oldest request of a queue can always be chosen.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -40,39 +42,39 @@ BATCH_ONE_IN = 16
 BATCH_URGENT_S = 60.0
 BATCH_PATIENCE = 16
 MAX_NUM_TENANT_SHARES = 256
-"""Queues for which the shares of their tenants are remembered."""
+"""Maximum number of queues for which the shares of the tenants are remembered."""
 
 
 class Waiting(NamedTuple):
-    """The first requests of a line, in their order; at least one."""
+    """The first requests of a line in their order; at least one."""
 
     queue: str
     places: Sequence[Place]
     deadline_ms: float | None = None
-    """The time (ms) by which the first of them must have begun; None without a limit."""
+    """The time (ms) by which the first request must have begun, or None without a limit."""
 
 
 class Pick(NamedTuple):
-    """The choice of a line, whose first request is to be claimed."""
+    """A line that was chosen; the worker claims its first request."""
 
     queue: str
     line: str
 
 
 class Running(NamedTuple):
-    """The sequences that a worker holds, and its room for more."""
+    """The number of sequences that a worker holds, and the number that it could hold in addition."""
 
     num_free: int
     per_queue: Mapping[str, int]
     per_tenant: Mapping[tuple[str, str], int]
-    """Sequences by queue and tenant key."""
+    """Number of sequences held, by (queue, tenant key)."""
 
 
 class WaitingOrder:
-    """The rule on one worker, and its memory: shares, closed adapters, the sequences due to batch."""
+    """Applies the rule on one worker. It remembers shares, closed adapters and what is due to batch."""
 
     def __init__(self, base: str, *, max_wait_s: float, weights: Mapping[str, float] | None = None) -> None:
-        """`base`: the queue of the base model, which needs no slot. `weights`: by queue; others have 1."""
+        """`base`: queue of the base model, which needs no slot. `weights`: by queue; the default is 1."""
         self._base = base
         self._max_wait_ms = max_wait_s * 1000
         self._weights = dict(weights or {})
@@ -84,7 +86,10 @@ class WaitingOrder:
     def choose(
         self, waiting: Iterable[Waiting], running: Running, slots: AdapterSlots, now_ms: float
     ) -> list[Pick]:
-        """The lines to claim from, in order, until the room is used; `charge` what was claimed."""
+        """Returns lines to claim from, best first, until the free capacity is used.
+
+        Nothing is charged yet: the caller must call `charge` for each request that it could claim.
+        """
         lines = [_Line(entry, now_ms) for entry in waiting]
         self._batch.note(lines)
         draft = _Draft(running, SlotPlan(self._base, running.per_queue, slots), replace(self._batch))
@@ -100,7 +105,7 @@ class WaitingOrder:
         return picks
 
     def charge(self, queue: str, place: Place) -> None:
-        """Charges a claimed request to its adapter, tenant and class."""
+        """Charges the sequences of a claimed request to its adapter, tenant and class."""
         self._shares.charge(queue, place.num_sequences / self._weight(queue))
         self._tenant_shares.setdefault(queue, Shares()).charge(place.tenant, place.num_sequences)
         self._tenant_shares.move_to_end(queue)
@@ -109,16 +114,16 @@ class WaitingOrder:
         self._batch.charge(place)
 
     def forget_closed(self) -> None:
-        """Opens all adapters again: nothing waits."""
+        """Reopens all closed adapters; called when no request waits."""
         self._closed = []
 
     @property
     def num_remembered(self) -> int:
-        """The number of remembered shares, of adapters and of tenants."""
+        """The number of shares in memory, of adapters and of tenants."""
         return len(self._shares) + sum(map(len, self._tenant_shares.values()))
 
     def rank_by_share(self, running: Running, queues: Iterable[str]) -> list[str]:
-        """These queues, the base's and those of running adapters, in the order of key 3."""
+        """Returns `queues`, the base's queue and those of running adapters, sorted by key 3 (fairness)."""
         queues = {self._base, *queues, *running.per_queue}
 
         def key(queue: str) -> tuple[float, float, str]:
@@ -134,12 +139,15 @@ class WaitingOrder:
         return queue not in self._closed and (queue in slots.used or slots.num_free > 0)
 
     def _is_overdue(self, line: "_Line", now_ms: float) -> bool:
-        """True if the first request of a line has waited long enough to evict another adapter."""
+        """True if the first request of a line has waited so long that it may evict another adapter."""
         patience = BATCH_PATIENCE if line.request_class == BATCH else 1
         return now_ms - line.first.since_ms >= patience * self._max_wait_ms
 
     def _close(self, lines: Iterable["_Line"], draft: "_Draft", now_ms: float) -> list[str]:
-        """Closes one running adapter for each overdue one without a slot; those already closed come first."""
+        """Returns the adapters to close: as many running ones as overdue ones lack a slot.
+
+        Adapters that are closed already are preferred, so that a closed adapter stays closed.
+        """
         overdue = {line.queue for line in lines if self._is_overdue(line, now_ms)} - draft.slots.used
         num_missing = max(0, len(overdue) - draft.slots.num_free)
         candidates = draft.slots.used - {self._base}
@@ -150,7 +158,7 @@ class WaitingOrder:
         return sorted(candidates, key=key)[:num_missing]
 
     def _best(self, lines: Iterable["_Line"], draft: "_Draft", now_ms: float) -> "_Line":
-        """The first of lines of one class, by keys 2 to 5."""
+        """Returns the first line by keys 2 to 5; all `lines` have the same class."""
         queues: dict[str, list[_Line]] = {}
         for line in lines:
             queues.setdefault(line.queue, []).append(line)
@@ -176,7 +184,7 @@ class WaitingOrder:
 
 
 class _Line:
-    """A line with the requests that are not chosen yet."""
+    """A line with those of its requests that are not chosen yet."""
 
     def __init__(self, waiting: Waiting, now_ms: float) -> None:
         self.queue = waiting.queue
@@ -192,12 +200,12 @@ class _Line:
 
 @dataclass
 class _BatchAccount:
-    """The share of batch among claimed sequences while other classes wait too."""
+    """Counts the sequences that are due to batch while requests of other classes wait too."""
 
     num_due: float = 0.0
-    """Sequences of batch that are due; negative after a request of many."""
+    """Number of batch sequences that are due; negative after a batch request of many sequences."""
     has_rival: bool = False
-    """True while both batch and other requests wait."""
+    """True while requests of batch and of other classes wait."""
 
     def note(self, lines: Iterable[_Line]) -> None:
         """Updates `has_rival` from the waiting lines."""
@@ -207,13 +215,13 @@ class _BatchAccount:
             self.num_due = 0.0
 
     def first_class(self, lines: Sequence[_Line]) -> list[_Line]:
-        """The lines of the class whose turn it is."""
+        """Returns the lines of the class whose turn it is."""
         classes = {line.request_class for line in lines}
         turn = BATCH if BATCH in classes and self.num_due >= 1 else min(classes)
         return [line for line in lines if line.request_class == turn]
 
     def charge(self, place: Place) -> None:
-        """Charges a chosen or claimed request."""
+        """Charges the sequences of a chosen or claimed request."""
         if self.has_rival:
             self.num_due = min(BATCH_ONE_IN, self.num_due + place.num_sequences / BATCH_ONE_IN)
             if place.request_class == BATCH:
@@ -221,7 +229,7 @@ class _BatchAccount:
 
 
 class _Draft:
-    """The state of the worker after the choices so far."""
+    """The state that the worker will have when it has claimed the requests chosen so far."""
 
     def __init__(self, running: Running, slots: SlotPlan, batch: _BatchAccount) -> None:
         self.slots = slots
@@ -230,8 +238,9 @@ class _Draft:
         self.per_queue = Counter(running.per_queue)
         self.per_tenant = Counter(running.per_tenant)
         self.chosen: Counter[str] = Counter()
-        """Chosen sequences by queue, without those that run already."""
+        """Number of sequences chosen so far, by queue; without those that run already."""
         self.chosen_of: Counter[tuple[str, str]] = Counter()
+        """Number of sequences chosen so far, by (queue, tenant key)."""
 
     def take(self, line: _Line) -> None:
         """Chooses the first request of a line."""

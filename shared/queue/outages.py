@@ -1,4 +1,4 @@
-"""The log lines about an outage of Redis: one at its beginning, one at its end."""
+"""Logs an outage of Redis with one line at its beginning and one at its end."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ from shared.queue.not_now import reply_of
 
 
 class Outages:
-    """Tracks the parts of a process that wait for Redis. Thread-safe."""
+    """Tracks which parts of a process are waiting for Redis. Thread-safe."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger
@@ -22,7 +22,7 @@ class Outages:
         self._began_at = 0.0
 
     def begin(self, part: str, error: BaseException) -> None:
-        """Notes that a part waits for Redis; logs it if no other part waits already."""
+        """Notes that a part waits for Redis; logs the outage if no other part waits already."""
         with self._lock:
             if not self._parts:
                 self._began_at = self._clock()
@@ -33,8 +33,8 @@ class Outages:
             self._parts.add(part)
 
     def end(self, part: str) -> None:
-        """Notes that a part was served; logs it if it was the last one that waited."""
-        # No lock here: every turn of every thread calls this, nearly always for a part that has not waited.
+        """Notes that Redis answered a part; logs the end of the outage if no other part waits any more."""
+        # Checked without the lock, because every turn of every thread calls this, mostly without an outage.
         if part not in self._parts:
             return
         with self._lock:

@@ -1,7 +1,7 @@
-"""The Redis permissions that a worker, an API and `lorelay status` need, and a check for missing ones.
+"""The Redis permissions that workers, APIs and `lorelay status` need, and a check for missing ones.
 
-Servers check permissions when a command is queued in a transaction. So the check queues every command that is
-needed, with harmless arguments, and closes the connection without an EXEC: nothing is executed.
+A server checks permissions already when a command is queued in a transaction. So the check queues every
+command with example arguments, and closes the connection without EXEC: nothing is executed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,24 +19,24 @@ from shared.queue import keys
 from shared.queue.not_now import code_of, is_transient_reply, reply_of
 
 CONTAINERS = ("CLIENT", "SCRIPT")
-"""Commands whose names have two words."""
+"""Commands with subcommands, which ACL rules name with two words (`+client|info`)."""
 PROBE = "permission-probe"
 PROBE_TIMEOUT_S = 5.0
 SHA = "0" * 40
 
 
 class Needs(NamedTuple):
-    """The commands of one program, with example arguments, and its keys and channels."""
+    """The commands that a program calls, with example arguments, and its keys and channels."""
 
     commands: Sequence[str]
     keys: Sequence[str]
-    """One example of each kind of key."""
+    """One example key of each kind."""
     subscribes: Sequence[str]
     publishes: Sequence[str] = ()
 
     @property
     def rules(self) -> list[str]:
-        """The ACL rules that suffice."""
+        """The ACL rules that grant everything the program needs."""
         channels = [*self.publishes, *self.subscribes]
         return [
             *dict.fromkeys(f"~{_pattern(key)}" for key in self.keys),
@@ -71,7 +71,7 @@ _SCRIPTS_OF_BOTH = (
     f"ZADD {_KEY} 1 m",
     f"ZRANGE {_KEY} 0 -1",
     f"ZREM {_KEY} m",
-    # The registry.
+    # Used by the registry of models.
     f"HGETALL {_KEY}",
     f"EVALSHA {SHA} 0",
     "SCRIPT LOAD x",
@@ -97,7 +97,7 @@ _KEYS_OF_BOTH = (
 WORKER = Needs(
     commands=(
         *_SCRIPTS_OF_BOTH,
-        # Scripts.
+        # Used by scripts.
         f"HDEL {_KEY} f",
         f"LRANGE {_KEY} 0 -1",
         f"PERSIST {_KEY}",
@@ -108,7 +108,7 @@ WORKER = Needs(
         f"ZRANGEBYSCORE {_KEY} 0 1",
         f"ZREMRANGEBYSCORE {_KEY} 0 1",
         f"ZSCORE {_KEY} m",
-        # The worker itself, and RQ.
+        # Used by the worker's Python code and by RQ.
         "INFO",
         f"BLPOP {_KEY} 0",
         f"HEXISTS {_KEY} f",
@@ -151,7 +151,7 @@ def check(connection: redis.Redis, needs: Needs) -> None:
     """Refuses a user who lacks a permission.
 
     Raises:
-        ConfigurationError: names the rules that are missing.
+        ConfigurationError: permissions are missing; the message has the ACL rules that grant them.
         redis.RedisError: the server does not answer, or refuses for another reason.
     """
     pool = connection.connection_pool
@@ -160,23 +160,23 @@ def check(connection: redis.Redis, needs: Needs) -> None:
 
 
 def describe(rules: Iterable[str], username: str | None) -> str:
-    """The advice for an operator whose Redis user lacks these rules."""
+    """Returns the message for an operator whose Redis user lacks these rules."""
     return f"Redis: a permission is missing: ACL SETUSER {username or 'default'} {' '.join(rules)}"
 
 
 def missing_rules(pool: redis.ConnectionPool, needs: Needs) -> list[str]:
-    """The rules that the pool's user lacks, in the form that `ACL SETUSER` takes.
+    """Returns the rules that the pool's user lacks, in the form that `ACL SETUSER` takes.
 
     Raises:
         redis.RedisError: the server does not answer, or refuses for another reason.
     """
     with _connection(pool) as connection:
         lacking = _ask(connection, ["MULTI"])
-        # Without a transaction, the commands below would be executed.
+        # If MULTI is refused, the commands below would be executed, so they are not sent.
         if not lacking:
             lacking = _queue(connection, needs)
     for channel in needs.subscribes:
-        # Redis 7 refuses these commands inside a transaction.
+        # Checked outside a transaction, because Redis 7 refuses these commands inside one.
         with _connection(pool) as connection:
             lacking += _ask(connection, ["SUBSCRIBE", channel], ["UNSUBSCRIBE", channel])
     if "+multi" not in lacking:
@@ -186,12 +186,12 @@ def missing_rules(pool: redis.ConnectionPool, needs: Needs) -> list[str]:
 
 
 def _around(needs: Needs) -> list[str]:
-    """The missing rules for commands that are checked outside the transaction."""
+    """Returns the names of the commands that `missing_rules` sends outside the queued transaction."""
     return ["MULTI", "EXEC", "SUBSCRIBE", "UNSUBSCRIBE", *["PUBLISH"] * bool(needs.publishes)]
 
 
 def _queue(connection: ConnectionInterface, needs: Needs) -> list[str]:
-    """The missing rules for commands that can be queued in a transaction, which stays open."""
+    """Queues the commands that a transaction accepts, without EXEC; returns the missing rules."""
     queued = [command.split() for command in needs.commands]
     queued += [[name, key] for key in needs.keys for name in ("EXISTS", "DEL")]
     queued += [["PUBLISH", channel, "x"] for channel in needs.publishes]
@@ -199,7 +199,7 @@ def _queue(connection: ConnectionInterface, needs: Needs) -> list[str]:
 
 
 def _ask(connection: ConnectionInterface, *commands: Sequence[str]) -> list[str]:
-    """Sends commands in one go; returns the missing rules."""
+    """Sends all commands, then reads their replies; returns the missing rules."""
     for words in commands:
         connection.send_command(*words)  # type: ignore[no-untyped-call]
     rules = [_missing_rule(connection, words) for words in commands]
@@ -207,12 +207,12 @@ def _ask(connection: ConnectionInterface, *commands: Sequence[str]) -> list[str]
 
 
 def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str | None:
-    """Reads a command's reply; returns the rule that is missing for it, if any."""
+    """Reads the reply to a command; returns the rule that is missing for it, or None."""
     try:
-        # RESP3 answers SUBSCRIBE with a push.
+        # In RESP3, the reply to SUBSCRIBE is a push message.
         connection.read_response(push_request=True)
     except redis.ResponseError as error:
-        # Servers check permissions first, so a user who gets "not now" has them.
+        # Servers check permissions first, so a user that gets a transient error has the permission.
         if is_transient_reply(error):
             return None
         if code_of(error) != "NOPERM":
@@ -225,18 +225,21 @@ def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str 
 
 
 def _name(words: Sequence[str]) -> str:
-    """A command's name in ACL rules."""
+    """Returns the name that ACL rules use for a command."""
     return "|".join(words[: 1 + (words[0] in CONTAINERS)]).lower()
 
 
 def _pattern(name: str) -> str:
-    """The pattern for all keys or channels with the prefix of this example, ours or RQ's."""
+    """Returns the pattern for all keys or channels with the prefix of this example: Lorelay's or RQ's."""
     return f"{name.partition(':')[0]}:*"
 
 
 @contextmanager
 def _connection(pool: redis.ConnectionPool) -> Iterator[ConnectionInterface]:
-    """A connection of its own, closed at the end in whatever state it is."""
+    """Opens a connection outside the pool, with its own timeout and without retries.
+
+    It is always closed at the end, so that a transaction left open in it is discarded.
+    """
     options = pool.connection_kwargs | {
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": PROBE_TIMEOUT_S,

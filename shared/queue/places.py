@@ -1,9 +1,9 @@
-"""The place of a waiting request: the text by which Redis sorts the requests of one queue.
+"""Places: the sort keys of waiting requests, stored in one sorted set per queue.
 
-A place is `class|version|tenant|priority|since|sequences|id`, each part of a fixed width, so that the order
-of the texts is the order of the requests. The requests of one class, version and tenant form a line; the
-order rule (`order.py`) chooses among lines, and inside a line the lower priority goes first, then the older
-request. `lua/waiting.lua` writes the same format.
+A place is the text `class|version|tenant|priority|since|sequences|id`. Each part has a fixed width, so that
+sorting the texts sorts the requests. Requests of one class, version and tenant form a line. The order rule
+(`order.py`) chooses among lines; inside a line the lower priority number goes first, then the older request.
+`lua/waiting.lua` writes the same format.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from typing import NamedTuple
 from shared.messages import GenerationRequest, RequestClass
 
 BEGAN, INTERACTIVE, BATCH = 0, 1, 2
-"""Classes, in the order in which they run. `BEGAN`: the request ran before and lost its worker."""
+"""Classes, in the order in which they run. `BEGAN` means that the request ran before and lost its worker."""
 NOBODY = "0" * 8
-"""The tenant of requests that were sent without an API key."""
+"""The tenant key of requests that were sent without an API key."""
 NO_VERSION = "0" * 8
 LINE_CHARS = 20
 _CLASSES = {RequestClass.INTERACTIVE: INTERACTIVE, RequestClass.BATCH: BATCH}
@@ -25,9 +25,9 @@ class Place(NamedTuple):
     """A parsed place."""
 
     line: str
-    """Class, version and tenant, with their separators: the common beginning of all places of the line."""
+    """Class, version and tenant with their separators: the prefix that all places of a line share."""
     since_ms: float
-    """Time of the enqueue, by the clock of Redis."""
+    """Time (ms) at which the request was enqueued, by the clock of Redis."""
     num_sequences: int
 
     @property
@@ -37,29 +37,29 @@ class Place(NamedTuple):
 
     @property
     def tenant(self) -> str:
-        """The `tenant_key` of the sender."""
+        """The `tenant_key` of the client that sent the request."""
         return self.line[11:19]
 
 
 def read_place(text: str) -> Place:
-    """Parses a place from the index; the scripts return no malformed ones."""
+    """Parses a place. It is not validated: scripts return only well-formed places."""
     since_us, num_sequences = text[31:47], text[48:54]
     return Place(text[:LINE_CHARS], int(since_us) / 1000, int(num_sequences))
 
 
 def place_of(request: GenerationRequest) -> Place:
-    """The place of a request without version and time, enough to charge its tenant and class."""
+    """Returns a place without version and time, from which a request's tenant and class can be charged."""
     line = f"{_CLASSES[request.request_class]}|{NO_VERSION}|{tenant_key(request.tenant)}|"
     return Place(line, 0.0, request.num_sequences)
 
 
 def order_field(request: GenerationRequest) -> str:
-    """The request's part of its place, `class|tenant|priority|sequences`; Redis adds version, time and id."""
+    """Returns `class|tenant|priority|sequences`, to which Redis adds version, time and id of the request."""
     request_class = _CLASSES[request.request_class]
     priority = request.priority + _MIDDLE_PRIORITY
     return f"{request_class}|{tenant_key(request.tenant)}|{priority:010d}|{request.num_sequences:06d}"
 
 
 def tenant_key(tenant: str) -> str:
-    """Eight hex digits that stand for a tenant in places and shares."""
+    """Returns eight hex digits of a hash, which stand for the tenant in places and shares."""
     return hashlib.sha256(tenant.encode()).hexdigest()[:8] if tenant else NOBODY

@@ -1,4 +1,4 @@
-"""The records that a worker and `shared.queue.worker_streams` hand each other. No Redis, no RQ."""
+"""Arguments and results of the worker's scripts (`worker_streams`, `upkeep_streams`), as plain tuples."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,46 +7,52 @@ from shared.messages import GenerationRequest, StreamEvent
 
 
 class Held(NamedTuple):
-    """A request that a worker believes it owns, and the id of its claim."""
+    """A request that this worker claimed, with the id of that claim (its fencing token).
+
+    Another worker may have claimed the request since; scripts then refuse this claim id. In RQ's records the
+    claim id is the id of the job's execution.
+    """
 
     request_id: str
     claim_id: str
 
 
 class Claim(NamedTuple):
-    """A claimed request, with the events that its log holds already."""
+    """A claimed request, with the events that earlier claims wrote to its log."""
 
     held: Held
     request: GenerationRequest
     events: tuple[StreamEvent, ...]
     alone: bool = False
-    """True for a suspect: its steps must run alone until it is cleared."""
+    """True for a suspect (it may have crashed a worker): its steps must run alone until it is cleared."""
 
 
 class Append(NamedTuple):
-    """One event for one request's log."""
+    """An event to be written to the log of a request."""
 
     held: Held
     event: StreamEvent
     meta: Mapping[str, Any] | None = None
-    """Usage, timings and adapter for `job.meta`, with the terminal event; never text."""
+    """For a terminal event: usage, timings and adapter, stored in `job.meta`; never text of the request."""
 
 
 class News(NamedTuple):
-    """The reply of `append` or `renew`, about the requests that the worker holds."""
+    """The reply of `append` or `renew`: changes to the requests that the worker holds."""
 
     aborted: list[str]
+    """Ids of requests whose clients disconnected or aborted them."""
     lost: list[str]
+    """Ids of requests that this worker does not own any more."""
     had_lease: bool = True
-    """True if the worker's own lease had not run out (from `renew`)."""
+    """True if the worker's own lease had not expired before this renewal (set by `renew`)."""
     num_waiting: int = 0
-    """The number of the base's queues that wait; with 0 there is nothing to claim (from `append`)."""
+    """Number of the base's queues that have waiting requests; 0 means nothing to claim (set by `append`)."""
     has_served: bool = True
-    """True if Redis still has the worker's `served` hash (from `renew`)."""
+    """True if the worker's `served` hash still exists in Redis (set by `renew`)."""
 
 
 class Reaped(NamedTuple):
-    """Requests whose worker was lost: those put back on their queues, and those that ended as failed."""
+    """Ids of the requests whose leases expired: put back on their queues, or (`dead`) ended as failed."""
 
     requeued: list[str]
     dead: list[str]

@@ -1,4 +1,4 @@
-"""The last log line of a process that Redis refuses for good: the error, and the remedy."""
+"""Explains an error of Redis that no retry will cure in one log line: failed command, error, remedy."""
 
 import hashlib
 import re
@@ -22,15 +22,15 @@ _ADVICE = {
     "NOAUTH": _PASSWORD,
     "NOPERM": _PERMISSION,
     "WRONGPASS": _PASSWORD,
-    "WRONGTYPE": "a key of Lorelay holds something else: give Lorelay a database of its own",
+    "WRONGTYPE": "a key of Lorelay has another type: give Lorelay a Redis database of its own",
 }
-_OTHER_ADVICE = "this will not pass by itself: see the log of the server"
+_OTHER_ADVICE = "a retry will not help: see the log of the server"
 _IN_SCRIPT = ("ERR ACL failure in script", "ERR The user executing the script")
 _IN_PIPELINE = re.compile(r"Command # \d+ \((\S+)")
 
 
 class NamingRedis(redis.Redis):
-    """A client that adds the failed command or script to its exceptions, as a note."""
+    """A Redis client that adds the name of the failed command or script to its exceptions, as a note."""
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         try:
@@ -41,7 +41,7 @@ class NamingRedis(redis.Redis):
 
 
 def explain(error: redis.RedisError) -> str:
-    """One line with the failed command, the error and the remedy."""
+    """Returns one line that names the failed command, the error and the remedy."""
     if isinstance(error, redis.ConnectionError | redis.TimeoutError) and code_of(error) == "ERR":
         return f"can't reach Redis: {error}"
     reply = reply_of(error)
@@ -58,7 +58,7 @@ def _what_failed(error: redis.RedisError) -> str:
 
 
 def _name(args: tuple[Any, ...]) -> str:
-    """A command's name, or for one of our scripts its file."""
+    """Returns the name of a command; for a call of one of our scripts, the name of the script."""
     if args[0] == "EVALSHA":
         return f"the script {_script_names().get(str(args[1]), args[1])}"
     return str(args[0])
@@ -66,7 +66,7 @@ def _name(args: tuple[Any, ...]) -> str:
 
 @cache
 def _script_names() -> dict[str, str]:
-    """The names of our scripts, by the SHA-1 that `EVALSHA` sends."""
+    """Returns the names of our scripts by the SHA-1 that `EVALSHA` sends."""
     files = (resources.files("shared.queue") / "lua").iterdir()
     names = [file.name.removesuffix(".lua") for file in files if file.name.endswith(".lua")]
     return {hashlib.sha1(script_source(name).encode()).hexdigest(): name for name in names}

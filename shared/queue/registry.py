@@ -1,6 +1,7 @@
-"""The registry of models: starting workers write it, every API reads it.
+"""The registry of models in Redis: workers write it when they start, APIs read it.
 
-Cards outlive the workers that wrote them, so a request for a model without a worker waits in its queue.
+Cards outlive the workers that wrote them. So a request for a model waits in its queue even while no worker of
+that model is running.
 """
 
 import logging
@@ -23,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOWN_LENGTH = 100
 UNREADABLE_TTL_MS = 86_400_000
-"""Life of a key that was renamed because of its type; `prelude.lua` has the same number."""
+"""Time to live of a key that was renamed because it had a wrong type; `prelude.lua` has the same number."""
 
 
 def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
     """Adds cards; an existing card with the same base and version stays unchanged.
 
-    An entry that can't be read is replaced, and so is one of an earlier release, which has fewer fields.
+    Entries that can't be read are replaced, and so are entries of an earlier release, which lack fields.
 
     Raises:
-        RegistryConflict: a name is registered with another base or version, or two names have the same queue.
+        RegistryConflict: a name is registered with another base or version, or two names map to one queue.
     """
     cards = list(cards)
     mend(connection, {keys.MODELS: "hash"})
@@ -52,13 +53,14 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
 
 
 def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -> None:
-    """Writes the cards of a running worker again where the registry was damaged.
+    """Repairs a damaged registry with the cards of a running worker.
 
-    An entry that can't be read is replaced. A missing one is added only if the whole registry was lost
-    (`fill`) or had a wrong type, because an operator may have removed it. Of two cards the newer stays.
+    Entries that can't be read are replaced. Missing entries are added only if the whole registry was lost
+    (`fill`) or had a wrong type; otherwise an operator may have removed them on purpose. If `fill` and an
+    entry exists, the newer card stays.
     """
     mend(connection, {keys.MODELS: "hash"})
-    # A worker renamed a registry of a wrong type within the last minute: all workers add their cards again.
+    # If some worker renamed a registry of a wrong type within the last minute, all workers add their cards.
     fill |= connection.pttl(keys.unreadable(keys.MODELS)) > UNREADABLE_TTL_MS - 60_000
     stored = connection.hgetall(keys.MODELS)
     for card in cards:
@@ -71,28 +73,28 @@ def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -
 
 
 def drop(connection: redis.Redis, names: Iterable[str]) -> None:
-    """Removes cards by name; a name that is not there is no error."""
+    """Removes cards by name; names without a card are ignored."""
     names = list(names)
     if names:
         connection.hdel(keys.MODELS, *names)
 
 
 def list_cards(connection: redis.Redis) -> list[ModelCard]:
-    """All cards that can be read, oldest first, a base before its adapters."""
+    """Returns all readable cards: by base, a base before its adapters, then the oldest first."""
     return _sorted(connection.hgetall(keys.MODELS))
 
 
 async def fetch_cards(connection: redis.asyncio.Redis) -> list[ModelCard]:
-    """All cards that can be read, oldest first, a base before its adapters."""
+    """Returns all readable cards, in the order of `list_cards`."""
     return _sorted(await connection.hgetall(keys.MODELS))
 
 
 async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
-    """The card of one model.
+    """Returns the card of one model.
 
     Raises:
         ModelNotFound: no model has this name.
-        LorelayError: its entry can't be read.
+        LorelayError: the registry's entry for this name can't be read.
     """
     value = await connection.hget(keys.MODELS, name)
     if value is None:
@@ -104,19 +106,19 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
 
 
 async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_name: str | None) -> bool:
-    """True if a worker that serves this model holds a lease, by the server's clock."""
+    """True if any worker that serves this model has a lease that has not expired, by the clock of Redis."""
     seconds, _ = await connection.time()
     live = cast(
         "list[bytes]", await connection.zrangebyscore(keys.workers(slug(base)), seconds * 1000, "+inf")
     )
-    # RQ's record tells which queues each worker serves: they may have different adapters, or serve some only.
+    # RQ's set of the queue's workers is checked too, because a worker of the base may lack this adapter.
     serving = f"{RQ_KEY_PREFIX}:workers:{queue_name(base, adapter_name)}"
     names = [f"{RQ_KEY_PREFIX}:worker:".encode() + name for name in live]
     return bool(names) and any(await connection.smismember(serving, names))
 
 
 def _read(name: str, encoded: bytes | str) -> ModelCard | None:
-    """The card of a name; None if it can't be read, or names another model."""
+    """Decodes a card; returns None if it can't be read or is that of another model."""
     try:
         card = decode_card(encoded)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -138,9 +140,9 @@ def _sorted(entries: Mapping[Any, bytes | str]) -> list[ModelCard]:
 
 
 def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
-    """Refuses a card whose base or weights differ from those of the entry.
+    """Raises `RegistryConflict` if the base or the weights of `card` differ from those of `stored`.
 
-    An earlier release computed a base's version in another way; its entries are compared without it.
+    An earlier release computed the version of a base in another way, so it is not compared with its entries.
     """
     is_known = bool(card.base_version and stored.base_version)
     is_same = stored.base == card.base

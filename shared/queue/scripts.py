@@ -1,4 +1,4 @@
-"""The Lua scripts of `shared/queue/lua/`: their text, and what they have in common."""
+"""Loads the Lua scripts of `shared/queue/lua/`, and builds arguments and texts that several of them use."""
 
 import base64
 import logging
@@ -24,12 +24,15 @@ _PARTS = {
     "look": ("waiting", "lines"),
     "claim": ("waiting", "lines"),
 }
-"""Files that stand between the prelude and a script, which takes time at each call; `waiting` for others."""
+"""Files to load between `prelude.lua` and a script; scripts not named here get `waiting.lua`.
+
+Redis runs all of this text at each call, so scripts load only what they need.
+"""
 
 
 @cache
 def script_source(name: str) -> str:
-    """The text of `shared/queue/lua/<name>.lua` behind what it shares with others, on RQ's key prefix."""
+    """Returns the text of a script, after the files that it needs, with RQ's key prefix filled in."""
     folder = resources.files("shared.queue") / "lua"
     parts = ("prelude", *_PARTS.get(name, ("waiting",)), name)
     source = "".join((folder / f"{part}.lua").read_text() for part in parts)
@@ -44,18 +47,18 @@ def script_source(name: str) -> str:
 
 
 def event_format(error: LorelayError) -> str:
-    """The terminal event of an error, with a %d in place of its number."""
+    """Returns the encoded terminal event of an error, with `%d` in place of its `event_no`."""
     event = StreamEvent(event_no=-1, finish_reason=FinishReason.ERROR, error=error.to_info())
     return event.encode().decode().replace("%", "%%").replace('"event_no":-1', '"event_no":%d')
 
 
 def exception_text(error: LorelayError) -> str:
-    """An error in the form in which RQ's results store exceptions."""
+    """Returns an error as text in the form in which RQ's results store exceptions."""
     return base64.b64encode(zlib.compress(f"{error.code}: {error.message}".encode())).decode()
 
 
 def log_unreadable(entries: Iterable[Sequence[bytes]]) -> None:
-    """Logs what a script found unreadable: requests, and keys of a wrong type."""
+    """Logs (name, reason) pairs that a script returned: unreadable requests, and keys of a wrong type."""
     for name, reason in entries:
         logger.error(
             "%s can't be read: %s", name.decode(), reason.decode(errors="replace"), extra=fields("unreadable")
@@ -63,6 +66,6 @@ def log_unreadable(entries: Iterable[Sequence[bytes]]) -> None:
 
 
 def mend(connection: redis.Redis, kinds: Mapping[str, str]) -> None:
-    """Renames each of these shared keys that has another type than `kinds` says."""
+    """Renames those of the keys in `kinds` that have another type than the one given there."""
     script = connection.register_script(script_source("mend"))
     log_unreadable(script(args=[item for key, kind in kinds.items() for item in (kind, key)]))

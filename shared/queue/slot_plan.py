@@ -1,24 +1,24 @@
-"""A forecast of a worker's adapter slots: their state after the requests chosen so far."""
+"""Predicts which adapters a worker's slots will hold after the requests that were chosen so far."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
 class AdapterSlots(NamedTuple):
-    """The slots of a worker's device now."""
+    """The adapter slots on a worker's device at the moment."""
 
     num: int
     resident: Sequence[str]
-    """Queues whose adapters have a slot, in use or not, least recently used first."""
+    """Queues whose adapters have a slot, least recently used first, whether they run or not."""
 
 
 class SlotPlan:
-    """The running and the resident adapters after each choice; evicts the LRU, as `AdapterCache` will."""
+    """The predicted running and resident adapters. It evicts by LRU, as the engine's `AdapterCache` does."""
 
     def __init__(self, base: str, running: Mapping[str, int], slots: AdapterSlots) -> None:
-        """`base`: the queue of the base model, which needs no slot. `running`: sequences per queue."""
+        """`base`: queue of the base model, which needs no slot. `running`: number of sequences by queue."""
         self.used = {base, *(queue for queue, num_sequences in running.items() if num_sequences > 0)}
-        """Queues whose adapters run; the base is always among them."""
+        """Queues whose adapters run, and always the base's."""
         self.resident = self.used | set(slots.resident)
         self._num = slots.num
         self._by_age = slots.resident
@@ -26,16 +26,16 @@ class SlotPlan:
 
     @property
     def num_free(self) -> int:
-        """Slots that no running adapter uses. Negative if more adapters run than there are slots."""
+        """Number of slots that no running adapter uses; negative if more adapters run than slots exist."""
         return self._num - (len(self.used) - 1)
 
     @property
     def num_empty(self) -> int:
-        """Slots without an adapter."""
+        """Number of slots that hold no adapter."""
         return self._num - (len(self.resident) - 1)
 
     def use(self, queue: str) -> None:
-        """Makes the adapter of a queue running, and so resident."""
+        """Marks the adapter of a queue as running, and so as resident."""
         self.used.add(queue)
         self.resident.add(queue)
         self._evict()

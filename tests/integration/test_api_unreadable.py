@@ -155,7 +155,7 @@ def test_a_stream_whose_log_lost_its_end_is_told_so(api: ApiServer, worker: Scri
     worker.connection.rpop(keys.log(claim.held.request_id))
     path = f"{CHAT}/{claim.held.request_id}/stream"
     resumed = httpx.get(f"{api.url}{path}", timeout=30, trust_env=False)
-    assert "its log has lost the end" in decode_stream(resumed.text.replace("id: ", ": id "))[-2]
+    assert "its log has lost the last event" in decode_stream(resumed.text.replace("id: ", ": id "))[-2]
 
 
 def test_garbage_on_the_channel_harms_no_stream(api: ApiServer, worker: ScriptedWorker) -> None:
