@@ -12,7 +12,7 @@ Lines are compared by these keys, in this order:
    stream; then interactive requests, then batch. While both wait, batch gets one in `BATCH_ONE_IN` of the
    claimed sequences. A batch request counts as interactive less than `BATCH_URGENT_S` before its deadline.
 2. Residency. Adapters that are resident, or find an empty slot, come before adapters that would evict another
-   one. An adapter is overdue, and not put behind any more, once its oldest request has waited for `max_wait_s`
+   one. An adapter is overdue, and not put behind, once its oldest request has waited for `max_wait_s`
    (batch: `BATCH_PATIENCE` times that). If all slots are in use then, the running adapter with the fewest
    sequences is closed: none of its requests is chosen until its running ones have ended and its slot is
    free. So a request waits for a slot at most `max_wait_s` plus the longest run of one adapter.

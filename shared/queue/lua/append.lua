@@ -1,10 +1,10 @@
--- Writes the events of one engine step to the logs and publishes them; a terminal event ends its job. Only the owner's
--- events are written. An event that the log has already is a success that changes nothing.
--- ARGV: base, lease (ms), stream ttl (ms), held = {id, claim_id, ...} of all requests the worker holds,
---       appends = {{id, claim_id, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
---       return value, exception text, ttl (s)}, the middle two encoded as RQ's results have them; events after
---       which a request is cleared of the crashes it was near, id of the one whose steps run alone from now on or ''.
--- Returns {aborted ids, lost ids, number of the base's queues that wait: with 0 there is nothing to claim, unreadable}.
+-- Writes the events of engine steps to the logs and publishes them; a terminal event ends the job of its request. Only
+-- events with the owner's claim id are written. An event that the log has already counts as written.
+-- ARGV: base, lease (ms), stream ttl (ms), held = {id, claim id, ...} of all requests the worker holds,
+--       appends = {{id, claim id, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
+--       return value, exception text, ttl (s)}, return value and exception text encoded as in RQ's results; number of
+--       events after which a suspect is cleared; id of the request whose steps run alone from now on, or ''.
+-- Returns {aborted ids, lost ids, number of the base's queues with waiting requests, unreadable}.
 local base, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])
 local num_events_to_clear, isolated = tonumber(ARGV[6]), ARGV[7]
@@ -37,7 +37,7 @@ end
 
 local function append(id, owner, event_no, event, outcome)
   if redis.call('EXISTS', job_key(id)) == 0 then
-    -- The job was removed with RQ's tools, such as `rq empty` or a dashboard.
+    -- The job was deleted with RQ's tools, such as `rq empty` or a dashboard.
     write(id, event_no, REMOVED:format(event_no))
     redis.call('PEXPIRE', log_key(id), stream_ttl_ms)
     drop_ownership(id, owner)
@@ -60,7 +60,7 @@ end
 for _, entry in ipairs(appends) do
   local id, claim_id, event_no, event, outcome = unpack(entry, 1, 5)
   local owner = owners[id]
-  -- An event with another claim id belongs to an earlier claim, which this worker lost before it claimed again.
+  -- If the claim id differs, the event is from an earlier claim, which this worker lost before it claimed again.
   if owner and owner.claim_id == claim_id then
     local is_kept = guarded(id, base, nil, append, id, owner, event_no, event, outcome)
     if not is_kept then

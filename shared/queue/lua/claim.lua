@@ -1,29 +1,29 @@
--- Claims the first requests of the lines that a worker chose (shared/queue/order.py) from the reply of look.lua. If
--- others took them meanwhile, it gets fewer. A call whose reply was lost may be repeated: the same claim ids return
--- the same requests.
--- ARGV: base, worker, lease (ms), stream ttl (ms), schema version, picks = {queue, line, ...} (msgpack), then a fresh
+-- Claims the first request of each line that the worker chose (shared/queue/order.py) from the reply of look.lua. If
+-- other workers took them meanwhile, it claims fewer. A call whose reply was lost may be repeated: the same claim ids
+-- return the same requests. In RQ's records, a claim is an execution of the job, and the claim id is its id.
+-- ARGV: base, worker, lease (ms), stream ttl (ms), schema version, picks = {queue, line, ...} (msgpack), then a new
 --       claim id for each pick.
--- Returns {claimed, unreadable}. Per claimed request {id, claim_id, request, log, alone, queue, version}: log is what
--- was written so far, version that of the weights by its job ('' from an earlier release); alone says that the request
--- was near crashes, and that its steps must run without company until it is cleared (append.lua).
+-- Returns {claimed, unreadable}. Per claimed request {id, claim id, request, log, alone, queue, version}: log has the
+-- events of earlier claims, version is the weights version in the job ('' from an earlier release). alone is 1 for a
+-- suspect: its steps must run alone until append.lua clears it.
 local base, worker, lease_ms, stream_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local picks = cmsgpack.unpack(ARGV[6])
 local NUM_ARGS = 6
 local reader = { base = base, schema_version = tonumber(ARGV[5]), weights = {} }
 
--- Adds to a job the fields that only its claim needs.
+-- Adds the fields to a job's table that only a claim needs, not a look.
 local function read_history(id, job)
   job.crashes_alone, job.suspect, job.has_ended, job.base =
     unpack(redis.call('HMGET', job_key(id), 'crashes_alone', 'suspect', 'has_ended', 'base'))
   return job
 end
 
--- True for a suspect: it crashed a worker alone once, or beside others twice.
+-- True for a suspect: a request that crashed a worker once while it ran alone, or was in two crashes beside others.
 local function must_run_alone(job)
   return to_number(job.crashes_alone, 0) >= 1 or to_number(job.suspect, 0) >= 2
 end
 
--- A job that had ended and was requeued by an operator starts from the beginning, and without a client.
+-- Resets a job that had ended and was requeued by an operator: it starts again from the beginning, without a client.
 local function start_anew(id, job)
   redis.call('DEL', log_key(id), reader_key(id))
   redis.call('HDEL', job_key(id), 'has_ended', 'crashes_alone', 'suspect', 'unreadable', 'deadline_ms')
@@ -44,7 +44,7 @@ local function start(id, queue, claim_id, is_watched)
   redis.call('PEXPIRE', executions_key(id), stream_ttl_ms)
   redis.call('SADD', held_key(worker), composite)
   redis.call('PEXPIRE', held_key(worker), stream_ttl_ms)
-  -- Score +inf: RQ's own cleaners leave the entry alone; leases are reaped by reap.lua.
+  -- With the score +inf, RQ's clean-up never requeues the job. reap.lua does, when the lease has expired.
   redis.call('ZADD', registry_key('wip', queue), '+inf', composite)
   if is_watched then
     redis.call('HSET', owner_key(id), 'watched_from', redis.call('LLEN', log_key(id)))
@@ -58,7 +58,7 @@ local function describe(id, claim_id, job)
   return { id, claim_id, request, log, must_run_alone(job) and 1 or 0, queue, job.version or '' }
 end
 
--- The requests that an earlier call with these claim ids claimed before its reply was lost.
+-- Returns the requests that an earlier call with the same claim ids claimed, if its reply was lost.
 local function claimed_already()
   local position, claimed = {}, {}
   for i = NUM_ARGS + 1, #ARGV do position[ARGV[i]] = i end
@@ -76,17 +76,17 @@ local function claimed_already()
   return claimed
 end
 
--- Fails a job that is no generation request and was put on our queue by somebody else.
+-- Fails a job that another program put on the queue, and that is no generation request.
 local function reject(id, queue)
   unqueue(id, queue, 1)
   redis.call('HSET', job_key(id), 'status', 'failed', 'ended_at', iso(now_us))
   redis.call('ZADD', registry_key('failed', queue), '+inf', id)
 end
 
--- Takes a request out of its queue; nil if it can't be handed out.
+-- Claims one request: moves it from its queue to the worker. Returns nil if it is not a valid waiting request.
 local function take(id, queue, place, job, claim_id)
   redis.call('ZREM', order_key(queue), place)
-  -- If the list does not have it, somebody removed it there and left its place.
+  -- If the list lacks the id, RQ's tools removed it there, and only its place was left.
   if redis.call('LREM', queue_key(queue), 1, id) == 0 then return nil end
   read_history(id, job)
   if redis.call('HEXISTS', job_key(id), 'request') == 0 then
@@ -98,8 +98,8 @@ local function take(id, queue, place, job, claim_id)
   return describe(id, claim_id, job)
 end
 
--- Checks the types of two keys that this script does not read: the worker blocks on the first, `rq info` reads the
--- other.
+-- Renames these two keys if they have a wrong type. This script does not read them, but the worker blocks on the first,
+-- and `rq info` reads the second.
 doorbell_key(base)
 shared_key('set', RQ .. ':queues')
 

@@ -1,10 +1,10 @@
--- Ends waiting requests for weights that no live worker has: those of a version that was replaced or removed, and those
--- of another version than the live workers of their queue have. If a queue has no live worker, its requests of the
--- registered version keep waiting, since a worker may come back.
--- ARGV: base, the worker that calls, rank among the waiting queues to go on at (-1 to begin), most jobs in one call,
---       shortest time (ms) between two turns of all workers, event (a format with one %d, its number), exception text
---       as RQ's results have it, ttl (s) of a failed job.
--- Returns {rank to go on at, or -1 if that was all, ids that were ended, unreadable}.
+-- Ends waiting requests for a weights version that no live worker has. If live workers serve the queue, these are all
+-- requests for other versions than theirs. If no live worker serves it, requests for the registered version keep
+-- waiting, since a worker may come back, and those for replaced or removed versions end.
+-- ARGV: base, the calling worker, rank among the waiting queues at which to continue (-1 to begin), maximum number of
+--       jobs to check in one call, minimum time (ms) between two runs by any workers, event (a format with one %d for
+--       its number), exception text as in RQ's results, ttl (s) of a failed job.
+-- Returns {rank at which to continue, or -1 if all queues were checked, ids of ended requests, unreadable}.
 local base, worker, rank, budget = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local event, exc_text, failure_ttl = ARGV[6], ARGV[7], tonumber(ARGV[8])
 
@@ -19,13 +19,13 @@ end
 
 local live = redis.call('ZRANGEBYSCORE', workers_key(base), '(' .. now_ms, '+inf')
 for _, name in ipairs(live) do
-  -- A worker of an earlier release has no record of what it serves, so it may serve anything.
+  -- A worker of an earlier release does not record what it serves, so it may have any version: nothing is ended.
   if redis.call('EXISTS', served_key(name)) == 0 and redis.call('EXISTS', worker_key(name)) == 1 then
     return NOTHING
   end
 end
 
--- The set of weights versions that live workers have for a queue, and true if it has any live worker.
+-- Returns the set of weights versions that live workers have for a queue, and true if any live worker serves it.
 local function weights_of(queue)
   local served, is_served = {}, false
   for _, name in ipairs(live) do
@@ -35,8 +35,8 @@ local function weights_of(queue)
   return served, is_served
 end
 
--- The registered weights version of a model, in the form of `weights_version` in shared/messages.py; '' if the registry
--- has no readable card.
+-- Returns the registered weights version of a model, in the form of `weights_version` in shared/messages.py; '' if the
+-- registry has no readable card.
 local function registered_version(model)
   local text = redis.call('HGET', shared_key('hash', OURS .. ':models'), model)
   local ok, card = pcall(cjson.decode, text or '')

@@ -1,8 +1,8 @@
--- Checks the queue limits and enqueues a request in one step. A call with the same id again changes nothing.
--- ARGV: id, base, queue, max depth of the queue, max depth in all, reader channel, stream ttl (ms), longest wait (ms)
---       before it begins or 0, then the job hash as field, value, ...
--- Returns {'queued'}, or {'full', depth, num_ended, over_ms}: num_ended requests of the base ended within over_ms. That
--- is the time since the oldest waiting request came, but at most about a minute.
+-- Checks the queue limits and enqueues a request in one atomic step. A second call with the same id changes nothing.
+-- ARGV: id, base, queue, maximum depth of the queue, maximum depth of all queues of the base together, reader channel,
+--       stream ttl (ms), maximum time (ms) in the queue or 0 for no limit, then the job hash as field, value, ...
+-- Returns {'queued'}, or {'full', depth, num_ended, over_ms}: num_ended requests of the base ended in the last over_ms.
+-- over_ms is the time since the oldest waiting request was enqueued, but at most about a minute.
 local id, base, queue = ARGV[1], ARGV[2], ARGV[3]
 
 local function full(depth)
@@ -56,7 +56,8 @@ redis.call('SADD', shared_key('set', RQ .. ':queues'), queue_key(queue))
 redis.call('RPUSH', queue_key(queue), id)
 local place = make_place(id, false, now_us)
 add_place(id, queue, place)
--- LT keeps the time of a queue that waits already, whose head is older, unless only batch waits there.
+-- LT: if the queue is waiting already, its first request is older, and its score stays. A first interactive request
+-- lowers the score of a queue where only batch waited.
 redis.call('ZADD', waiting_key(base), 'LT', now_ms + offset_ms(place), queue)
 redis.call('SET', reader_key(id), ARGV[6], 'PX', ARGV[7])
 ring(base)

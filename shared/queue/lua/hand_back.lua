@@ -1,6 +1,6 @@
--- Puts requests of a live worker back in front of their queues, with their logs.
--- ARGV: base, held = {id, claim_id, ...} (msgpack), newest first, so that the oldest ends up in front.
--- Returns {how many it still owned, unreadable}.
+-- Puts requests of a live worker back at the front of their queues; their logs stay.
+-- ARGV: base, held = {id, claim id, ...} (msgpack), newest first, so that the oldest ends up in front.
+-- Returns {number of requests put back: those that the worker still owned, unreadable}.
 local base, held = ARGV[1], cmsgpack.unpack(ARGV[2])
 local count = 0
 

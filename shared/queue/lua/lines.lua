@@ -1,9 +1,9 @@
--- Loaded before look and claim: finds the first request of a line that a worker can run. A line is the requests of one
--- queue, class, weights version and tenant; its name is the common prefix of their places.
+-- Loaded before look.lua and claim.lua: finds the first request of a line that a worker can run. A line is the waiting
+-- requests of one queue, class, weights version and tenant; its name is the prefix that their places share.
 
 local MAX_PASSED = 64
 
--- The fields that tell whether a request may run, without the request itself, which may be megabytes.
+-- Reads the fields that tell whether a request may run; not the request itself, which may be megabytes.
 local function read_job(id)
   local fields = redis.call('HMGET', job_key(id), 'status', 'place', 'schema_version', 'version', 'deadline_ms')
   local job = { status = fields[1], place = fields[2], version = fields[4], deadline_ms = fields[5] }
@@ -12,16 +12,16 @@ local function read_job(id)
   return job
 end
 
--- True if a worker can run a job. `reader` has its base, its newest schema, and its weights version by queue.
+-- True if a worker can run a job. `reader` has the worker's base, its newest schema and its weights version by queue.
 local function can_run(reader, job, queue)
   local has = reader.weights[queue]
   return job.schema_version <= reader.schema_version
     and (not job.version or job.version == '' or has == '' or job.version == has)
 end
 
--- The place, id and job of the first request of a line that a worker can run, or nil. Requests of newer schemas are
--- passed over, overdue ones end, and places without a queued request are dropped. `place`: that of the line's first
--- request, if the caller has it.
+-- Returns place, id and job of the first request of a line that a worker can run, or nil. Skips requests of newer
+-- schemas, ends overdue ones, and drops places without a queued request. `place`: the first place of the line, if the
+-- caller knows it.
 local function first_of(reader, queue, line, place)
   local key, num_passed = order_key(queue), 0
   while num_passed < MAX_PASSED do

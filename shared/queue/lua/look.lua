@@ -1,23 +1,23 @@
--- Reads what a worker may choose from: the first requests of some lines of some of its queues, in bounded time however
--- many wait. A line is the requests of one queue, class, weights version and tenant.
--- ARGV: base, worker, schema version, most requests of a line, most queues (of `near`, and as many others), a random
---       point among the tenants (8 hex digits), rank among the waiting queues to go on at, near = queues that come
---       first because they need no free slot, others = the other queues of the worker, or {} for all that its
---       `served` hash has (both msgpack).
--- Returns {lines, rank to go on at or -1 if that was enough, now (ms), unreadable}. Per line {queue, deadline (ms) of
--- its first request or '', places ...}.
+-- Reads the requests from which a worker may choose: the first ones of some lines of some of its queues, in bounded
+-- time however many wait. A line is the waiting requests of one queue, class, weights version and tenant.
+-- ARGV: base, worker, schema version, maximum number of requests per line, maximum number of queues of `near` (and
+--       again as many others), a random point among the tenants (8 hex digits), rank among the waiting queues at which
+--       to continue, near = queues to read first because their adapters need no free slot, others = the other queues
+--       of the worker, or {} for all of its `served` hash (both msgpack).
+-- Returns {lines, rank at which to continue or -1 if enough was found, now (ms), unreadable}. Per line {queue, deadline
+-- (ms) of its first request or '', places ...}.
 local base, worker = ARGV[1], ARGV[2]
 local max_requests, max_queues, tenant_point = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local rank, near, others = tonumber(ARGV[7]), cmsgpack.unpack(ARGV[8]), cmsgpack.unpack(ARGV[9])
 local reader = { base = base, schema_version = tonumber(ARGV[3]), weights = {} }
 local FIRST_PAGE, MAX_PAGES = 16, 6
 local MAX_TENANTS, MAX_VERSIONS = 8, 4
--- If this number of lines was found, further queues show one line of each class and version only.
+-- Maximum number of lines, after which only one line of each class and version is read per further queue.
 local MAX_LINES = 128
 
 local lines = {}
 
--- The distinct prefixes of `chars` characters in an index between two texts; at most `most`.
+-- Appends to `found` the distinct prefixes of `chars` characters of the places between two texts, until it has `most`.
 local function distinct(key, from, to, chars, most, found)
   while #found < most do
     local place = redis.call('ZRANGE', key, from, to, 'BYLEX', 'LIMIT', 0, 1)[1]
@@ -34,7 +34,7 @@ local function fits(queue, line)
   return weights == '' or version == NO_VERSION or version == version_part(weights)
 end
 
--- The prefixes `class|version|` of requests that this worker can run.
+-- Returns the prefixes `class|version|` of the requests that this worker can run.
 local function versions_of(queue, key)
   local weights, found = reader.weights[queue], {}
   for _, class in ipairs({ '0', '1', '2' }) do
@@ -50,8 +50,8 @@ local function versions_of(queue, key)
   return found
 end
 
--- The line of the request that has waited longest, then for each class and version the lines of some tenants, starting
--- at a random point.
+-- Returns the line of the request that has waited longest, and for each class and version the lines of some tenants,
+-- from a random point on.
 local function some_lines(queue, key)
   local oldest = redis.call('LINDEX', queue_key(queue), 0)
   local place = oldest and redis.pcall('HGET', job_key(oldest), 'place')
@@ -85,7 +85,7 @@ local function add_line(queue, key, line, first)
   lines[#lines + 1] = entry
 end
 
--- Adds the lines of a queue. Most queues have only one.
+-- Adds the lines of a queue. The first and the last place tell whether there is only one, as in most queues.
 local function add_lines(queue, key)
   local first, last = redis.call('ZRANGE', key, 0, 0)[1], redis.call('ZRANGE', key, -1, -1)[1]
   if not first then return end
@@ -99,8 +99,8 @@ end
 
 local is_seen = {}
 
--- Adds the lines of a queue; returns true if this worker can run any of its requests. If all places that it met had
--- lost their requests, the queue may have requests without places: the index is mended and read again.
+-- Adds the lines of a queue; returns true if this worker can run any of its requests. If every place that was read had
+-- lost its request, requests may be without places: then the index is repaired and read again.
 local function look_at(queue)
   is_seen[queue] = true
   local key, was_there = order_key(queue), #lines
@@ -121,7 +121,7 @@ end
 
 local function waits_since_ms(queue) return tonumber(redis.call('ZSCORE', waiting_key(base), queue) or nil) end
 
--- Looks at queues in their order, until requests of `max_queues` were found.
+-- Reads queues in the given order, until `max_queues` of them had requests for this worker.
 local function look_at_some(queues)
   local num_found = 0
   weights_of(queues)
@@ -131,7 +131,7 @@ local function look_at_some(queues)
   end
 end
 
--- Looks at the first queues that need no free slot; last at those of them where only batch waits.
+-- Reads the queues of `near` (their adapters need no free slot); those where only batch waits come last.
 local function look_near()
   local waiting, only_batch = {}, {}
   for _, queue in ipairs(near) do
@@ -143,7 +143,7 @@ local function look_near()
   look_at_some(waiting)
 end
 
--- Looks at other queues that the worker has named, oldest head first.
+-- Reads the queues of `others`, in the order in which their first requests were enqueued.
 local function look_at_others()
   local waiting, since_ms = {}, {}
   for _, queue in ipairs(others) do
@@ -154,7 +154,8 @@ local function look_at_others()
   look_at_some(waiting)
 end
 
--- Looks at all other queues, oldest head first. Pages grow, for a worker that serves few of those that wait.
+-- Reads all other waiting queues of the base, oldest first request first. Each page is twice as large as the one
+-- before, because the worker may serve only few of the waiting queues.
 local function look_further()
   local num_left, page = max_queues, FIRST_PAGE
   for _ = 1, MAX_PAGES do

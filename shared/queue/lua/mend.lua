@@ -1,4 +1,4 @@
--- Renames keys of a wrong type, for keys that no other script reads.
--- ARGV: type, key, type, key, ... Returns the renamed keys with the reasons.
+-- Renames those of the given keys that have a wrong type. Other scripts do so for the keys that they read.
+-- ARGV: type, key, type, key, ... Returns {renamed key, reason} pairs.
 for i = 1, #ARGV, 2 do shared_key(ARGV[i], ARGV[i + 1]) end
 return unreadable

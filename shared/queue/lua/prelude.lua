@@ -1,5 +1,5 @@
--- Stands before every script of this folder. Names of keys: shared/queue/keys.py; @RQ@ is RQ's prefix.
--- Only commands of Redis 6.2; the clock is the server's.
+-- Loaded before every script of this folder: key names, ownership, the end of jobs, unreadable records.
+-- shared/queue/keys.py explains the keys; @RQ@ is RQ's prefix. Scripts use only commands of Redis 6.2, and its clock.
 
 local RQ, OURS = '@RQ@', 'lorelay'
 
@@ -7,7 +7,7 @@ local time = redis.call('TIME')
 local now_us = tonumber(time[1]) * 1000000 + tonumber(time[2])
 local now_ms = math.floor(now_us / 1000)
 
--- RQ's timestamp format; days to a date after Howard Hinnant's civil_from_days.
+-- Formats a time as RQ does. The date is computed by Howard Hinnant's algorithm civil_from_days.
 local function iso(us)
   local seconds = math.floor(us / 1000000)
   local days = math.floor(seconds / 86400)
@@ -25,13 +25,13 @@ local function iso(us)
     math.floor(rest / 3600), math.floor(rest / 60) % 60, rest % 60, us - seconds * 1000000)
 end
 
--- Unreadable records, part 1. Anybody may write to Redis: a value may be no number, and a key may have another type.
--- Such a record must cost at most one request, and never a worker, which an error from a script would end.
+-- Unreadable records, part 1. Other programs may write to Redis, so a number may be malformed, and a key may have a
+-- wrong type. Such a record may end one request, but never a worker, which ends if a script raises an error.
 
--- {request id or key, reason} of each record that this call set aside, for the caller's log.
+-- {request id or key, reason} of each unreadable record that this call met; the caller logs them.
 local unreadable = {}
 
--- The number in a field; `default` if there is none.
+-- Returns the number in a field, or `default` if the field is missing or no number.
 local function to_number(text, default)
   local number = tonumber(text or '')
   -- NaN is not equal to itself.
@@ -45,8 +45,8 @@ local function increment(key, field, by)
   return number
 end
 
--- A key that many requests share. If it has a wrong type, it is renamed and kept for a day; scripts and heartbeats then
--- fill the right key again.
+-- Returns a key that many requests share. If it has a wrong type, it is renamed and kept for a day; scripts and
+-- heartbeats then create it anew.
 local checked = {}
 local function shared_key(kind, key)
   if not checked[key] then
@@ -84,8 +84,8 @@ local function reaped_key(worker) return shared_key('hash', OURS .. ':reaped:' .
 local function order_key(queue) return shared_key('zset', OURS .. ':order:' .. queue) end
 local function served_key(worker) return shared_key('hash', OURS .. ':served:' .. worker) end
 
--- True if a worker's own lease holds. After a pause of the server or of the worker it does not: then the leases of
--- others may look expired too, before they had the time to renew them, and the worker must reap none.
+-- True if a worker's own lease has not expired. After a pause of Redis it has, like those of all other workers, which
+-- had no chance to renew them. If the worker reaped then, it would take requests from healthy workers.
 local function holds_lease(base, worker)
   return tonumber(redis.call('ZSCORE', workers_key(base), worker) or 0) > now_ms
 end
@@ -95,7 +95,7 @@ local function ring(base)
   redis.call('LTRIM', doorbell_key(base), 0, 63)
 end
 
--- Deletes the ownership of a request, and RQ's execution of its claim.
+-- Deletes the owner and the lease of a request, and RQ's record of the execution.
 local function drop_ownership(id, owner)
   local composite = id .. ':' .. owner.claim_id
   redis.call('ZREM', registry_key('wip', owner.queue), composite)
@@ -117,13 +117,13 @@ local function get_owner(id)
     watched_from = to_number(owner[6]), alone = owner[7] }
 end
 
--- Stands for the owner of a request that waits.
+-- Returns a placeholder owner for a request that waits and has none.
 local function nobody(base, queue) return { claim_id = '', worker = '', base = base, queue = queue } end
 
--- Raises an error, which `guarded` catches, for a value of the right type that makes no sense.
+-- Raises an error, which `guarded` catches, about a record that has the right type but an impossible value.
 local function refuse(reason) error('unreadable: ' .. reason, 0) end
 
--- Appends an event to its log, once; returns the channel of the API that reads it, or false.
+-- Appends an event to its log, unless the log has it already; returns the channel of the API that reads it, or false.
 local function write_event(id, event_no, event)
   local length = redis.call('LLEN', log_key(id))
   if event_no > length then refuse('its log has lost events') end
@@ -135,7 +135,7 @@ local function write_event(id, event_no, event)
   return redis.call('GET', reader_key(id))
 end
 
--- Writes and publishes the last event of a request that ends without its owner; `format` has one %d for its number.
+-- Writes and publishes the last event of a request whose worker does not end it; `format` has one %d for its number.
 local function tell_end(id, format)
   local event_no = redis.call('LLEN', log_key(id))
   local event = format:format(event_no)
@@ -168,7 +168,7 @@ local function count_job(owner, status, working_s)
   redis.call('SET', drained, to_number(redis.call('GET', drained), 0) + 1, 'EX', 60)
 end
 
--- Ends the job of a request. outcome = {status, meta, return value, exception text, ttl (s)}, as in append.lua.
+-- Ends the job of a request. outcome = {status, meta, return value, exception text, ttl (s)}; see append.lua.
 local function finish(id, owner, outcome)
   local status, meta, return_value, exc_text, ttl = unpack(outcome)
   local REGISTRY = { stopped = 'failed' }
@@ -184,27 +184,27 @@ local function finish(id, owner, outcome)
   end
 end
 
--- Ends a request without its owner: its job, and a last event for its reader.
+-- Ends a request that no worker runs: writes the last event for its client, then ends the job.
 local function finish_ownerless(id, owner, format, outcome)
   tell_end(id, format)
   finish(id, owner, outcome)
 end
 
--- Unreadable records, part 2: those of one request.
+-- Unreadable records, part 2: records of a single request.
 
 local UNREADABLE = '{"event_no":%d,"finish_reason":"error","error":{"code":"generation_failed",'
   .. '"message":"A record of the request in Redis can\'t be read."}}'
 local UNREADABLE_RESULT = '@UNREADABLE_RESULT@'
 
--- Takes a request out of the list of its queue (`count` as LREM has it) and out of the index beside it.
+-- Removes a request from the list of its queue (`count` as in LREM), and its place from the index.
 local function unqueue(id, queue, count)
   local place = redis.pcall('HGET', job_key(id), 'place')
   if type(place) == 'string' then redis.call('ZREM', order_key(queue), place) end
   redis.call('LREM', queue_key(queue), count, id)
 end
 
--- Ends one request, whatever is wrong with its records. Its job fails with the reason, or is dropped if there is no job
--- hash, and its client gets an error. `queue` is the queue that it waits in, if that is known.
+-- Ends one request, whatever is wrong with its records. The client gets an error, and the job fails with the reason. If
+-- there is no job hash, only the other keys are removed. `queue`: the queue in which it waits, or nil if not known.
 local function set_aside(id, base, queue, reason)
   unreadable[#unreadable + 1] = { id, reason }
   local function keep_if(kind, key)
@@ -234,13 +234,13 @@ local function set_aside(id, base, queue, reason)
   end
 end
 
--- Parts of error messages for which a record is the cause. Any other error (out of memory, a replica) is due to the
--- server's state and is left to the caller.
+-- Parts of messages of errors that are caused by a record. Any other error (out of memory, a read-only replica) is due
+-- to the server's state, and is raised to the caller.
 local SIGNS = { 'WRONGTYPE', 'unreadable: ', 'not an integer', 'not a valid float', 'attempt to ', 'bad argument',
   'must be strings or integers' }
 
--- Calls `work(...)` for one request and returns its one result. If a record can't be read, ends the request with
--- `set_aside` and returns nothing.
+-- Calls `work(...)` for one request and returns its result. If a record of the request can't be read, the request ends
+-- by `set_aside`, and nothing is returned.
 local function guarded(id, base, queue, work, ...)
   local ok, result = pcall(work, ...)
   if ok then return result end
@@ -251,8 +251,8 @@ local function guarded(id, base, queue, work, ...)
   error(result, 0)
 end
 
--- Refuses a job in a queue whose status makes no sense there. A job that has ended, was canceled or is claimed already
--- is fine, and so is one without a job hash, which has no status.
+-- Raises an error for a job in a queue with an impossible status. Its id may still be in the list if the job has ended,
+-- was canceled, was claimed already, or has been deleted.
 local function check_status(id, status)
   if status == 'queued' or status == 'canceled' then return end
   if status == 'started' and redis.call('EXISTS', owner_key(id)) == 1 then return end

@@ -1,42 +1,43 @@
--- Puts requests with an expired lease back in front of their queues; ends those that crashed their workers alone too
--- often. Needs no lock: the first reaper removes a lease, and the second finds none.
--- ARGV: base, most requests in one call, crashes alone that end a request, ttl (s) of a failed job, event (a format
---       with one %d, its number), exception text as RQ's results have it, the worker that reaps.
--- Returns {ids requeued, ids dead-lettered, unreadable}.
+-- Puts requests with an expired lease back at the front of their queues; fails those that crashed workers too often
+-- while they ran alone. Workers need no lock to reap: the first one removes the lease, and others find none.
+-- ARGV: base, maximum number of requests in one call, number of crashes alone after which a request fails, ttl (s) of
+--       a failed job, event (a format with one %d for its number), exception text as in RQ's results, the worker that
+--       reaps.
+-- Returns {ids of requeued requests, ids of failed requests, unreadable}.
 local base, max_crashes_alone, failure_ttl, event = ARGV[1], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 
 local function read_owner(id)
   return guarded(id, base, nil, get_owner, id) or {}
 end
 
--- For each worker, the number of requests that it held when it was last alive, with those that were reaped from it
--- lately, and true if one of them was isolated. Leases are counted, because RQ's own record of a worker's jobs is gone
--- after an exception and there after a kill.
+-- Returns how many requests a worker held when it was last alive, and whether one of them was isolated. The requests are
+-- counted by leases, plus those reaped in the last minute. RQ's record of the worker's jobs would not do: it remains
+-- after a kill, but is deleted after an exception.
 local held = {}
-local function company(worker)
+local function held_when_alive(worker)
   if not held[worker] then
-    local num_reaped, has_lone = unpack(redis.call('HMGET', reaped_key(worker), 'num', 'lone'))
-    held[worker] = { num = to_number(num_reaped, 0), has_lone = has_lone }
+    local num_reaped, had_isolated = unpack(redis.call('HMGET', reaped_key(worker), 'num', 'lone'))
+    held[worker] = { num = to_number(num_reaped, 0), had_isolated = had_isolated }
   end
   return held[worker]
 end
 
--- Counts a crash against a request; returns how often it crashed alone, or false if it ran beside others this time.
+-- Counts a crash against a request. Returns the number of its crashes alone; false if it ran beside others this time.
 local function count_crash(id, owner)
-  local reaped, others = reaped_key(owner.worker), company(owner.worker)
+  local reaped, others = reaped_key(owner.worker), held_when_alive(owner.worker)
   increment(reaped, 'num')
   if owner.alone then redis.call('HSET', reaped, 'lone', 1) end
   redis.call('EXPIRE', reaped, 60)
   if owner.alone or others.num == 1 then return increment(job_key(id), 'crashes_alone') end
-  -- Requests that waited while another one was isolated did not cause the crash.
-  if not others.has_lone then increment(job_key(id), 'suspect') end
+  -- If another request was isolated, the steps of this one did not run, so it did not cause the crash.
+  if not others.had_isolated then increment(job_key(id), 'suspect') end
   return false
 end
 
 local requeued, dead = {}, {}
 local function reap(id, owner)
   if not owner.claim_id then
-    -- The owner's record was removed with other tools. If the request ran, it is put back on its queue.
+    -- The owner hash was deleted by another program. If the request was running, it is put back on its queue.
     redis.call('ZREM', leases_key(base), id)
     local status, queue = unpack(redis.call('HMGET', job_key(id), 'status', 'origin'))
     if status == 'started' then requeue(id, nobody(base, queue)) end
@@ -62,8 +63,8 @@ local owners = {}
 for _, id in ipairs(redis.call('ZRANGE', leases_key(base), 0, -1)) do
   owners[id] = read_owner(id)
   if owners[id].worker then
-    local others = company(owners[id].worker)
-    others.num, others.has_lone = others.num + 1, others.has_lone or owners[id].alone
+    local others = held_when_alive(owners[id].worker)
+    others.num, others.had_isolated = others.num + 1, others.had_isolated or owners[id].alone
   end
 end
 for _, id in ipairs(expired) do

@@ -1,14 +1,14 @@
 -- Renews the leases of a worker and of all requests that it holds.
--- ARGV: base, worker, lease (ms), held = {id, claim_id, ...} (msgpack), '1' to abort requests that nobody reads:
---       their API let its lease run out, and they are not detached; life (ms) of the record of what the worker serves.
--- Returns {aborted ids, lost ids, 1 if the worker's own lease held until now, else 0, unreadable, 1 if Redis still
--- knows what the worker serves, else 0}.
+-- ARGV: base, worker, lease (ms), held = {id, claim id, ...} (msgpack), '1' to abort requests that are not detached and
+--       whose API's lease has expired, ttl (ms) of the worker's `served` hash.
+-- Returns {aborted ids, lost ids, 1 if the worker's own lease had not expired, else 0, unreadable, 1 if its `served`
+-- hash still exists, else 0}.
 local base, worker, lease_ms, held = ARGV[1], ARGV[2], tonumber(ARGV[3]), cmsgpack.unpack(ARGV[4])
 
 local had_lease = holds_lease(base, worker)
 redis.call('ZADD', workers_key(base), now_ms + lease_ms, worker)
 redis.call('ZREMRANGEBYSCORE', workers_key(base), '-inf', now_ms - 600000)
--- The worker is alive, so requests that were reaped from it while it was stopped must not count in a later crash.
+-- The worker is alive after all, so requests that were reaped from it during a pause must not count in a later crash.
 redis.call('DEL', reaped_key(worker))
 
 local function is_orphan(id)

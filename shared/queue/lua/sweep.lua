@@ -1,25 +1,25 @@
--- Notices queues that were changed with RQ's tools (`rq requeue`, `rq empty`, a dashboard), and removes expired jobs
--- from RQ's registries. Ends requests at the front of a queue whose deadline has passed.
--- ARGV: base, then the queues of the base. Returns {how many of them wait, unreadable}.
+-- Repairs `waiting` and the index of queues that were changed with RQ's tools (`rq requeue`, `rq empty`, a dashboard),
+-- removes expired jobs from RQ's registries, and ends overdue requests at the front of a queue.
+-- ARGV: base, then the queues of the base. Returns {number of these queues with waiting requests, unreadable}.
 local base = ARGV[1]
 local MAX_NUM_ENDED = 100
 local count = 0
 
--- Repairs RQ's entry of a claim whose owner or lease was removed or garbled. If there is no owner, the entry is
--- removed. If there is no lease, the request gets an expired one: its worker renews it, or if that is dead, another one
--- reaps it.
+-- Repairs a claim whose owner or lease was deleted or garbled. If the owner is missing, RQ's entry for the claim is
+-- removed. If the lease is missing, the request gets an expired one: its worker renews it, or, if that worker is dead,
+-- another worker reaps the request.
 local function mend_entry(queue, composite)
   local id, claim_id = composite:match('^(.*):(.*)$')
   local owner = id and guarded(id, base, nil, get_owner, id)
   if owner and owner.claim_id == claim_id then
     if not redis.call('ZSCORE', leases_key(base), id) then redis.call('ZADD', leases_key(base), now_ms, id) end
   elseif not id or redis.pcall('HEXISTS', job_key(id), 'request') ~= 0 or redis.call('EXISTS', job_key(id)) == 0 then
-    -- Any other job belongs to a plain RQ worker.
+    -- If the job has no `request` field, a plain RQ worker is running it, and its entry stays.
     redis.call('ZREM', registry_key('wip', queue), composite)
   end
 end
 
--- Ends some of the requests that waited too long. Claims end them too, but there may be no room for a claim.
+-- Ends overdue requests at the front of a queue. claim.lua would end them too, but full workers do not claim.
 local function end_overdue_heads(queue)
   for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, MAX_NUM_ENDED - 1)) do
     if not guarded(id, base, queue, end_overdue, id, base, queue) then return end

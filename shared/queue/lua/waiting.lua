@@ -1,23 +1,22 @@
--- Loaded between the prelude and every script: the index beside each queue, and the set of waiting queues of a base.
+-- Loaded between prelude.lua and scripts that change queues: the index of each queue, and the set of waiting queues.
 --
--- RQ's list tells which requests wait. The index (a sorted set, all scores 0) holds a place for each of them, in the
--- order in which they run: `class|version|tenant|priority|since|sequences|id` (shared/queue/places.py). Whoever takes a
--- request out of the list removes its place, which its job keeps. APIs and workers of earlier releases, and RQ's own
--- tools, change the list only: places are then added when list and index are compared, and those left behind are
--- dropped when they are met.
+-- RQ's list tells which requests wait in a queue. The index (a sorted set, all scores 0) holds the place of each, its
+-- sort key: `class|version|tenant|priority|since|sequences|id` (shared/queue/places.py). A script that removes a
+-- request from the list also removes its place, a copy of which is in the job hash. Earlier releases and RQ's tools
+-- change only the list. So scripts compare list and index, add missing places, and drop places without a request.
 
--- Classes: 0 ran before, 1 interactive, 2 batch.
+-- Classes: 0 ran before and lost its worker, 1 interactive, 2 batch.
 local BEGAN, BATCH = '0', '2'
 local LINE_CHARS = 20
 local ORDER = '^([12])|(%x%x%x%x%x%x%x%x)|(%d%d%d%d%d%d%d%d%d%d)|(%d%d%d%d%d%d)$'
 local PLACE = '^[012]|%x%x%x%x%x%x%x%x|%x%x%x%x%x%x%x%x|%d%d%d%d%d%d%d%d%d%d|%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d|'
   .. '%d%d%d%d%d%d|(.*)$'
--- The `order` field of a request from an API that sent none.
+-- The `order` field for requests of an earlier release, which have none.
 local DEFAULT_ORDER = '1|00000000|2147483648|000001'
 local NO_VERSION = '00000000'
--- Most requests of a list that one comparison reads from its front.
+-- Maximum number of requests that one comparison reads from the front of a list.
 local MAX_MENDED = 1000
--- Added to the scores in `waiting` of queues where only batch waits, so that other queues are found first.
+-- Added to the scores in `waiting` of queues where only batch requests wait, so that these queues sort last.
 local BATCH_OFFSET_MS = 2 ^ 50
 
 local function offset_ms(first_place)
@@ -32,8 +31,8 @@ local function version_part(version)
   return redis.sha1hex(version):sub(1, 8)
 end
 
--- The place of a waiting job. `began` is true if it ran before; nil looks at its log. `since_us` is its enqueue time,
--- by default the time in its job hash.
+-- Returns the place of a waiting job. `began`: true if the job ran before; nil means that its log tells. `since_us`:
+-- its enqueue time, by default that of its job hash.
 local function make_place(id, began, since_us)
   local place, order, version, enqueued_ms, has_ended =
     unpack(redis.call('HMGET', job_key(id), 'place', 'order', 'version', 'enqueued_ms', 'has_ended'))
@@ -48,14 +47,14 @@ local function make_place(id, began, since_us)
   return table.concat({ class, version_part(version), tenant, priority, since, num_sequences, id }, '|')
 end
 
--- Returns true if the index had no such place.
+-- Adds a place to the index and to the job hash. Returns true if the index had no such place.
 local function add_place(id, queue, place)
   redis.call('HSET', job_key(id), 'place', place)
   return redis.call('ZADD', order_key(queue), 0, place) == 1
 end
 
--- Ensures that a request in the list has its place; removes it from the list if its job is not queued any more.
--- Returns {status, enqueue time (ms), true if something was mended}.
+-- Checks that a request of the list has its place; removes the request from the list if its job is not queued any more.
+-- Returns {status, enqueue time (ms), true if something was repaired}.
 local function check_place(id, queue)
   local status, enqueued_ms, place, has_ended =
     unpack(redis.call('HMGET', job_key(id), 'status', 'enqueued_ms', 'place', 'has_ended'))
@@ -72,8 +71,8 @@ local function check_place(id, queue)
   return { status, enqueued_ms, is_mended }
 end
 
--- Compares index and list by their lengths, and adds the places that are missing: first from the back, where APIs of
--- earlier releases put requests, then from the front.
+-- Compares the lengths of index and list, and adds missing places: first from the back of the list, where APIs of
+-- earlier releases put requests, then from its front.
 local function mend_index(base, queue)
   local num_missing = redis.call('LLEN', queue_key(queue)) - redis.call('ZCARD', order_key(queue))
   local from_back = -1
@@ -93,10 +92,10 @@ local function mend_index(base, queue)
   end
 end
 
--- Drops places whose requests are not in the list any more, if there are more places than requests; a few at a time.
+-- Drops places whose requests do not wait any more, if there are more places than requests; at most 100 in a call.
 local function trim_index(queue)
   local key = order_key(queue)
-  -- Entries with a score stand at the ends. If they stayed, searches by text would miss the others.
+  -- Foreign entries with a score other than 0 sort to the ends. If they stayed, BYLEX searches would miss places.
   for _, position in ipairs({ 0, -1 }) do
     local place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
     while place and (score ~= '0' or not id_of(place)) do
@@ -112,7 +111,8 @@ local function trim_index(queue)
   end
 end
 
--- Sets the score of a queue in `waiting` to its head's time; removes heads whose jobs are not queued any more.
+-- Removes requests from the front of a list whose jobs are not queued any more, then sets the score of the queue in
+-- `waiting` to the enqueue time of its first request.
 local function update_waiting(base, queue)
   while true do
     local head = redis.call('LINDEX', queue_key(queue), 0)
@@ -130,8 +130,8 @@ end
 
 local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens":0,"completion_tokens":0}}'
 
--- Puts a running request back in front of its queue. Its log stays, and the next owner goes on from there. If its
--- client gave up, it ends instead.
+-- Puts a running request back at the front of its queue. Its log stays, and the next worker continues after it. If the
+-- request was aborted, it ends instead.
 local function requeue(id, owner)
   if redis.call('EXISTS', job_key(id)) == 0 then return drop_ownership(id, owner) end
   if owner.aborted then
@@ -140,7 +140,7 @@ local function requeue(id, owner)
   local origin, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
   if origin ~= owner.queue or base ~= owner.base then refuse('its job and its owner name two queues') end
   drop_ownership(id, owner)
-  -- The request has begun, so its deadline for beginning is met.
+  -- The deadline is for the first start of the request, which was in time.
   redis.call('HDEL', job_key(id), 'deadline_ms')
   redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
   redis.call('LPUSH', queue_key(owner.queue), id)
@@ -151,7 +151,8 @@ end
 
 local QUEUE_TIMEOUT, QUEUE_TIMEOUT_RESULT = '@QUEUE_TIMEOUT@', '@QUEUE_TIMEOUT_RESULT@'
 
--- Ends a waiting request if its deadline has passed, and then returns true. Requests requeued by an operator have none.
+-- Ends a waiting request whose deadline has passed, and then returns true. Requests that an operator requeued have no
+-- deadline.
 local function end_overdue(id, base, queue)
   local deadline_ms, has_ended, ttl =
     unpack(redis.call('HMGET', job_key(id), 'deadline_ms', 'has_ended', 'failure_ttl'))
