@@ -10,7 +10,7 @@ local function read_owner(id)
   return guarded(id, base, nil, get_owner, id) or {}
 end
 
--- Returns how many requests a worker held when it was last alive, and whether one of them was isolated. The requests are
+-- Returns how many requests a worker held when it was last alive, and true if one of them was isolated. Requests are
 -- counted by leases, plus those reaped in the last minute. RQ's record of the worker's jobs would not do: it remains
 -- after a kill, but is deleted after an exception.
 local held = {}
