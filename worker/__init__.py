@@ -1,4 +1,4 @@
-"""The GPU side: `rq worker -w worker.LoraWorker`."""
+"""The workers, which run the model: `rq worker -w worker.LoraWorker`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["LoraWorker"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `LoraWorker` on demand, so that importing the engine loads neither RQ nor Redis."""
+    """Imports `LoraWorker` when it is first used; otherwise importing the engine would load RQ and Redis."""
     if name != "LoraWorker":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from worker.lora_worker import LoraWorker

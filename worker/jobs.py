@@ -1,8 +1,8 @@
-"""The function that RQ's jobs name. It never runs in a LoraWorker, which claims jobs without calling it."""
+"""The function that Lorelay's jobs name. A LoraWorker never calls it; a plain RQ worker fails there."""
 
 
 def generate() -> None:
-    """Fails the job in a plain RQ worker that picked it up, with the command that starts the right one.
+    """Fails the job if a plain RQ worker took it; the message names the right worker class.
 
     Raises:
         RuntimeError: always.

@@ -1,4 +1,4 @@
-"""`rq worker -w worker.LoraWorker`: an RQ worker that runs many requests at once."""
+"""The worker class for `rq worker -w`: an RQ worker that runs many requests in one batch."""
 
 import contextlib
 import os
@@ -37,7 +37,8 @@ from worker.serving.service import WorkerService, build_engine
 class LoraWorker(RqWorker):
     """Serves the queues of one base model and its adapters, configured by `LORELAY_*` variables.
 
-    Queue arguments are model names; none means the base and all adapters. Heavy imports happen in `work`.
+    The queue arguments of `rq worker` are model names; without any, the base and all adapters are served.
+    torch is imported only in `work`, because RQ imports this class early.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,13 +84,17 @@ class LoraWorker(RqWorker):
             self.log.error("Worker %s: %s", self.name, explain(error))
             raise SystemExit(1) from error
         finally:
-            # Without a birth date this worker never registered, because its name is taken. Tearing down
-            # would delete the other worker's record.
+            # If there is no birth date, this worker did not register, since its name is taken: teardown would
+            # delete the record of the other worker.
             if self.birth_date is not None:
                 self.teardown()
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Handles SIGTERM and SIGINT: drains, hands back at once the second time; ends if still loading."""
+        """Handles SIGTERM and SIGINT: the first drains, the second hands all requests back at once.
+
+        Raises:
+            SystemExit: the model is still being loaded.
+        """
         self._patience.end()
         if self._service is None:
             self._stop_asked = True
@@ -99,13 +104,13 @@ class LoraWorker(RqWorker):
         self._service.drain()
 
     def _rq_keys(self) -> dict[str, str]:
-        """The keys that RQ's registration writes, and the type that each must have."""
+        """Returns the keys that RQ writes when a worker registers, with the type that each must have."""
         sets = [f"{RQ_KEY_PREFIX}:workers:{name}" for name in self.queue_names()]
         return {self.key: "hash", **dict.fromkeys([f"{RQ_KEY_PREFIX}:workers", *sets], "set")}
 
     def _prepare(self) -> WorkerSettings:
-        """Checks server and settings, and sets the queues that this worker registers for."""
-        # If the URL leads nowhere, the worker ends; a server that answers "not now" is waited for.
+        """Checks server and settings, and sets the queues for which this worker registers."""
+        # Retries transient replies only. If nothing answers at the URL, the URL is probably wrong.
         self._patience.call(self._check_server, waits_for=is_transient_reply)
         url = os.environ.get(f"{ENV_PREFIX}REDIS_URL")
         if url and not same_server(url, self.connection):
@@ -127,11 +132,11 @@ class LoraWorker(RqWorker):
         check_server(self.connection)
 
     def load_engine(self, settings: WorkerSettings, faults: Faults) -> Engine:
-        """The engine that this worker serves with. A worker with another engine replaces this method."""
+        """Creates the engine. A subclass for another engine overrides this method."""
         return build_engine(self.load_model(settings), settings, faults)
 
     def load_model(self, settings: WorkerSettings) -> Model:
-        """Loads the model and its adapters; heavy libraries are imported here. Subclasses may replace it."""
+        """Loads the model and its adapters. torch is imported here; subclasses may override this method."""
         sleep_while_waiting(is_eager=stays_eager(settings.compile))
         bound_caches()
         from worker.model.startup import load_model_runner
@@ -155,7 +160,8 @@ class LoraWorker(RqWorker):
             )
             service.report_outages_to(self._outages)
             if self._stop_asked:
-                # Python ignored the exception that should have ended the loading: it was raised in a __del__.
+                # SIGTERM came while the model was loaded, and its SystemExit was raised inside a __del__,
+                # where Python ignores exceptions.
                 service.drain()
             self._announce(service, queues)
             service.run(self.failure, self.shutdown_deadline, burst=burst)
@@ -165,14 +171,14 @@ class LoraWorker(RqWorker):
             return service.num_claimed > 0
 
     def _announce(self, service: WorkerService, queues: ServedQueues) -> None:
-        """Registers the models. The lease comes first: a request for them must find a live worker."""
+        """Takes the lease, then registers the models; otherwise a request could find one without a worker."""
         self._patience.call(service.take_lease)
         self._patience.call(lambda: registry.register(self.connection, queues.cards()))
         self._patience.call(lambda: self.set_state(WorkerStatus.IDLE))
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
 
     def handle_payload(self, message: Any) -> None:
-        """Obeys RQ's commands; `stop-job` and `stop-execution` end one of many running requests."""
+        """Handles a command that RQ published; `stop-job` and `stop-execution` end one running request."""
         try:
             payload = parse_payload(message)
             if payload["command"] not in ("stop-job", "stop-execution"):
@@ -180,16 +186,16 @@ class LoraWorker(RqWorker):
             elif self._service is not None:
                 self._service.stop_request(str(payload["job_id"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            # If the error were raised, it would end RQ's thread, and no later command would be obeyed.
+            # If the error were raised, it would end RQ's thread, and later commands would have no effect.
             self.log.error("Worker %s: a command can't be read: %r", self.name, error)
 
     def _beat(self, cards: Sequence[ModelCard], forward_state: str) -> None:
-        """Sends RQ's own heartbeat, for `rq info`; registers again in a Redis that lost its data."""
+        """Sends RQ's heartbeat, which `rq info` shows; registers again if Redis has lost its data."""
         with connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection:
             mend(connection, {self.key: "hash"})
             is_forgotten = not connection.exists(self.key)
             if is_forgotten:
-                self.log.warning("Worker %s: Redis forgot this worker, registering again", self.name)
+                self.log.warning("Worker %s: Redis lost this worker's record, registering again", self.name)
                 self.register_birth()
             registry.repair(connection, cards, fill=is_forgotten)
             with connection.pipeline() as pipeline:
@@ -198,7 +204,7 @@ class LoraWorker(RqWorker):
                 pipeline.execute()
 
     def _streams(self, settings: WorkerSettings) -> WorkerStreams:
-        """`WorkerStreams` on a connection of its own, so that a thread that blocks on it blocks no other."""
+        """Creates `WorkerStreams` on a new connection; each thread has one, so that none blocks another."""
         return WorkerStreams(
             connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S),
             base=settings.base_name,
@@ -215,7 +221,7 @@ class LoraWorker(RqWorker):
 
 
 def _log_to_streams(level: str, date_format: str, log_format: str) -> None:
-    """Adds RQ's log handlers to loggers without any, and sets the level of all."""
+    """Adds RQ's log handlers to the loggers that have none, and sets the level of all these loggers."""
     for package in ("rq.worker", "worker", "shared"):
         setup_loghandlers(level, date_format, log_format, package)
 

@@ -1,4 +1,4 @@
-"""RQ's side of a worker (registration, commands, deregistration), which waits while Redis is away."""
+"""RQ's part of a worker (registration, commands, deregistration), made to wait while Redis is down."""
 
 import os
 import time
@@ -23,10 +23,13 @@ SHUTDOWN_WAIT_S = 4.0
 
 
 class RqWorker(BaseWorker):
-    """RQ's worker, but it waits where RQ's own ends: a `BUSY` must not cost a loaded model."""
+    """RQ's worker class, changed to retry transient errors (such as BUSY), which would end RQ's worker.
+
+    If the process ended, the loaded model would be lost.
+    """
 
     shutdown_wait_s = SHUTDOWN_WAIT_S
-    """Longest wait for Redis while the worker ends: one lease, after which others take over anyway."""
+    """Maximum wait for Redis while the worker ends: one lease, after which other workers take over anyway."""
 
     def __init__(self, *args: Any, connection: redis.Redis, **kwargs: Any) -> None:
         kwargs["connection"] = NamingRedis(connection_pool=connection.connection_pool)
@@ -43,7 +46,7 @@ class RqWorker(BaseWorker):
         date_format: str = DEFAULT_LOGGING_DATE_FORMAT,
         log_format: str = DEFAULT_LOGGING_FORMAT,
     ) -> None:
-        """Registers the worker as RQ does, but repeats each step until Redis answers."""
+        """Registers the worker as RQ does, but retries each step until Redis answers."""
         for name in ("rq.worker", "rq.job"):
             setup_loghandlers(logging_level, date_format, log_format, name=name)
         self._patience.call(self.register_birth)
@@ -52,14 +55,14 @@ class RqWorker(BaseWorker):
         self._patience.call(lambda: self.set_state(WorkerStatus.STARTED))
 
     def register_birth(self) -> None:
-        """Registers this worker, also after an earlier try whose reply was lost."""
+        """Registers this worker; may be called again after a lost reply."""
         if self.birth_date is not None:
-            # RQ would take the record of the earlier try for another worker of the same name, and refuse.
+            # If the record of the first try stayed, RQ would take it for another worker with this name.
             self.connection.delete(self.key)
         super().register_birth()  # type: ignore[no-untyped-call]
 
     def teardown(self) -> None:
-        """Tells RQ that this worker ends; gives up if Redis does not answer within `shutdown_wait_s`."""
+        """Records in Redis that this worker has ended; retries for `shutdown_wait_s` at most."""
         try:
             call_until(self.shutdown_deadline(), self.register_death)
             self.unsubscribe()  # type: ignore[no-untyped-call]
@@ -69,7 +72,10 @@ class RqWorker(BaseWorker):
             )
 
     def shutdown_deadline(self) -> float:
-        """The deadline (`time.monotonic()`) of calls to Redis while the worker ends; set by the first one."""
+        """Returns the time (`time.monotonic()`) until which calls to Redis may be retried during shutdown.
+
+        The first call sets it.
+        """
         if self._shutdown_deadline is None:
             self._shutdown_deadline = time.monotonic() + self.shutdown_wait_s
         return self._shutdown_deadline
@@ -82,7 +88,7 @@ class RqWorker(BaseWorker):
         elif is_transient(exc):
             self._patience.call(lambda: self.connection.exists(self.key), part="commands")
             if pubsub.connection is not None:
-                # Redis may have refused the subscription itself: the next connection subscribes again.
+                # If Redis refused the subscription itself, only a new connection subscribes again.
                 pubsub.connection.disconnect()
         else:
             self.failure.report(exc)

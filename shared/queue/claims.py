@@ -1,4 +1,4 @@
-"""Decoding of claimed requests. A record that can't be read ends its own request only."""
+"""Decodes claimed requests. Corrupt stored data fails only the request it belongs to, not the whole claim."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from shared.queue.names import queue_name
 from shared.queue.records import Claim, Held
 
 UNREADABLE = "A record of the request in Redis can't be read."
-"""The message for the client; `prelude.lua` has the same text."""
+"""The error message for the client; `prelude.lua` has the same text."""
 
 
 class UnreadableRecord(GenerationFailed):
@@ -19,11 +19,11 @@ class UnreadableRecord(GenerationFailed):
     def __init__(self, reason: str) -> None:
         super().__init__(UNREADABLE)
         self.reason = reason
-        """The reason, for the log and the failed job: names of fields, never text of a prompt."""
+        """The reason for the log and the failed job. It names fields, and never has text of a prompt."""
 
 
 def read_request(encoded: bytes) -> GenerationRequest:
-    """The request of a job.
+    """Decodes the request of a job.
 
     Raises:
         UnreadableRecord: the text is no valid request.
@@ -40,7 +40,7 @@ def read_claim(
 ) -> Claim:
     """Decodes a claim from the records in Redis.
 
-    `queue` is the queue that the job waited in, `version` the weights version in its job hash.
+    `queue`: the queue in which the job waited. `version`: the weights version in the job hash.
 
     Raises:
         UnreadableRecord: the request or an entry of its log is malformed, or contradicts the job hash.

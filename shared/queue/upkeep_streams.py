@@ -1,6 +1,6 @@
-"""The scripts of a worker's heartbeat: leases, reaping, sweeps. Requests are moved by `worker_streams`.
+"""The Redis calls of a worker's heartbeat. The calls that claim requests and write events: `worker_streams`.
 
-Each script is atomic and can be repeated safely: redis-py repeats a call whose reply it lost.
+Each script is atomic and can be repeated safely: redis-py repeats a call whose reply was lost.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,15 +21,15 @@ pack = msgspec.msgpack.encode
 SCRIPTS = ("look", "claim", "append", "hand_back", "renew", "reap", "sweep", "end_unserved")
 NUM_QUEUES_PER_SWEEP = 100
 MAX_NUM_REAPED = 1000
-"""Most requests that one call of `reap` takes from their workers."""
+"""Maximum number of requests that one call of `reap` takes from dead workers."""
 MAX_NUM_CHECKED = 1000
-"""Waiting requests after which one call of `end_unserved` looks at no further queue."""
+"""Number of waiting requests after which one call of `end_unserved` checks no further queue."""
 SERVED_TTL_MS = 600_000
-"""Life of the record of what a worker serves, after its last heartbeat."""
+"""Time to live of a worker's `served` hash after its last heartbeat."""
 
 
 class UpkeepStreams:
-    """The scripts of a worker's heartbeat: serve, renew, reap, sweep, end what nobody serves."""
+    """Calls the scripts of a worker's heartbeat: renew, reap, end_unserved, sweep."""
 
     def __init__(
         self,
@@ -52,10 +52,10 @@ class UpkeepStreams:
         self._scripts = {name: connection.register_script(script_source(name)) for name in SCRIPTS}
 
     def serve(self, served: Mapping[str, str]) -> None:
-        """Tells Redis which queues this worker serves, and the version of the weights that it has for each.
+        """Writes to Redis which queues this worker serves, and which weights version it has for each.
 
-        Claims depend on it, and so does the end of requests that no live worker can serve. An empty version
-        stands for any.
+        The worker can claim only matching requests, and requests that match no live worker are ended. The
+        empty version matches any.
         """
         key = keys.served(self._worker_name)
         with self._connection.pipeline() as pipeline:
@@ -72,8 +72,8 @@ class UpkeepStreams:
     def renew(self, held: Iterable[Held], *, abort_unread: bool = False) -> News:
         """Renews the leases of this worker and of all requests that it holds.
 
-        `abort_unread`: requests whose API let its lease run out are reported as aborted, unless they are
-        detached, or this worker's own lease had run out.
+        `abort_unread`: requests whose API's lease has expired are reported as aborted, except detached ones.
+        None is reported if this worker's own lease had expired too.
         """
         reply = self._scripts["renew"](
             args=[
@@ -92,9 +92,9 @@ class UpkeepStreams:
         )
 
     def reap(self, max_crashes_alone: int = 3) -> Reaped:
-        """Puts requests with an expired lease back on their queues, unless this worker's own has run out.
+        """Puts requests with an expired lease back on their queues, unless this worker's own has expired.
 
-        A request that has crashed its worker alone `max_crashes_alone` times ends as failed instead.
+        A request that crashed workers `max_crashes_alone` times while it ran alone ends as failed instead.
         """
         reason = GenerationFailed(f"The request crashed its worker {max_crashes_alone} times.")
         requeued, dead, unreadable = self._scripts["reap"](
@@ -112,15 +112,15 @@ class UpkeepStreams:
         return Reaped(decode_all(requeued), decode_all(dead))
 
     def end_unserved(self, min_pause_s: float) -> list[str]:
-        """Ends the requests that wait for weights which no live worker has; returns their ids.
+        """Ends requests that wait for weights which no live worker has; returns their ids.
 
-        Nothing happens if a worker of the base did so less than `min_pause_s` ago, or if this worker's own
-        lease has run out.
+        Does nothing if a worker of the base has done so in the last `min_pause_s`, or if this worker's own
+        lease has expired.
         """
         reason = AdapterVersionGone()
         ended: list[str] = []
         rank = -1
-        # One call for everything would block the server, at about 1 us per request.
+        # One call for all requests would block Redis too long, at about 1 us per request.
         while True:
             rank, ids, unreadable = self._scripts["end_unserved"](
                 args=[
@@ -140,9 +140,9 @@ class UpkeepStreams:
                 return ended
 
     def sweep(self, queues: Iterable[str]) -> int:
-        """Notices changes of these queues by RQ's tools; returns how many of the queues wait."""
+        """Repairs queues that RQ's tools changed; returns how many of `queues` have waiting requests."""
         names = list(queues)
-        # One call for everything would block the server, at about 10 us per queue.
+        # One call for all queues would block Redis too long, at about 10 us per queue.
         starts = range(0, len(names), NUM_QUEUES_PER_SWEEP)
         parts = [names[start : start + NUM_QUEUES_PER_SWEEP] for start in starts]
         num_waiting = 0
@@ -154,7 +154,7 @@ class UpkeepStreams:
 
 
 def _served_fields(served: Mapping[str, str]) -> dict[Any, Any]:
-    # A field with an empty name keeps the hash in existence, and so known, if nothing is served.
+    # Redis deletes an empty hash. With this field it exists even if nothing is served.
     return {**served, "": ""}
 
 
@@ -164,5 +164,5 @@ def pack_held(held: Iterable[Held]) -> bytes:
 
 
 def decode_all(items: Iterable[bytes]) -> list[str]:
-    """The text of each item of a reply."""
+    """Decodes each item of a reply."""
     return [item.decode() for item in items]

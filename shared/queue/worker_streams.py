@@ -1,7 +1,7 @@
-"""The worker's end of the queue and the token log, beside that of the API (`api_streams`).
+"""The worker's access to the queue and the token logs; that of the API is in `api_streams`.
 
-It only calls the scripts in `shared/queue/lua/`. Each script is atomic and can be repeated safely: redis-py
-repeats a call whose reply it lost.
+Each script in `shared/queue/lua/` is atomic and can be repeated safely: redis-py repeats a call whose reply
+was lost.
 """
 
 import base64
@@ -23,24 +23,25 @@ from shared.queue.scripts import exception_text, log_unreadable, mend
 from shared.queue.upkeep_streams import UpkeepStreams, decode_all, pack, pack_held
 
 NUM_EVENTS_TO_CLEAR = 16
-"""Events since its claim after which a suspect is cleared."""
+"""Number of events after its claim with which a suspect is cleared."""
 
 
 class WorkerStreams(UpkeepStreams):
-    """The scripts that one worker calls: look, claim, append, hand back, and those of its heartbeat."""
+    """Calls the scripts of a worker: look, claim, append, hand_back, and those of its heartbeat."""
 
     def look(
         self, near: Sequence[str], others: Sequence[str], *, num_queues: int, num_requests: int
     ) -> tuple[list[Waiting], float]:
-        """The lines that this worker may choose from, and the time (ms) by the clock of Redis.
+        """Returns the lines from which this worker may choose, and the time (ms) by the clock of Redis.
 
-        They are of the first `num_queues` waiting queues of `near`, which need no free slot, and of as many
-        of `others` whose heads wait longest; without `others` of all queues that this worker serves. Each
-        line has up to `num_requests` requests.
+        `near`: queues whose adapters need no free slot; the first `num_queues` of them that wait are read.
+        `others`: the worker's other queues, or empty for all that it serves. Of these, the `num_queues` are
+        read whose first requests have waited longest. Each line has up to `num_requests` requests.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
-        # Each call is bounded in time. The next one goes on after queues without anything for this worker.
+        # One call takes bounded time. If it found too few queues with requests for this worker, the next call
+        # continues after them.
         while rank >= 0:
             found, rank, now_ms, unreadable = self._scripts["look"](
                 args=[
@@ -60,9 +61,9 @@ class WorkerStreams(UpkeepStreams):
         return lines, float(now_ms)
 
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
-        """Claims a request for each pick; fewer if others took them, or if one is a suspect.
+        """Claims a request for each pick; fewer if other workers took them, or if a claimed one is a suspect.
 
-        The same ids again return the same requests. Requests whose records can't be read end here.
+        A call with the same ids returns the same requests. Requests whose records can't be read are failed.
         """
         claimed, unreadable = self._scripts["claim"](
             args=[
@@ -119,13 +120,13 @@ class WorkerStreams(UpkeepStreams):
         return News(decode_all(aborted), decode_all(lost), num_waiting=num_waiting)
 
     def hand_back(self, held: Sequence[Held]) -> int:
-        """Puts requests (oldest first) back in front of their queues; returns how many it still owned."""
+        """Puts requests (oldest first) back at the front of their queues; returns how many were put back."""
         num_handed_back, unreadable = self._scripts["hand_back"](args=[self._base, pack_held(reversed(held))])
         log_unreadable(unreadable)
         return int(num_handed_back)
 
     def wait_for_doorbell(self, timeout_s: float) -> bool:
-        """Blocks until a request is enqueued for the base, at most `timeout_s`; returns true if one was."""
+        """Blocks until a request is enqueued for the base, or for `timeout_s`; returns true if one was."""
         try:
             return self._connection.blpop([keys.doorbell(self._base)], timeout=timeout_s) is not None
         except redis.ResponseError as error:
@@ -135,7 +136,7 @@ class WorkerStreams(UpkeepStreams):
             return True
 
     def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
-        """The end of a job for `append.lua`; result and exception are encoded as in `rq.results.Result`."""
+        """Returns the end of a job for `append.lua`: result and exception are encoded as in RQ's results."""
         event, meta = append.event, json.dumps(dict(append.meta or {}))
         if event.error is not None:
             error = from_info(event.error)

@@ -104,7 +104,7 @@ def test_a_worker_whose_engine_hangs_ends_with_an_error_and_its_requests_move(
     run = recorder.start(cluster.api.url, ASKS)
     assert victim.process.wait() == HUNG_EXIT_CODE
     ended_at = time.monotonic()
-    assert "a step takes over 1 s" in victim.process.output
+    assert "a step has taken over 1 s" in victim.process.output
     check_complete(run.wait(), reference)
     measure("longest pause after the end", run.longest_pause_s(ended_at), FAILOVER_LIMIT_S)
 

@@ -1,27 +1,27 @@
-"""The number of sequences that may run at once, which falls when memory is short."""
+"""The number of sequences that may run at once; it is lowered when the device runs out of memory."""
 
 NUM_STEPS_TO_GROW = 1_000
 
 
 class Capacity:
-    """The configured number of sequences, lowered after a step was out of memory, then slowly raised again.
+    """The maximum number of sequences: the configured one, lowered after a step ran out of memory.
 
-    It is raised again because the cause may have been one long prompt, or another process on the device.
+    It is slowly raised again, because the cause may have been one long prompt, or another process.
     """
 
     def __init__(self, max_num_sequences: int) -> None:
         self._most = max_num_sequences
         self._num_good_steps = 0
         self.num_sequences = max_num_sequences
-        """The number that may run now. Safe to read in any thread."""
+        """The number of sequences that may run now. Safe to read from any thread."""
 
     def shrink(self, num_running: int) -> None:
-        """Lowers the number after a step was out of memory: to one below `num_running`, but at least 1."""
+        """Lowers the maximum after a step ran out of memory: to `num_running` - 1, but at least 1."""
         self._num_good_steps = 0
         self.num_sequences = max(1, min(num_running, self.num_sequences) - 1)
 
     def count_step(self) -> None:
-        """Counts a step that found its memory; after `NUM_STEPS_TO_GROW` of them, allows one more."""
+        """Counts a step that had enough memory; each `NUM_STEPS_TO_GROW` of them raise the maximum by 1."""
         if self.num_sequences == self._most:
             return
         self._num_good_steps += 1

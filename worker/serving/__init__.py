@@ -1,1 +1,1 @@
-"""The threads of a worker: between Redis and the engine."""
+"""The part of a worker between Redis and the engine, and the threads that it runs in."""

@@ -1,4 +1,4 @@
-"""The claims of one worker: look at what waits, choose by the order rule, take what is still there."""
+"""Claims requests for a worker: reads what waits, chooses by the order rule, takes what is still there."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,21 +12,21 @@ from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
 
 MAX_NUM_NAMED = 64
-"""Up to this number of queues, a worker asks for all of its queues by name."""
+"""Maximum number of queues for which a worker passes all their names to `look`."""
 MAX_NUM_QUEUES = 32
 NUM_SPARE = 4
-"""Queues to look at beyond one per free place: as many that need no free slot, and as many others."""
+"""Number of queues to read in addition to one for each sequence that the worker could still hold."""
 
 
 class _Attempt(NamedTuple):
-    """A claim whose reply has not come yet."""
+    """A claim that was sent, and whose reply has not arrived."""
 
     claim_ids: list[str]
     picks: list[Pick]
 
 
 class Claimer:
-    """Claims requests for the I/O thread. It keeps a claim whose reply was lost, to repeat it."""
+    """Claims requests for the I/O thread. If a reply is lost, the same claim is sent again."""
 
     def __init__(
         self,
@@ -36,22 +36,22 @@ class Claimer:
         slots: Callable[[], AdapterSlots],
         names_if_few: Callable[[int], Sequence[str]],
     ) -> None:
-        """`slots`: the adapters' slots on the device now. `names_if_few`: see `ServedQueues`."""
+        """`slots` returns the current adapter slots. `names_if_few`: that of `ServedQueues`."""
         self._streams = streams
         self._order = order
         self._slots = slots
         self._names_if_few = names_if_few
         self._attempt: _Attempt | None = None
         self.lost_race = False
-        """True if the last claim chose requests and got none: others took them, and more may wait."""
+        """True if other workers took all requests that the last claim chose; more requests may wait."""
 
     @property
     def awaits_reply(self) -> bool:
-        """True if a claim was sent and not answered: it may have taken requests."""
+        """True if a claim was sent and its reply was lost; it may have taken requests."""
         return self._attempt is not None
 
     def claim(self, running: Running) -> list[Claim]:
-        """Claims requests until the worker's room is used."""
+        """Claims requests until the worker's free capacity is used, or nothing suitable waits."""
         self._attempt = self._attempt or self._choose(running)
         claims = self._streams.claim(*self._attempt) if self._attempt.picks else []
         self.lost_race = bool(self._attempt.picks) and not claims
@@ -62,7 +62,7 @@ class Claimer:
         return claims
 
     def nothing_waits(self) -> None:
-        """Notes that no queue of the base waits, so no adapter has to give up its slot."""
+        """Notes that no request of the base waits, so that closed adapters are reopened."""
         self._order.forget_closed()
 
     def _choose(self, running: Running) -> _Attempt:

@@ -1,4 +1,4 @@
-"""Commands that the other threads put into the engine loop's inbox."""
+"""Commands from other threads to the engine loop."""
 
 import queue
 from collections.abc import Sequence
@@ -9,23 +9,26 @@ from worker.engine.records import Prompts
 
 
 class Arrival(NamedTuple):
-    """A claimed request on its way to the engine."""
+    """A claimed request with its encoded prompts, for the engine."""
 
     claim: Claim
     prompts: Prompts
 
 
 class Commands(NamedTuple):
-    """Work for the engine loop before its next step."""
+    """Commands that the engine loop carries out before its next step."""
 
     add: Sequence[Arrival] = ()
     abort: Sequence[str] = ()
+    """Ids of requests whose clients disconnected or aborted them."""
     stop: Sequence[str] = ()
+    """Ids of requests that an operator stopped."""
     drop: Sequence[str] = ()
+    """Ids of requests that this worker does not own any more; they end without an event."""
     run_alone: bool = False
-    """True if Redis knows by now that the isolated request runs alone."""
+    """True if Redis has recorded that the isolated request runs alone, so that its steps may begin."""
     allow_company: bool = False
-    """True if the isolated request is cleared."""
+    """True if the isolated request is cleared, so that other sequences may run beside it again."""
 
 
 Inbox = queue.SimpleQueue[Commands]

@@ -1,6 +1,6 @@
-"""The worker's I/O thread: claims requests while the engine has room, and appends what the engine emits.
+"""The worker's I/O thread: claims requests while the engine has free capacity, and writes events to Redis.
 
-The engine and this thread meet at two plain queues; the engine never does network I/O.
+Two queues connect this thread with that of the engine, which does no network I/O.
 """
 
 import logging
@@ -33,7 +33,7 @@ IO = "io"
 
 
 class _Share(NamedTuple):
-    """The part of a worker's room that a held request takes."""
+    """The part of a worker's capacity that a held request uses, and for whom."""
 
     queue: str
     tenant: str
@@ -41,7 +41,7 @@ class _Share(NamedTuple):
 
 
 class HeldRequests:
-    """The requests this worker owns. Shared by all threads."""
+    """The requests that this worker has claimed and not ended. Used by all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,11 +58,11 @@ class HeldRequests:
 
     @property
     def has_suspect(self) -> bool:
-        """True if a held request must run isolated."""
+        """True if one of the held requests is a suspect, whose steps must run alone."""
         return self._suspect in self._shares
 
     def add(self, claim: Claim) -> None:
-        """Adds a claimed request, in place of an earlier claim of the same one."""
+        """Adds a claimed request; replaces an earlier claim of the same request."""
         self.remove([claim.held.request_id])
         with self._lock:
             self._shares[claim.held] = _share_of(claim)
@@ -71,16 +71,16 @@ class HeldRequests:
                 self._suspect_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
 
     def isolate(self, held: Held) -> None:
-        """Notes that the engine has isolated this request: it runs nothing until Redis knows of it."""
+        """Notes that the engine isolated this request. The engine pauses until Redis has recorded that."""
         self._isolated = held
 
     @property
     def isolated(self) -> Held | None:
-        """The request that the engine has isolated, while it is held and not cleared."""
+        """The request that the engine isolated; None once it is cleared or not held any more."""
         return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """True if these events, now written, clear the isolated request. It is isolated no longer then."""
+        """Clears the suspect if these events, which were written, suffice; returns true if they do."""
         is_cleared = any(
             append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends
@@ -90,7 +90,7 @@ class HeldRequests:
         return is_cleared
 
     def remove(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests; ids that are not held are no error."""
+        """Forgets requests by id; ids that are not held are ignored."""
         gone = set(request_ids)
         with self._lock:
             self._shares = {
@@ -98,18 +98,18 @@ class HeldRequests:
             }
 
     def snapshot(self) -> list[Held]:
-        """All held requests, oldest first."""
+        """Returns all held requests, oldest claim first."""
         with self._lock:
             return list(self._shares)
 
     @property
     def num_sequences(self) -> int:
-        """The number of sequences of the held requests."""
+        """The total number of sequences of the held requests."""
         with self._lock:
             return sum(share.num_sequences for share in self._shares.values())
 
     def running(self, capacity: int) -> Running:
-        """The sequences of the held requests, and the room that they leave of `capacity`."""
+        """Returns the sequences of the held requests, and how many of `capacity` they leave free."""
         with self._lock:
             shares = list(self._shares.values())
         per_queue: Counter[str] = Counter()
@@ -127,7 +127,7 @@ def _share_of(claim: Claim) -> _Share:
 
 
 class Consumer:
-    """Moves requests from Redis to the engine and events from the engine to Redis."""
+    """Passes requests from Redis to the engine, and events from the engine to Redis."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Consumer:
         capacity: Callable[[], int],
         poll_s: float,
     ) -> None:
-        """`capacity` tells how many sequences the engine runs at once now."""
+        """`capacity` returns the number of sequences that the engine can run at once now."""
         self._streams = streams
         self._claimer = claimer
         self._held = held
@@ -156,20 +156,20 @@ class Consumer:
         self._encoder = PromptEncoder(encode, self.commands, held)
         self.num_claimed = 0
         self.is_idle = False
-        """True if the last turn found nothing to do."""
+        """True if no request is held after the last turn."""
 
     @property
     def threads(self) -> dict[str, Callable[[], None]]:
-        """The functions to run beside the engine, each in a thread of its own, by name."""
+        """Thread name → the function to run in that thread, for all threads of the consumer."""
         encoder = self._encoder
         return {IO: self.run, "short prompts": encoder.run_short, "long prompts": encoder.run_long}
 
     def wake_engine(self) -> None:
-        """Wakes an engine that waits for commands, because an adapter was read."""
+        """Wakes the engine loop if it waits for commands; called when an adapter has been read."""
         self.commands.put(Commands())
 
     def drain(self) -> None:
-        """Ends claiming."""
+        """Stops claiming; held requests go on."""
         self._draining.set()
 
     @property
@@ -178,13 +178,13 @@ class Consumer:
         return self._draining.is_set()
 
     def stop(self) -> None:
-        """Ends `threads`, each after its current work."""
+        """Tells all `threads` to end after their current work."""
         self._draining.set()
         self._stopped.set()
         self._encoder.stop()
 
     def run(self) -> None:
-        """Takes turns until `stop`. If Redis is away, it retries, and keeps unsent events."""
+        """Takes turns until `stop`. While Redis is down, it retries and keeps the unsent events."""
         while not self._stopped.is_set():
             try:
                 self.turn()
@@ -197,7 +197,7 @@ class Consumer:
                 self.outages.end(IO)
 
     def turn(self) -> None:
-        """One round: append what came, learn what was aborted or lost, claim what fits."""
+        """Writes new events, tells the engine what was aborted or lost, and claims requests if any wait."""
         self._collect(self._poll_s if self._held else 0)
         may_claim = True
         if self._held or self._unsent:
@@ -210,25 +210,26 @@ class Consumer:
             self._streams.wait_for_doorbell(IDLE_WAIT_S)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Tells the engine that the clients of these requests gave up."""
+        """Tells the engine to end requests whose clients disconnected or aborted them."""
         if request_ids:
             self.commands.put(Commands(abort=request_ids))
 
     def stop_request(self, request_id: str) -> None:
-        """Tells the engine that an operator stopped a request."""
+        """Tells the engine to end a request because an operator stopped it."""
         self.commands.put(Commands(stop=[request_id]))
 
     def shed(self, held: Held) -> None:
-        """Hands one request back, because a step was out of memory."""
+        """Hands a request back after a step ran out of memory."""
         self._to_shed.put(held)
 
     def hand_back(self, give_up_at: float = 0) -> int:
-        """Hands all held requests back to their queues; call it when `run` has ended.
+        """Hands all held requests back to their queues after `run` has ended; returns their number.
 
-        It tries until `time.monotonic()` passes `give_up_at`; the rest is taken over by others after a lease.
+        It retries until `give_up_at` (`time.monotonic()`). Requests not handed back by then are reclaimed by
+        other workers when their leases expire.
 
         Raises:
-            redis.RedisError: the server refused with an error that a retry can't mend.
+            redis.RedisError: the server refused with an error that is not transient.
         """
         held = self._held.snapshot()
         try:
@@ -242,7 +243,7 @@ class Consumer:
             return 0
 
     def _collect(self, timeout_s: float) -> None:
-        """Collects the events of finished steps, waiting `timeout_s` for the first."""
+        """Collects the events of finished steps; waits up to `timeout_s` for the first step."""
         try:
             self._unsent += self.outbox.get(timeout=timeout_s) if timeout_s else self.outbox.get_nowait()
             while True:
@@ -251,7 +252,7 @@ class Consumer:
             return
 
     def _send(self) -> bool:
-        """Writes the collected events, if any, and learns of aborts; returns true if anything waits."""
+        """Writes the collected events, and acts on the reply; returns true if requests wait in any queue."""
         appends = self._unsent
         isolated = self._held.isolated
         news = self._streams.append(self._held.snapshot(), appends, isolated.request_id if isolated else "")
@@ -269,7 +270,10 @@ class Consumer:
         return news.num_waiting > 0
 
     def _pass_on(self, news: News, ended: set[str]) -> None:
-        """Tells the engine what to abort and drop. A repeated append may report requests it ended as lost."""
+        """Tells the engine which requests to abort and to drop.
+
+        `ended`: ids of requests that this append ended; a repeated append reports them as lost.
+        """
         lost = [request_id for request_id in news.lost if request_id not in ended]
         for request_id in lost:
             logger.warning("request %s moved to another worker", request_id, extra=fields("lost"))
@@ -279,7 +283,7 @@ class Consumer:
             self.commands.put(Commands(drop=lost))
 
     def _shed(self) -> bool:
-        """Hands back the requests that did not fit into memory; returns true if there were any."""
+        """Hands back the requests for which memory did not suffice; returns true if there were any."""
         has_shed = False
         while not self._to_shed.empty():
             held = self._to_shed.get()

@@ -1,4 +1,4 @@
-"""Drives the engine in the main thread, between the queues of the consumer."""
+"""The engine loop: applies commands from the consumer, steps the engine, and returns its events."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ WAKE_UP_S = 0.1
 
 
 class EngineLoop:
-    """Applies commands, steps the engine, passes its events on; ends when told to, or when drained."""
+    """Runs the engine in the main thread, until it is drained or told to stop."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class EngineLoop:
         self._hurried = threading.Event()
         self._stopped_early: set[Held] = set()
         self._owned: dict[str, Held] = {}
-        """The claims of the requests that the engine has, by request id."""
+        """Request id → its claim, for the requests that the engine has."""
         self._step_started_s: float | None = None
         engine.call_when_ready(consumer.wake_engine)
 
     def step_age_s(self) -> float:
-        """Duration of the current step so far; 0 between steps. Safe to call in any thread."""
+        """Returns the duration of the current step so far, 0 between steps. Safe to call from any thread."""
         started_s = self._step_started_s
         return 0.0 if started_s is None else self._clock() - started_s
 
@@ -58,7 +58,7 @@ class EngineLoop:
         return self._drain_until is not None
 
     def drain(self) -> None:
-        """Ends claiming; running requests may finish within `drain_s`. A second call ends it at once."""
+        """Stops claiming; running requests have `drain_s` to finish. A second call ends the loop at once."""
         if self.is_draining:
             self._hurried.set()
             return
@@ -66,7 +66,7 @@ class EngineLoop:
         self._consumer.drain()
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Runs until drained, until the drain time is over, or until `should_stop()`."""
+        """Runs until no request is left after `drain`, until `drain_s` is over, or until `should_stop()`."""
         while not (self._is_drained() or should_stop()):
             appends = self._apply_commands()
             appends += self._to_appends(self._engine.settle_adapters())
@@ -84,7 +84,7 @@ class EngineLoop:
             outputs = self._engine.step()
             return self._to_appends(outputs)
         except OutOfDeviceMemory as error:
-            logger.warning("a step is out of memory: %s", error, extra=fields("out_of_memory"))
+            logger.warning("a step ran out of memory: %s", error, extra=fields("out_of_memory"))
             request_id, outputs = self._engine.shed()
             if request_id is not None:
                 self._consumer.shed(self._owned.pop(request_id))
@@ -98,7 +98,7 @@ class EngineLoop:
         return self._hurried.is_set() or not self._held or self._clock() > self._drain_until
 
     def _apply_commands(self) -> list[Append]:
-        """Carries out the waiting commands; if the engine has nothing to run, it waits for one."""
+        """Carries out the waiting commands; if the engine has nothing to run, waits briefly for one."""
         appends: list[Append] = []
         is_idle = not self._engine.has_work or self._engine.is_stalled
         commands = self._next_commands(WAKE_UP_S if is_idle else None)
@@ -120,7 +120,7 @@ class EngineLoop:
         return appends
 
     def _add(self, arrival: Arrival) -> list[Append]:
-        """Takes a request in, unless it was lost or claimed again while its prompts were encoded."""
+        """Gives a request to the engine, unless this claim was lost while the prompts were encoded."""
         claim, prompts = arrival
         if claim.held not in self._held:
             return []
@@ -136,7 +136,7 @@ class EngineLoop:
         return appends
 
     def _stop(self, request_id: str) -> list[Append]:
-        """Stops a request. If its prompt is still being encoded, it is stopped on arrival."""
+        """Stops a request. If its prompts are still being encoded, it is stopped when they arrive."""
         if not self._engine.holds(request_id):
             held = self._held.snapshot()
             self._stopped_early &= set(held)
@@ -144,7 +144,7 @@ class EngineLoop:
         return self._to_appends(self._engine.stop_request(request_id))
 
     def _to_appends(self, outputs: list[Output]) -> list[Append]:
-        """Assigns the engine's outputs to the claims of their requests; a last event ends its claim."""
+        """Adds the claims of their requests to the engine's outputs; a terminal event ends its claim."""
         appends = []
         for request_id, event, meta in outputs:
             held = self._owned.pop(request_id) if event.is_terminal else self._owned[request_id]
@@ -158,7 +158,7 @@ class EngineLoop:
             return None
 
     def _put(self, appends: list[Append]) -> None:
-        """Passes a step's events on; blocks, and so pauses the engine, while too many steps are unsent."""
+        """Passes events to the consumer; blocks, and so pauses the engine, if too many steps are unsent."""
         while not (self._hurried.is_set() or self._is_drained()):
             with contextlib.suppress(queue.Full):
                 self._consumer.outbox.put(appends, timeout=WAKE_UP_S)

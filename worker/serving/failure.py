@@ -1,4 +1,4 @@
-"""The failure of a thread, which ends the whole worker."""
+"""Reports the failure of any thread to the engine loop, which then ends the worker."""
 
 import logging
 from collections.abc import Callable
@@ -11,7 +11,7 @@ logger = logging.getLogger("rq.worker")
 
 
 class Failure:
-    """The first error that ends a worker, reported from any of its threads."""
+    """The error that ends a worker: the first one that any of its threads reports."""
 
     def __init__(self, worker_name: str) -> None:
         self._worker_name = worker_name
@@ -19,11 +19,11 @@ class Failure:
 
     @property
     def is_crash(self) -> bool:
-        """True if a request may have caused the error, which no reply of Redis is."""
+        """True if a request may have caused the error, so that it counts as a crash; Redis errors don't."""
         return self.error is not None and not isinstance(self.error, redis.RedisError)
 
     def report(self, error: BaseException) -> None:
-        """Logs and keeps an error; the engine loop ends the worker after its current step."""
+        """Logs an error and keeps the first one; the engine loop ends after its current step."""
         if isinstance(error, redis.RedisError):
             logger.error("Worker %s: %s", self._worker_name, explain(error))
         else:
@@ -31,7 +31,7 @@ class Failure:
         self.error = self.error or error
 
     def guard(self, run: Callable[[], None]) -> None:
-        """Runs the function of a thread and reports its error; the other threads can't serve without it."""
+        """Runs the function of a thread, and reports its error: the worker can't serve without the thread."""
         try:
             run()
         except BaseException as error:

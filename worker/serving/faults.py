@@ -1,11 +1,12 @@
-"""Deliberate faults for tests of crashes, named by `LORELAY_FAULTS`; none by default.
+"""Fault injection for crash tests, configured by `LORELAY_FAULTS`; by default nothing is injected.
 
 Words, separated by spaces:
-    kill=POINT:N    SIGKILL at the Nth pass of a named point: claimed, appending, appended, ending, ended
-    fail=POINT:N    an exception there, in the I/O thread
-    poison=WORD     SIGKILL in the first step of a request whose prompt contains WORD
-    raise=WORD      an exception in the first step of such a request
-    oom=N           out of device memory in a step of more than N sequences
+    kill=POINT:N    the worker kills itself (SIGKILL) when it reaches a fault-injection point for the Nth
+                    time; the points are claimed, appending, appended, ending, ended
+    fail=POINT:N    an exception is raised at that point, in the I/O thread
+    poison=WORD     the worker kills itself in the first step of a request whose prompt contains WORD
+    raise=WORD      an exception is raised in the first step of such a request
+    oom=N           each step of more than N sequences runs out of device memory
     hang=N          the Nth step never ends
 """
 
@@ -24,7 +25,7 @@ from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
 
 
 class Faults:
-    """The faults of a worker; its methods are called at the places where a fault may happen."""
+    """The faults to inject into a worker. Its methods are the fault-injection points."""
 
     def __init__(self, text: str = "") -> None:
         """Parses the words of `LORELAY_FAULTS`.
@@ -59,13 +60,13 @@ class Faults:
             raise ValueError(f"{name!r} is no fault")
 
     def reach(self, point: str) -> None:
-        """Passes a named point; a fault may happen there."""
+        """Counts an arrival at a named fault-injection point; injects the fault that is due there, if any."""
         self._num_passes[point] += 1
         if death := self._deaths.get((point, self._num_passes[point])):
             death()
 
     def claimed(self, claims: Iterable[Claim]) -> None:
-        """Passes the point after a claim."""
+        """Fault-injection point: requests have been claimed in Redis, but the worker has not noted that."""
         for claim in claims:
             if _has(claim.request, self._poison):
                 self._poisoned.add(claim.held.request_id)
@@ -74,15 +75,15 @@ class Faults:
         self.reach("claimed")
 
     def appending(self, appends: Iterable[Append]) -> None:
-        """Passes the point before an append."""
+        """Fault-injection point: the append has not been sent to Redis yet."""
         self.reach("ending" if any(append.event.is_terminal for append in appends) else "appending")
 
     def appended(self, appends: Iterable[Append]) -> None:
-        """Passes the point after an append, before its reply is used."""
+        """Fault-injection point: the append has been written to Redis, but its reply is not processed yet."""
         self.reach("ended" if any(append.event.is_terminal for append in appends) else "appended")
 
     def before_step(self, request_ids: Sequence[str]) -> None:
-        """Passes the point before a step; `request_ids` has one entry per sequence of the batch.
+        """Fault-injection point: a step is about to run; `request_ids` has one entry for each sequence.
 
         Raises:
             OutOfDeviceMemory: `LORELAY_FAULTS` asks for it.
@@ -100,7 +101,7 @@ class Faults:
 
 
 class FaultyModel:
-    """A model whose steps may fail on purpose; everything else is passed on to the real one."""
+    """Wraps a model and injects faults into its steps; everything else goes to the wrapped model."""
 
     def __init__(self, model: Model, faults: Faults) -> None:
         self._model = model
@@ -110,13 +111,13 @@ class FaultyModel:
         return getattr(self._model, name)
 
     def run(self, batch: Batch) -> Sequence[Sampled]:
-        """Runs one step, unless a fault is due."""
+        """Runs one step, after any fault that is due."""
         self._faults.before_step([item.seq.request_id for item in batch])
         return self._model.run(batch)
 
 
 class FaultyStreams:
-    """A worker's end of the queue whose claims and appends may fail on purpose; the rest is passed on."""
+    """Wraps `WorkerStreams` and injects faults around claim and append; the wrapped object does the work."""
 
     def __init__(self, streams: WorkerStreams, faults: Faults) -> None:
         self._streams = streams
@@ -126,14 +127,14 @@ class FaultyStreams:
         return getattr(self._streams, name)
 
     def claim(self, *args: Any) -> list[Claim]:
-        """Claims, and then has a fault if one is due."""
+        """Claims requests, then injects a fault if one is due."""
         claims = self._streams.claim(*args)
         if claims:
             self._faults.claimed(claims)
         return claims
 
     def append(self, held: Sequence[Held], appends: Sequence[Append], isolated: str) -> News:
-        """Appends; a fault may be due before, or after."""
+        """Appends events; injects a fault before or after, if one is due."""
         self._faults.appending(appends)
         news = self._streams.append(held, appends, isolated)
         self._faults.appended(appends)
@@ -141,12 +142,12 @@ class FaultyStreams:
 
 
 def faulty_model(model: Model, faults: Faults) -> Model:
-    """The model with these faults."""
+    """Returns the model, wrapped so that these faults are injected."""
     return cast(Model, FaultyModel(model, faults))
 
 
 def faulty_streams(streams: WorkerStreams, faults: Faults) -> WorkerStreams:
-    """The end of the queue with these faults."""
+    """Returns the streams, wrapped so that these faults are injected."""
     return cast(WorkerStreams, FaultyStreams(streams, faults))
 
 

@@ -1,4 +1,4 @@
-"""The worker's heartbeat thread: renews its leases, and reaps those that others let expire."""
+"""The worker's heartbeat thread: renews its own leases, and reaps the expired leases of other workers."""
 
 import logging
 import threading
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """The periodic work of a live worker, whatever its engine is busy with.
+    """Does a worker's periodic work in a thread of its own, so that long steps don't delay it.
 
-    It reaps leases, and aborts requests of silent APIs, only once its own connection has been up for a whole
-    lease: after a restart of Redis every lease looks expired until its owner has had the time to renew it.
+    Leases are reaped, and requests of silent APIs aborted, only after the connection to Redis has been up for
+    the time of one lease: after a restart of Redis, every lease looks expired until its owner can renew it.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class Heartbeat:
         watch_engine: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`served` returns the queues to sweep and their versions, see `UpkeepStreams.serve`."""
+        """`served` returns the worker's queues with their weights versions, see `UpkeepStreams.serve`."""
         self._streams = streams
         self._held = held
         self._consumer = consumer
         self._settings = settings
         self._served = served
         self._published: Mapping[str, str] | None = None
-        """The queues and versions that Redis was told last."""
+        """The queues and versions that were last written to Redis."""
         self._on_beat = on_beat
         self._watch_engine = watch_engine
         self._clock = clock
@@ -57,7 +57,7 @@ class Heartbeat:
         self._stopped.set()
 
     def run(self) -> None:
-        """Takes turns until `stop`; if Redis is away, the next turn makes up for the missed one."""
+        """Takes turns until `stop`; work that fails because Redis is down is done in a later turn."""
         while not self._stopped.wait(min(self._settings.heartbeat_s, self._settings.reap_s)):
             self._watch_engine()
             try:
@@ -71,7 +71,7 @@ class Heartbeat:
                 self.outages.end("heartbeat")
 
     def turn(self) -> None:
-        """Renews, reaps and sweeps, each if its interval is over."""
+        """Renews, reaps, ends unserved requests and sweeps; each only if its interval is over."""
         now = self._clock()
         connected_s = now - self._connected_since if self._connected_since is not None else 0.0
         if now - self._renewed_at >= self._settings.heartbeat_s:
@@ -81,7 +81,7 @@ class Heartbeat:
             self._connected_since = now
         if connected_s >= self._settings.lease_s:
             self._reap()
-        # Here one heartbeat suffices, not a whole lease: live workers renew their own entries within it.
+        # One heartbeat suffices here instead of a lease: within it, live workers write what they serve again.
         if connected_s >= self._settings.heartbeat_s:
             self._end_unserved()
         if now - self._swept_at >= self._settings.sweep_s:
@@ -98,7 +98,7 @@ class Heartbeat:
             self._publish_served()
         self._consumer.abort(news.aborted)
         if not news.had_lease:
-            # Redis or this process was paused: other workers must get the time to renew their leases first.
+            # Redis or this process was paused: before reaping, give other workers time to renew their leases.
             self._connected_since = self._clock()
         self._on_beat()
 
@@ -107,7 +107,7 @@ class Heartbeat:
         return {} if self._consumer.is_draining else self._served()
 
     def _publish_served(self) -> None:
-        """Tells Redis what this worker serves."""
+        """Writes to Redis what this worker serves."""
         self._published = self._servable
         self._streams.serve(self._published)
 

@@ -1,4 +1,4 @@
-"""Retries while Redis is away or says "not now", for threads that have nothing else to do meanwhile."""
+"""Retries calls while Redis is down or reports transient errors; for threads that may block meanwhile."""
 
 import logging
 import threading
@@ -23,14 +23,14 @@ RETRY_WAIT_S = 0.5
 
 
 class Patience:
-    """Repeats calls while Redis does not answer, until the worker is told to end."""
+    """Retries calls to Redis after transient errors, until the worker is told to end."""
 
     def __init__(self, outages: Outages) -> None:
         self._outages = outages
         self._has_end = threading.Event()
 
     def end(self) -> None:
-        """Ends all waiting: the worker was told to end."""
+        """Ends all waits between retries, because the worker was told to end."""
         self._has_end.set()
 
     def call(
@@ -39,11 +39,11 @@ class Patience:
         part: str = "worker",
         waits_for: Callable[[redis.RedisError], bool] = is_transient,
     ) -> T:
-        """Repeats a call until it succeeds, and returns its result.
+        """Retries a call until it succeeds, and returns its result.
 
         Raises:
-            redis.RedisError: the call failed, and `waits_for` is false for its error.
-            SystemExit: the worker was told to end while it waited.
+            redis.RedisError: the call failed with an error for which `waits_for` is false.
+            SystemExit: the worker was told to end between two tries.
         """
         while True:
             try:
@@ -60,11 +60,10 @@ class Patience:
 
 
 def call_until(give_up_at: float, call: Callable[[], T]) -> T:
-    """Repeats a call until it succeeds, and returns its result. For a worker that ends.
+    """Retries a call until it succeeds, and returns its result; for the shutdown of a worker.
 
     Raises:
-        redis.RedisError: the call failed with an error that a retry can't mend, or it still failed when
-            `time.monotonic()` passed `give_up_at`.
+        redis.RedisError: the error is not transient, or `time.monotonic()` has passed `give_up_at`.
     """
     while True:
         try:
@@ -76,10 +75,10 @@ def call_until(give_up_at: float, call: Callable[[], T]) -> T:
 
 
 class PatientRedis(NamingRedis):
-    """The client for `rq worker --connection-class`: it waits while the server says "not now".
+    """A client for `rq worker --connection-class`: retries while Redis reports a transient error (BUSY, …).
 
-    `rq` asks the server whether queues are suspended before it creates the worker, and ends if that fails. If
-    the server refuses for good, this client ends the process with one line.
+    `rq` asks Redis whether queues are suspended before it creates the worker, and ends if that call fails.
+    After an error that is not transient, this client ends the process with one log line.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,14 +87,14 @@ class PatientRedis(NamingRedis):
 
 
 class _PatientRetry(Retry):
-    """Repeats commands while the server says "not now", and three times after a lost connection."""
+    """Retries commands while Redis reports a transient error, and three times after a lost connection."""
 
     def __init__(self, pool: redis.ConnectionPool) -> None:
         super().__init__(ExponentialBackoff(cap=0.5, base=0.05), 3)
         self._pool = pool
 
     def __deepcopy__(self, memo: object) -> Self:
-        """redis-py copies it for each connection, but pools can't be copied."""
+        """Returns the same object: redis-py copies it for each connection, but the pool can't be copied."""
         return self
 
     def call_with_retry(self, do: Callable[[], T], *args: Any, **kwargs: Any) -> T:

@@ -1,4 +1,4 @@
-"""Encodes prompts beside the engine's thread, because a long prompt takes seconds."""
+"""Applies chat template and tokenizer outside the engine's thread, since a long prompt takes seconds."""
 
 import queue
 from collections.abc import Callable, Container, Iterable
@@ -10,16 +10,16 @@ from worker.engine.records import Prompts
 from worker.serving.commands import Arrival, Commands, Inbox
 
 Encode = Callable[[GenerationRequest], list[list[int]]]
-"""`Engine.encode`."""
+"""Type of `Engine.encode`: returns the token ids of each prompt of a request."""
 
 LONG_PROMPT_CHARS = 32_768
 
 
 class PromptEncoder:
-    """Two queues of prompts, each for a thread of its own, so that short prompts don't wait for long ones."""
+    """Encodes short and long prompts in two threads, so that short ones don't wait for long ones."""
 
     def __init__(self, encode: Encode, inbox: Inbox, held: Container[Held]) -> None:
-        """`inbox` gets each claim with its prompts; claims that are not `held` any more are skipped."""
+        """`inbox` gets each claim with its encoded prompts; claims not in `held` any more are skipped."""
         self._encode = encode
         self._inbox = inbox
         self._held = held
@@ -28,7 +28,7 @@ class PromptEncoder:
         self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
 
     def take(self, claims: Iterable[Claim]) -> None:
-        """Queues claims. They arrive in the engine's inbox later, not always in this order."""
+        """Queues claims to be encoded. They may reach the inbox in another order."""
         for claim in claims:
             lane = self._long if _num_chars(claim.request) > LONG_PROMPT_CHARS else self._short
             lane.put(claim)
@@ -42,7 +42,7 @@ class PromptEncoder:
         self._run(self._long)
 
     def stop(self) -> None:
-        """Ends both threads after the prompts that they encode now."""
+        """Tells both threads to end after the request that each is encoding."""
         self._is_stopped = True
         self._short.put(None)
         self._long.put(None)

@@ -1,4 +1,4 @@
-"""The queues that a worker claims from, and the cards that it registers: both follow `ServedModels`."""
+"""The queues that a worker claims from and the cards that it registers, derived from `ServedModels`."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -10,24 +10,24 @@ from worker.engine.ports import Residency
 from worker.engine.served_models import ServedModel, ServedModels
 
 ALL_QUEUES = "default"
-"""The queue that `rq worker` passes on if it was given none."""
+"""The queue name that `rq worker` passes to the worker if it was started without queues."""
 
 
 class ServedQueues:
-    """The queues of a worker's models, one for each."""
+    """The queues of a worker's models; each model has one."""
 
     def __init__(self, models: ServedModels, max_model_len: int, only: Collection[str] | None = None) -> None:
-        """`only` names the queues to claim from; None claims from those of all models, also later ones."""
+        """`only`: queues to claim from; None means those of all models, including models added later."""
         self._models = models
         self._max_model_len = max_model_len
         self._only = only
 
     def name_of(self, adapter_name: str | None) -> str:
-        """The queue of an adapter, or with None that of the base."""
+        """Returns the name of an adapter's queue, or of the base's queue for None."""
         return queue_name(self._models.base.name, adapter_name)
 
     def versions(self) -> dict[str, str]:
-        """The queues to claim from now, each with the version of the weights that answer its requests."""
+        """Returns the queues to claim from now, each with the version of the weights that serve it."""
         versions = {
             self.name_of(model.adapter_name): self._models.weights_version(model) for model in self._models
         }
@@ -36,17 +36,20 @@ class ServedQueues:
         return {queue: version for queue, version in versions.items() if queue in self._only}
 
     def names_if_few(self, most: int) -> list[str]:
-        """The queues to claim from, or none if they are more than `most`. Cheap for any number of them."""
+        """Returns the queues to claim from, or an empty list if there are more than `most`.
+
+        The time it takes does not grow with the number of queues beyond `most`.
+        """
         num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
         return list(self.versions()) if num_queues <= most else []
 
     def weights_by_queue(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """Translates weights by model name into weights by queue."""
+        """Converts weights by model name into weights by queue."""
         base = self._models.base.name
         return {self.name_of(None if name == base else name): weight for name, weight in weights.items()}
 
     def cards(self) -> list[ModelCard]:
-        """The registry's entries of all models: the base's, then its adapters'."""
+        """Returns the registry's entries for all models: the base, then its adapters."""
         return [self._card(model) for model in self._models]
 
     def _card(self, model: ServedModel) -> ModelCard:
@@ -64,7 +67,7 @@ class ServedQueues:
 
 
 def queues_of(base: str, adapter_names: Collection[str], arguments: Sequence[str]) -> list[str]:
-    """The queue names behind the arguments of `rq worker`, which are model names.
+    """Returns the queue names for the arguments of `rq worker`, which are model names.
 
     Raises:
         ConfigurationError: an argument names no model of this worker.
@@ -82,5 +85,5 @@ def queues_of(base: str, adapter_names: Collection[str], arguments: Sequence[str
 
 
 def adapter_slots(queues: ServedQueues, adapters: Residency) -> AdapterSlots:
-    """The adapter slots of the device, by queue."""
+    """Returns the number of adapter slots, and the queues whose adapters are resident."""
     return AdapterSlots(adapters.num_slots, [queues.name_of(name) for name in adapters.resident])

@@ -1,4 +1,4 @@
-"""A worker without RQ: engine, consumer, engine loop and heartbeat, how they are wired and how they end."""
+"""A worker without RQ: creates, connects, runs and stops engine loop, consumer and heartbeat."""
 
 import gc
 import logging
@@ -43,7 +43,7 @@ class WorkerService:
         make_streams: Callable[[], WorkerStreams],
         on_beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """`make_streams` is called once per thread that needs Redis; `on_beat` with each heartbeat."""
+        """`make_streams` is called for each thread that needs Redis; `on_beat` at each heartbeat."""
         self._name = name
         self._settings = settings
         self._held = HeldRequests()
@@ -86,33 +86,33 @@ class WorkerService:
 
     @property
     def remains(self) -> str:
-        """The requests and blocks that the engine still holds, for a log line."""
+        """A text for the log that names the requests and blocks which the engine still holds."""
         return self._engine.remains
 
     def report_outages_to(self, outages: Outages) -> None:
-        """Lets all threads log an outage of Redis together, once."""
+        """Makes all threads report to `outages`, so that an outage of Redis is logged only once."""
         self._consumer.outages = self._heartbeat.outages = outages
 
     def take_lease(self) -> None:
-        """Tells Redis that this worker lives and what it serves. Raises `redis.RedisError`."""
+        """Writes to Redis that this worker is alive and what it serves. Raises `redis.RedisError`."""
         self._heartbeat.turn()
 
     def drain(self) -> None:
-        """Claims no more and lets running requests finish; the second call ends them at once."""
+        """Stops claiming and lets running requests finish; a second call hands them back at once."""
         self._loop.drain()
 
     def stop_request(self, request_id: str) -> None:
-        """Ends one request that an operator stopped; nothing happens if it is not held."""
+        """Ends one request because an operator stopped it; ignores a request that is not held."""
         self._consumer.stop_request(request_id)
 
     def run(self, failure: Failure, give_up_at: Callable[[], float], *, burst: bool = False) -> None:
         """Serves until `drain`, until a thread fails, or with `burst` until nothing waits.
 
-        Then it stops in order: engine, I/O, requests that are left back to their queues, heartbeat.
-        `give_up_at()` is the `time.monotonic()` until which Redis may refuse to take requests back.
+        Then it stops in this order: engine, I/O thread, hand-back of the remaining requests, heartbeat.
+        `give_up_at()` returns the `time.monotonic()` until which the hand-back is retried.
         """
-        # Exclude libraries and model from garbage collection. They are never freed, and scanning them pauses
-        # every stream for 0.2 s.
+        # Exclude libraries and model from garbage collection: they are never freed, and each scan of them
+        # would pause all streams for 0.2 s.
         gc.collect()
         gc.freeze()
         threads = {
@@ -129,7 +129,7 @@ class WorkerService:
             self._consumer.stop()
             threads[IO].join()
             try:
-                # After a crash the requests stay for others to reap, who count the crash against them.
+                # After a crash, nothing is handed back: other workers reap the requests and count the crash.
                 if not has_crashed:
                     num_handed_back = self._consumer.hand_back(give_up_at())
             finally:
@@ -139,10 +139,10 @@ class WorkerService:
             logger.warning("Worker %s: handed %d requests back", self._name, num_handed_back)
 
     def _end_if_hung(self) -> None:
-        """Ends the process, without clean-up, if its engine hangs: others then take its requests over."""
+        """Ends the process without clean-up if a step hangs, so that other workers take its requests over."""
         if self._loop.step_age_s() > self._settings.step_limit_s:
             logger.critical(
-                "Worker %s: a step takes over %g s, ending", self._name, self._settings.step_limit_s
+                "Worker %s: a step has taken over %g s, ending", self._name, self._settings.step_limit_s
             )
             os._exit(HUNG_EXIT_CODE)
 
@@ -150,7 +150,7 @@ class WorkerService:
 def _claimer(
     streams: WorkerStreams, queues: ServedQueues, engine: Engine, settings: WorkerSettings
 ) -> Claimer:
-    """A claimer that knows the weights of the adapters and the slots of the engine."""
+    """Creates a claimer with the configured adapter weights, which reads the engine's adapter slots."""
     order = WaitingOrder(
         queues.name_of(None),
         max_wait_s=settings.max_wait_s,
@@ -165,7 +165,7 @@ def _claimer(
 
 
 def build_engine(model: Model, settings: WorkerSettings, faults: Faults) -> Engine:
-    """The engine of a worker around the model that runs its batches."""
+    """Creates the batching engine for a model, with its block manager and scheduler."""
     blocks = BlockManager(model.num_blocks, model.block_size, shares_prefixes=settings.prefix_cache)
     scheduler = Scheduler(
         blocks,
