@@ -154,16 +154,16 @@ class Scheduler:
         in the cache, its first choice computes it, and the other choices join once they find it there.
         """
         in_use = {seq.adapter_name for seq in self._running}
-        computed = {seq.prompt for seq in prompts}
+        computed = {seq.prompt_key for seq in prompts}
         ready: list[Sequence] = []
         for seq in self._waiting:
             if self._must_wait(seq) or not self._adapters.bring(seq.adapter_name, in_use):
                 continue
             in_use.add(seq.adapter_name)
             if not self._blocks.has_prompt(seq):
-                if seq.prompt in computed:
+                if seq.prompt_key in computed:
                     continue
-                computed.add(seq.prompt)
+                computed.add(seq.prompt_key)
             ready.append(seq)
         return ready
 

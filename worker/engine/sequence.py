@@ -83,7 +83,7 @@ class Sequence:
     """Prompt tokens that the cache had when the sequence first ran; None before."""
 
     @property
-    def prompt(self) -> tuple[str, int]:
+    def prompt_key(self) -> tuple[str, int]:
         """Identifies the prompt: equal for all choices of one prompt of one request."""
         return self.request_id, self.prompt_no
 

@@ -69,6 +69,18 @@ def test_a_request_ends_with_stop_at_the_end_of_sequence_token() -> None:
     assert not any(event.is_terminal for event in events[:-1])
 
 
+def test_the_events_of_one_sequence_are_the_bytes_that_earlier_releases_read_and_write() -> None:
+    bench = Bench(FakeModel(spell("aho")))
+    bench.add(sampling=sampling())
+    assert [event.encode() for event in bench.finish()["r"]] == [
+        b'{"event_no":0,"token_ids":[97],"text":"a"}',
+        b'{"event_no":1,"token_ids":[104],"text":"h"}',
+        b'{"event_no":2,"token_ids":[111],"text":"o"}',
+        b'{"event_no":3,"token_ids":[0],"finish_reason":"stop",'
+        b'"usage":{"prompt_tokens":5,"completion_tokens":4,"cached_tokens":0}}',
+    ]
+
+
 def test_a_request_ends_with_length_at_its_token_limit() -> None:
     bench = Bench(FakeModel(spell("ahoy there")))
     bench.add(sampling=sampling(max_tokens=4))
