@@ -24,9 +24,10 @@ Lines are compared by these keys, in this order:
 5. Fairness between the tenants of an adapter: keys 3 and 4 again, without weights.
 6. Inside a line: the lower priority number, then the older request. Redis keeps each line in this order.
 
-`look.lua` reads the lines: those of queues whose adapters run or are resident, and of the other queues whose
-first requests have waited longest. In each queue it reads the tenant with the oldest request, and a few more
-from a random point on. So the oldest request of a queue can always be chosen.
+`look.lua` reads the lines: those of queues whose adapters run or are resident, in the order of key 3; of the
+other queues half those whose first requests have waited longest, and half drawn at random. In each queue it
+reads the tenant with the oldest request, and a few more from a random point on. So the oldest request of a
+queue can always be chosen, and a queue with a young request is soon read, however many have older ones.
 """
 
 from collections import Counter, OrderedDict, deque

@@ -189,7 +189,28 @@ def test_a_look_shows_so_many_queues_however_many_wait(connection: redis.Redis, 
         api.enqueue(make_request(name))
     streams = worker_streams(connection, served=[f"{BASE}-{name}" for name in names])
     lines, _ = streams.look([], [], num_queues=5, num_requests=4)
-    assert [line.queue for line in lines] == [f"{BASE}-{name}" for name in names[:5]]
+    assert [line.queue for line in lines[:3]] == [f"{BASE}-{name}" for name in names[:3]]
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("are_named", [False, True])
+def test_a_young_queue_is_seen_soon_among_many_with_older_heads(
+    connection: redis.Redis, api: BlockingApi, are_named: bool
+) -> None:
+    names = [f"x{number}" for number in range(40)]
+    for name in (*names, "a"):
+        api.enqueue(make_request(name))
+    served = [f"{BASE}-{name}" for name in (*names, "a")]
+    streams = worker_streams(connection, served=served)
+    seen = [
+        {
+            line.queue
+            for line in streams.look([], served if are_named else [], num_queues=5, num_requests=1)[0]
+        }
+        for _ in range(300)
+    ]
+    assert sum(QUEUE in queues for queues in seen) > 3
+    assert all(f"{BASE}-x0" in queues and len(queues) == 5 for queues in seen)
 
 
 def test_a_worker_of_one_adapter_finds_it_behind_more_queues_of_others_than_one_look_reads(

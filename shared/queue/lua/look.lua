@@ -121,14 +121,15 @@ end
 
 local function waits_since_ms(queue) return tonumber(redis.call('ZSCORE', waiting_key(base), queue) or nil) end
 
--- Reads queues in the given order, until `max_queues` of them had requests for this worker.
-local function look_at_some(queues)
-  local num_found = 0
+-- Reads queues in the given order, until `most` of them had requests for this worker; skips those read before. Returns
+-- how many are missing.
+local function look_at_some(queues, most)
   weights_of(queues)
   for _, queue in ipairs(queues) do
-    if num_found >= max_queues then return end
-    if reader.weights[queue] and not is_seen[queue] and look_at(queue) then num_found = num_found + 1 end
+    if most <= 0 then break end
+    if reader.weights[queue] and not is_seen[queue] and look_at(queue) then most = most - 1 end
   end
+  return most
 end
 
 -- Reads the queues of `near` (their adapters need no free slot); those where only batch waits come last.
@@ -140,24 +141,32 @@ local function look_near()
     if since_ms then table.insert(since_ms < BATCH_OFFSET_MS and waiting or only_batch, queue) end
   end
   for _, queue in ipairs(only_batch) do waiting[#waiting + 1] = queue end
-  look_at_some(waiting)
+  look_at_some(waiting, max_queues)
 end
 
--- Reads the queues of `others`, in the order in which their first requests were enqueued.
+-- The other queues are half those with the oldest first requests, and half drawn at random. If none were drawn, a few
+-- queues with thousands of old requests would hide all younger ones.
+local num_oldest = math.ceil(max_queues / 2)
+local num_drawn = max_queues - num_oldest
+local draw = tonumber(tenant_point, 16)
+
+-- Reads some of the queues of `others`.
 local function look_at_others()
-  local waiting, since_ms = {}, {}
+  local waiting, since_ms, drawn = {}, {}, {}
   for _, queue in ipairs(others) do
     since_ms[queue] = waits_since_ms(queue)
     if since_ms[queue] then waiting[#waiting + 1] = queue end
   end
   table.sort(waiting, function(one, other) return since_ms[one] < since_ms[other] end)
-  look_at_some(waiting)
+  look_at_some(waiting, num_oldest)
+  for i = 1, #waiting do drawn[i] = waiting[(draw + i) % #waiting + 1] end
+  look_at_some(drawn, num_drawn)
 end
 
--- Reads all other waiting queues of the base, oldest first request first. Each page is twice as large as the one
--- before, because the worker may serve only few of the waiting queues.
-local function look_further()
-  local num_left, page = max_queues, FIRST_PAGE
+-- Reads the oldest of all other waiting queues of the base. Each page is twice as large as the one before, because the
+-- worker may serve only few of the waiting queues.
+local function look_at_oldest()
+  local num_left, page = num_oldest, FIRST_PAGE
   for _ = 1, MAX_PAGES do
     local queues = redis.call('ZRANGE', waiting_key(base), rank, rank + page - 1)
     weights_of(queues)
@@ -183,12 +192,25 @@ local function look_further()
   end
 end
 
+-- Reads some of all other waiting queues of the base, from a random one on.
+local function look_at_drawn()
+  local num_waiting = redis.call('ZCARD', waiting_key(base))
+  if num_waiting == 0 or num_drawn == 0 then return end
+  local first, page = draw % num_waiting, FIRST_PAGE + max_queues
+  local num_left = look_at_some(redis.call('ZRANGE', waiting_key(base), first, first + page - 1), num_drawn)
+  if first + page > num_waiting then
+    look_at_some(redis.call('ZRANGE', waiting_key(base), 0, first + page - num_waiting - 1), num_left)
+  end
+end
+
 if redis.call('EXISTS', RQ .. ':suspended') == 1 then return { {}, -1, now_ms, unreadable } end
-if rank == 0 then look_near() end
+local is_first = rank == 0
+if is_first then look_near() end
 if #others > 0 then
   look_at_others()
   rank = -1
 else
-  look_further()
+  look_at_oldest()
+  if is_first then look_at_drawn() end
 end
 return { lines, rank, now_ms, unreadable }
