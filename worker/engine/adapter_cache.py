@@ -43,11 +43,10 @@ class AdapterCache(Generic[W]):
         num_slots: int,
         max_num_bytes: int,
         max_num_slot_bytes: int | None = None,
-        on_read: Callable[[], None] = lambda: None,
     ) -> None:
         """`max_num_slot_bytes` reduces `num_slots` to what fits if all adapters are as large as the largest.
 
-        `on_read` is called, in another thread, whenever `settle` has an adapter to take in.
+        None sets no such bound.
         """
         self._store = store
         self._executor = executor
@@ -56,7 +55,8 @@ class AdapterCache(Generic[W]):
         self._num_wanted_slots = num_slots
         self._num_known = 0
         self._largest_num_bytes = 0
-        self.on_read = on_read
+        self.on_read: Callable[[], None] = lambda: None
+        """Called in another thread whenever `settle` has an adapter to take in."""
         self._slots: OrderedDict[str, int] = OrderedDict()
         """Resident adapters and their slots, least recently used first."""
         self._loading: dict[str, float] = {}
