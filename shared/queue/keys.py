@@ -101,7 +101,11 @@ def drained(base: str, ten_seconds: int) -> str:
 
 
 def depth(base: str) -> str:
-    """string, number of waiting requests of a base, as of the last second. Kept by enqueue. 1 s."""
+    """string, number of waiting requests of a base.
+
+    enqueue counts them, then adds those that it enqueues; it does not subtract those that left since. Expires
+    1 s after the count.
+    """
     return f"{PREFIX}:depth:{base}"
 
 

@@ -19,8 +19,9 @@ end
 
 local depth_key = shared_key('string', OURS .. ':depth:' .. base)
 
--- The number of requests in all queues of the base. Counting reads every waiting queue, so the count is used again
--- for a second. Requests that leave meanwhile stay in it; if it reaches the limit, the queues are counted anew.
+-- Returns the number of requests in all queues of the base. A count reads every waiting queue, so it is used for a
+-- second, with new requests added. Requests that left since are still in it. If it reaches the limit, the queues are
+-- counted anew.
 local function total_depth(limit)
   local known = to_number(redis.call('GET', depth_key))
   if known and known < limit then return known end
