@@ -132,7 +132,7 @@ class LoraWorker(RqWorker):
         check_server(self.connection)
 
     def load_engine(self, settings: WorkerSettings, faults: Faults) -> Engine:
-        """Creates the engine. A subclass for another engine overrides this method."""
+        """Creates the engine: the one place that chooses which `Engine` this worker runs."""
         return build_engine(self.load_model(settings), settings, faults)
 
     def load_model(self, settings: WorkerSettings) -> Model:

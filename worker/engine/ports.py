@@ -1,7 +1,7 @@
 """The ports of the engine: what it needs of a model, and what the serving threads need of an engine.
 
 A second engine is a folder beside `worker.model` with a class that has the methods of `Engine`;
-`LoraWorker.load_engine` returns it, and nothing else changes. A second model has the methods of `Model`.
+`LoraWorker.load_engine` chooses it, and no other code changes. A second model has the methods of `Model`.
 """
 
 from collections.abc import Callable, Collection, Iterable

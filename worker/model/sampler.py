@@ -65,7 +65,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
 
 
 def _sampled(token_id: int) -> Sampled:
-    """The engine's record of a picked token; a logprob and alternatives would be added here."""
+    """The engine's record of a picked token, or the error of a row that has no usable logits."""
     if token_id == _UNUSABLE:
         return GenerationFailed("the model's logits are not finite")
     return SampledToken(token_id)
