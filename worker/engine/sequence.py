@@ -28,7 +28,7 @@ Sampled = SampledToken | LorelayError
 """The result of a step for a sequence: its token, or the error that left it without one."""
 
 
-class LogitWishes(NamedTuple):
+class LogitAdjustments(NamedTuple):
     """Changes that a sequence wants in its next logits, as plain data; `worker.model.logits` applies them."""
 
     banned: Collection[int] = ()
@@ -108,12 +108,12 @@ class Sequence:
         return self.num_output_tokens < self.sampling.min_tokens
 
     @property
-    def logit_wishes(self) -> LogitWishes | None:
+    def logit_adjustments(self) -> LogitAdjustments | None:
         """The changes that it wants in its next logits; None leaves them unchanged."""
         sampling = self.sampling
         if not (self.may_not_end or sampling.adjusts_logits):
             return None
-        return LogitWishes(
+        return LogitAdjustments(
             banned=self.eos_token_ids if self.may_not_end else (),
             bias=sampling.logit_bias,
             presence_penalty=sampling.presence_penalty,

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.sequence import LogitWishes
+from worker.engine.sequence import LogitAdjustments
 
 
-def adjust(logits: Tensor, wishes: Sequence[LogitWishes | None]) -> Tensor:
-    """`logits` (num_rows, vocab) with the wishes of each row; the same tensor if there are none."""
+def adjust(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Tensor:
+    """`logits` (num_rows, vocab) with the adjustments of each row; the same tensor if there are none."""
     changes = [
         (row, token_id, change)
-        for row, wish in enumerate(wishes)
-        if wish is not None
-        for token_id, change in _changes(wish).items()
+        for row, adjustment in enumerate(adjustments)
+        if adjustment is not None
+        for token_id, change in _changes(adjustment).items()
     ]
     if not changes:
         return logits
@@ -24,11 +24,11 @@ def adjust(logits: Tensor, wishes: Sequence[LogitWishes | None]) -> Tensor:
     return logits.index_put(tuple(index), logits.new_tensor(values), accumulate=True)
 
 
-def _changes(wish: LogitWishes) -> Mapping[int, float]:
+def _changes(adjustment: LogitAdjustments) -> Mapping[int, float]:
     """Token id to what is added to its logit; minus infinity bans the token."""
-    changes = dict(wish.bias)
-    if wish.presence_penalty or wish.frequency_penalty:
-        for token_id, count in Counter(wish.output_token_ids).items():
-            penalty = wish.presence_penalty + wish.frequency_penalty * count
+    changes = dict(adjustment.bias)
+    if adjustment.presence_penalty or adjustment.frequency_penalty:
+        for token_id, count in Counter(adjustment.output_token_ids).items():
+            penalty = adjustment.presence_penalty + adjustment.frequency_penalty * count
             changes[token_id] = changes.get(token_id, 0.0) - penalty
-    return changes | dict.fromkeys(wish.banned, float("-inf"))
+    return changes | dict.fromkeys(adjustment.banned, float("-inf"))

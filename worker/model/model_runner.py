@@ -70,4 +70,4 @@ class ModelRunner:
 
 
 def _sampling_row(seq: Sequence) -> SamplingRow:
-    return SamplingRow(seq.sampling, seq.index, seq.num_output_tokens, seq.logit_wishes)
+    return SamplingRow(seq.sampling, seq.index, seq.num_output_tokens, seq.logit_adjustments)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from shared.errors import GenerationFailed
 from shared.messages import SamplingParams
-from worker.engine.sequence import LogitWishes, Sampled, SampledToken
+from worker.engine.sequence import LogitAdjustments, Sampled, SampledToken
 from worker.model.logits import adjust
 
 MIN_TEMPERATURE = 1e-6
@@ -37,7 +37,7 @@ class SamplingRow(NamedTuple):
     """Index of the sequence within its request."""
     position: int
     """Number of output tokens before this one."""
-    wishes: LogitWishes | None = None
+    adjustments: LogitAdjustments | None = None
     """Changes of the logits; None leaves them as they are."""
 
 
@@ -48,7 +48,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
     """
     if not rows:
         return []
-    logits = adjust(logits, [row.wishes for row in rows])
+    logits = adjust(logits, [row.adjustments for row in rows])
     largest, tokens = logits.max(dim=-1)  # (num_rows,), NaN if the row has one
     drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0]
     plain = [n for n in drawn if not _filters(rows[n], logits)]

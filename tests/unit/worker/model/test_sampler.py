@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shared.messages import SamplingParams
-from worker.engine.sequence import LogitWishes, SampledToken
+from worker.engine.sequence import LogitAdjustments, SampledToken
 from worker.model import sampler
 from worker.model.sampler import SamplingRow, philox, uniforms
 
@@ -15,9 +15,9 @@ VOCAB = 300
 
 
 def row(
-    position: int = 0, choice: int = 0, wishes: LogitWishes | None = None, **params: float
+    position: int = 0, choice: int = 0, adjustments: LogitAdjustments | None = None, **params: float
 ) -> SamplingRow:
-    return SamplingRow(SamplingParams(**params), choice, position, wishes)  # type: ignore[arg-type]
+    return SamplingRow(SamplingParams(**params), choice, position, adjustments)  # type: ignore[arg-type]
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
@@ -121,9 +121,9 @@ def test_banned_tokens_are_not_picked() -> None:
     best = logits.argmax(dim=-1).tolist()
     runner_up = logits.topk(2).indices[:, 1].tolist()
     rows = [
-        row(temperature=0, wishes=LogitWishes(banned=(best[0],))),
+        row(temperature=0, adjustments=LogitAdjustments(banned=(best[0],))),
         row(temperature=0),
-        row(top_k=1, wishes=LogitWishes(banned=(best[2], 0))),
+        row(top_k=1, adjustments=LogitAdjustments(banned=(best[2], 0))),
     ]
     assert sample(logits, rows) == [runner_up[0], best[1], runner_up[2]]
 
@@ -132,30 +132,34 @@ def test_a_bias_makes_a_token_more_or_less_likely_but_does_not_lift_a_ban() -> N
     logits = random_logits(3)
     best = logits.argmax(dim=-1).tolist()
     runner_up = logits.topk(2).indices[:, 1].tolist()
-    wishes = [
-        LogitWishes(bias={7: 100.0}),
-        LogitWishes(bias={best[1]: -100.0}),
-        LogitWishes(bias={7: 100.0}, banned=(7,)),
+    adjustments = [
+        LogitAdjustments(bias={7: 100.0}),
+        LogitAdjustments(bias={best[1]: -100.0}),
+        LogitAdjustments(bias={7: 100.0}, banned=(7,)),
     ]
-    assert sample(logits, [row(temperature=0, wishes=wish) for wish in wishes]) == [7, runner_up[1], best[2]]
+    assert sample(logits, [row(temperature=0, adjustments=one) for one in adjustments]) == [
+        7,
+        runner_up[1],
+        best[2],
+    ]
 
 
 def test_penalties_count_the_tokens_of_the_output_so_far() -> None:
     logits = torch.tensor([[1.0, 0.9, 0.5, 0.0]]).expand(4, -1)
     output = (0, 0, 1, 2)
-    wishes = [
-        LogitWishes(presence_penalty=0.2),
-        LogitWishes(presence_penalty=1.1, output_token_ids=output),
-        LogitWishes(frequency_penalty=0.2, output_token_ids=output),
-        LogitWishes(frequency_penalty=-0.2, output_token_ids=output),
+    adjustments = [
+        LogitAdjustments(presence_penalty=0.2),
+        LogitAdjustments(presence_penalty=1.1, output_token_ids=output),
+        LogitAdjustments(frequency_penalty=0.2, output_token_ids=output),
+        LogitAdjustments(frequency_penalty=-0.2, output_token_ids=output),
     ]
-    assert sample(logits, [row(temperature=0, wishes=wish) for wish in wishes]) == [0, 3, 1, 0]
+    assert sample(logits, [row(temperature=0, adjustments=one) for one in adjustments]) == [0, 3, 1, 0]
 
 
 def test_the_callers_logits_stay_as_they_are() -> None:
     logits = random_logits(2)
     before = logits.clone()
-    sample(logits, [row(wishes=LogitWishes(banned=(1, 2))), row(top_k=3)])
+    sample(logits, [row(adjustments=LogitAdjustments(banned=(1, 2))), row(top_k=3)])
     assert torch.equal(logits, before)
 
 
