@@ -64,7 +64,7 @@ class QueryGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class StepLayout:
+class AttentionMetadata:
     """The places of one step's tokens: in the cache, and in their sequences."""
 
     cache_indices: Tensor
@@ -98,8 +98,8 @@ class AttentionState:
     kv_cache: PagedKVCache
     kernels: KernelState | None = None
     """None: PyTorch attends."""
-    layout: StepLayout | None = None
-    """The layout of the step that has begun."""
+    metadata: AttentionMetadata | None = None
+    """The metadata of the step that has begun."""
     calls: Counter[int] = field(default_factory=Counter)
     """Calls per layer, for the self-check."""
     windows: dict[int, int | None] = field(default_factory=dict)
@@ -111,12 +111,12 @@ class AttentionState:
         self.kv_cache.share_with(kernels)
         _register_fallback()
 
-    def begin_step(self, layout: StepLayout) -> None:
-        """Sets the layout of the next forward pass in this thread."""
-        self.layout = layout
+    def begin_step(self, metadata: AttentionMetadata) -> None:
+        """Sets the metadata of the next forward pass in this thread."""
+        self.metadata = metadata
         if self.kernels is not None:
             _step.state = self
-            self.kernels.begin_step(*layout.as_tensors())
+            self.kernels.begin_step(*metadata.as_tensors())
 
 
 _step = threading.local()
@@ -175,12 +175,12 @@ def _attend(
     state: AttentionState, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor:
     """The attention of one layer, group by group."""
-    layout = state.layout
-    assert layout is not None, "a forward pass without a layout"
+    metadata = state.metadata
+    assert metadata is not None, "a forward pass before `begin_step`"
     new = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys, values = state.kv_cache.write(layer, layout.cache_indices, *new)
+    keys, values = state.kv_cache.write(layer, metadata.cache_indices, *new)
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])  # (T, num_heads, head_dim)
-    for group in (*layout.chunks, *([layout.decodes] if layout.decodes else [])):
+    for group in (*metadata.chunks, *([metadata.decodes] if metadata.decodes else [])):
         output[group.rows] = _attend_group(query[0], keys, values, group, options)
     return output[None]
 

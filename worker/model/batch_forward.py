@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.sequence import Batch, ScheduledSequence
-from worker.model.attention import AttentionState, QueryGroup, StepLayout
+from worker.model.attention import AttentionMetadata, AttentionState, QueryGroup
 from worker.model.forward import Graph
 from worker.model.lora import BASE, LoraStack
 
@@ -45,7 +45,7 @@ class BatchForward:
             if end == len(seq.token_ids):
                 sampled_rows.append(len(token_ids) - 1)
         self._lora.set_rows(spans, sampled_rows)
-        self._state.begin_step(lay_out(batch, self._state.kv_cache.block_size, self._device))
+        self._state.begin_step(attention_metadata(batch, self._state.kv_cache.block_size, self._device))
         return self._forward(
             torch.tensor([token_ids], device=self._device),
             torch.tensor([positions], device=self._device),
@@ -53,7 +53,7 @@ class BatchForward:
         )
 
 
-def lay_out(batch: Batch, block_size: int, device: torch.device) -> StepLayout:
+def attention_metadata(batch: Batch, block_size: int, device: torch.device) -> AttentionMetadata:
     """The places of a batch's tokens in the cache, and the groups of them that attend together."""
     indices: list[int] = []
     decodes: list[tuple[int, ScheduledSequence]] = []
@@ -63,7 +63,7 @@ def lay_out(batch: Batch, block_size: int, device: torch.device) -> StepLayout:
         (decodes if item.num_tokens == 1 else chunks).append((first_row, item))
         for position in range(seq.num_computed_tokens, seq.num_computed_tokens + item.num_tokens):
             indices.append(seq.block_table[position // block_size] * block_size + position % block_size)
-    return StepLayout(
+    return AttentionMetadata(
         torch.tensor(indices, device=device),
         tuple(_group([chunk], block_size, device) for chunk in chunks),
         _group(decodes, block_size, device) if decodes else None,

@@ -51,8 +51,8 @@ class Job(msgspec.Struct, frozen=True):
     """The Linears that the kernels compute."""
     small_tensors: dict[str, list[float]]
     """Values of all other tensors of up to `SMALL` elements, which become part of the graph."""
-    layouts: dict[str, str]
-    """The `layout` of all other tensors."""
+    tensor_specs: dict[str, str]
+    """The `tensor_spec` of all other tensors."""
     output: str
     """The graph's future folder. Its parent exists, it does not."""
 
@@ -115,7 +115,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def layout(tensor: Tensor) -> str:
+def tensor_spec(tensor: Tensor) -> str:
     """The properties of a tensor that are fixed in a graph."""
     return f"{tensor.dtype} {list(tensor.shape)}"
 
@@ -143,8 +143,10 @@ def _load_without_weights(job: Job) -> nn.Module:
     # The export needs tensors on the CPU. The values of large ones do not matter: the graph has none of them.
     model.to_empty(device="cpu")
     for name, tensor in tensors(model).items():
-        if job.layouts.get(name, layout(tensor)) != layout(tensor):
-            raise SystemExit(f"{name} is {job.layouts[name]}, and {layout(tensor)} by the model's config")
+        if job.tensor_specs.get(name, tensor_spec(tensor)) != tensor_spec(tensor):
+            raise SystemExit(
+                f"{name} is {job.tensor_specs[name]}, and {tensor_spec(tensor)} by the model's config"
+            )
         if name in job.small_tensors:
             tensor.copy_(torch.tensor(job.small_tensors[name]).view_as(tensor))
     return model.eval()

@@ -173,12 +173,12 @@ def describe_job(folder: Path, model: Any, products: Sequence[Product], *, trust
     small = {
         name: tensor.flatten().tolist() for name, tensor in others.items() if 0 < tensor.numel() <= SMALL
     }
-    layouts = {name: compile_graph.layout(tensor) for name, tensor in others.items()}
+    tensor_specs = {name: compile_graph.tensor_spec(tensor) for name, tensor in others.items()}
     sources = [Path(str(module.__file__)) for module in (attention, compile_graph, native, products_module)]
     sources += [folder / "config.json", *sorted(folder.glob("*.py"))]
-    parts = (native.fingerprint(), transformers.__version__, dtype, list(products), small, layouts)
+    parts = (native.fingerprint(), transformers.__version__, dtype, list(products), small, tensor_specs)
     digest = hashlib.sha256(repr(parts).encode())
     for source in sources:
         digest.update(source.read_bytes())
     output = build_cache.cache_folder() / f"graph-{digest.hexdigest()[:16]}"
-    return Job(str(folder), dtype, trust_remote_code, list(products), small, layouts, str(output))
+    return Job(str(folder), dtype, trust_remote_code, list(products), small, tensor_specs, str(output))

@@ -10,7 +10,7 @@ from shared.messages import SamplingParams
 from tests.compiled import WITH_AND_WITHOUT_KERNELS, need_kernels
 from worker.engine.sequence import ScheduledSequence, Sequence
 from worker.model.attention import AttentionState, attach, paged_attention
-from worker.model.batch_forward import lay_out
+from worker.model.batch_forward import attention_metadata
 from worker.model.kernels import native
 from worker.model.kernels.native import AttentionOptions
 from worker.model.kv_cache import PagedKVCache
@@ -94,7 +94,7 @@ def run_paged(
             torch.cat([inputs[n][kind][:, span] for (n, _), span in zip(step, spans, strict=True)], dim=1)
             for kind in range(3)
         ]
-        state.begin_step(lay_out(batch, BLOCK_SIZE, torch.device("cpu")))
+        state.begin_step(attention_metadata(batch, BLOCK_SIZE, torch.device("cpu")))
         output, _ = paged_attention(layer, *(part[None] for part in parts), None, **options)
         pieces = output[0].split([count for _, count in step])
         for (n, count), piece in zip(step, pieces, strict=True):

@@ -145,7 +145,9 @@ def test_loading_a_graph_leaves_nothing_in_the_temporary_folder(compiled: Loaded
 
 def test_a_tensor_of_another_precision_than_the_config_says_is_not_compiled(job: Job) -> None:
     name = "model.norm.weight"
-    (reason,) = build(msgspec.structs.replace(job, layouts=job.layouts | {name: "torch.int8 [48]"})).reasons
+    (reason,) = build(
+        msgspec.structs.replace(job, tensor_specs=job.tensor_specs | {name: "torch.int8 [48]"})
+    ).reasons
     assert f"{name} is torch.int8" in reason
 
 

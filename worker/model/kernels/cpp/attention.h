@@ -59,21 +59,21 @@ inline Tensor with_dense_entries(const Tensor& tensor) {
 // Stores all keys and values, and attends from all queries. query (num_heads, T, head_dim), key and value
 // (num_kv_heads, T, head_dim); the output is (T, num_heads, value_dim).
 inline Tensor paged_attention(const Tensor& any_query, const Tensor& key, const Tensor& value, Tensor keys,
-                              Tensor values, const StepLayout& layout, double scaling, int64_t window) {
+                              Tensor values, const AttentionMetadata& metadata, double scaling, int64_t window) {
   TORCH_CHECK(keys.is_contiguous() && values.is_contiguous(), "the cache must be contiguous");
   const Tensor query = with_dense_entries(any_query);
   const Sizes sizes{query.size(0), keys.size(2), query.size(2),   values.size(3),
                     keys.size(1),  window,       query.stride(0), query.stride(1)};
   Tensor output = at::empty({query.size(1), query.size(0), sizes.value_dim}, query.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), "paged_attention", [&] {
-    write<scalar_t>(with_dense_entries(key), layout.cache_indices.const_data_ptr<int64_t>(), keys);
-    write<scalar_t>(with_dense_entries(value), layout.cache_indices.const_data_ptr<int64_t>(), values);
+    write<scalar_t>(with_dense_entries(key), metadata.cache_indices.const_data_ptr<int64_t>(), keys);
+    write<scalar_t>(with_dense_entries(value), metadata.cache_indices.const_data_ptr<int64_t>(), values);
     const bool is_square = sizes.head_dim == sizes.value_dim;
     const auto attend_decodes_of = is_square && sizes.head_dim == 64    ? attend_decodes<scalar_t, 64>
                                    : is_square && sizes.head_dim == 128 ? attend_decodes<scalar_t, 128>
                                                                         : attend_decodes<scalar_t, 0>;
-    attend_decodes_of(query, keys, values, layout, scaling, sizes, output);
-    attend_chunks<scalar_t>(query, keys, values, layout, scaling, sizes, output);
+    attend_decodes_of(query, keys, values, metadata, scaling, sizes, output);
+    attend_chunks<scalar_t>(query, keys, values, metadata, scaling, sizes, output);
   });
   return output;
 }

@@ -210,14 +210,14 @@ struct ChunkTask {
   const int64_t* table;
 };
 
-inline std::vector<ChunkTask> divide(const StepLayout& layout, const Sizes& sizes, int64_t num_rows) {
-  const auto chunk = layout.chunks.accessor<int64_t, 2>();
+inline std::vector<ChunkTask> divide(const AttentionMetadata& metadata, const Sizes& sizes, int64_t num_rows) {
+  const auto chunk = metadata.chunks.accessor<int64_t, 2>();
   std::vector<ChunkTask> tasks;
   for (int64_t n = 0; n < chunk.size(0); ++n) {
     for (int64_t row = 0; row < chunk[n][1]; row += num_rows) {
       for (int64_t head = 0; head < sizes.num_kv_heads; ++head) {
         tasks.push_back({chunk[n][0] + row, std::min(num_rows, chunk[n][1] - row), chunk[n][2] + row, head,
-                         layout.chunk_tables[n].const_data_ptr<int64_t>()});
+                         metadata.chunk_tables[n].const_data_ptr<int64_t>()});
       }
     }
   }
@@ -225,7 +225,7 @@ inline std::vector<ChunkTask> divide(const StepLayout& layout, const Sizes& size
 }
 
 template <typename T>
-void attend_chunks(const Tensor& query, const Tensor& keys, const Tensor& values, const StepLayout& layout,
+void attend_chunks(const Tensor& query, const Tensor& keys, const Tensor& values, const AttentionMetadata& metadata,
                    double scaling, const Sizes& sizes, const Tensor& output) {
   using Acc = at::opmath_type<T>;
   const T* queries = query.const_data_ptr<T>();
@@ -234,7 +234,7 @@ void attend_chunks(const Tensor& query, const Tensor& keys, const Tensor& values
   T* outputs = output.mutable_data_ptr<T>();
   const int64_t group = sizes.num_heads / sizes.num_kv_heads;
   const int64_t max_num_rows = std::max<int64_t>(1, TYPICAL_COLUMNS / group);
-  const std::vector<ChunkTask> tasks = divide(layout, sizes, max_num_rows);
+  const std::vector<ChunkTask> tasks = divide(metadata, sizes, max_num_rows);
   // Each thread takes the next task, the longest first. With fixed shares, one busy core would delay all.
   std::atomic<int64_t> num_left = tasks.size();
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks.size()), 1, [&](int64_t, int64_t) {

@@ -119,25 +119,25 @@ void attend(const T* query, const T* keys, const T* values, const int64_t* table
 }
 
 template <typename T, int64_t DIM>
-void attend_decodes(const Tensor& query, const Tensor& keys, const Tensor& values, const StepLayout& layout,
+void attend_decodes(const Tensor& query, const Tensor& keys, const Tensor& values, const AttentionMetadata& metadata,
                     double scaling, const Sizes& sizes, const Tensor& output) {
   using Acc = at::opmath_type<T>;
   const T* queries = query.const_data_ptr<T>();
   const T* key_data = keys.const_data_ptr<T>();
   const T* value_data = values.const_data_ptr<T>();
-  const int64_t* row_data = layout.rows.const_data_ptr<int64_t>();
-  const int64_t* table_data = layout.tables.const_data_ptr<int64_t>();
-  const int64_t* position_data = layout.positions.const_data_ptr<int64_t>();
+  const int64_t* row_data = metadata.rows.const_data_ptr<int64_t>();
+  const int64_t* table_data = metadata.tables.const_data_ptr<int64_t>();
+  const int64_t* position_data = metadata.positions.const_data_ptr<int64_t>();
   T* outputs = output.mutable_data_ptr<T>();
   const int64_t group = sizes.num_heads / sizes.num_kv_heads;
-  at::parallel_for(0, layout.tables.size(0) * sizes.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, metadata.tables.size(0) * sizes.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<Acc> buffer;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / sizes.num_kv_heads, kv_head = task % sizes.num_kv_heads, row = row_data[n];
       attend<T, Acc, DIM>(
           queries + kv_head * group * sizes.query_head_stride + row * sizes.query_row_stride,
           key_data + kv_head * sizes.head_dim, value_data + kv_head * sizes.value_dim,
-          table_data + n * layout.tables.stride(0), position_data[n], static_cast<Acc>(scaling), sizes, buffer,
+          table_data + n * metadata.tables.stride(0), position_data[n], static_cast<Acc>(scaling), sizes, buffer,
           outputs + (row * sizes.num_heads + kv_head * group) * sizes.value_dim);
     }
   });

@@ -44,7 +44,7 @@ struct KernelState : torch::CustomClassHolder {
   std::vector<Adapters> adapters;  // indexed by the number of the Linear
   std::vector<std::pair<Tensor, Tensor>> caches;
   AdapterRows token_rows, sampled_rows;
-  StepLayout layout;
+  AttentionMetadata metadata;
 
   void set_linears(int64_t number, std::vector<int64_t> sizes, Tensor weight, std::optional<Tensor> bias,
                    bool is_packed, bool sees_sampled_rows) {
@@ -72,7 +72,7 @@ thread_local c10::weak_intrusive_ptr<KernelState> current{c10::intrusive_ptr<Ker
 
 void begin_step(const c10::intrusive_ptr<KernelState>& state, Tensor cache_indices, Tensor rows,
                 Tensor tables, Tensor positions, Tensor chunks, std::vector<Tensor> chunk_tables) {
-  state->layout = {std::move(cache_indices), std::move(rows),   std::move(tables),
+  state->metadata = {std::move(cache_indices), std::move(rows),   std::move(tables),
                    std::move(positions),     std::move(chunks), std::move(chunk_tables)};
   current = c10::weak_intrusive_ptr<KernelState>(state);
 }
@@ -141,7 +141,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, co
     return attend.call(query, key, value, sinks, layer, scaling, window, softcap);
   }
   const auto& [keys, values] = state->caches[layer];
-  return paged_attention(query[0], key[0], value[0], keys, values, state->layout, scaling, window.value_or(0))
+  return paged_attention(query[0], key[0], value[0], keys, values, state->metadata, scaling, window.value_or(0))
       .unsqueeze(0);
 }
 

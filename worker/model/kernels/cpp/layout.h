@@ -9,7 +9,7 @@ namespace lorelay {
 
 using at::Tensor;
 
-struct StepLayout {
+struct AttentionMetadata {
   Tensor cache_indices;            // (T,): the places of all rows' keys and values in the cache
   Tensor rows, tables, positions;  // the rows that decode: (n,), block tables (n, m), (n,)
   Tensor chunks;                   // (k, 3), all other rows: first row, number of rows, first position
