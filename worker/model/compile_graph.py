@@ -23,7 +23,7 @@ from worker.model import attention
 from worker.model.attention import AttentionState
 from worker.model.kernels import native
 from worker.model.kernels.build_cache import SCRATCH_PREFIX
-from worker.model.kernels.products import Product, call_kernel
+from worker.model.kernels.products import FusedLinears, call_kernel
 from worker.model.kernels.threads import COMPILER
 from worker.model.kv_cache import PagedKVCache
 
@@ -47,7 +47,7 @@ class Job(msgspec.Struct, frozen=True):
     """The model's folder, of which only the config is read."""
     dtype: str
     trust_remote_code: bool
-    products: list[Product]
+    fused_linears: list[FusedLinears]
     """The Linears that the kernels compute."""
     small_tensors: dict[str, list[float]]
     """Values of all other tensors of up to `SMALL` elements, which become part of the graph."""
@@ -132,9 +132,9 @@ def _load_without_weights(job: Job) -> nn.Module:
             attn_implementation=attention.NAME,
             trust_remote_code=job.trust_remote_code,
         )
-    for product in job.products:
-        linears: list[Any] = [model.get_submodule(name) for name in product.names]
-        call_kernel(linears, product)
+    for fused in job.fused_linears:
+        linears: list[Any] = [model.get_submodule(name) for name in fused.names]
+        call_kernel(linears, fused)
         for linear in linears:
             linear.weight = linear.bias = None
     state = AttentionState(PagedKVCache(0, 1))

@@ -25,7 +25,7 @@ from worker.model.compile_graph import SMALL, Job
 from worker.model.forward import Graph
 from worker.model.kernels import build_cache, native
 from worker.model.kernels import products as products_module
-from worker.model.kernels.products import Product
+from worker.model.kernels.products import FusedLinears
 
 logger = logging.getLogger(__name__)
 
@@ -158,13 +158,15 @@ def _try_to_lock(file: IO[str]) -> bool:
     return True
 
 
-def describe_job(folder: Path, model: Any, products: Sequence[Product], *, trust_remote_code: bool) -> Job:
-    """The job that compiles the model in `folder`, loaded as `model`; the kernels compute its `products`.
+def describe_job(
+    folder: Path, model: Any, fused_linears: Sequence[FusedLinears], *, trust_remote_code: bool
+) -> Job:
+    """The job that compiles the model in `folder`, loaded as `model`; the kernels compute its `fused_linears`.
 
     The name of its output is a digest of everything that the graph depends on.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    names = {name for product in products for name in product.names}
+    names = {name for fused in fused_linears for name in fused.names}
     others = {
         name: tensor
         for name, tensor in compile_graph.tensors(model).items()
@@ -176,9 +178,9 @@ def describe_job(folder: Path, model: Any, products: Sequence[Product], *, trust
     tensor_specs = {name: compile_graph.tensor_spec(tensor) for name, tensor in others.items()}
     sources = [Path(str(module.__file__)) for module in (attention, compile_graph, native, products_module)]
     sources += [folder / "config.json", *sorted(folder.glob("*.py"))]
-    parts = (native.fingerprint(), transformers.__version__, dtype, list(products), small, tensor_specs)
+    parts = (native.fingerprint(), transformers.__version__, dtype, list(fused_linears), small, tensor_specs)
     digest = hashlib.sha256(repr(parts).encode())
     for source in sources:
         digest.update(source.read_bytes())
     output = build_cache.cache_folder() / f"graph-{digest.hexdigest()[:16]}"
-    return Job(str(folder), dtype, trust_remote_code, list(products), small, tensor_specs, str(output))
+    return Job(str(folder), dtype, trust_remote_code, list(fused_linears), small, tensor_specs, str(output))

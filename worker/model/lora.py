@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from shared.errors import AdapterError
 from worker.model.adapter_files import LoadedAdapter
 from worker.model.kernels.native import KernelState
-from worker.model.kernels.products import Product
+from worker.model.kernels.products import FusedLinears
 
 BASE = -1
 """The slot of rows without an adapter."""
 MIN_LONG_ROWS = 256
-"""Rows of one sequence from which products of their own pay off; they are hundreds of further calls per
+"""Rows of one sequence from which matmuls of their own pay off; they are hundreds of further calls per
 step."""
 
 
@@ -119,7 +119,7 @@ class LoraLayer:
     def __init__(
         self, linear: nn.Linear, number: int, dtype: torch.dtype, kernels: KernelState | None
     ) -> None:
-        """`number`: the Linear's, as `products.Product` counts."""
+        """`number`: the Linear's, as `FusedLinears.numbers` counts."""
         device = linear.weight.device
         self.rows: StepRows | None = None
         """Set before each forward pass without kernels; None if no row has an adapter."""
@@ -235,15 +235,15 @@ class LoraStack:
     def __init__(
         self,
         model: nn.Module,
-        products: Sequence[Product],
+        fused_linears: Sequence[FusedLinears],
         dtype: torch.dtype,
         kernels: KernelState | None = None,
     ) -> None:
-        """Adapters may change the Linears in `products`; `kernels` are those that compute them, if any."""
+        """Adapters may change the Linears in `fused_linears`; `kernels` are those that compute them, if any."""
         self._kernels = kernels
-        self._numbers = {name: number for product in products for name, number in product.numbers.items()}
+        self._numbers = {name: number for fused in fused_linears for name, number in fused.numbers.items()}
         self._linears = {name: _linear(model, name) for name in self._numbers}
-        self._heads = {name for product in products if product.sees_sampled_rows for name in product.names}
+        self._heads = {name for fused in fused_linears if fused.sees_sampled_rows for name in fused.names}
         devices = (linear.weight.device for linear in self._linears.values())
         self._device = next(devices, torch.device("cpu"))
         self._dtype = dtype

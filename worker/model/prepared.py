@@ -15,7 +15,7 @@ from worker.model.attention import AttentionState, attach
 from worker.model.batch_forward import BatchForward
 from worker.model.forward import EagerForward
 from worker.model.kernels.native import KernelState
-from worker.model.kernels.products import Product, replace_product
+from worker.model.kernels.products import FusedLinears, fuse
 from worker.model.kv_cache import PagedKVCache
 from worker.model.lora import LoraStack
 from worker.model.self_check import SelfCheck, num_blocks_needed
@@ -28,7 +28,7 @@ class PreparedModel:
     """A model that passed the self-check, with its KV cache and its slots for adapters."""
 
     model: Any
-    products: Sequence[Product]
+    fused_linears: Sequence[FusedLinears]
     state: AttentionState
     lora: LoraStack
     max_model_len: int
@@ -41,7 +41,7 @@ class PreparedModel:
 
 
 def prepare(model: Any, settings: WorkerSettings, kernels: KernelState | None) -> PreparedModel:
-    """Prepares a model of `loading.load_model`; `kernels` compute its products and attention, if given.
+    """Prepares a model of `loading.load_model`; `kernels` compute its Linears and attention, if given.
 
     Raises:
         ConfigurationError: the model can't be served, or its cache doesn't fit.
@@ -49,11 +49,13 @@ def prepare(model: Any, settings: WorkerSettings, kernels: KernelState | None) -
     state = AttentionState(PagedKVCache(num_blocks_needed(settings.block_size), settings.block_size))
     attach(model, state)
     check = SelfCheck(model, state, settings.block_size, settings.model)
-    products = check.run(_without_adapters(model, state, LoraStack(model, [], model.dtype))).products(model)
-    lora = LoraStack(model, products, model.dtype, kernels)
+    fused_linears = check.run(
+        _without_adapters(model, state, LoraStack(model, [], model.dtype))
+    ).fusable_linears(model)
+    lora = LoraStack(model, fused_linears, model.dtype, kernels)
     if kernels is not None:
         state.use(kernels)
-    _replace_products(model, products, kernels)
+    _fuse_all(model, fused_linears, kernels)
     check.run_again(_without_adapters(model, state, lora))
     max_model_len = loading.max_model_len(model.config, settings.session_len)
     num_blocks = memory.num_cache_blocks(
@@ -64,7 +66,7 @@ def prepare(model: Any, settings: WorkerSettings, kernels: KernelState | None) -
     )
     state.kv_cache.resize(num_blocks)
     _log_cache(state.kv_cache, max_model_len)
-    return PreparedModel(model, products, state, lora, max_model_len)
+    return PreparedModel(model, fused_linears, state, lora, max_model_len)
 
 
 def _without_adapters(model: Any, state: AttentionState, lora: LoraStack) -> BatchForward:
@@ -74,17 +76,17 @@ def _without_adapters(model: Any, state: AttentionState, lora: LoraStack) -> Bat
     return BatchForward(EagerForward(model), state, lora, model.device, refuse)
 
 
-def _replace_products(model: Any, products: Sequence[Product], kernels: KernelState | None) -> None:
+def _fuse_all(model: Any, fused_linears: Sequence[FusedLinears], kernels: KernelState | None) -> None:
     num_packed = 0
-    for product in products:
-        linears = [model.get_submodule(name) for name in product.names]
-        num_packed += replace_product(linears, product, kernels)
+    for fused in fused_linears:
+        linears = [model.get_submodule(name) for name in fused.names]
+        num_packed += fuse(linears, fused, kernels)
     logger.info(
-        "forward pass: %s, %s; %d Linears in %d products",
+        "forward pass: %s, %s; %d Linears in %d matmuls",
         model.dtype,
         "packed for oneDNN" if num_packed else "plain weights",
-        sum(len(product.names) for product in products),
-        len(products),
+        sum(len(fused.names) for fused in fused_linears),
+        len(fused_linears),
         extra=fields("load_model"),
     )
 

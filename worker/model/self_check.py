@@ -18,7 +18,7 @@ from shared.errors import ConfigurationError
 from shared.messages import SamplingParams
 from worker.engine.sequence import Batch, ScheduledSequence, Sequence
 from worker.model.attention import NAME, AttentionState
-from worker.model.kernels.products import Product, number_products
+from worker.model.kernels.products import FusedLinears, number_linears
 from worker.model.lora import linears
 
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
@@ -57,12 +57,12 @@ class LinearCalls:
     neighbours: set[tuple[str, str]] | None = None
     """Pairs that every step called one after the other with the same rows; None before the first step."""
 
-    def products(self, model: nn.Module) -> list[Product]:
+    def fusable_linears(self, model: nn.Module) -> list[FusedLinears]:
         """The products to which the model's Linears can be joined; Linears with other rows are left out."""
         modules = linears(model)
         tokens = {name: module for name, module in modules.items() if self.see_tokens.get(name)}
         heads = [name for name in modules if name not in tokens and self.see_sampled.get(name)]
-        return number_products(self._group(tokens), heads)
+        return number_linears(self._group(tokens), heads)
 
     def _group(self, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
         """The names of `layers` in their order; neighbours that one product can compute share a group."""

@@ -73,7 +73,7 @@ def _make_kernels(device: torch.device, compile_setting: str) -> bool:
 
 def _compile(folder: Path, prepared: PreparedModel, settings: WorkerSettings) -> Forward:
     job = describe_job(
-        folder, prepared.model, prepared.products, trust_remote_code=settings.trust_remote_code
+        folder, prepared.model, prepared.fused_linears, trust_remote_code=settings.trust_remote_code
     )
     return CompiledForward(EagerForward(prepared.model), GraphBuilder(prepared.model, job))
 

@@ -56,7 +56,7 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
 class KernelState(Protocol):
     """Weights, adapters, KV cache and layout of the step: the kernels' inputs beside their arguments.
 
-    Each model has its own state. Linears go by the numbers of `products.Product`.
+    Each model has its own state. Linears go by the numbers of `products.FusedLinears`.
     """
 
     def set_linears(

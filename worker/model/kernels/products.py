@@ -20,7 +20,7 @@ _TYPICAL_NUM_ROWS = 16
 """Number of rows that the packed layout is chosen for; a product may have any number."""
 
 
-class Product(msgspec.Struct, frozen=True):
+class FusedLinears(msgspec.Struct, frozen=True):
     """Linears that one product computes."""
 
     first_number: int
@@ -37,14 +37,14 @@ class Product(msgspec.Struct, frozen=True):
         return {name: self.first_number + place for place, name in enumerate(self.names)}
 
 
-def number_products(groups: Iterable[Sequence[str]], head_names: Iterable[str]) -> list[Product]:
+def number_linears(groups: Iterable[Sequence[str]], head_names: Iterable[str]) -> list[FusedLinears]:
     """Numbers the Linears: first `groups`, which see a row per token, then the heads."""
-    products: list[Product] = []
+    numbered: list[FusedLinears] = []
     number = 0
     for names, is_head in (*((group, False) for group in groups), *(([name], True) for name in head_names)):
-        products.append(Product(number, list(names), is_head))
+        numbered.append(FusedLinears(number, list(names), is_head))
         number += len(names)
-    return products
+    return numbered
 
 
 def can_pack(linear: nn.Linear) -> bool:
@@ -64,10 +64,8 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def replace_product(
-    linears: Sequence[nn.Linear], product: Product, kernels: KernelState | None = None
-) -> bool:
-    """Makes `linears`, those that `product` names, one product. Returns whether its weights are packed.
+def fuse(linears: Sequence[nn.Linear], fused: FusedLinears, kernels: KernelState | None = None) -> bool:
+    """Makes `linears`, those that `fused` names, one product. Returns whether its weights are packed.
 
     All of them have a bias, or none. With `kernels`, the C++ kernel computes the product. Packed Linears lose
     their own `weight`, to save its memory. Heads keep theirs: an adapter that targets the head may bring a
@@ -80,21 +78,21 @@ def replace_product(
     used = pack(weight) if is_packed else weight
     if kernels is not None:
         sizes = [linear.out_features for linear in linears]
-        kernels.set_linears(product.first_number, sizes, used, bias, is_packed, product.sees_sampled_rows)
-        call_kernel(linears, product)
+        kernels.set_linears(fused.first_number, sizes, used, bias, is_packed, fused.sees_sampled_rows)
+        call_kernel(linears, fused)
     elif is_packed or len(linears) > 1:
         multiply = _multiply_packed if is_packed else _multiply
         _share(linears, partial(multiply, used, bias))
-    if is_packed and not product.sees_sampled_rows:
+    if is_packed and not fused.sees_sampled_rows:
         for linear in linears:
             linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
     return is_packed
 
 
-def call_kernel(linears: Sequence[nn.Linear], product: Product) -> None:
+def call_kernel(linears: Sequence[nn.Linear], fused: FusedLinears) -> None:
     """Makes `linears` call the C++ kernel, which has their weights."""
     num_outputs = sum(linear.out_features for linear in linears)
-    _share(linears, partial(native.linear, product.first_number, num_outputs))
+    _share(linears, partial(native.linear, fused.first_number, num_outputs))
 
 
 def _join(parameters: Sequence[Tensor]) -> Tensor:
@@ -123,12 +121,12 @@ def _share(linears: Sequence[nn.Linear], multiply: Callable[[Tensor], Tensor]) -
     if len(linears) == 1:
         linears[0].forward = multiply  # type: ignore[method-assign, assignment]
         return
-    shared = _SharedProduct(multiply, [linear.out_features for linear in linears])
+    shared = _SharedMatmul(multiply, [linear.out_features for linear in linears])
     for place, linear in enumerate(linears):
         linear.forward = partial(shared.take, place)  # type: ignore[method-assign]
 
 
-class _SharedProduct:
+class _SharedMatmul:
     """The product of several Linears, computed when the model calls the first of them."""
 
     def __init__(self, multiply: Callable[[Tensor], Tensor], sizes: list[int]) -> None:

@@ -14,7 +14,7 @@ from tests.tiny_models import build_adapter, build_model, change_json
 from worker.engine.served_models import ServedModels
 from worker.model.adapter_files import CONFIG_FILE, WEIGHT_FILES, LoadedAdapter, load_adapter
 from worker.model.adapter_store import AdapterStore
-from worker.model.kernels.products import number_products
+from worker.model.kernels.products import number_linears
 from worker.model.lora import LoraStack, SlotWeights, linears
 
 
@@ -36,7 +36,7 @@ def model(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def stack(model: Any) -> CrampedStack:
-    return CrampedStack(model, number_products([[name] for name in linears(model)], []), model.dtype)
+    return CrampedStack(model, number_linears([[name] for name in linears(model)], []), model.dtype)
 
 
 @pytest.fixture

@@ -80,8 +80,10 @@ def loaded(tmp_path: Path) -> Loaded:
     folder = build_model(tmp_path / "model", "llama")
     settings = WorkerSettings(model=str(folder), device="cpu", dtype="float64")
     model, kernels = load_with_kernels(folder, settings, torch.device("cpu"))
-    products = prepare(model, settings, kernels).products
-    return Loaded(folder, settings, model, describe_job(folder, model, products, trust_remote_code=False))
+    fused_linears = prepare(model, settings, kernels).fused_linears
+    return Loaded(
+        folder, settings, model, describe_job(folder, model, fused_linears, trust_remote_code=False)
+    )
 
 
 @pytest.fixture

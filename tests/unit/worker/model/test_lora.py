@@ -22,7 +22,7 @@ from worker.model import lora
 from worker.model.adapter_files import WEIGHT_FILES, LayerWeights, LoadedAdapter, load_adapter
 from worker.model.adapter_store import AdapterStore
 from worker.model.kernels import native
-from worker.model.kernels.products import number_products, replace_product
+from worker.model.kernels.products import fuse, number_linears
 from worker.model.lora import BASE, LoraStack
 
 torch.set_num_threads(1)
@@ -58,8 +58,8 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 
 def refusal(folder: Path | str, model: Any) -> str:
-    products = number_products([[name] for name in lora.linears(model)], [])
-    store = AdapterStore(model, "", LoraStack(model, products, model.dtype), served_models())
+    fused_linears = number_linears([[name] for name in lora.linears(model)], [])
+    store = AdapterStore(model, "", LoraStack(model, fused_linears, model.dtype), served_models())
     with pytest.raises(AdapterError) as caught:
         store.register("mine", str(folder))
     message = caught.value.message
@@ -282,7 +282,7 @@ def make_adapter(rank: int, seed: int, layer: str = "one", scaling: float = 0.5)
     return LoadedAdapter("path", "version", {layer: LayerWeights(a, b, scaling)})
 
 
-PRODUCTS = number_products([["one"]], ["head"])
+FUSED = number_linears([["one"]], ["head"])
 
 
 class Stacked:
@@ -292,10 +292,10 @@ class Stacked:
         if has_kernels:
             need_kernels()
             self.kernels = native.new_state()
-            for linear, product in zip((self.one, self.head), PRODUCTS, strict=True):
-                replace_product([linear], product, self.kernels)
+            for linear, fused in zip((self.one, self.head), FUSED, strict=True):
+                fuse([linear], fused, self.kernels)
         model = nn.ModuleDict({"one": self.one, "head": self.head})
-        self.stack = LoraStack(model, PRODUCTS, torch.float64, self.kernels)
+        self.stack = LoraStack(model, FUSED, torch.float64, self.kernels)
         self.x = torch.randn(1, 7, 6, dtype=torch.float64)
 
     def put(self, slot: int, adapter: LoadedAdapter) -> None:
@@ -423,7 +423,7 @@ def test_an_adapter_that_overflows_spoils_no_other_row(has_kernels: bool) -> Non
 
 def test_weights_that_overflow_the_models_precision_are_refused() -> None:
     model = nn.ModuleDict({"one": nn.Linear(6, 5, dtype=torch.float16)})
-    stack = LoraStack(model, number_products([["one"]], []), torch.float16)
+    stack = LoraStack(model, number_linears([["one"]], []), torch.float16)
     with pytest.raises(AdapterError, match=r"one\.lora_B overflows torch\.float16"):
         stack.prepare("a", make_adapter(2, 0, scaling=1e6))
 

@@ -20,7 +20,7 @@
 namespace lorelay {
 namespace {
 
-struct Product {  // of Linears that are called with the same rows
+struct FusedLinears {  // Linears that read the same rows and are computed as one matmul
   std::vector<int64_t> sizes;  // each Linear's number of outputs
   Tensor weight;
   std::optional<Tensor> bias;
@@ -40,8 +40,8 @@ struct AdapterRows {
 // The kernels' inputs beside their arguments. They are not inputs of a graph, so that a graph compiled once serves any
 // adapters and sequences.
 struct KernelState : torch::CustomClassHolder {
-  std::vector<Product> products;   // indexed by the number of their first Linear
-  std::vector<Adapters> adapters;  // indexed by the number of the Linear
+  std::vector<FusedLinears> fused;  // indexed by the number of their first Linear
+  std::vector<Adapters> adapters;   // indexed by the number of the Linear
   std::vector<std::pair<Tensor, Tensor>> caches;
   AdapterRows token_rows, sampled_rows;
   AttentionMetadata metadata;
@@ -49,8 +49,8 @@ struct KernelState : torch::CustomClassHolder {
   void set_linears(int64_t number, std::vector<int64_t> sizes, Tensor weight, std::optional<Tensor> bias,
                    bool is_packed, bool sees_sampled_rows) {
     const size_t end = std::max<size_t>(adapters.size(), number + sizes.size());
-    products.resize(end), adapters.resize(end);
-    products[number] = {std::move(sizes), std::move(weight), std::move(bias), is_packed, sees_sampled_rows};
+    fused.resize(end), adapters.resize(end);
+    fused[number] = {std::move(sizes), std::move(weight), std::move(bias), is_packed, sees_sampled_rows};
   }
 
   void set_adapters(int64_t number, Tensor a, Tensor b, Tensor ranks) {
@@ -83,14 +83,14 @@ c10::intrusive_ptr<KernelState> current_state() {
   return state;
 }
 
-Tensor multiply_packed(const Tensor& rows, const Product& linears) {
+Tensor multiply_packed(const Tensor& rows, const FusedLinears& linears) {
   using Scalars = c10::List<std::optional<at::Scalar>>;
-  static const auto product =
+  static const auto multiply =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("mkldnn::_linear_pointwise", "")
           .typed<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view, Scalars,
                         std::optional<std::string_view>)>();
-  return product.call(rows, linears.weight, linears.bias, "none", Scalars(), "");
+  return multiply.call(rows, linears.weight, linears.bias, "none", Scalars(), "");
 }
 
 void add_to_long_spans(const Tensor& output, const Tensor& input, const Adapters& adapters,
@@ -110,15 +110,15 @@ void add_to_long_spans(const Tensor& output, const Tensor& input, const Adapters
 
 Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs: only compile_graph.py reads it */) {
   const auto state = current_state();
-  const Product& product = state->products.at(number);
-  Tensor output = product.is_packed ? multiply_packed(rows, product) : at::linear(rows, product.weight, product.bias);
-  const AdapterRows& owners = product.sees_sampled_rows ? state->sampled_rows : state->token_rows;
+  const FusedLinears& linears = state->fused.at(number);
+  Tensor output = linears.is_packed ? multiply_packed(rows, linears) : at::linear(rows, linears.weight, linears.bias);
+  const AdapterRows& owners = linears.sees_sampled_rows ? state->sampled_rows : state->token_rows;
   if (owners.is_empty()) {
     return output;
   }
   const Tensor x = rows.reshape({-1, rows.size(-1)});
   int64_t first = 0;
-  for (const int64_t size : product.sizes) {
+  for (const int64_t size : linears.sizes) {
     const Adapters& adapters = state->adapters[number++];
     if (adapters.a.defined()) {
       const Tensor y = output.view({-1, output.size(-1)}).narrow(1, first, size);

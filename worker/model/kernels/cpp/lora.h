@@ -1,4 +1,4 @@
-// The adapters' products: each row of a step with its own adapter.
+// The adapters' low-rank updates: each row of a step gets the update of its own adapter.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -24,7 +24,7 @@ struct Segment {  // one adapter: its rows and its ranks
   int64_t num_rows, first_rank, num_ranks, first_low;
 };
 
-// The products of one row with RANKS_AT_ONCE rows of A, in one pass over the row.
+// The dot products of one row of the input with RANKS_AT_ONCE rows of A, in one pass over the input row.
 template <typename T, typename Acc>
 [[gnu::always_inline]] inline void dot_ranks(const Acc* weights, const T* row, int64_t size, Acc* products) {
   static_assert(RANKS_AT_ONCE == 4);

@@ -17,10 +17,10 @@ onednn.bound_caches()
 
 import torch
 from torch import nn
-from worker.model.kernels.products import Product, replace_product
+from worker.model.kernels.products import FusedLinears, fuse
 
 linear = nn.Linear(64, 64, dtype=torch.bfloat16).requires_grad_(False)
-replace_product([linear], Product(0, ["linear"], False))
+fuse([linear], FusedLinears(0, ["linear"], False))
 
 def num_bytes():
     ctypes.CDLL(None).malloc_trim(0)
