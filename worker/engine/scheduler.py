@@ -44,9 +44,9 @@ class Scheduler:
         self._max_prefill_tokens = max_prefill_tokens
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._lone: str | None = None
+        self._isolated: str | None = None
         """The request that runs alone; nothing runs until `run_isolated`."""
-        self._may_run_lone = False
+        self._may_run_isolated = False
 
     @property
     def max_num_sequences(self) -> int:
@@ -76,12 +76,12 @@ class Scheduler:
 
     def isolate(self, request_id: str | None) -> None:
         """Isolates an added request: nothing runs until `run_isolated`, then it alone; None ends that."""
-        self._lone = request_id
-        self._may_run_lone = False
+        self._isolated = request_id
+        self._may_run_isolated = False
 
     def run_isolated(self) -> None:
         """Lets the isolated request run; the others give their blocks and their adapters' slots back."""
-        self._may_run_lone = True
+        self._may_run_isolated = True
         for seq in [seq for seq in reversed(self._running) if self._must_wait(seq)]:
             self._preempt(seq)
 
@@ -93,9 +93,9 @@ class Scheduler:
         (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
         self._blocks.free(seq)
         seq.status = SequenceStatus.FINISHED
-        if seq.request_id == self._lone:
+        if seq.request_id == self._isolated:
             others = itertools.chain(self._running, self._waiting)
-            self._lone = self._lone if any(not self._must_wait(other) for other in others) else None
+            self._isolated = self._isolated if any(not self._must_wait(other) for other in others) else None
 
     def shrink(self) -> None:
         """Lets fewer sequences run for a while, because a step did not fit into memory: the newest wait."""
@@ -106,7 +106,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's batch; empty if all sequences wait for their adapters, or for `run_isolated`."""
         self._pace.start_step()
-        if self._lone is not None and not self._may_run_lone:
+        if self._isolated is not None and not self._may_run_isolated:
             return []
         decodes = self._schedule_decode()
         return decodes + self._schedule_prefill(self._pace.prefill_ms(len(decodes)))
@@ -145,7 +145,7 @@ class Scheduler:
 
     def _must_wait(self, seq: Sequence) -> bool:
         """True if another request is isolated."""
-        return self._lone is not None and seq.request_id != self._lone
+        return self._isolated is not None and seq.request_id != self._isolated
 
     def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:
         """The waiting sequences that may join the running ones, of which `prompts` are in prefill.

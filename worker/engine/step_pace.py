@@ -16,7 +16,7 @@ MAX_NUM_CHUNK_STEPS = 32
 _GATHER_TOKENS = 8
 """Reading the cache for a chunk costs as much as the attention of this number of its own tokens."""
 _GAIN = 0.3
-_MAX_ROWS_SURPRISE, _MAX_CHUNKS_SURPRISE = 1.2, 2.0
+_MAX_DECODES_SURPRISE, _MAX_CHUNKS_SURPRISE = 1.2, 2.0
 """Largest measurement that is believed, as a multiple of the estimate. A rise in the cost of chunks makes
 them smaller and is learned quickly. A rise in the cost of rows would make chunks larger just when the machine
 is busy, and is learned slowly."""
@@ -48,7 +48,7 @@ class StepPace:
         self._step_target_ms = step_target_ms
         self._clock = clock
         self._started_s = 0.0
-        self._rows = _Cost((1, 16), (0, 0), _MAX_ROWS_SURPRISE)
+        self._decodes = _Cost((1, 16), (0, 0), _MAX_DECODES_SURPRISE)
         self._chunks = _Cost((1, FIRST_CHUNK_TOKENS, 1 << 16), (0, step_target_ms, 0), _MAX_CHUNKS_SURPRISE)
         self._num_chunk_steps = 0
         """Steps with prompt tokens since the last one without."""
@@ -57,15 +57,15 @@ class StepPace:
         """Starts the clock of the next recorded step."""
         self._started_s = self._clock()
 
-    def prefill_ms(self, num_rows: int) -> float:
-        """The time for chunks in a step with `num_rows` running rows; 0 means a step without chunks."""
-        if num_rows and self._num_chunk_steps >= MAX_NUM_CHUNK_STEPS:
+    def prefill_ms(self, num_decodes: int) -> float:
+        """The time for chunks in a step with `num_decodes` running rows; 0 means a step without chunks."""
+        if num_decodes and self._num_chunk_steps >= MAX_NUM_CHUNK_STEPS:
             return 0.0
-        rows_ms = self._rows.ms((1, num_rows))
-        target_ms = max(self._step_target_ms, MIN_STRETCH * rows_ms)
-        if num_rows and rows_ms:
-            target_ms = min(target_ms, MAX_STRETCH * rows_ms)
-        return max(1e-6, target_ms - rows_ms - self._chunks.ms((1, 0, 0)))
+        decodes_ms = self._decodes.ms((1, num_decodes))
+        target_ms = max(self._step_target_ms, MIN_STRETCH * decodes_ms)
+        if num_decodes and decodes_ms:
+            target_ms = min(target_ms, MAX_STRETCH * decodes_ms)
+        return max(1e-6, target_ms - decodes_ms - self._chunks.ms((1, 0, 0)))
 
     def chunk_ms(self, chunk: Chunk) -> float:
         """The part of `prefill_ms` that a chunk takes."""
@@ -82,17 +82,17 @@ class StepPace:
             return 0 if left <= 0 else math.inf
         return 2 * left / (p + math.sqrt(p * p + 4 * q * left))
 
-    def record(self, num_rows: int, chunks: Collection[Chunk]) -> None:
+    def record(self, num_decodes: int, chunks: Collection[Chunk]) -> None:
         """Learns from the step that ends now."""
         took_ms = (self._clock() - self._started_s) * 1e3
         if not chunks:
-            self._rows.learn((1, num_rows), took_ms)
+            self._decodes.learn((1, num_decodes), took_ms)
             self._num_chunk_steps = 0
             return
         self._num_chunk_steps += 1
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         num_pairs = sum(chunk.num_pairs for chunk in chunks)
-        self._chunks.learn((1, num_tokens, num_pairs), max(0.0, took_ms - self._rows.ms((1, num_rows))))
+        self._chunks.learn((1, num_tokens, num_pairs), max(0.0, took_ms - self._decodes.ms((1, num_decodes))))
 
 
 class _Cost:
