@@ -129,10 +129,10 @@ class InMemoryEngine:
             self._lone, self._may_run_lone = request.request_id, False
         return []
 
-    def run_alone(self) -> None:
+    def run_isolated(self) -> None:
         self._may_run_lone = True
 
-    def allow_company(self) -> None:
+    def end_isolation(self) -> None:
         self._lone = None
 
     def holds(self, request_id: str) -> bool:

@@ -116,11 +116,11 @@ class BatchingEngine:
             self._scheduler.isolate(request.request_id)
         return []
 
-    def run_alone(self) -> None:
+    def run_isolated(self) -> None:
         """Lets the isolated request run."""
         self._scheduler.run_isolated()
 
-    def allow_company(self) -> None:
+    def end_isolation(self) -> None:
         """Lets all requests run together again."""
         self._scheduler.isolate(None)
 

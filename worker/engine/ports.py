@@ -172,17 +172,17 @@ class Engine(Protocol):
     ) -> list[Output]:
         """Takes a request in, with the result of `encode` and the events that its log holds already.
 
-        `alone` isolates it: nothing runs until `run_alone`, then only this request until `allow_company`, so
+        `alone` isolates it: nothing runs until `run_isolated`, then only this request until `end_isolation`, so
         that a crash is its own. If the request can't run, the list has its terminal error event; otherwise
         it is empty.
         """
         ...
 
-    def run_alone(self) -> None:
+    def run_isolated(self) -> None:
         """Lets the isolated request run: Redis knows by now that a crash would be its own."""
         ...
 
-    def allow_company(self) -> None:
+    def end_isolation(self) -> None:
         """Lets all requests run together again: the isolated one is cleared."""
         ...
 

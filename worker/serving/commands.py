@@ -25,9 +25,9 @@ class Commands(NamedTuple):
     """Ids of requests that an operator stopped."""
     drop: Sequence[str] = ()
     """Ids of requests that this worker does not own any more; they end without an event."""
-    run_alone: bool = False
+    run_isolated: bool = False
     """True if Redis has recorded that the isolated request runs alone, so that its steps may begin."""
-    allow_company: bool = False
+    end_isolation: bool = False
     """True if the isolated request is cleared, so that other sequences may run beside it again."""
 
 

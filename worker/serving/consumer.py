@@ -258,10 +258,10 @@ class Consumer:
         news = self._streams.append(self._held.snapshot(), appends, isolated.request_id if isolated else "")
         if isolated != self._known_isolated:
             self._known_isolated = isolated
-            self.commands.put(Commands(run_alone=isolated is not None))
+            self.commands.put(Commands(run_isolated=isolated is not None))
         self._unsent = []
         if self._held.is_cleared_by(appends):
-            self.commands.put(Commands(allow_company=True))
+            self.commands.put(Commands(end_isolation=True))
         ended = {append.held.request_id for append in appends if append.event.is_terminal}
         self._held.remove(ended)
         self._pass_on(news, ended)

@@ -110,10 +110,10 @@ class EngineLoop:
                 appends += self._to_appends(self._engine.abort_request(request_id))
             for request_id in commands.stop:
                 appends += self._stop(request_id)
-            if commands.run_alone:
-                self._engine.run_alone()
-            if commands.allow_company:
-                self._engine.allow_company()
+            if commands.run_isolated:
+                self._engine.run_isolated()
+            if commands.end_isolation:
+                self._engine.end_isolation()
             for arrival in commands.add:
                 appends += self._add(arrival)
             commands = self._next_commands(None)

@@ -236,12 +236,12 @@ def test_a_request_that_runs_alone_gets_a_slot_from_those_that_wait_for_it() -> 
     bench.disk.run()
     bench.step()
     bench.add("lone", "b", alone=True)
-    bench.engine.run_alone()
+    bench.engine.run_isolated()
     bench.step()
     bench.disk.run()
     bench.step()
     assert {name: len(events) for name, events in bench.events.items()} == {"other": 1, "lone": 1}
-    bench.engine.allow_company()
+    bench.engine.end_isolation()
     bench.finish()
     assert {len(bench.events[name]) for name in ("other", "lone")} == {8, 4}
 
@@ -285,7 +285,7 @@ def test_a_step_that_waits_for_an_adapter_runs_and_records_nothing() -> None:
     bench.engine.settle_adapters()
     bench.engine.step()
     bench.add("lone", "b", alone=True)
-    bench.engine.run_alone()
+    bench.engine.run_isolated()
     num_batches = len(bench.runner.batches)
     assert bench.engine.has_work
     assert bench.engine.step() == []

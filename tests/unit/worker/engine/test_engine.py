@@ -401,7 +401,7 @@ def test_a_request_whose_step_ran_without_the_others_and_did_not_fit_ends_with_a
     bench = Bench()
     bench.add("lone", alone=True)
     bench.add("other")
-    bench.engine.run_alone()
+    bench.engine.run_isolated()
     request_id, (append,) = run_out_of_memory(bench)
     assert (request_id, append.request_id) == (None, "lone")
     assert append.event.error.code == "generation_failed"

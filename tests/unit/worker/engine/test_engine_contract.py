@@ -170,10 +170,10 @@ def test_a_request_that_must_be_alone_waits_for_the_word_and_then_runs_without_t
     add(rig, "suspect", alone=True, n=2)
     add(rig, "behind")
     assert (step(rig), rig.engine.is_stalled) == ([], True)
-    rig.engine.run_alone()
+    rig.engine.run_isolated()
     assert set(step(rig) + step(rig)) == {"suspect"}
     assert not rig.engine.is_stalled
-    rig.engine.allow_company()
+    rig.engine.end_isolation()
     assert finish(rig).keys() == {"before", "suspect", "behind"}
 
 

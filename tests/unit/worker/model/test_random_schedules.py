@@ -187,11 +187,11 @@ class Schedule:
         for request_id in self._any_running(number):
             self._engine.drop_request(request_id)
             self._claim(request_id, alone=True)
-            self._engine.run_alone()
+            self._engine.run_isolated()
 
     def clear(self, number: int) -> None:
         """The request that ran alone is beyond doubt."""
-        self._engine.allow_company()
+        self._engine.end_isolation()
 
     def fail(self, number: int) -> None:
         """A step of several is out of memory: the newest of them makes room, and comes back."""
@@ -207,7 +207,7 @@ class Schedule:
 
     def finish(self) -> None:
         """Steps until nothing is left."""
-        self._engine.allow_company()
+        self._engine.end_isolation()
         for _ in range(1000):
             if not self._engine.has_work:
                 return
