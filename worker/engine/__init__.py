@@ -1,1 +1,1 @@
-"""The engine: scheduling and bookkeeping in plain Python. No Redis, no tensors."""
+"""The engine: scheduling and bookkeeping in plain Python, without Redis and without tensors."""

@@ -1,4 +1,4 @@
-"""The place of each adapter: in a slot of the device, cached in host memory, or on disk only. No tensors."""
+"""Decides where each adapter is: in a slot on the device, in host memory, or only on disk. No tensors."""
 
 import logging
 import queue
@@ -16,23 +16,23 @@ logger = logging.getLogger(__name__)
 
 
 class Store(Protocol[W]):
-    """The adapters on disk, and the device's slots; see `worker.model.adapter_store`."""
+    """Reads adapters from disk and fills the device's slots; see `worker.model.adapter_store`."""
 
     def read(self, name: str) -> W:
-        """Reads an adapter from disk, in any thread. Raises `AdapterError`."""
+        """Reads an adapter from disk; may be called from any thread. Raises `AdapterError`."""
         ...
 
     def put(self, name: str, weights: W, slot: int) -> None:
-        """Replaces a slot's contents. Raises `AdapterError`; the contents are undefined then."""
+        """Replaces a slot's contents. Raises `AdapterError`, after which the contents are undefined."""
         ...
 
 
 class AdapterCache(Generic[W]):
     """Two LRU caches of adapters: `num_slots` slots on the device, and `max_num_bytes` of host memory.
 
-    Adapters of running sequences are not evicted from their slots. Reading from disk happens on `executor`;
-    everything else, the copy into a slot included, happens in the engine's thread between two steps. A slot
-    is freed before its adapter is read, so that no weights wait in memory for one.
+    Adapters of running sequences are not evicted from their slots. Adapters are read from disk on `executor`;
+    everything else, including the copy into a slot, happens in the engine's thread between two steps. A slot
+    is freed before an adapter is read, so that weights just read never wait in memory for a free slot.
     """
 
     def __init__(
@@ -44,9 +44,10 @@ class AdapterCache(Generic[W]):
         max_num_bytes: int,
         max_num_slot_bytes: int | None = None,
     ) -> None:
-        """`max_num_slot_bytes` reduces `num_slots` to what fits if all adapters are as large as the largest.
+        """Starts with empty slots. `num_slots` is the maximum number of slots.
 
-        None sets no such bound.
+        There are fewer if `num_slots` adapters, each as large as the largest known one, would take more than
+        `max_num_slot_bytes`; None sets no such limit.
         """
         self._store = store
         self._executor = executor
@@ -60,29 +61,29 @@ class AdapterCache(Generic[W]):
         self._slots: OrderedDict[str, int] = OrderedDict()
         """Resident adapters and their slots, least recently used first."""
         self._loading: dict[str, float] = {}
-        """Adapters that are being read, and the clock's time when that began."""
+        """Adapters that are being read, with the time (`time.monotonic()`) at which the read began."""
         self._read: queue.SimpleQueue[tuple[str, Future[W]]] = queue.SimpleQueue()
         self._host: HostCache[W] = HostCache(max_num_bytes)
         self._failures: dict[str, AdapterError] = {}
         self.num_reads = 0
-        """Adapters that were read from disk so far."""
+        """Number of reads from disk so far."""
         self.resident: tuple[str, ...] = ()
-        """Resident adapters, least recently used first. Safe to read in any thread."""
+        """Resident adapters, least recently used first. Safe to read from any thread."""
 
     @property
     def num_cached_bytes(self) -> int:
-        """Bytes of the adapters in host memory."""
+        """Number of bytes of the adapters cached in host memory."""
         return self._host.num_bytes
 
     @property
     def summary(self) -> str:
-        """The numbers of adapters by place, for a log line."""
+        """Text for a log line: the number of adapters on the device, in host memory, and only on disk."""
         cached = self._host.contents
         num_on_disk = self._num_known - len(cached.keys() | self._slots.keys())
         slots = f"{self.num_slots} slots"
         if self.num_slots < self._num_wanted_slots:
             slots += (
-                f" ({_mib(self._max_num_slot_bytes or 0)} hold no more, {self._num_wanted_slots} were wanted)"
+                f" ({_mib(self._max_num_slot_bytes or 0)} hold no more, {self._num_wanted_slots} configured)"
             )
         return (
             f"{self._num_known}, the largest {_mib(self._largest_num_bytes)}; "
@@ -92,14 +93,14 @@ class AdapterCache(Generic[W]):
         )
 
     def keep(self, name: str, weights: W) -> None:
-        """Counts an adapter that was read before the start, and caches it if host memory has room."""
+        """Counts an adapter that was read at startup, and caches it if it fits into host memory."""
         self._num_known += 1
         self._fit_slots(weights.num_bytes)
         if self._host.has_room(weights.num_bytes):
             self._host.add(name, weights)
 
     def fill_slots(self) -> None:
-        """Makes cached adapters resident until all slots are full; call it after all `keep`s."""
+        """Makes cached adapters resident until all slots are full; call it after the last `keep`."""
         for name, weights in list(self._host.contents.items())[: self._num_free_slots]:
             self._fill_slot(name, weights)
 
@@ -114,10 +115,10 @@ class AdapterCache(Generic[W]):
         return self._slots[name]
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Makes an adapter resident if a slot is free, or its least recent adapter is not `in_use`.
+        """Makes an adapter resident; if no slot is free, evicts the least recently used one not `in_use`.
 
-        True: it is resident. False: it is being read, or all slots are in use, or `settle` will return its
-        error.
+        Returns True if the adapter is resident now. Returns False if it is still being read, if all slots are
+        in use, or if it could not be copied into its slot, whose error `settle` returns.
         """
         if name is None:
             return True
@@ -139,11 +140,11 @@ class AdapterCache(Generic[W]):
         return True
 
     def is_loading(self, name: str | None) -> bool:
-        """True if an adapter is being read from disk."""
+        """True while an adapter is being read from disk."""
         return name in self._loading
 
     def settle(self) -> dict[str, AdapterError]:
-        """Puts adapters that were read into slots; returns the errors since the last call, by adapter."""
+        """Copies the adapters that were read into slots; returns the errors since the last call, by name."""
         while not self._read.empty():
             name, future = self._read.get()
             started_s = self._loading.pop(name)
@@ -160,7 +161,7 @@ class AdapterCache(Generic[W]):
         return failures
 
     def _fail(self, name: str, error: AdapterError) -> None:
-        """Records an error for `settle` to return."""
+        """Logs an error, and records it for `settle` to return."""
         logger.error("%s", error.message, extra=fields("load_adapter", adapter_name=name))
         self._failures[name] = error
 
@@ -169,7 +170,7 @@ class AdapterCache(Generic[W]):
         return self.num_slots - len(self._slots) - len(self._loading)
 
     def _fit_slots(self, num_bytes: int) -> None:
-        """Reduces the number of slots to what their memory holds, for a known adapter of this size."""
+        """Reduces the number of slots so that each can hold the largest known adapter, this one included."""
         self._largest_num_bytes = max(self._largest_num_bytes, num_bytes)
         if self._max_num_slot_bytes is not None and self._largest_num_bytes:
             num_affordable = max(1, self._max_num_slot_bytes // self._largest_num_bytes)

@@ -1,4 +1,4 @@
-"""Bookkeeping of the KV cache's blocks: who uses which, and which hold a known prefix. No tensors."""
+"""Bookkeeping of the KV cache's blocks: which sequences use them, which prefixes they hold. No tensors."""
 
 from array import array
 from collections import OrderedDict
@@ -12,8 +12,9 @@ class BlockManager:
 
     Full blocks are shared between sequences that begin with the same tokens under the same adapter version.
     A block's key is the SHA-256 of its tokens and of the previous block's key, so it identifies all tokens up
-    to its end; the first block's key includes the adapter's version. A block that no table has any more keeps
-    contents and key until it is allocated again.
+    to its end; the first block's key includes the adapter's version. A block that no table uses any more
+    keeps its contents and its key until it is allocated again. A published block is one that other sequences
+    can find by its key.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, shares_prefixes: bool = True) -> None:
@@ -21,9 +22,9 @@ class BlockManager:
         self.block_size = block_size
         self._shares_prefixes = shares_prefixes
         self._num_users = [0] * num_blocks
-        """For each block, the number of block tables that have it."""
+        """Number of block tables that contain the block, by block."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        """Blocks in no table, in the order in which they are allocated."""
+        """Blocks in no block table, in the order in which they will be allocated."""
         self._keys: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
 
@@ -33,7 +34,7 @@ class BlockManager:
         return len(self._free)
 
     def can_allocate(self, seq: Sequence, num_tokens: int) -> bool:
-        """True if there is room for the sequence's next `num_tokens` tokens."""
+        """True if enough blocks are free for the sequence's next `num_tokens` tokens."""
         return self._num_missing_blocks(seq, num_tokens) <= len(self._free)
 
     def allocate(self, seq: Sequence, num_tokens: int) -> None:
@@ -45,9 +46,10 @@ class BlockManager:
             seq.block_table.append(block)
 
     def free(self, seq: Sequence) -> None:
-        """Takes all blocks of a sequence back; published ones can be found until they are allocated again.
+        """Frees all blocks of a sequence; published ones can be found until they are allocated again.
 
-        The last blocks of a prefix are allocated first, because they can't be found without those before.
+        The end of a prefix is allocated before its beginning, because a block can be found only if all blocks
+        before it can be found, too.
         """
         for block in reversed(seq.block_table):
             self._num_users[block] -= 1
@@ -58,9 +60,9 @@ class BlockManager:
         seq.num_computed_tokens = 0
 
     def reuse_prefix(self, seq: Sequence) -> None:
-        """Gives a sequence without blocks those that hold its first tokens, if any.
+        """Fills the empty block table of a sequence with the published blocks that hold its first tokens.
 
-        It gets whole blocks only, and never its last token, which it must compute for the logits.
+        Only whole blocks are reused, and never the last token, which must be computed for its logits.
         """
         if not self._shares_prefixes:
             return
@@ -74,14 +76,14 @@ class BlockManager:
         seq.num_computed_tokens = len(seq.block_table) * self.block_size
 
     def has_prompt(self, seq: Sequence) -> bool:
-        """True if a sequence would find all blocks of its prompt that can be shared, or if none can."""
+        """True if all shareable blocks of a sequence's prompt are published, or if the prompt has none."""
         num_blocks = (seq.num_prompt_tokens - 1) // self.block_size if self._shares_prefixes else 0
         return not num_blocks or self._block_keys(seq, num_blocks)[-1] in self._published
 
     def publish(self, seq: Sequence, num_tokens: int) -> None:
-        """Lets others find the blocks that a sequence filled with the last `num_tokens` computed tokens."""
-        num_full, num_behind = divmod(seq.num_computed_tokens, self.block_size)
-        if num_behind >= num_tokens or not self._shares_prefixes:
+        """Lets other sequences find the blocks that the last `num_tokens` computed tokens filled."""
+        num_full, num_in_last = divmod(seq.num_computed_tokens, self.block_size)
+        if num_in_last >= num_tokens or not self._shares_prefixes:
             return
         num_full_before = (seq.num_computed_tokens - num_tokens) // self.block_size
         keys = self._block_keys(seq, num_full)
@@ -91,7 +93,7 @@ class BlockManager:
                 self._keys[block] = key
 
     def withdraw(self, seq: Sequence) -> None:
-        """Makes the blocks of a sequence impossible to find; sequences that share one already keep it."""
+        """Stops other sequences from finding a sequence's blocks; those that share one already keep it."""
         for block in seq.block_table:
             self._forget(block)
 
@@ -102,7 +104,7 @@ class BlockManager:
             self._keys[block] = None
 
     def _block_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
-        """The keys of a sequence's first `num_blocks` blocks; computed once and kept with the sequence."""
+        """Returns the keys of a sequence's first `num_blocks` blocks; the sequence keeps computed keys."""
         keys = seq.block_keys
         for number in range(len(keys), num_blocks):
             token_ids = seq.token_ids[number * self.block_size : (number + 1) * self.block_size]

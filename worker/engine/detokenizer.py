@@ -1,34 +1,35 @@
-"""Incremental detokenization: whole characters only, and no part of a stop string. No tensors."""
+"""Incremental detokenization: releases only whole characters, and no part of a stop string. No tensors."""
 
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""The character that decoders return for bytes that are no character, or not yet."""
+"""The character that decoders return for bytes that are not, or not yet, a whole UTF-8 character."""
 
 Decode = Callable[[Sequence[int]], str]
 
 
 class Detokenizer:
-    """Turns one sequence's output tokens into text, one at a time.
+    """Turns the output tokens of one sequence into text, token by token.
 
     All text released so far is a prefix of `decode(all ids so far)`. Text that ends in `REPLACEMENT` may be
-    the start of a character, so it is held back; at the end of a sequence it is dropped.
+    the start of a character, so it is held back. If the sequence ends there, that text is dropped.
 
-    `tokenizers.DecodeStream` does the same, but raises if a byte-fallback tokenizer withdraws a character
-    because invalid bytes follow it; this class keeps the released text.
+    `tokenizers.DecodeStream` does the same, but raises an error if a byte-fallback tokenizer takes a decoded
+    character back because invalid bytes follow it. This class keeps the text that it has released.
     """
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
-        # Tokens since the last release but one: a decoder treats the first token of a text specially (it
-        # strips its space), so new tokens are only ever decoded behind ones that have given text.
+        # The window starts with tokens whose text was released already: decoders strip the leading space of a
+        # text, so if a new token were decoded alone, its leading space would be lost.
         self._window: list[int] = []
         self._num_old_tokens = 0
+        """Number of tokens at the window's start whose text was released; the next release drops them."""
         self._num_released = 0
-        """The number of characters of `decode(window)` that were released."""
+        """Number of characters of `decode(window)` that were released."""
 
     def add(self, token_id: int) -> str:
-        """The text that this token releases: often a word, sometimes nothing."""
+        """Returns the text that can be released after this token: often a word, sometimes an empty string."""
         self._window.append(token_id)
         text = self._decode(self._window)
         whole = text.rstrip(REPLACEMENT)
@@ -45,10 +46,10 @@ class Detokenizer:
 
 
 class StopChecker:
-    """Ends a text before the first stop string that completes in it.
+    """Cuts a streamed text before the stop string that is complete first.
 
-    The result does not depend on how the text is cut into pieces. If two stop strings complete at the same
-    character, the longer one counts, because it starts earlier.
+    The result does not depend on the pieces in which the text arrives. If two stop strings end at the same
+    character, the text is cut before the longer one, which starts earlier.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -56,9 +57,9 @@ class StopChecker:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """The text that may be shown now, and true if a stop string was met, which ends the text.
+        """Returns the text that may be released now, and True if a stop string was found, which ends it.
 
-        Text that may be the start of a stop string is held back until more text decides.
+        A piece of text that may be the start of a stop string is held back until the text after it decides.
         """
         if not self._stop:
             return text, False
@@ -72,12 +73,12 @@ class StopChecker:
         return text[: len(text) - num_held], False
 
     def flush(self) -> str:
-        """Returns the text held back, at the end of a sequence that met no stop string."""
+        """Returns the held-back text; call it at the end of a sequence in which no stop string was found."""
         held, self._held = self._held, ""
         return held
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest end of `text` that starts a stop string."""
+        """Length of the longest suffix of `text` that is the start of a stop string."""
         longest = min(len(text), max(map(len, self._stop), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(word.startswith(text[-length:]) for word in self._stop):

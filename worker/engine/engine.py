@@ -1,4 +1,4 @@
-"""The engine: requests in, events out, one step at a time. `BatchingEngine.step` is the architecture."""
+"""The engine takes requests and returns their events, step by step. Read `BatchingEngine.step` first."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchingEngine:
-    """Lorelay's own `Engine`: runs requests for different adapters in one batch. Does no network I/O."""
+    """The `Engine` of Lorelay: runs requests for different adapters in one batch, without network I/O."""
 
     def __init__(self, model: Model, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
         """`clock` counts seconds."""
@@ -31,14 +31,14 @@ class BatchingEngine:
         self.is_stalled = False
 
     def step(self) -> list[Output]:
-        """Runs one batch and returns the events it brought, at most one per sequence."""
+        """Runs one batch and returns its events, at most one per sequence."""
         self._batch = batch = self._scheduler.schedule()
         self.is_stalled = not batch
         if self.is_stalled:
             return []
         outputs: list[Output] = []
         for seq, token in self._scheduler.postprocess(batch, self._model.run(batch)):
-            # The request is gone if another of its sequences had an error earlier in this batch.
+            # The request has ended already if another of its sequences had an error in this batch.
             if request := self._outputs.get(seq.request_id):
                 outputs.append(emitted := request.add(seq.index, token))
                 if emitted.event.is_terminal:
@@ -49,45 +49,45 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """True if a step would run anything."""
+        """True if a step would run at least one sequence."""
         return self._scheduler.has_work
 
     @property
     def remains(self) -> str:
-        """The requests and blocks that the engine holds, for a log line."""
+        """Text for a log line: the number of requests and of cache blocks that the engine holds."""
         return f"{len(self._outputs)} requests, {self._scheduler.num_blocks_in_use} cache blocks in use"
 
     @property
     def max_num_sequences(self) -> int:
-        """The number of sequences that run at once; see `Engine`."""
+        """Maximum number of sequences that run at once; see `Engine`."""
         return self._scheduler.max_num_sequences
 
     @property
     def max_model_len(self) -> int:
-        """The longest sequence, in tokens."""
+        """Maximum number of tokens of a sequence, prompt and output together."""
         return self._model.max_model_len
 
     @property
     def served(self) -> ServedModels:
-        """The base and the adapters that can be used now."""
+        """The base model and the adapters that requests can use now."""
         return self._model.served
 
     @property
     def adapters(self) -> Residency:
-        """Which adapters are on the device."""
+        """The adapters that are resident on the device."""
         return self._model.adapter_cache
 
     @property
     def forward_state(self) -> str:
-        """A `ForwardState`."""
+        """The state of the forward pass, a `ForwardState`."""
         return self._model.forward_state
 
     def call_when_ready(self, wake: Callable[[], None]) -> None:
-        """Calls `wake`, in another thread, whenever an adapter was read."""
+        """Makes the engine call `wake`, from another thread, each time an adapter was read from disk."""
         self._model.adapter_cache.on_read = wake
 
     def encode(self, request: GenerationRequest) -> list[list[int]]:
-        """The token ids of each prompt of a request. May be called in any thread."""
+        """Returns the token ids of each prompt of a request. May be called from any thread."""
         return self._intake.encode(request)
 
     def add_request(
@@ -98,14 +98,14 @@ class BatchingEngine:
         *,
         alone: bool = False,
     ) -> list[Output]:
-        """Takes a request in, or ends it at once with an error; see `Engine`."""
+        """Adds a request, or returns the error with which it ends at once; see `Engine`."""
         self.drop_request(request.request_id)
         events = tuple(events)
         try:
             output = self._intake.prepare(request, prompts, events)
         except LorelayError as error:
             return [_refusal(request.request_id, error, len(events))]
-        # Only this request is being handled here, so no other can have caused the error.
+        # Only this request is handled here, so the error can't have come from another one.
         except Exception:
             logger.exception("request %s can't be prepared", request.request_id, extra=fields("add_request"))
             return [_refusal(request.request_id, GenerationFailed(), len(events))]
@@ -117,7 +117,7 @@ class BatchingEngine:
         return []
 
     def run_isolated(self) -> None:
-        """Lets the isolated request run."""
+        """Lets the isolated request run, and no other."""
         self._scheduler.run_isolated()
 
     def end_isolation(self) -> None:
@@ -129,21 +129,21 @@ class BatchingEngine:
         return request_id in self._outputs
 
     def abort_request(self, request_id: str) -> list[Output]:
-        """Ends a request that its client gave up; see `Engine`."""
+        """Ends a request whose client disconnected or canceled; see `Engine`."""
         output = self._remove(request_id)
         return [output.abort()] if output else []
 
     def stop_request(self, request_id: str) -> list[Output]:
-        """Ends a request that an operator stopped, with an error; see `Engine`."""
+        """Ends a request that an operator stopped; its last event is an error. See `Engine`."""
         output = self._remove(request_id)
         return [output.fail(GenerationStopped())] if output else []
 
     def drop_request(self, request_id: str) -> None:
-        """Forgets a request that another worker owns now, without an event."""
+        """Removes a request that another worker has claimed, without an event."""
         self._remove(request_id)
 
     def shed(self) -> tuple[str | None, list[Output]]:
-        """Makes room after a step that did not fit into memory; see `Engine`."""
+        """Reduces the load after a step ran out of memory; see `Engine`."""
         self._scheduler.shrink()
         ran = {scheduled.seq.request_id for scheduled in self._batch}
         newest = next(request_id for request_id in reversed(self._outputs) if request_id in ran)
@@ -158,14 +158,14 @@ class BatchingEngine:
         return None, [output.fail(GenerationFailed("The request does not fit into the device's memory."))]
 
     def expire_requests(self) -> list[Output]:
-        """Ends the requests that are over their generation limit."""
+        """Ends the requests that have run longer than their generation limit."""
         expired = [output for output in self._outputs.values() if output.is_over_limit]
         for output in expired:
             self._remove(output.request_id)
         return [output.fail(GenerationTimeout()) for output in expired]
 
     def settle_adapters(self) -> list[Output]:
-        """Takes in the adapters that were read; ends the requests for those that can't be served."""
+        """Copies the adapters that were read into slots; ends the requests for those that can't be served."""
         outputs: list[Output] = []
         for name, error in self._model.adapter_cache.settle().items():
             for request_id in self._scheduler.requests_waiting_for(name):
@@ -174,7 +174,7 @@ class BatchingEngine:
         return outputs
 
     def close(self) -> None:
-        """Ends what the model does in the background."""
+        """Stops the model's background work."""
         self._model.close()
 
     def _remove(self, request_id: str) -> RequestOutput | None:

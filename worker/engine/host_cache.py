@@ -1,11 +1,11 @@
-"""An LRU cache of adapters in host memory, bounded by their bytes."""
+"""An LRU cache of adapters in host memory, limited by their total number of bytes."""
 
 from collections import OrderedDict
 from typing import Generic, Protocol, TypeVar
 
 
 class Weights(Protocol):
-    """An adapter in host memory, ready to be copied into a slot."""
+    """An adapter's weights in host memory, ready to be copied into a slot."""
 
     @property
     def num_bytes(self) -> int: ...
@@ -15,7 +15,7 @@ W = TypeVar("W", bound=Weights)
 
 
 class HostCache(Generic[W]):
-    """Adapters by name; the least recently used is evicted first."""
+    """Adapters in host memory by name, of which the least recently used are evicted first."""
 
     def __init__(self, max_num_bytes: int) -> None:
         self.max_num_bytes = max_num_bytes
@@ -32,13 +32,13 @@ class HostCache(Generic[W]):
         return self.num_bytes + num_bytes <= self.max_num_bytes
 
     def get(self, name: str) -> W | None:
-        """A cached adapter, which counts as used now; None if it is not cached."""
+        """Returns a cached adapter and marks it as used now; returns None if it is not cached."""
         if name in self._weights:
             self._weights.move_to_end(name)
         return self._weights.get(name)
 
     def add(self, name: str, weights: W) -> None:
-        """Caches an adapter, and evicts others until it fits; one larger than the whole cache is left out."""
+        """Caches an adapter, evicting others until it fits; an adapter larger than the whole cache is not cached."""
         if name in self._weights or weights.num_bytes > self.max_num_bytes:
             return
         self._weights[name] = weights

@@ -1,4 +1,4 @@
-"""The intake of requests: turns a request and its log into sequences, or into the reason why it can't run."""
+"""Turns a new or resumed request into sequences, or into the error that says why it can't run."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -13,15 +13,15 @@ from worker.engine.served_models import ServedModel
 
 
 class Intake:
-    """Checks requests against a model, and makes their sequences."""
+    """Checks requests against the limits of a model, and creates their sequences."""
 
     def __init__(self, model: Model, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` counts seconds, for the generation limit of requests."""
+        """`clock` returns seconds; it measures the generation limit of requests."""
         self._model = model
         self._clock = clock
 
     def encode(self, request: GenerationRequest) -> list[list[int]]:
-        """The token ids of each prompt. May be called in any thread."""
+        """Returns the token ids of each prompt. May be called from any thread."""
         tokenizer = self._model.served.model_of(request).tokenizer
         if not request.prompts:
             return [tokenizer.encode_chat(request.messages)]
@@ -33,10 +33,11 @@ class Intake:
     def prepare(
         self, request: GenerationRequest, prompts: Prompts, events: Iterable[StreamEvent]
     ) -> RequestOutput:
-        """The output side of a request, with its sequences, which go on where its log ends.
+        """Returns the `RequestOutput` of a request, whose sequences continue after the `events` of its log.
 
         Raises:
-            LorelayError: the request can't run, or no worker could have written its log.
+            LorelayError: the request can't run, or its log is invalid (more tokens than requested, or ids
+                outside the vocabulary).
         """
         model = self._model.served.model_of(request)
         if isinstance(prompts, LorelayError):
@@ -69,7 +70,7 @@ class Intake:
         return SequenceOutput(seq, model.tokenizer.detokenizer())
 
     def _check_tokens(self, request: GenerationRequest, prompts: list[list[int]]) -> None:
-        """Refuses token ids from the client that the model lacks; they would break a step of all requests.
+        """Refuses token ids outside the vocabulary, which would make a step of all running requests fail.
 
         Raises:
             InvalidRequest: a prompt is empty, or a token id is beyond the vocabulary.
@@ -83,10 +84,10 @@ class Intake:
             raise InvalidRequest("'logit_bias' names a token id that the model lacks.", param="logit_bias")
 
     def _check_log(self, output: RequestOutput) -> None:
-        """Refuses tokens of a former worker that no worker could have written.
+        """Refuses a log that can't be continued: no worker writes such a log.
 
         Raises:
-            GenerationFailed: the log has more tokens than allowed, or some that the model lacks.
+            GenerationFailed: the log has more tokens than requested, or ids outside the vocabulary.
         """
         running = output.sequences
         if not running or any(seq.num_output_tokens >= seq.max_tokens for seq in running):
@@ -107,7 +108,7 @@ class Intake:
 
 
 def _too_long(num_prompt_tokens: int, request: GenerationRequest, context: int) -> ContextLengthExceeded:
-    """The error for a request that exceeds the context; it names the number that the client should change."""
+    """The error for a request longer than the context; it names the field that the client should change."""
     sampling = request.sampling
     asked = sampling.max_tokens or sampling.min_tokens
     completion = f" and {asked} for the completion" if asked else ""

@@ -16,11 +16,11 @@ from worker.engine.served_models import ServedModels
 
 
 class Residency(Protocol):
-    """The adapter slots of the device. Safe to read in any thread."""
+    """Tells which adapters are on the device. Safe to read from any thread."""
 
     @property
     def num_slots(self) -> int:
-        """The number of adapters that the device holds at once."""
+        """Number of adapters that the device can hold at once."""
         ...
 
     @property
@@ -33,10 +33,10 @@ class Adapters(Residency, Protocol):
     """Brings adapters to the device; see `AdapterCache`."""
 
     on_read: Callable[[], None]
-    """Called in any thread when `settle` has an adapter to take in."""
+    """Called, from any thread, each time an adapter was read from disk; then call `settle`."""
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """True if an adapter is resident; if not, begins to bring it. Adapters `in_use` are not evicted."""
+        """Returns True if an adapter is resident; else begins to load it, without evicting those `in_use`."""
         ...
 
     def is_loading(self, name: str | None) -> bool:
@@ -44,7 +44,7 @@ class Adapters(Residency, Protocol):
         ...
 
     def settle(self) -> dict[str, AdapterError]:
-        """Takes in the adapters that were read; returns those that can't be served, and why."""
+        """Copies the adapters that were read into slots; returns the errors of those that can't be served."""
         ...
 
 
@@ -53,22 +53,22 @@ class Model(Protocol):
 
     @property
     def max_model_len(self) -> int:
-        """The longest sequence, in tokens."""
+        """Maximum number of tokens of a sequence, prompt and output together."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """The size of the vocabulary; all token ids are below it."""
+        """Size of the vocabulary; all token ids are below it."""
         ...
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the KV cache."""
+        """Number of blocks of the KV cache."""
         ...
 
     @property
     def block_size(self) -> int:
-        """Tokens in a block."""
+        """Number of tokens in a block."""
         ...
 
     @property
@@ -78,24 +78,24 @@ class Model(Protocol):
 
     @property
     def adapter_cache(self) -> Adapters:
-        """Which adapters are on the device."""
+        """The adapters' places: device, host memory or disk."""
         ...
 
     @property
     def forward_state(self) -> str:
-        """A `ForwardState`. Safe to read in any thread."""
+        """The state of the forward pass, a `ForwardState`. Safe to read from any thread."""
         ...
 
     def run(self, batch: Batch) -> Items[Sampled]:
         """Runs one forward pass; returns the token or error of each sequence that `samples`, in batch order.
 
         Raises:
-            OutOfDeviceMemory: the step did not fit into memory; the cache holds nothing of it.
+            OutOfDeviceMemory: the step did not fit into memory. None of its tokens counts as computed.
         """
         ...
 
     def close(self) -> None:
-        """Ends what goes on in the background."""
+        """Stops all background work."""
         ...
 
 
@@ -104,7 +104,7 @@ class Engine(Protocol):
 
     @property
     def max_model_len(self) -> int:
-        """The longest sequence, in tokens. This property and all up to `encode` are thread-safe."""
+        """Maximum number of tokens of a sequence. The members from here to `encode` are thread-safe."""
         ...
 
     @property
@@ -114,21 +114,21 @@ class Engine(Protocol):
 
     @property
     def max_num_sequences(self) -> int:
-        """The number of sequences that run at once; it falls for a while after a step that did not fit."""
+        """Maximum number of sequences that run at once; reduced for a while after a step ran out of memory."""
         ...
 
     @property
     def adapters(self) -> Residency:
-        """Which adapters are on the device."""
+        """The adapters that are resident on the device."""
         ...
 
     @property
     def forward_state(self) -> str:
-        """A `ForwardState`."""
+        """The state of the forward pass, a `ForwardState`."""
         ...
 
     def encode(self, request: GenerationRequest) -> list[list[int]]:
-        """The token ids of each prompt of a request; takes seconds for long ones.
+        """Returns the token ids of each prompt of a request; a prompt of some MB takes seconds.
 
         Raises:
             InvalidRequest: a prompt can't be tokenized, or the chat template refuses it.
@@ -137,25 +137,25 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """True if a step would run anything."""
+        """True if a step would run at least one sequence."""
         ...
 
     @property
     def is_stalled(self) -> bool:
-        """True if the last step ran nothing: all requests wait for an adapter, or for one that runs alone."""
+        """True if the last step ran nothing: all requests wait for an adapter, or for `run_isolated`."""
         ...
 
     @property
     def remains(self) -> str:
-        """The requests and blocks that the engine holds, for a log line; zeros once all requests ended."""
+        """Text for a log line: the number of requests and cache blocks held; zeros once all have ended."""
         ...
 
     def call_when_ready(self, wake: Callable[[], None]) -> None:
-        """Calls `wake`, in any thread, whenever a stalled engine can go on."""
+        """Makes the engine call `wake`, from any thread, whenever a stalled engine can go on."""
         ...
 
     def step(self) -> list[Output]:
-        """Runs one batch and returns the events it brought.
+        """Runs one batch and returns its events.
 
         Raises:
             OutOfDeviceMemory: the step did not fit into memory; call `shed`.
@@ -170,20 +170,20 @@ class Engine(Protocol):
         *,
         alone: bool = False,
     ) -> list[Output]:
-        """Takes a request in, with the result of `encode` and the events that its log holds already.
+        """Adds a request, with the result of `encode` and the events that its log holds already.
 
-        `alone` isolates it: nothing runs until `run_isolated`, then only this request until `end_isolation`, so
-        that a crash is its own. If the request can't run, the list has its terminal error event; otherwise
-        it is empty.
+        `alone` isolates the request: no request runs until `run_isolated`, then only this one runs until
+        `end_isolation`, so that a crash in between was caused by it. If the request can't run, the returned
+        list has its terminal error event; otherwise the list is empty.
         """
         ...
 
     def run_isolated(self) -> None:
-        """Lets the isolated request run: Redis knows by now that a crash would be its own."""
+        """Lets the isolated request run. Redis must know before that a crash is to be counted against it."""
         ...
 
     def end_isolation(self) -> None:
-        """Lets all requests run together again: the isolated one is cleared."""
+        """Lets all requests run together again, once the isolated one is no longer a suspect."""
         ...
 
     def holds(self, request_id: str) -> bool:
@@ -191,33 +191,34 @@ class Engine(Protocol):
         ...
 
     def abort_request(self, request_id: str) -> list[Output]:
-        """Ends a request that its client gave up; returns nothing if the engine does not have it."""
+        """Ends a request whose client disconnected or canceled. Returns [] if the engine doesn't have it."""
         ...
 
     def stop_request(self, request_id: str) -> list[Output]:
-        """Ends a request that an operator stopped, with an error; returns nothing if it is not here."""
+        """Ends a request that an operator stopped, with an error event. Returns [] if it isn't here."""
         ...
 
     def drop_request(self, request_id: str) -> None:
-        """Forgets a request that another worker owns now, without an event."""
+        """Removes a request that another worker has claimed, without an event."""
         ...
 
     def shed(self) -> tuple[str | None, list[Output]]:
-        """Makes room after a step that did not fit into memory: drops its newest request, and returns the id.
+        """Reduces the load after a step ran out of memory; then the step can be repeated.
 
-        If one request ran alone, the id is None: fewer of its sequences run at once from now on. If it ran a
-        single one, it ends with an error.
+        If the step ran several requests, the newest is removed, and its id returned. If it ran one request
+        with several sequences, fewer of them run at once from now on, and the id is None. If it ran a single
+        sequence, its request ends with an error, whose event is returned; the id is None, too.
         """
         ...
 
     def expire_requests(self) -> list[Output]:
-        """Ends the requests that are over their generation limit."""
+        """Ends the requests that have run longer than their generation limit."""
         ...
 
     def settle_adapters(self) -> list[Output]:
-        """Takes in the adapters that were read; ends the requests for those that can't be served."""
+        """Copies the adapters that were read into slots; ends the requests for those that can't be served."""
         ...
 
     def close(self) -> None:
-        """Ends what goes on in the background."""
+        """Stops all background work."""
         ...

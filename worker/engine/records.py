@@ -1,4 +1,4 @@
-"""Records that the engine takes and returns. No Redis, no RQ."""
+"""Types that the engine takes and returns; they know neither Redis nor RQ."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from shared.errors import LorelayError
 from shared.messages import StreamEvent
 
 Prompts = list[list[int]] | LorelayError
-"""The token ids of each prompt of a request, or why there are none."""
+"""The token ids of each prompt of a request, or the error that encoding them raised."""
 
 
 class Output(NamedTuple):
@@ -16,4 +16,4 @@ class Output(NamedTuple):
     request_id: str
     event: StreamEvent
     meta: Mapping[str, Any] | None = None
-    """Usage, timings and adapter, for dashboards, with the terminal event; never text."""
+    """Usage, timings and adapter, for dashboards, without prompt or answer; only with a terminal event."""

@@ -14,7 +14,7 @@ Clock = Callable[[], float]
 
 
 class SequenceOutput:
-    """The text of one sequence, and the decision where it ends."""
+    """Turns the tokens of one sequence into text, and decides at which token it ends."""
 
     def __init__(self, seq: Sequence, detokenizer: Detokenizer) -> None:
         self.seq = seq
@@ -22,7 +22,7 @@ class SequenceOutput:
         self._stop_checker = StopChecker(seq.sampling.stop)
 
     def resume(self, event: StreamEvent) -> None:
-        """Adds a former worker's tokens to the sequence; their text is not sent again."""
+        """Adds the tokens of an event that an earlier worker wrote; their text is not sent again."""
         if event.finish_reason is not None:
             self.seq.finish_reason, self.seq.status = event.finish_reason, SequenceStatus.FINISHED
         for token_id in event.token_ids:
@@ -32,9 +32,9 @@ class SequenceOutput:
                 self._stop_checker.add(text)
 
     def add(self, token_id: int) -> str:
-        """The text that a token completes; if it is the last one, sets the sequence's finish reason.
+        """Returns the text that a token completes; if the sequence ends with it, sets its finish reason.
 
-        The token must be in `seq.token_ids` already. Stop strings count behind `min_tokens` only.
+        The token must be in `seq.token_ids` already. Stop strings within the first `min_tokens` are ignored.
         """
         seq, text = self.seq, self._detokenizer.add(token_id)
         num_tokens = seq.num_output_tokens
@@ -54,10 +54,10 @@ class SequenceOutput:
 
 
 class RequestOutput:
-    """The outgoing side of a request: the events of all its sequences, its usage, its end."""
+    """Creates the events of a request from the tokens of all its sequences, and its usage at the end."""
 
     def __init__(self, request: GenerationRequest, outputs: list[SequenceOutput], clock: Clock) -> None:
-        """`outputs` are ordered by index. `request` is not kept, because its messages may be megabytes."""
+        """Expects `outputs` in the order of their index. Does not keep `request`, which may be megabytes."""
         self.request_id = request.request_id
         self._model, self._adapter_name = request.model, request.adapter_name
         self._limit_s, self._num_choices = request.generation_limit_s, request.n
@@ -70,15 +70,15 @@ class RequestOutput:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """The sequences that have not ended."""
+        """The sequences that are still running."""
         seqs = (output.seq for output in self._outputs)
         return [seq for seq in seqs if seq.status is not SequenceStatus.FINISHED]
 
     def resume(self, events: Iterable[StreamEvent]) -> None:
-        """Replays a former worker's log: each sequence goes on from there, or has ended.
+        """Replays an earlier worker's log: each sequence that has not ended continues after its last event.
 
         Raises:
-            GenerationFailed: the log has a sequence that was not asked for.
+            GenerationFailed: the log has more sequences than the request.
         """
         for event in events:
             if not 0 <= event.index < len(self._outputs):
@@ -88,10 +88,11 @@ class RequestOutput:
         if self._next_event_no:
             self._num_running = len(self.sequences)
             for output in self._outputs:
-                output.seq.num_cached_tokens = 0  # the prompts were computed for it once, elsewhere
+                # The earlier worker computed the prompt, so usage must not report it as cached.
+                output.seq.num_cached_tokens = 0
 
     def add(self, index: int, token: Sampled) -> Output:
-        """The event for a sequence's new token; an error ends the whole request."""
+        """Returns the event for a sequence's new token, or for an error, which ends the whole request."""
         if not isinstance(token, SampledToken):
             return self.fail(token)
         if self._first_token_s is None:
@@ -103,12 +104,12 @@ class RequestOutput:
         return self._event(index, (token.token_id,), text, finish_reason)
 
     def abort(self) -> Output:
-        """The terminal event of a request that its client gave up."""
+        """Returns the terminal event of a request whose client disconnected or canceled."""
         self._num_running = 0
         return self._event(0, (), "", FinishReason.ABORT)
 
     def fail(self, error: LorelayError) -> Output:
-        """The terminal event of a request that can't go on."""
+        """Returns the terminal event of a request that ends with an error."""
         event = StreamEvent(
             event_no=self._next_event_no, finish_reason=FinishReason.ERROR, error=error.to_info()
         )
@@ -116,13 +117,13 @@ class RequestOutput:
 
     @property
     def is_over_limit(self) -> bool:
-        """True if the request ran longer than its generation limit."""
+        """True if the request has run longer than its generation limit."""
         return self._limit_s is not None and self._clock() - self._started_s > self._limit_s
 
     def _event(
         self, index: int, token_ids: tuple[int, ...], text: str, finish_reason: FinishReason | None
     ) -> Output:
-        """The next event; the terminal one if the last sequence has ended."""
+        """Returns the next event; it is the terminal one if no sequence is running any more."""
         event_no, has_ended = self._next_event_no, not self._num_running
         self._next_event_no += 1
         usage = self._usage() if has_ended else None
@@ -130,19 +131,19 @@ class RequestOutput:
         return Output(self.request_id, event, self._meta(finish_reason) if has_ended else None)
 
     def _usage(self) -> Usage:
-        """Token counts of the whole request; each prompt counts once, however many choices it has."""
+        """Returns the token counts of the whole request; a prompt counts once, not once per choice."""
         seqs = [output.seq for output in self._outputs]
         firsts = range(0, len(seqs), self._num_choices)
         by_prompt = [seqs[first : first + self._num_choices] for first in firsts]
         return Usage(
             prompt_tokens=sum(choices[0].num_prompt_tokens for choices in by_prompt),
             completion_tokens=sum(seq.num_output_tokens for seq in seqs),
-            # The choice that found the fewest cached tokens computed the rest, which the others then found.
+            # The choice with the fewest cached tokens computed the prompt; other choices reused its blocks.
             cached_tokens=sum(min(seq.num_cached_tokens or 0 for seq in choices) for choices in by_prompt),
         )
 
     def _meta(self, finish_reason: FinishReason | None) -> dict[str, Any]:
-        """Facts about a finished request for dashboards; never text."""
+        """Facts about a finished request for dashboards; never prompts or answers."""
         now = self._clock()
         first_token_s = None if self._first_token_s is None else self._first_token_s - self._started_s
         usage = self._usage()

@@ -1,4 +1,4 @@
-"""Decides what the next step runs: decode for all, then as much prefill as its time allows."""
+"""Decides what the next step runs: all decodes, then as many prompt tokens as the step's time allows."""
 
 import itertools
 from collections import deque
@@ -18,14 +18,14 @@ from worker.engine.sequence import (
 from worker.engine.step_pace import Chunk, StepPace
 
 MIN_CHUNK_TOKENS = 16
-"""Smallest chunk of the prompt that waits longest, so that it gets on however slow the device is."""
+"""Minimum size of a chunk of the longest-waiting prompt, so that it makes progress even on a slow device."""
 
 
 class Scheduler:
     """Continuous batching: sequences join and leave the running batch at any step.
 
-    If blocks run out, the newest running sequence gives its own back and is computed again later. The cache
-    must hold at least one sequence of full length.
+    If blocks run out, the newest running sequence is preempted: its blocks are freed, and it is recomputed
+    later. The cache must hold at least one sequence of maximum length.
     """
 
     def __init__(
@@ -45,50 +45,50 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._isolated: str | None = None
-        """The request that runs alone; nothing runs until `run_isolated`."""
+        """Id of the isolated request, or None. If it is set, nothing runs until `run_isolated`."""
         self._may_run_isolated = False
 
     @property
     def max_num_sequences(self) -> int:
-        """The number of sequences that may run at once now. Safe to read in any thread."""
+        """Maximum number of sequences that may run at once now. Safe to read from any thread."""
         return self._capacity.num_sequences
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs, or waits for anything but the reading of its adapter."""
+        """True if a sequence is running, or if one waits whose adapter is not being read from disk."""
         is_loading = self._adapters.is_loading
         return bool(self._running) or any(not is_loading(seq.adapter_name) for seq in self._waiting)
 
     @property
     def num_blocks_in_use(self) -> int:
-        """The number of cache blocks that sequences hold."""
+        """Number of cache blocks in the block tables of sequences."""
         return self._blocks.num_blocks - self._blocks.num_free_blocks
 
     def add(self, seq: Sequence) -> None:
-        """Queues a sequence behind those that wait already."""
+        """Appends a sequence to the waiting ones."""
         self._waiting.append(seq)
 
     def requests_waiting_for(self, adapter_name: str) -> list[str]:
-        """The requests that wait for an adapter, next one first."""
+        """Returns the ids of the requests that wait for an adapter, in the order in which they wait."""
         return list(
             dict.fromkeys(seq.request_id for seq in self._waiting if seq.adapter_name == adapter_name)
         )
 
     def isolate(self, request_id: str | None) -> None:
-        """Isolates an added request: nothing runs until `run_isolated`, then it alone; None ends that."""
+        """Isolates a request: nothing runs until `run_isolated`, then only it. None ends the isolation."""
         self._isolated = request_id
         self._may_run_isolated = False
 
     def run_isolated(self) -> None:
-        """Lets the isolated request run; the others give their blocks and their adapters' slots back."""
+        """Lets the isolated request run; preempts all others, which frees their blocks and adapter slots."""
         self._may_run_isolated = True
         for seq in [seq for seq in reversed(self._running) if self._must_wait(seq)]:
             self._preempt(seq)
 
     def finish(self, seq: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its blocks.
+        """Removes a running or waiting sequence, and frees its blocks.
 
-        With the last one of a request its isolation ends.
+        If it was the last one of the isolated request, isolation ends.
         """
         (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
         self._blocks.free(seq)
@@ -98,13 +98,13 @@ class Scheduler:
             self._isolated = self._isolated if any(not self._must_wait(other) for other in others) else None
 
     def shrink(self) -> None:
-        """Lets fewer sequences run for a while, because a step did not fit into memory: the newest wait."""
+        """Lets fewer sequences run for a while, after a step ran out of memory; preempts the newest ones."""
         self._capacity.shrink(len(self._running))
         for seq in self._running[: self.max_num_sequences - 1 : -1]:
             self._preempt(seq)
 
     def schedule(self) -> Batch:
-        """The next step's batch; empty if all sequences wait for their adapters, or for `run_isolated`."""
+        """Returns the next batch; it is empty if all sequences wait for adapters or for `run_isolated`."""
         self._pace.start_step()
         if self._isolated is not None and not self._may_run_isolated:
             return []
@@ -112,10 +112,10 @@ class Scheduler:
         return decodes + self._schedule_prefill(self._pace.prefill_ms(len(decodes)))
 
     def postprocess(self, batch: Batch, sampled: Items[Sampled]) -> list[tuple[Sequence, Sampled]]:
-        """Records a step: computed tokens, and the sampled token of each sequence that reached its end.
+        """Records the computed tokens of a step, and appends the sampled tokens to their sequences.
 
-        `sampled` has one entry per scheduled sequence that `samples`; a sequence that got an error is left to
-        the caller to end.
+        `sampled` has one entry per scheduled sequence that `samples`. The result pairs these entries with
+        their sequences. If an entry is an error, the caller must end the sequence.
         """
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)
@@ -123,7 +123,7 @@ class Scheduler:
         sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
         for seq, num_tokens in batch:
             seq.num_computed_tokens += num_tokens
-            # Only now: if the step had failed, others would find blocks with wrong contents.
+            # Published only now: if the step failed, others would find blocks without valid contents.
             self._blocks.publish(seq, num_tokens)
         drawn = list(zip(sampling, sampled, strict=True))
         for seq, token in drawn:
@@ -144,14 +144,15 @@ class Scheduler:
         return batch
 
     def _must_wait(self, seq: Sequence) -> bool:
-        """True if another request is isolated."""
+        """True if another request than the sequence's is isolated."""
         return self._isolated is not None and seq.request_id != self._isolated
 
     def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:
-        """The waiting sequences that may join the running ones, of which `prompts` are in prefill.
+        """Returns the waiting sequences that may run now. `prompts` are the running ones in prefill.
 
-        Their adapters are resident; the adapters of others are brought if there are slots. If a prompt is not
-        in the cache, its first choice computes it, and the other choices join once they find it there.
+        A sequence may run if its adapter is resident; otherwise its adapter is read, if a slot can be freed.
+        If a prompt is not in the cache, only its first choice may run; the other choices wait until the
+        prompt's blocks are in the cache.
         """
         in_use = {seq.adapter_name for seq in self._running}
         computed = {seq.prompt_key for seq in prompts}
@@ -168,19 +169,21 @@ class Scheduler:
         return ready
 
     def _fit(self, seq: Sequence, num_ms: float, max_num_tokens: int, min_num_tokens: int = 0) -> int:
-        """The number of its next tokens that a sequence can compute in `num_ms`, within these limits."""
+        """Returns how many of its next tokens a sequence can compute in `num_ms`, within the two limits."""
         num_tokens = max(min_num_tokens, self._pace.num_tokens(num_ms, seq.num_computed_tokens))
         return int(min(seq.num_uncomputed_tokens, max_num_tokens, num_tokens))
 
     def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
-        """Shares the time for prompts: half for the one that waits longest, the rest for the shortest ones.
+        """Divides a step's prefill time: half for the longest-waiting prompt, half for the shortest prompts.
 
-        With these shares a short prompt soon passes long ones, and no prompt takes more than twice its time.
+        So a short prompt soon overtakes long ones, while a long prompt takes at most twice as long as it
+        would with all of the time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:
             prompts += self._ready(prompts)[: max(0, self.max_num_sequences - len(self._running))]
-        # There is no room for the first one: if newer ones took the free blocks, it would wait for ever.
+        # If the longest-waiting prompt lacks blocks, no other is admitted: newer prompts would take each free
+        # block, and it would wait forever.
         if not (num_ms and prompts and self._admit(prompts[0])):
             return []
         longest_waiting, *others = prompts
@@ -199,7 +202,7 @@ class Scheduler:
         return [ScheduledSequence(longest_waiting, num_tokens), *batch]
 
     def _admit(self, seq: Sequence) -> bool:
-        """Lets a waiting sequence run if there is room for all of its tokens; returns true if it runs."""
+        """Makes a waiting sequence run if blocks for all of its tokens are free; returns True if it runs."""
         if seq.status is SequenceStatus.RUNNING:
             return True
         self._blocks.reuse_prefix(seq)
@@ -222,5 +225,5 @@ class Scheduler:
 
 
 def _chunk(seq: Sequence, num_tokens: int) -> Chunk:
-    """The next `num_tokens` of a sequence."""
+    """Returns the chunk of the next `num_tokens` tokens of a sequence."""
     return Chunk(num_tokens, seq.num_computed_tokens)

@@ -1,4 +1,4 @@
-"""Sequences, the batch of one forward pass, and the tokens drawn from it. No tensors."""
+"""Sequences, the batch of one forward pass, and the tokens sampled from its logits. No tensors."""
 
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Items
@@ -11,40 +11,40 @@ from shared.messages import FinishReason, SamplingParams
 
 
 class OutOfDeviceMemory(Exception):
-    """A step did not fit into the device's memory; nothing of it was recorded."""
+    """A step did not fit into the device's memory; none of its tokens counts as computed."""
 
 
 class SampledToken(NamedTuple):
-    """The token that a step drew for a sequence."""
+    """The token that a step sampled for a sequence."""
 
     token_id: int
     logprob: float | None = None
     """Natural logarithm of its probability; None if the request did not ask for it."""
     alternatives: tuple[tuple[int, float], ...] = ()
-    """The most likely token ids of this position with their logprobs, likeliest first."""
+    """The most likely token ids at this position with their logprobs, in descending order."""
 
 
 Sampled = SampledToken | LorelayError
-"""The result of a step for a sequence: its token, or the error that left it without one."""
+"""A step's result for one sequence: the next token, or the error because of which there is none."""
 
 
 class LogitAdjustments(NamedTuple):
-    """Changes that a sequence wants in its next logits, as plain data; `worker.model.logits` applies them."""
+    """Logit adjustments for a sequence's next token, as plain data; `worker.model.logits` applies them."""
 
     banned: Collection[int] = ()
-    """Token ids that must not be drawn."""
+    """Token ids that must not be sampled."""
     bias: Mapping[int, float] = {}
     """Maps a token id to the number that is added to its logit."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of each token that the output has."""
+    """Number subtracted from the logit of each token that occurs in the output."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logit of a token once for each time that the output has it."""
+    """Number subtracted from a token's logit as many times as the token occurs in the output."""
     output_token_ids: Items[int] = ()
-    """The output so far."""
+    """The sequence's output so far, in which the penalties count tokens."""
 
 
 class SequenceStatus(Enum):
-    """WAITING for blocks or an adapter, RUNNING in the batch, or FINISHED."""
+    """WAITING for blocks, an adapter or its turn; RUNNING in the batch; or FINISHED."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -63,28 +63,28 @@ class Sequence:
     adapter_name: str | None
     sampling: SamplingParams
     token_ids: list[int]
-    """Prompt, then output. A resumed sequence starts with the output it had already."""
+    """Prompt, then output. A resumed sequence starts with the output in its log."""
     num_prompt_tokens: int
     max_tokens: int
-    """Output tokens after which it ends with `length`; at least 1."""
+    """Maximum number of output tokens, at least 1; the sequence then ends with finish reason `length`."""
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     prompt_no: int = 0
-    """Index of the request's prompt that it continues."""
+    """Index of the sequence's prompt among the prompts of its request."""
     eos_token_ids: frozenset[int] = frozenset()
-    """Tokens that end the sequence."""
+    """Ids of the tokens that end the sequence."""
     adapter_version: str | None = None
-    """Version of the adapter whose weights fill its blocks; None for the base."""
+    """Version of the adapter that computes its keys and values; None for the base model."""
     block_keys: list[bytes] = field(default_factory=list)
-    """Keys of its full blocks, as far as computed; see `BlockManager`."""
+    """Keys of its first full blocks, as many as were computed so far; see `BlockManager`."""
     num_cached_tokens: int | None = None
-    """Prompt tokens that the cache had when the sequence first ran; None before."""
+    """Number of prompt tokens that it found in the prefix cache when it first ran; None before that."""
 
     @property
     def prompt_key(self) -> tuple[str, int]:
-        """Identifies the prompt: equal for all choices of one prompt of one request."""
+        """Key of the prompt: equal for all choices of one prompt of one request."""
         return self.request_id, self.prompt_no
 
     @property
@@ -94,12 +94,12 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """The number of tokens generated so far, which is also the position of the next one."""
+        """Number of tokens generated so far, which is also the index of the next output token."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """The number of tokens that the cache lacks: 1 in decode, more in prefill."""
+        """Number of tokens whose keys and values are not in the cache: 1 in decode, more in prefill."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
@@ -109,7 +109,7 @@ class Sequence:
 
     @property
     def logit_adjustments(self) -> LogitAdjustments | None:
-        """The changes that it wants in its next logits; None leaves them unchanged."""
+        """Logit adjustments for the next token, or None if there are none."""
         sampling = self.sampling
         if not (self.may_not_end or sampling.adjusts_logits):
             return None
@@ -123,16 +123,16 @@ class Sequence:
 
 
 class ScheduledSequence(NamedTuple):
-    """The share of one sequence in a step: its next `num_tokens` uncomputed tokens."""
+    """The part of a sequence that a step computes: its next `num_tokens` uncomputed tokens."""
 
     seq: Sequence
     num_tokens: int
 
     @property
     def samples(self) -> bool:
-        """True if this step reaches the sequence's last token, so that its logits give the next one."""
+        """True if the step computes the sequence's last token, from whose logits the next is sampled."""
         return self.num_tokens == self.seq.num_uncomputed_tokens
 
 
 Batch = Items[ScheduledSequence]
-"""The sequences of one forward pass: those in decode (one token) and chunks of prefill (several)."""
+"""The sequences of one forward pass: decodes (one token each) and prompt chunks (several tokens each)."""

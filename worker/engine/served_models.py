@@ -1,4 +1,4 @@
-"""The models that a worker serves: the one owner of their names, versions, sources and tokenizers."""
+"""The models that a worker serves, with names, versions, sources and tokenizers. Nothing else keeps these."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,13 +10,13 @@ from shared.messages import GenerationRequest, weights_version
 
 
 class Detokenizer(Protocol):
-    """Turns the tokens of one sequence into text, one at a time; see `worker.engine.detokenizer`."""
+    """Turns the tokens of one sequence into text, token by token; see `worker.engine.detokenizer`."""
 
     def add(self, token_id: int) -> str: ...
 
 
 class Tokenizer(Protocol):
-    """Prompts to tokens and back, in any thread; see `worker.model.tokenizer`."""
+    """Converts prompts to token ids, and token ids to text; thread-safe. See `worker.model.tokenizer`."""
 
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
@@ -30,20 +30,20 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The base model, or an adapter on top of it."""
+    """The base model, or one of its adapters."""
 
     name: str
-    """The name that clients use."""
+    """The name that clients send in `model`."""
     version: str
-    """SHA-256 (hex) of its files: the adapter's own, not the base's."""
+    """SHA-256 (hex) of its weights and config; an adapter's version does not cover the base model's files."""
     source: str
-    """Folder or Hugging Face id, as configured."""
+    """Folder or Hugging Face id from the configuration."""
     tokenizer: Tokenizer
-    """Tokenizer and chat template that belong to this version."""
+    """Tokenizer and chat template of this version."""
     created: int
     """Unix seconds at which this worker began to serve it."""
     adapter_name: str | None = None
-    """None for the base model."""
+    """Name of the adapter, or None for the base model."""
 
 
 class ServedModels:
@@ -59,26 +59,26 @@ class ServedModels:
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[ServedModel]:
-        """The base, then its adapters in the order in which they were added."""
+        """Iterates over the base model, then over its adapters in the order in which they were added."""
         return iter((self.base, *self._adapters.values()))
 
     @property
     def adapters(self) -> Mapping[str, ServedModel]:
-        """The adapters by name, as they are now; the mapping itself never changes."""
+        """The current adapters by name; a snapshot that later changes leave as it is."""
         return self._adapters
 
     def add(self, adapter: ServedModel) -> None:
-        """Adds an adapter, in place of an earlier one of its name."""
+        """Adds an adapter; it replaces an earlier one of the same name."""
         with self._lock:
             self._adapters = {**self._adapters, adapter.name: adapter}
 
     def remove(self, name: str) -> None:
-        """Removes an adapter; a name that is not served is no error."""
+        """Removes an adapter; does nothing if no adapter has this name."""
         with self._lock:
             self._adapters = {other: model for other, model in self._adapters.items() if other != name}
 
     def find(self, adapter_name: str | None) -> ServedModel:
-        """The model of this adapter name; the base for None.
+        """Returns the adapter of this name, or the base model for None.
 
         Raises:
             AdapterError: this worker does not serve the adapter.
@@ -91,24 +91,24 @@ class ServedModels:
         return model
 
     def model_of(self, request: GenerationRequest) -> ServedModel:
-        """The model that answers a request, in the version that its client was promised.
+        """Returns the model that answers a request, after checking that its version is the one requested.
 
         Raises:
             AdapterError: this worker does not serve the adapter.
-            AdapterVersionGone: this worker serves other weights under the same name. Claims pass over such
-                requests, so the weights changed since the claim.
+            AdapterVersionGone: this worker serves other weights under the same name. Workers don't claim such
+                requests, so the weights have changed since the claim.
         """
         model = self.find(request.adapter_name)
         adapter_version = model.version if model.adapter_name else None
-        promised = request.base_version, request.adapter_version
-        # An API of an earlier release sends no version of the base, and accepts any.
+        requested = request.base_version, request.adapter_version
+        # An API process of an earlier release sends no base version (None): then any version is right.
         if any(
             version not in (None, own)
-            for version, own in zip(promised, (self.base.version, adapter_version), strict=True)
+            for version, own in zip(requested, (self.base.version, adapter_version), strict=True)
         ):
             raise AdapterVersionGone
         return model
 
     def weights_version(self, model: ServedModel) -> str:
-        """The version of all weights that answer a request for a model: the base's and the adapter's."""
+        """Returns the version of all weights behind a model: a hash of the base's and the adapter's."""
         return weights_version(self.base.version, model.version if model.adapter_name else None)

@@ -1,4 +1,4 @@
-"""The number of prompt tokens that a step may compute, learned from the duration of earlier steps."""
+"""Decides how many prompt tokens a step may compute, from the durations of earlier steps."""
 
 import math
 import time
@@ -7,19 +7,20 @@ from typing import NamedTuple
 
 MIN_STRETCH = 2.0
 MAX_STRETCH = 2.5
-"""Bounds of a step with prompt tokens, as multiples of one without: at least so long, so that prompts get on
-beside streams that are slow anyway; at most so long, so that readers of fast streams don't notice."""
+"""Minimum and maximum duration of a step with prompt tokens, as multiples of the duration of one without. The
+minimum keeps prompts from starving where decodes alone take as long as the target; the maximum keeps the
+inter-token latency of fast streams low."""
 FIRST_CHUNK_TOKENS = 128
-"""Assumed number of prompt tokens that fill a step, before anything was measured."""
+"""Number of prompt tokens that are assumed to fill a step before any step was measured."""
 MAX_NUM_CHUNK_STEPS = 32
-"""Steps with prompt tokens after which one runs without them, to measure the cost of rows alone again."""
+"""Number of steps with prompt tokens after which one runs without, to measure the cost of decodes again."""
 _GATHER_TOKENS = 8
-"""Reading the cache for a chunk costs as much as the attention of this number of its own tokens."""
+"""Number of tokens by which a chunk is counted longer in attention, for the cost of reading the cache."""
 _GAIN = 0.3
 _MAX_DECODES_SURPRISE, _MAX_CHUNKS_SURPRISE = 1.2, 2.0
-"""Largest measurement that is believed, as a multiple of the estimate. A rise in the cost of chunks makes
-them smaller and is learned quickly. A rise in the cost of rows would make chunks larger just when the machine
-is busy, and is learned slowly."""
+"""Upper limit of a measurement, as a multiple of the estimate; higher measurements count as this limit. A
+higher cost of chunks makes chunks smaller, so it is learned quickly. A higher cost of decodes makes chunks
+larger, which is wrong if another process was merely busy during one step, so it is learned slowly."""
 
 
 class Chunk(NamedTuple):
@@ -27,38 +28,39 @@ class Chunk(NamedTuple):
 
     num_tokens: int
     num_tokens_before: int
-    """Tokens of its sequence that the cache has already."""
+    """Number of the sequence's tokens before the chunk, which are in the cache already."""
 
     @property
     def num_pairs(self) -> float:
-        """Pairs of a token of the chunk and a token that it attends to."""
+        """Number of pairs of a token of the chunk and a token that it attends to, about."""
         return (self.num_tokens + _GATHER_TOKENS) * (self.num_tokens_before + self.num_tokens / 2)
 
 
 class StepPace:
-    """Keeps steps near `step_target_ms` by the number of prompt tokens in them.
+    """Keeps the duration of steps near `step_target_ms` by limiting the number of prompt tokens in them.
 
-    Steps without prompt tokens measure the cost of running rows: a fixed time and one per row. The rest of a
-    step with prompt tokens is the cost of chunks: a fixed time, one per token, and one per pair of a token
-    and another that it attends to. Therefore the end of a long prompt costs more than its beginning.
+    The cost of decodes is a fixed time plus a time per decoding sequence, measured in steps without prompt
+    tokens. The cost of chunks, measured as the remaining time of steps with prompt tokens, is a fixed time
+    plus a time per token plus a time per pair of a token and a token that it attends to. So a chunk at the
+    end of a long prompt costs more than one at its beginning.
     """
 
     def __init__(self, step_target_ms: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`clock` counts seconds."""
+        """`clock` returns seconds."""
         self._step_target_ms = step_target_ms
         self._clock = clock
         self._started_s = 0.0
         self._decodes = _Cost((1, 16), (0, 0), _MAX_DECODES_SURPRISE)
         self._chunks = _Cost((1, FIRST_CHUNK_TOKENS, 1 << 16), (0, step_target_ms, 0), _MAX_CHUNKS_SURPRISE)
         self._num_chunk_steps = 0
-        """Steps with prompt tokens since the last one without."""
+        """Number of steps with prompt tokens since the last step without."""
 
     def start_step(self) -> None:
-        """Starts the clock of the next recorded step."""
+        """Begins to measure the step that the next `record` ends."""
         self._started_s = self._clock()
 
     def prefill_ms(self, num_decodes: int) -> float:
-        """The time for chunks in a step with `num_decodes` running rows; 0 means a step without chunks."""
+        """Returns the milliseconds for chunks in a step with `num_decodes` decodes; 0: the step gets none."""
         if num_decodes and self._num_chunk_steps >= MAX_NUM_CHUNK_STEPS:
             return 0.0
         decodes_ms = self._decodes.ms((1, num_decodes))
@@ -68,13 +70,13 @@ class StepPace:
         return max(1e-6, target_ms - decodes_ms - self._chunks.ms((1, 0, 0)))
 
     def chunk_ms(self, chunk: Chunk) -> float:
-        """The part of `prefill_ms` that a chunk takes."""
+        """Returns the milliseconds of `prefill_ms` that a chunk takes."""
         return self._chunks.ms((0, chunk.num_tokens, chunk.num_pairs))
 
     def num_tokens(self, num_ms: float, num_tokens_before: int) -> float:
-        """The size of the chunk that takes `num_ms`; below 1 if even one token takes longer."""
+        """Returns how many tokens a chunk has that takes `num_ms`; below 1 if one token takes longer."""
         per_token, per_pair = self._chunks.ms((0, 1, 0)), self._chunks.ms((0, 0, 1))
-        # The n for which chunk_ms is num_ms: a root of q n² + p n = left.
+        # Solves chunk_ms = num_ms for the number of tokens n: the positive root of q n² + p n = left.
         q = per_pair / 2
         p = per_token + per_pair * (num_tokens_before + _GATHER_TOKENS / 2)
         left = num_ms - per_pair * _GATHER_TOKENS * num_tokens_before
@@ -83,7 +85,7 @@ class StepPace:
         return 2 * left / (p + math.sqrt(p * p + 4 * q * left))
 
     def record(self, num_decodes: int, chunks: Collection[Chunk]) -> None:
-        """Learns from the step that ends now."""
+        """Updates the estimates from the step that ends now."""
         took_ms = (self._clock() - self._started_s) * 1e3
         if not chunks:
             self._decodes.learn((1, num_decodes), took_ms)
@@ -96,24 +98,24 @@ class StepPace:
 
 
 class _Cost:
-    """A linear estimate: milliseconds as a sum of amounts times prices. Learned by least mean squares."""
+    """A linear cost model: milliseconds = sum of amount x price. Least mean squares learns the prices."""
 
     def __init__(self, units: Sequence[float], guess_ms: Sequence[float], max_surprise: float) -> None:
-        """`units` are typical amounts; their prices, at first `guess_ms`, change at the same rate."""
+        """Starts with `guess_ms`, the cost of each of the typical amounts `units`."""
         self._units = units
         self._unit_ms = list(guess_ms)
         self._max_surprise = max_surprise
         self._is_guess = True
 
     def ms(self, amounts: Sequence[float]) -> float:
-        """The estimate for these amounts."""
+        """Returns the estimated milliseconds for these amounts."""
         return sum(map(math.prod, zip(self._shares(amounts), self._unit_ms, strict=True)))
 
     def learn(self, amounts: Sequence[float], measured_ms: float) -> None:
-        """Moves the estimate part of the way towards a measurement, the first time all of the way.
+        """Moves the estimate part of the way towards a measurement; the first time, all of the way.
 
-        A measurement far above the estimate counts as `max_surprise` times the estimate, because other work
-        of the machine in that step tells little about the next one.
+        A measurement far above the estimate counts as `max_surprise` times the estimate: it was probably
+        caused by other work on the machine, which says little about the next step.
         """
         estimate_ms, is_guess = self.ms(amounts), self._is_guess
         self._is_guess = False
