@@ -1,1 +1,1 @@
-"""Everything that handles tensors: the model, its adapters, its cache, sampling."""
+"""The code that handles tensors: model, adapters, KV cache and sampling."""

@@ -1,4 +1,4 @@
-"""Reads LoRA adapters from disk, through PEFT, and checks that they fit the model."""
+"""Reads LoRA adapters from disk with PEFT, and checks that they fit the model."""
 
 import copy
 import hashlib
@@ -28,20 +28,20 @@ _SERVED = frozenset(
     {"r", "lora_alpha", "target_modules", "exclude_modules", "use_rslora", "layers_to_transform"}
     | {"layers_pattern", "rank_pattern", "alpha_pattern", "peft_type"}
 )
-"""Fields of the config that change the result, and that are served."""
+"""Fields of the config that change the output and are supported."""
 _WITHOUT_EFFECT = frozenset(
     {"lora_dropout", "inference_mode", "task_type", "base_model_name_or_path", "revision", "peft_version"}
     | {"auto_mapping", "runtime_config", "fan_in_fan_out", "megatron_core", "megatron_config"}
     | {"loftq_config", "eva_config", "qalora_group_size", "ensure_weight_tying"}
 )
-"""Fields that matter only in training, or only to features that another field turns on."""
+"""Fields of the config that matter only in training, or only if another field turns a feature on."""
 _SERVED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` with which training leaves the base weights unchanged."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
 
 class LayerWeights(NamedTuple):
-    """A layer of an adapter: y += scaling · b (a x)."""
+    """The weights of one Linear in an adapter, which adds scaling · b (a x) to the Linear's output."""
 
     a: Tensor
     """Shape (rank, in)."""
@@ -58,21 +58,20 @@ class LoadedAdapter:
     version: str
     """SHA-256 (hex) of its config and weights."""
     layers: Mapping[str, LayerWeights]
-    """The model's Linears by name."""
+    """The weights by the name of the model's Linear that they change."""
 
 
 class _Problem(Exception):
-    """A reason to refuse an adapter; `load_adapter` adds its name and path."""
+    """A reason to refuse an adapter, to which `load_adapter` adds the adapter's name and path."""
 
 
 def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") -> LoadedAdapter:
     """Reads the adapter at `path` (folder or Hugging Face id) for `model`, a transformers model.
 
-    `base_name`, the model's name, is compared with the base that the adapter declares. If they differ
-    although all shapes fit, a warning is logged.
+    If all shapes fit, but the adapter declares another base model than `base_name`, a warning is logged.
 
     Raises:
-        AdapterError: it can't be served; the message has name, path and reason.
+        AdapterError: the adapter can't be served; the message has name, path and reason.
     """
     try:
         folder = _find(path)
@@ -84,7 +83,7 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
             raise _Problem("its files changed while they were read")
     except _Problem as problem:
         raise AdapterError(f"adapter {name!r} at {path}: {problem}") from problem
-    # PEFT, pickle and json read files that nobody has checked, and may raise anything.
+    # PEFT, pickle and json may raise any exception here, because the files may be damaged in any way.
     except Exception as error:
         raise AdapterError(
             f"adapter {name!r} at {path}: can't be read: {type(error).__name__}: {error}"
@@ -92,7 +91,7 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
     declared = str(config.get("base_model_name_or_path") or "")
     if declared and base_name and _last_part(declared) != _last_part(base_name):
         logger.warning(
-            "adapter %r at %s declares the base model %s, and serves %s: all shapes fit",
+            "adapter %r at %s declares the base model %s, but is served on %s, because all shapes fit",
             name,
             path,
             declared,
@@ -113,11 +112,13 @@ def _find(path: str) -> Path:
     try:
         return download(path, None, [CONFIG_FILE, *WEIGHT_FILES])
     except (OSError, ValueError) as error:
-        raise _Problem(f"is no folder here, and can't be had from Hugging Face: {error}") from error
+        raise _Problem(
+            f"is neither a local folder nor a repository that can be downloaded: {error}"
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The contents of `adapter_config.json`, checked."""
+    """Returns the contents of `adapter_config.json`, after checking that all of its features are served."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError as error:
@@ -132,7 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_features(config: Mapping[str, Any]) -> None:
-    """Refuses everything but plain LoRA, fields unknown to the installed PEFT included."""
+    """Refuses all features except plain LoRA, including fields that the installed PEFT does not know."""
     if config.get("use_dora"):
         raise _Problem("uses DoRA, which is not served")
     if config.get("init_lora_weights", True) not in _SERVED_INITS:
@@ -160,12 +161,11 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
     try:
         if file.suffix == ".safetensors":
-            # PEFT would let safetensors open the file itself, where version 0.8.0 leaks two objects per
-            # tensor.
+            # PEFT would let safetensors open the file: version 0.8.0 then leaks two objects per tensor.
             weights = load(file.read_bytes())
         else:
             weights = dict(load_peft_weights(str(file.parent), device="cpu"))
-    # For a damaged file, safetensors and pickle raise exceptions of their own, without a common base class.
+    # For a damaged file, safetensors and pickle raise exceptions that have no base class in common.
     except Exception as error:
         raise _Problem(f"its weights can't be read: {error}") from error
     for key, tensor in weights.items():
@@ -215,13 +215,13 @@ def _by_layer(weights: Mapping[str, Tensor], model: nn.Module) -> dict[tuple[str
 
 
 def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    """True if the tensor is a copy of the model's own weight, as PEFT stores of heads that it targets."""
+    """True if the tensor equals the model's weight; PEFT saves such a copy of an LM head that it targets."""
     own = model.state_dict().get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
     return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
 
 
 class _ExpectedLayer(NamedTuple):
-    """The shapes and the scaling that a config gives a layer."""
+    """Shapes and scaling of an adapter's weights for one layer, according to its config."""
 
     rank: int
     num_inputs: int
@@ -234,9 +234,9 @@ _layers_by_config: WeakKeyDictionary[nn.Module, dict[str, dict[str, _ExpectedLay
 
 
 def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """Remembers `_expected_layers` by config: the call takes most of the time of a read."""
+    """Returns `_expected_layers`, cached by config: the call takes most of the time of reading an adapter."""
     known = _layers_by_config.setdefault(model, {})
-    # PEFT writes sets as lists in random order; sorted, equal configs have equal keys.
+    # PEFT writes sets as lists in random order; if they were not sorted, equal configs had different keys.
     relevant = {
         name: sorted(value) if name.endswith("_modules") and isinstance(value, list) else value
         for name, value in config.items()
@@ -252,12 +252,12 @@ def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> 
 
 
 def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """Applies the config to a copy of the model without weights, with PEFT, and reads off the result."""
+    """Returns the layers that PEFT changes when it applies the config to a copy of the model on `meta`."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear, LoraLayer
 
     try:
-        # PEFT's warnings concern training, or deprecated attributes of transformers.
+        # PEFT's warnings here concern training or deprecated attributes of transformers, so they are ignored.
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             config = LoraConfig.from_pretrained(str(folder))
@@ -278,7 +278,7 @@ def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer
 
 
 def _stamps(folder: Path) -> list[tuple[int, int, int]]:
-    """The state of each file: it changes when a file is written to or replaced."""
+    """Inode, size and modification time of each file, which change if it is written to or replaced."""
     files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
     found = [file.stat() for file in files if file.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
@@ -288,7 +288,7 @@ def _version(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            # Without names and lengths, content moved from one file to the next would leave the digest equal.
+            # If names and sizes were left out, moving bytes from one file to the next would keep the digest.
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)

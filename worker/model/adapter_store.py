@@ -1,4 +1,4 @@
-"""The adapters' files on disk, and the device's slots: moves the tensors for `AdapterCache`."""
+"""Reads adapter files and copies their tensors into slots on the device, when `AdapterCache` asks for it."""
 
 import time
 from typing import Any
@@ -12,20 +12,20 @@ from worker.model.lora import LoraStack, SlotWeights
 
 
 class AdapterStore:
-    """Moves adapters from disk to host memory, and from there into slots."""
+    """Reads adapters from disk into host memory, and copies them from there into slots."""
 
     def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
-        """`base_name` is compared with the base that an adapter declares; `served` gets each adapter."""
+        """Adds registered adapters to `served`; `base_name` is compared with the base that they declare."""
         self._model = model
         self._base_name = base_name
         self._lora = lora
         self._served = served
 
     def register(self, name: str, path: str) -> SlotWeights:
-        """Reads and checks an adapter, which is served from now on, in the version that was read.
+        """Reads and checks an adapter, and adds it to the served models in the version that was read.
 
         Raises:
-            AdapterError: it can't be served; the message has name, path and reason.
+            AdapterError: the adapter can't be served; the message has name, path and reason.
         """
         adapter = load_adapter(name, path, self._model, self._base_name)
         weights = self._prepare(name, adapter)
@@ -34,28 +34,27 @@ class AdapterStore:
         return weights
 
     def read(self, name: str) -> SlotWeights:
-        """Reads a registered adapter again; may be called in any thread.
+        """Reads a registered adapter again; may be called from any thread.
 
         Raises:
-            AdapterError: it can't be served any more, or its files have changed.
+            AdapterError: the adapter can't be served any more, or its files have changed.
         """
         served = self._served.find(name)
         path = served.source
         adapter = load_adapter(name, path, self._model)
         if adapter.version != served.version:
-            # The registry and the prefix cache go by the version: changed weights would answer under the old
-            # one.
+            # If changed weights were served, clients and prefix cache would take them for the old version.
             raise AdapterError(
                 f"adapter {name!r} at {path}: its files have changed since this worker started; "
-                "serve them under another name, or start all workers anew"
+                "serve them under another name, or restart all workers"
             )
         return self._prepare(name, adapter)
 
     def put(self, name: str, weights: SlotWeights, slot: int) -> None:
-        """Copies an adapter's weights into a slot, in place of the ones there; the next step can use them.
+        """Replaces the contents of a slot by an adapter's weights; the next step can use them.
 
         Raises:
-            AdapterError: the device's memory has no room for it. The slot's contents are undefined then.
+            AdapterError: the weights don't fit into device memory; the slot's contents are then undefined.
         """
         try:
             self._lora.put(slot, weights)
@@ -65,6 +64,6 @@ class AdapterStore:
     def _prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
         try:
             return self._lora.prepare(name, adapter)
-        # Too little memory raises either: torch's allocator on the CPU has a plain RuntimeError.
+        # When host memory is short, torch's CPU allocator raises RuntimeError, all others MemoryError.
         except (MemoryError, RuntimeError) as error:
             raise AdapterError(f"adapter {name!r} at {adapter.path}: {error}") from error

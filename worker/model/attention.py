@@ -1,7 +1,7 @@
 """Attention over a paged KV cache, called by transformers' models through `AttentionInterface`.
 
-The tokens of all sequences of a step stand side by side in one row of T tokens. Each call writes their keys
-and values into the cache, and attends, per sequence, to the sequence's entries in the cache.
+The tokens of all sequences of a step are concatenated to T tokens with batch size 1. Each call writes their
+keys and values into the cache; each token then attends to the cache entries of its own sequence.
 """
 
 import threading
@@ -19,7 +19,7 @@ from worker.model.kernels.native import AttentionOptions, KernelState
 from worker.model.kv_cache import PagedKVCache
 
 NAME = "lorelay"
-"""The attention's name in transformers. Its mask interface does not know the name, and so makes no mask."""
+"""The attention's name in transformers, which builds no mask because no mask function has this name."""
 
 _STATE = "lorelay_attention"
 _HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_router_logits"})
@@ -27,28 +27,28 @@ _HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_ro
 
 @dataclass(eq=False)
 class QueryGroup:
-    """Sequences of a step with the same number of query tokens: all decodes, or one chunk of a prefill."""
+    """Sequences of a step that have equally many query tokens: all decodes, or a single chunk of a prompt."""
 
     rows: Tensor | slice
-    """(n x q,): places among the step's T tokens, sequence after sequence; a slice where they are
-    contiguous."""
+    """(n x q,): indices of the query tokens among the step's T tokens, sequence by sequence; a slice if they
+    are contiguous."""
     positions: Tensor
-    """(n, q): the position of each query token in its sequence."""
+    """(n, q): position of each query token in its sequence."""
     block_tables: Tensor
-    """(n, num_blocks): the sequences' blocks; shorter tables are padded with any valid block."""
+    """(n, num_blocks): block tables; shorter ones are padded with any valid block, which the mask hides."""
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @cached_property
     def row_numbers(self) -> Tensor:
-        """The same as `rows`, always a tensor."""
+        """`rows` as a tensor."""
         if isinstance(self.rows, Tensor):
             return self.rows
         return torch.arange(self.rows.start, self.rows.stop, device=self.positions.device)
 
     def mask(self, num_keys: int, num_groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(n, 1, num_groups x q, num_keys): 0 where a query sees a key, else -inf. Layers share masks.
+        """Returns (n, 1, num_groups x q, num_keys): 0 where a query sees a key, else -inf. Layers share it.
 
-        A query at position p sees keys at 0..p, with a window w at p-w+1..p.
+        A query at position p sees the keys at 0..p; with a sliding window w, the keys at p-w+1..p.
         """
         cache_key = (num_keys, num_groups, window, dtype)
         if cache_key not in self._masks:
@@ -65,17 +65,17 @@ class QueryGroup:
 
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
-    """The places of one step's tokens: in the cache, and in their sequences."""
+    """Attention metadata of one step: where its tokens are in the cache and in their sequences."""
 
     cache_indices: Tensor
-    """(T,): block x block_size + offset of each token."""
+    """(T,): index of each token in the cache, block x block_size + offset."""
     chunks: tuple[QueryGroup, ...]
-    """The prefills' chunks, a group each."""
+    """A group for each chunk of a prompt."""
     decodes: QueryGroup | None
-    """All sequences with one token."""
+    """The group of all sequences with one token, or None if there is no such sequence."""
 
     def as_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        """The arguments of `KernelState.begin_step`."""
+        """Returns the arguments of `KernelState.begin_step`."""
         none = self.cache_indices.new_empty(0, 0)
         decodes = self.decodes
         rows = (
@@ -83,36 +83,36 @@ class AttentionMetadata:
             if decodes is None
             else (decodes.row_numbers, decodes.block_tables, decodes.positions)
         )
-        places = [
+        spans = [
             (int(group.row_numbers[0]), group.positions.numel(), int(group.positions[0, 0]))
             for group in self.chunks
         ]
-        chunks = torch.tensor(places, dtype=torch.long).view(-1, 3)
+        chunks = torch.tensor(spans, dtype=torch.long).view(-1, 3)
         return self.cache_indices, *rows, chunks, [group.block_tables[0] for group in self.chunks]
 
 
 @dataclass(eq=False)
 class AttentionState:
-    """The attention function's inputs beside its arguments, shared by all layers of one model."""
+    """Inputs of the attention function that are not its arguments; all layers of a model share them."""
 
     kv_cache: PagedKVCache
     kernels: KernelState | None = None
-    """None: PyTorch attends."""
+    """The C++ kernels, or None if PyTorch computes the attention."""
     metadata: AttentionMetadata | None = None
-    """The metadata of the step that has begun."""
+    """Attention metadata of the current step; None before the first one."""
     calls: Counter[int] = field(default_factory=Counter)
-    """Calls per layer, for the self-check."""
+    """Number of calls by layer, for the self-check."""
     windows: dict[int, int | None] = field(default_factory=dict)
-    """The sliding window of each layer's last call, for the self-check."""
+    """Sliding window of the last call by layer, for the self-check; None if the layer has no window."""
 
     def use(self, kernels: KernelState) -> None:
-        """Makes the kernels attend from now on."""
+        """Makes the C++ kernels compute the attention from now on."""
         self.kernels = kernels
         self.kv_cache.share_with(kernels)
         _register_fallback()
 
     def begin_step(self, metadata: AttentionMetadata) -> None:
-        """Sets the metadata of the next forward pass in this thread."""
+        """Sets the attention metadata of this thread's next forward pass."""
         self.metadata = metadata
         if self.kernels is not None:
             _step.state = self
@@ -120,19 +120,19 @@ class AttentionState:
 
 
 _step = threading.local()
-"""Has the `AttentionState` of the thread's step, which `_attend_for_kernel` needs."""
+"""Holds the `AttentionState` of this thread's step in `state`, for `_attend_for_kernel`."""
 
 
 @cache
 def register() -> None:
-    """Makes the attention known to transformers as `NAME`."""
+    """Registers the attention function in transformers as `NAME`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, paged_attention)
 
 
 def attach(model: nn.Module, state: AttentionState) -> None:
-    """Gives `state` to every attention module of `model`."""
+    """Sets `state` on every attention module of `model`."""
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             setattr(module, _STATE, state)
@@ -146,13 +146,13 @@ def paged_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of `query` to the cache, which gets the new `key` and `value` first.
+    """Stores `key` and `value` in the cache; returns the causal attention of `query` to the cache.
 
     `query` is (1, num_heads, T, head_dim), `key` and `value` are (1, num_kv_heads, T, head_dim); the output
     is (1, T, num_heads, head_dim).
 
     Raises:
-        NotImplementedError: the model passes an option that changes the result and is not known here.
+        NotImplementedError: the model passes an option that changes the output and is not supported.
     """
     scaling = options.pop("scaling", None)
     window = options.pop("sliding_window", None)
@@ -174,7 +174,7 @@ def paged_attention(
 def _attend(
     state: AttentionState, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor:
-    """The attention of one layer, group by group."""
+    """Computes the attention of one layer with PyTorch, group by group."""
     metadata = state.metadata
     assert metadata is not None, "a forward pass before `begin_step`"
     new = key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -187,9 +187,9 @@ def _attend(
 
 @cache
 def _register_fallback() -> None:
-    """Registers the fallback that the attention kernel calls for cases it does not compute.
+    """Registers the function that the attention kernel calls for cases which it does not compute.
 
-    These are capped scores, sinks, and the first call of a layer, which shows the shape of its cache.
+    These cases are capped scores, sinks, and the first call of a layer, whose shapes allocate its cache.
     """
     torch.library.impl("lorelay::attend_in_groups", "CPU", _attend_for_kernel)
 
@@ -204,7 +204,7 @@ def _attend_for_kernel(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """`_attend`, with the eight arguments of the operator's schema in C++."""
+    """Calls `_attend`; has the eight arguments of the operator's schema in C++."""
     options = AttentionOptions(scaling, window, softcap, sinks)
     return _attend(_step.state, layer, query, key, value, options)
 
@@ -225,11 +225,11 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, options: d
 def _attend_group(
     query: Tensor, keys: Tensor, values: Tensor, group: QueryGroup, options: AttentionOptions
 ) -> Tensor:
-    """The output (n x q, num_heads, head_dim) of one group; `query` is (num_heads, T, head_dim)."""
+    """Returns the output (n x q, num_heads, head_dim) of one group; `query` is (num_heads, T, head_dim)."""
     num_sequences, num_queries = group.positions.shape
     num_heads, num_kv_heads = query.shape[0], keys.shape[2]
     num_groups = num_heads // num_kv_heads
-    # Query heads that share a KV head stand as further queries of that head: no copy of keys and values.
+    # Query heads that share a KV head become further queries of it, which saves copies of keys and values.
     query = query[:, group.rows].reshape(num_kv_heads, num_groups, num_sequences, num_queries, -1)
     query = query.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (n, num_kv_heads, num_groups x q, head_dim)
     key = _gather(keys, group.block_tables)  # (n, num_kv_heads, num_keys, head_dim)
@@ -244,8 +244,8 @@ def _attend_group(
 
 
 def _gather(layer: Tensor, block_tables: Tensor) -> Tensor:
-    """The entries (n, num_kv_heads, num_blocks x block_size, head_dim) of the blocks of n sequences."""
-    # On the CPU `embedding` copies whole blocks, in a fifth of the time of `layer[block_tables]`.
+    """Returns the entries of n sequences' blocks: (n, num_kv_heads, num_blocks x block_size, head_dim)."""
+    # On a CPU, `embedding` copies whole blocks and takes a fifth of the time of `layer[block_tables]`.
     blocks = embedding(block_tables, layer.flatten(1))
     return blocks.view(len(block_tables), -1, *layer.shape[2:]).transpose(1, 2)
 
@@ -253,9 +253,9 @@ def _gather(layer: Tensor, block_tables: Tensor) -> Tensor:
 def _attend_slowly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions
 ) -> Tensor:
-    """Attention with the options that PyTorch's kernel lacks: scores capped to ±`softcap`, and sinks.
+    """Computes attention with options that PyTorch's kernel lacks: scores capped to ±`softcap`, and sinks.
 
-    Shapes as in `_attend_group`: (n, num_kv_heads, num_groups x q or num_keys, head_dim).
+    The shapes are (n, num_kv_heads, num_groups x q or num_keys, head_dim), as in `_attend_group`.
     """
     scores = query @ key.transpose(2, 3) * options.scaling
     if options.softcap is not None:

@@ -1,4 +1,4 @@
-"""From a scheduled batch to the logits of its sampling sequences: tensors are laid out here."""
+"""Runs the forward pass of a scheduled batch: builds the input tensors and returns the logits."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,7 @@ from worker.model.lora import BASE, LoraStack
 
 
 class BatchForward:
-    """A model's forward pass over batches."""
+    """A model's forward pass over scheduled batches."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class BatchForward:
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
-        """Logits (num_sampling, vocab) of the last token of each sequence that samples."""
+        """Returns logits (n, vocab): those of the last token of each of the n sequences that sample."""
         token_ids: list[int] = []
         positions: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -54,7 +54,7 @@ class BatchForward:
 
 
 def attention_metadata(batch: Batch, block_size: int, device: torch.device) -> AttentionMetadata:
-    """The places of a batch's tokens in the cache, and the groups of them that attend together."""
+    """Returns a batch's attention metadata: its tokens' cache indices, and groups that attend together."""
     indices: list[int] = []
     decodes: list[tuple[int, ScheduledSequence]] = []
     chunks: list[tuple[int, ScheduledSequence]] = []
@@ -73,7 +73,7 @@ def attention_metadata(batch: Batch, block_size: int, device: torch.device) -> A
 def _group(
     members: Iterable[tuple[int, ScheduledSequence]], block_size: int, device: torch.device
 ) -> QueryGroup:
-    """The query group of (first row, item) pairs with equal `num_tokens`."""
+    """Returns the query group of items with equal `num_tokens`; `members` are (first row, item) pairs."""
     rows: list[int] = []
     positions: list[range] = []
     tables: list[list[int]] = []
@@ -84,8 +84,8 @@ def _group(
         tables.append(item.seq.block_table[: -(-end // block_size)])
     longest = max(map(len, tables))
     padded = [table + table[:1] * (longest - len(table)) for table in tables]
-    # The scheduler puts decodes first and keeps a chunk together, so rows are mostly a slice: a view, no
-    # copy.
+    # The scheduler puts decodes first, and a chunk's tokens are neighbours, so rows are mostly a slice, whose
+    # tensors are views. An index tensor would copy them.
     is_contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
     return QueryGroup(
         slice(rows[0], rows[0] + len(rows)) if is_contiguous else torch.tensor(rows, device=device),

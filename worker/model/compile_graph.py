@@ -1,8 +1,9 @@
-"""`python -m worker.model.compile_graph`: compiles a model's forward pass, in a process of its own.
+"""Compiles a model's forward pass; run in a separate process by `python -m worker.model.compile_graph`.
 
-The graph is transformers' model, in which Linears and attention call the kernels of `kernels.native`. These
-read weights, adapters and KV cache from the `KernelState` of the calling worker; the operations between them
-become C++. So one graph serves any number of tokens and adapters that come and go, and contains no weights.
+The graph is transformers' model, in which Linears and attention call the kernels of `kernels.native`. The
+kernels read weights, adapters and KV cache from the `KernelState` of the calling worker. So the graph
+contains no weights, and stays valid for any number of tokens and when adapters change. All operations between
+the kernels become C++.
 """
 
 import contextlib
@@ -28,9 +29,9 @@ from worker.model.kernels.threads import COMPILER
 from worker.model.kv_cache import PagedKVCache
 
 PREFIX = "model."
-"""Prefix that the names of the model's tensors get in the graph."""
+"""Prefix of the names of the model's tensors in the graph."""
 SMALL = 8
-"""Elements up to which Inductor makes a tensor a constant of the graph; larger ones are read at run time."""
+"""Maximum number of elements of a tensor that becomes part of the graph; larger ones are read at run time."""
 _EXAMPLE_NUM_TOKENS = 16
 _MAX_NUM_TOKENS = 1 << 20
 _INDUCTOR_OPTIONS = {
@@ -41,28 +42,30 @@ _INDUCTOR_OPTIONS = {
 
 
 class Job(msgspec.Struct, frozen=True):
-    """A model, as a compiler process must know it."""
+    """Input of a compiler process."""
 
     model: str
-    """The model's folder, of which only the config is read."""
+    """The model's folder; only its config is read."""
     dtype: str
     trust_remote_code: bool
     fused_linears: list[FusedLinears]
-    """The Linears that the kernels compute."""
+    """The Linears that the C++ kernel computes."""
     small_tensors: dict[str, list[float]]
-    """Values of all other tensors of up to `SMALL` elements, which become part of the graph."""
+    """Values of all other tensors with at most `SMALL` elements, which become part of the graph."""
     tensor_specs: dict[str, str]
-    """The `tensor_spec` of all other tensors."""
+    """The `tensor_spec` of all tensors that no fused Linear has."""
     output: str
-    """The graph's future folder. Its parent exists, it does not."""
+    """The folder to create for the graph. Its parent exists already."""
 
 
 def main() -> None:
-    """Does the job on the first line of stdin. It stops when stdin ends, i.e. when the worker has ended."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # removes its scratch folder, unlike a kill
-    os.nice(19)  # the worker serves meanwhile, and must not become slower
+    """Runs the job on the first line of stdin; stops early if stdin is closed: the worker has ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the scratch folder is removed
+    os.nice(19)  # the worker serves requests meanwhile, and must not become slower
     with contextlib.suppress(OSError):  # only Linux has this file
-        Path("/proc/self/oom_score_adj").write_text("1000")  # if memory is short, kill this, not the worker
+        Path("/proc/self/oom_score_adj").write_text(
+            "1000"
+        )  # if memory runs out, this process is killed, not the worker
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     threading.Thread(target=_stop_with_worker, daemon=True).start()
     compile_graph(job)
@@ -75,7 +78,7 @@ def _stop_with_worker() -> None:
 
 @torch.no_grad()
 def compile_graph(job: Job) -> None:
-    """Compiles, and writes `job.output` in one rename."""
+    """Compiles the graph, and creates `job.output` by a rename once all its files are complete."""
     if not native.make_callable(torch.device("cpu")):
         raise SystemExit("the kernels can't be called")
     for name, shape in (("linear", _shape_of_linear), ("attention", _shape_of_attention)):
@@ -88,8 +91,8 @@ def compile_graph(job: Job) -> None:
         package = torch._inductor.aoti_compile_and_package(
             graph, package_path=f"{scratch}/graph.pt2", inductor_configs=_INDUCTOR_OPTIONS
         )
-        # Unpacked here: PyTorch would unpack it to /tmp at every load, and a killed worker would leave it
-        # there.
+        # If the package were not unpacked here, PyTorch would unpack it to /tmp at every load, where a killed
+        # worker would leave it.
         unpacked = Path(scratch, "graph")
         with zipfile.ZipFile(package) as archive:
             archive.extractall(unpacked)
@@ -97,7 +100,7 @@ def compile_graph(job: Job) -> None:
 
 
 class _ForwardPass(nn.Module):
-    """The model as a function of the inputs that differ between steps."""
+    """The model as a module whose arguments are the inputs that differ between steps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -111,12 +114,12 @@ class _ForwardPass(nn.Module):
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a model by name."""
+    """Returns the parameters and buffers of a model by name."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def tensor_spec(tensor: Tensor) -> str:
-    """The properties of a tensor that are fixed in a graph."""
+    """Returns dtype and shape of a tensor as text; both are fixed in a graph."""
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
@@ -140,7 +143,7 @@ def _load_without_weights(job: Job) -> nn.Module:
     state = AttentionState(PagedKVCache(0, 1))
     state.use(native.new_state())
     attention.attach(model, state)
-    # The export needs tensors on the CPU. The values of large ones do not matter: the graph has none of them.
+    # The export needs tensors on the CPU. Large ones may have any values: the graph does not store them.
     model.to_empty(device="cpu")
     for name, tensor in tensors(model).items():
         if job.tensor_specs.get(name, tensor_spec(tensor)) != tensor_spec(tensor):
@@ -153,7 +156,7 @@ def _load_without_weights(job: Job) -> nn.Module:
 
 
 def _export(model: nn.Module) -> torch.export.ExportedProgram:
-    # Two tensors: the export would take one tensor that is passed twice for one input.
+    # If one tensor were passed for both, the export would take them for a single input.
     token_ids, positions = (torch.zeros(1, _EXAMPLE_NUM_TOKENS, dtype=torch.long) for _ in range(2))
     sampled_rows = torch.arange(_EXAMPLE_NUM_TOKENS - 1)
     tokens = torch.export.Dim("tokens", min=1, max=_MAX_NUM_TOKENS)

@@ -1,4 +1,4 @@
-"""SHA-256 of large files, stored in the cache folder so that each file is read once."""
+"""SHA-256 digests of large files, cached in the cache folder so that each file is read only once."""
 
 import hashlib
 import logging
@@ -12,12 +12,12 @@ logger = logging.getLogger(__name__)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's content.
+    """Returns the SHA-256 (hex) of a file's content.
 
-    It is computed again if the file's path, size, inode or times have changed.
+    The digest is computed again if the file's path, size, inode or times have changed.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the file can't be read.
     """
     stat = path.stat()
     identity = f"{path.resolve()} {stat.st_size} {stat.st_ino} {stat.st_mtime_ns} {stat.st_ctime_ns}"
@@ -35,7 +35,7 @@ def _compute(path: Path) -> str:
 
 
 def _read(stored: Path) -> str | None:
-    """The stored digest; None if there is none, or it is truncated."""
+    """Returns the cached digest, or None if its file is missing or truncated."""
     text = stored.read_text() if stored.exists() else ""
     return text if len(text) == hashlib.sha256().digest_size * 2 else None
 

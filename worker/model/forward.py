@@ -1,4 +1,4 @@
-"""The forward pass of a model: eager at first, then a compiled graph that was seen to agree with it."""
+"""A model's forward pass: eager at first, then a compiled graph, once it agreed with the eager pass."""
 
 import logging
 from collections.abc import Callable
@@ -15,25 +15,25 @@ from worker.model.self_check import TOLERANCES, relative_error
 logger = logging.getLogger(__name__)
 
 Graph = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Token ids and positions (1, T) and the sampled rows (n,) to logits (n, vocab)."""
+"""Computes logits (n, vocab) from token ids (1, T), positions (1, T) and the n sampled rows (n,)."""
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 MAX_NUM_DIFFERING_STEPS = 8
-"""Steps with other logits after which a graph is refused: single rows of bfloat16 differ by rounding alone, a
-wrong graph differs in every step."""
+"""Number of steps with differing logits after which a graph is refused. One such step proves nothing, because
+rounding alone makes single rows of bfloat16 differ; a wrong graph differs in every step."""
 
 
 class Forward(Protocol):
-    """A forward pass; `state` says how it computes now."""
+    """A forward pass; `state` tells whether it is eager, being compiled or compiled."""
 
     state: ForwardState
 
     def __call__(self, token_ids: Tensor, positions: Tensor, sampled_rows: Tensor) -> Tensor:
-        """Token ids and positions (1, T) and the sampled rows (n,) to logits (n, vocab)."""
+        """Returns logits (n, vocab) for token ids (1, T), positions (1, T) and the n sampled rows (n,)."""
         ...
 
     def wait(self) -> None:
-        """Returns when nothing is being compiled."""
+        """Waits until nothing is being compiled."""
 
     def close(self) -> None:
         """Stops compiling."""
@@ -46,17 +46,17 @@ class GraphSource(Protocol):
     """The folder of the graph's files."""
 
     def start(self, use: Callable[[Graph], None], give_up: Callable[[str], None]) -> None:
-        """Begins to compile. Calls `use` with the graph, or `give_up` with the reason, in any thread."""
+        """Starts compiling. Later calls `use` with the graph, or `give_up` with an error, from any thread."""
 
     def wait(self) -> None:
-        """Returns when nothing is being compiled."""
+        """Waits until nothing is being compiled."""
 
     def close(self) -> None:
-        """Stops compiling; `give_up` is not called for it."""
+        """Stops compiling, without a call of `give_up`."""
 
 
 class EagerForward:
-    """A transformers model, operation by operation."""
+    """The forward pass of a transformers model that PyTorch runs operation by operation."""
 
     def __init__(self, model: Any) -> None:
         self.state = ForwardState.EAGER
@@ -73,14 +73,14 @@ class EagerForward:
         """Returns at once: nothing is compiled."""
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """Does nothing: nothing is compiled."""
 
 
 class CompiledForward:
-    """A forward pass that is eager until its graph is compiled, and compiled from then on.
+    """A forward pass that is eager until its graph is compiled, and uses the graph from then on.
 
-    The first steps of the graph are compared with the eager pass. If they differ, the graph is refused, and
-    the pass stays eager.
+    In the first steps with the graph, the eager pass runs, too, and the logits are compared. If they differ,
+    the graph is refused, and the forward pass stays eager.
     """
 
     def __init__(self, eager: Graph, source: GraphSource) -> None:
@@ -90,7 +90,8 @@ class CompiledForward:
         self._source = source
         self._graph: Graph | None = None
         self._is_checked = {True: False, False: False}
-        """True once the graph has agreed, in steps of a single token and in steps of several."""
+        """True once the graph agreed with the eager pass; separately for steps of one token (key True) and of
+        several (key False)."""
         self._num_differing_steps = 0
         source.start(self._use, self._stay_eager)
 
@@ -105,7 +106,7 @@ class CompiledForward:
         return self._eager(*inputs)
 
     def wait(self) -> None:
-        """Returns when nothing is being compiled."""
+        """Waits until nothing is being compiled."""
         self._source.wait()
 
     def close(self) -> None:
@@ -113,12 +114,12 @@ class CompiledForward:
         self._source.close()
 
     def _use(self, graph: Graph) -> None:
-        # The state comes first: a step that finds the graph may refuse it at once, and sets the state.
+        # If the graph were set first, a step could refuse it before COMPILED overwrites the state EAGER.
         self.state = ForwardState.COMPILED
         self._graph = graph
 
     def _compare(self, graph: Graph, inputs: Inputs) -> Tensor:
-        """Runs both and returns the eager logits.
+        """Runs the graph and the eager pass, compares their logits, and returns the eager ones.
 
         The eager pass runs last, so that its keys and values, not the unchecked graph's, stay in the cache.
         """
@@ -139,7 +140,7 @@ class CompiledForward:
         return expected
 
     def _judge(self, errors: list[float], is_single: bool, dtype: torch.dtype) -> None:
-        """Counts a step by the errors of its rows of finite logits; there may be no such row."""
+        """Judges the graph by the errors of a step's rows with finite eager logits, possibly none."""
         differing = [error for error in errors if not error <= TOLERANCES[dtype]]  # NaN differs, too
         if not differing:
             self._is_checked[is_single] = bool(errors)
@@ -152,7 +153,7 @@ class CompiledForward:
             )
 
     def _refuse(self, problem: str) -> None:
-        """Leaves the graph's files: without them the next start would compile the same wrong graph again."""
+        """Stays eager. Keeps the graph's files: without them, the next start would compile it again."""
         self._stay_eager(f"the graph {problem}; remove {self._source.folder} to compile it again")
 
     def _stay_eager(self, reason: str) -> None:

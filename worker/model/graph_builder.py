@@ -1,4 +1,4 @@
-"""Compiles a model's forward pass beside the serving worker, or loads what an earlier start compiled."""
+"""Compiles a model's forward pass while the worker serves, or loads a graph that was compiled earlier."""
 
 import contextlib
 import fcntl
@@ -30,18 +30,18 @@ from worker.model.kernels.products import FusedLinears
 logger = logging.getLogger(__name__)
 
 STOP_LIMIT_S = 5.0
-"""Time for the compiler to remove its files after SIGTERM; SIGKILL follows."""
+"""Seconds that the compiler has to remove its files after SIGTERM, before SIGKILL."""
 LOCK_POLL_S = 0.2
 
 
 class GraphBuilder:
-    """The graph of one model: compiled by a process of its own, loaded by a thread of the worker.
+    """Provides the graph of one model: a separate process compiles it, and a thread of the worker loads it.
 
-    Its files lie in the cache folder, under a name that changes with everything the graph depends on.
+    The graph's files are in the cache folder, in a folder whose name is a digest of all that it depends on.
     """
 
     def __init__(self, model: nn.Module, job: Job) -> None:
-        """`model` is the loaded model whose tensors the graph will read."""
+        """Takes the loaded `model`, whose tensors the graph will read, and the description of its graph."""
         self.folder = Path(job.output)
         self._model = model
         self._job = job
@@ -51,14 +51,14 @@ class GraphBuilder:
         self._thread: threading.Thread | None = None
 
     def start(self, use: Callable[[Graph], None], give_up: Callable[[str], None]) -> None:
-        """Begins in a thread, which calls `use` with the graph, or `give_up` with the reason."""
+        """Starts a thread, which calls `use` with the graph, or `give_up` with an error."""
         self._thread = threading.Thread(
             target=self._prepare, args=(use, give_up), name="compile", daemon=True
         )
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being compiled."""
+        """Waits until nothing is being compiled."""
         if self._thread is not None:
             self._thread.join()
 
@@ -80,7 +80,7 @@ class GraphBuilder:
                     if not self.folder.exists():
                         self._compile()
             graph = self._load()
-        # Any error at all: the eager pass works, so the worker goes on with it.
+        # After any error, the worker goes on with the eager pass.
         except Exception as error:
             if not self._is_closed.is_set():
                 give_up(f"{type(error).__name__}: {error}")
@@ -91,7 +91,7 @@ class GraphBuilder:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """Waits until no other worker with this cache folder compiles: a compiler takes half a gigabyte."""
+        """Waits until no other worker with this cache folder compiles: a compiler needs half a GiB."""
         with self.folder.with_name("compile.lock").open("w") as file:
             while not _try_to_lock(file):
                 if self._is_closed.wait(LOCK_POLL_S):
@@ -109,11 +109,11 @@ class GraphBuilder:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # A session of its own, so that one signal reaches the g++ that it starts, too, and Ctrl-C
-                # in the worker's terminal reaches neither.
+                # In a new session, a signal to the process group reaches the compiler and its g++, while
+                # Ctrl-C in the worker's terminal reaches neither.
                 start_new_session=True,
             )
-        # A broken pipe means that the process has ended; its exit code tells more.
+        # A broken pipe means that the process has ended; the exit code, read below, tells more.
         with contextlib.suppress(BrokenPipeError), self._process as process:
             assert process.stdin is not None
             process.stdin.write(msgspec.json.encode(self._job) + b"\n")
@@ -128,7 +128,7 @@ class GraphBuilder:
         log.unlink()
 
     def _signal(self, number: int) -> None:
-        # The process may end between the check and the signal, which is just as well.
+        # The process may end between the check and the signal; then there is nothing to do.
         with contextlib.suppress(ProcessLookupError):
             if self._process is not None and self._process.poll() is None:
                 os.killpg(self._process.pid, number)
@@ -143,14 +143,14 @@ class GraphBuilder:
                 {name: own[path.removeprefix(compile_graph.PREFIX)] for name, path in paths.items()}
             )
         except Exception:
-            shutil.rmtree(self.folder, ignore_errors=True)  # the next start compiles again
+            shutil.rmtree(self.folder, ignore_errors=True)  # so that the next start compiles again
             raise
         build_cache.mark_used(self.folder)
         return graph.run
 
 
 def _try_to_lock(file: IO[str]) -> bool:
-    """Locks the file for this process; False if another one has it locked."""
+    """Locks the file for this process; returns False if another process has locked it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -161,9 +161,10 @@ def _try_to_lock(file: IO[str]) -> bool:
 def describe_job(
     folder: Path, model: Any, fused_linears: Sequence[FusedLinears], *, trust_remote_code: bool
 ) -> Job:
-    """The job that compiles the model in `folder`, loaded as `model`; the kernels compute its `fused_linears`.
+    """Returns the job that compiles the model in `folder`, which is loaded as `model`.
 
-    The name of its output is a digest of everything that the graph depends on.
+    The C++ kernels compute `fused_linears`. The name of the job's output folder contains a digest of all that
+    the graph depends on.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     names = {name for fused in fused_linears for name in fused.names}

@@ -1,4 +1,4 @@
-"""The keys and values of all sequences, in blocks."""
+"""The paged KV cache: tensors with the keys and values of all sequences, in blocks."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from worker.model.kernels.native import KernelState
 class PagedKVCache:
     """Keys and values of each layer: tensors (num_blocks, block_size, num_kv_heads, head_dim).
 
-    A layer is allocated at its first write, which shows its shape: in some models head sizes differ between
-    layers, or between keys and values.
+    A layer's tensors are allocated at its first write, because only that shows their shapes: in some models
+    head sizes differ between layers, or between keys and values.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -20,18 +20,18 @@ class PagedKVCache:
         self._kernels: KernelState | None = None
 
     def share_with(self, kernels: KernelState) -> None:
-        """Gives the kernels all layers, now and whenever one is allocated."""
+        """Passes all layers to the kernels, and each layer that is allocated later."""
         self._kernels = kernels
         for number, layer in self._layers.items():
             kernels.set_cache(number, *layer)
 
     @property
     def num_bytes_per_block(self) -> int:
-        """Bytes of one block over the layers written so far."""
+        """Number of bytes of one block in all layers written so far."""
         return sum(entry[0].nbytes for layer in self._layers.values() for entry in layer)
 
     def resize(self, num_blocks: int) -> None:
-        """Replaces the layers written so far by empty ones of `num_blocks` blocks."""
+        """Reallocates the layers written so far with `num_blocks` blocks; all contents are lost."""
         self.num_blocks = num_blocks
         shapes = {
             number: [(entry.shape[1:], entry.dtype, entry.device) for entry in layer]
@@ -44,9 +44,9 @@ class PagedKVCache:
     def write(self, layer: int, indices: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (T, num_kv_heads, head_dim) at `indices` (T,); returns the layer's tensors.
 
-        An index is block x block_size + offset. Entries that are not finite are stored as finite numbers: a
-        later owner of the block masks them, and 0 x NaN would be NaN. Logits computed for such a token itself
-        are NaN all the same.
+        An index is block x block_size + offset. Entries that are not finite are stored as finite numbers: if
+        a NaN stayed in a block, it would spoil the next sequence that gets the block, although that masks the
+        entry, because 0 x NaN is NaN. The token with the NaN gets NaN logits all the same.
         """
         tensors = self._layer(layer, key.transpose(0, 1), value.transpose(0, 1))
         for stored, new in zip(tensors, (key, value), strict=True):
@@ -54,7 +54,10 @@ class PagedKVCache:
         return tensors
 
     def _layer(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's tensors, for entries like `key` and `value` (num_kv_heads, T, head_dim)."""
+        """Returns a layer's tensors, after allocating them at the first call.
+
+        `key` and `value` are (num_kv_heads, T, head_dim).
+        """
         if layer not in self._layers:
             keys, values = (
                 self._allocate((self.block_size, len(new), new.shape[-1]), new.dtype, new.device)

@@ -1,4 +1,4 @@
-"""Loads the base model: folder, device, precision, weights, context length."""
+"""Loads the base model: finds its folder and device, loads its weights, reads its context length."""
 
 import hashlib
 import logging
@@ -21,16 +21,16 @@ _OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 
 
 def looks_like_path(name: str) -> bool:
-    """True if a name can't be a Hugging Face id (`owner/name` or `name`), so that it means a folder."""
+    """True if a name must be a folder, because it can't be a Hugging Face id (`owner/name` or `name`)."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
 def download(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
-    """Downloads the matching files of a Hugging Face repository, if need be, and returns their folder.
+    """Downloads those matching files of a Hugging Face repository that are missing; returns their folder.
 
     Raises:
-        OSError: there is no such repository, or it can't be reached.
-        ValueError: no repository can have this name.
+        OSError: the repository does not exist or can't be reached.
+        ValueError: the name is not a valid repository name.
     """
     from huggingface_hub import snapshot_download
 
@@ -38,7 +38,7 @@ def download(repository: str, revision: str | None, patterns: Iterable[str]) -> 
 
 
 def find_model(settings: WorkerSettings) -> Path:
-    """The model's folder; a Hugging Face id is downloaded.
+    """Returns the model's folder, after downloading it if the setting is a Hugging Face id.
 
     Raises:
         ConfigurationError: there is no such folder or repository.
@@ -54,13 +54,14 @@ def find_model(settings: WorkerSettings) -> Path:
             folder = download(settings.model, settings.revision, (*_OTHER_FILES, _WEIGHTS[1]))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"LORELAY_MODEL: {settings.model} is no folder here, and can't be had from Hugging Face: {error}"
+            f"LORELAY_MODEL: {settings.model} is neither a local folder nor a repository that can be "
+            f"downloaded: {error}"
         ) from error
     return folder
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `auto` (first GPU, else CPU), `cpu`, `cuda` or `cuda:N` names.
+    """Returns the device for `auto` (first GPU, else CPU), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
         ConfigurationError: the name is malformed, or this machine has no such device.
@@ -84,10 +85,10 @@ def find_device(name: str) -> torch.device:
 
 
 def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> Any:
-    """The causal language model in `folder`, on `device`, with Lorelay's attention.
+    """Loads the causal language model in `folder` onto `device`, with Lorelay's attention function.
 
     Raises:
-        ConfigurationError: not a causal language model, weights missing, or it doesn't load.
+        ConfigurationError: it is not a causal language model, lacks weights, or doesn't load.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,7 +106,7 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
             trust_remote_code=settings.trust_remote_code,
             device_map={"": device},
             output_loading_info=True,
-            # transformers' grouped kernels for experts don't compute in float64.
+            # The grouped kernels that transformers uses for experts don't support float64.
             **({"experts_implementation": "eager"} if dtype == torch.float64 else {}),
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -128,10 +129,10 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
 
 
 def max_model_len(config: Any, session_len: int | None) -> int:
-    """The context length in tokens: `session_len`, or the model's own.
+    """Returns the context length in tokens: `session_len`, or the model's if that is None.
 
     Raises:
-        ConfigurationError: `session_len` is more than the model takes, or both are missing.
+        ConfigurationError: `session_len` exceeds the model's context length, or neither is known.
     """
     limit, reason = _length_limit(config)
     if limit is None:
@@ -153,7 +154,8 @@ def _length_limit(config: Any) -> tuple[int | None, str]:
     for entry in (
         rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
     ):
-        # These take their frequencies from the longest sequence of a batch, which would change all others.
+        # These types take the frequencies from the longest sequence of a batch; beyond the original length,
+        # one long sequence would change the results of all others.
         if "dynamic" in entry.get("rope_type", "default") or entry.get("rope_type") == "longrope":
             original = entry.get("original_max_position_embeddings") or limit
             if original is not None and (limit is None or original <= limit):
@@ -166,7 +168,7 @@ def _length_limit(config: Any) -> tuple[int | None, str]:
 
 
 def model_version(folder: Path) -> str:
-    """SHA-256 (hex) of `config.json` and of the names and contents of the weight files."""
+    """Returns the SHA-256 (hex) of `config.json` and of the weight files' names and contents."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
         digest.update(f"{file.name} {file_digest(file)}\n".encode())

@@ -1,4 +1,4 @@
-"""Changes of logits before tokens are drawn from them: no other code of the model touches them."""
+"""Adjusts logits before sampling; no other code changes them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from worker.engine.sequence import LogitAdjustments
 
 
 def adjust(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Tensor:
-    """`logits` (num_rows, vocab) with the adjustments of each row; the same tensor if there are none."""
+    """Returns `logits` (num_rows, vocab) with each row adjusted; the same tensor if nothing changes."""
     changes = [
         (row, token_id, change)
         for row, adjustment in enumerate(adjustments)
@@ -25,7 +25,7 @@ def adjust(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Te
 
 
 def _changes(adjustment: LogitAdjustments) -> Mapping[int, float]:
-    """Token id to what is added to its logit; minus infinity bans the token."""
+    """Returns the number to add to each logit, by token id; minus infinity bans a token."""
     changes = dict(adjustment.bias)
     if adjustment.presence_penalty or adjustment.frequency_penalty:
         for token_id, count in Counter(adjustment.output_token_ids).items():

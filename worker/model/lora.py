@@ -1,9 +1,10 @@
 """LoRA in a mixed batch: each row of a layer's input gets the adapter of its own sequence.
 
-y = W x + scale · B (A x). The A and B of all adapters of a layer are stacked. A long span of a prompt is
-multiplied with its own adapter's part of the stack. All other rows, here called short, are computed together:
-by a C++ kernel if there is one, else in one product with the parts of all their adapters, in whose result
-each row keeps the columns of its own adapter and zeroes the others.
+A Linear with an adapter computes y = W x + scale · B (A x). The A and B of all adapters of a layer are
+stacked. The rows of a long prompt chunk are multiplied with their own adapter's part of the stack. All other
+rows, called short rows, are computed together, by the C++ kernel if there is one. Without it, they are
+multiplied with the stacked A of all their adapters; in the result, the columns of other adapters than the
+row's are set to 0 before the multiplication with the stacked B.
 """
 
 import math
@@ -21,14 +22,14 @@ from worker.model.kernels.native import KernelState
 from worker.model.kernels.products import FusedLinears
 
 BASE = -1
-"""The slot of rows without an adapter."""
+"""The slot number of rows without an adapter."""
 MIN_LONG_ROWS = 256
-"""Rows of one sequence from which matmuls of their own pay off; they are hundreds of further calls per
-step."""
+"""Number of rows from which a chunk of a prompt gets matmuls of its own; for a shorter chunk, the hundreds of
+additional calls per step cost more than they save."""
 
 
 class Span(NamedTuple):
-    """Neighbouring rows with the same adapter."""
+    """Consecutive rows with the same adapter."""
 
     slot: int
     first: int
@@ -36,12 +37,12 @@ class Span(NamedTuple):
 
 
 class StepRows:
-    """The slot of each row of a layer's input, for one forward pass."""
+    """The adapter slot of each row of a layer's input, in one forward pass."""
 
     def __init__(self, spans: Iterable[tuple[int, int]], device: torch.device) -> None:
-        """`spans`: (slot, number of rows) of each sequence, in the order of the rows."""
+        """Takes (slot, number of rows) of each sequence, in the order of the rows."""
         self.long_spans: list[Span] = []
-        """Long spans with an adapter."""
+        """Spans of at least `MIN_LONG_ROWS` rows that have an adapter."""
         self._short_rows: list[int] = []
         self._short_slots: list[int] = []
         self._device = device
@@ -55,9 +56,9 @@ class StepRows:
                 self.long_spans.append(Span(slot, first, num_rows))
             first += num_rows
         self.short_row_slots = tuple(sorted(set(self._short_slots) - {BASE}))
-        """Slots with a short row."""
+        """Slots of the adapters of short rows, ascending."""
         self.is_mixed = len(set(self._short_slots)) > 1
-        """True if the short rows have several slots, `BASE` among them."""
+        """True if short rows differ in their slots; `BASE` counts as a slot."""
 
     @property
     def has_adapters(self) -> bool:
@@ -66,16 +67,16 @@ class StepRows:
 
     @cached_property
     def short_rows(self) -> slice | Tensor:
-        """The numbers of the short rows."""
+        """Indices of the short rows; a slice if they are contiguous."""
         numbers = self._short_rows
         if numbers and numbers[-1] - numbers[0] + 1 == len(numbers):
             return slice(numbers[0], numbers[-1] + 1)
         return _integers(numbers).to(self._device)
 
     def foreign_columns(self, column_slots: tuple[int, ...]) -> Tensor:
-        """(number of short rows, number of columns): true where a column's slot is not the row's.
+        """Returns (number of short rows, number of columns): true where a column's slot isn't the row's.
 
-        Layers whose adapters have the same ranks share the tensor.
+        Layers whose adapters have the same ranks share one tensor.
         """
         if column_slots not in self._masks:
             rows = torch.tensor(self._short_slots, device=self._device)
@@ -84,10 +85,10 @@ class StepRows:
         return self._masks[column_slots]
 
     def as_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `KernelState.set_adapter_rows`: index, runs, long spans.
+        """Returns the arguments of `KernelState.set_adapter_rows`: index, runs, long spans.
 
-        `index` has the short rows with an adapter, ordered by slot; a run (slot, first, count) is a slot's
-        part of `index`. A long span is (slot, first row, number of rows).
+        `index` lists the short rows with an adapter, ordered by slot. A run (slot, first, count) tells which
+        part of `index` has the rows of a slot. A long span is (slot, first row, number of rows).
         """
         index: list[int] = []
         runs: list[Span] = []
@@ -105,39 +106,39 @@ def _integers(values: Sequence[Any]) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """The stacked A and B of some slots."""
+    """The stacked A and B of the adapters in some of the slots."""
 
     a: Tensor
     b: Tensor
     rank_slots: tuple[int, ...]
-    """The slot of each row of `a` and `b`."""
+    """The slot that each row of `a` and `b` belongs to."""
 
 
 class LoraLayer:
-    """The adapters of one Linear, added to its output by a forward hook or by the kernels."""
+    """The adapters of one Linear, which a forward hook or the C++ kernels add to its output."""
 
     def __init__(
         self, linear: nn.Linear, number: int, dtype: torch.dtype, kernels: KernelState | None
     ) -> None:
-        """`number`: the Linear's, as `FusedLinears.numbers` counts."""
+        """Starts without adapters; `number` is the Linear's number in `FusedLinears.numbers`."""
         device = linear.weight.device
         self.rows: StepRows | None = None
-        """Set before each forward pass without kernels; None if no row has an adapter."""
+        """The step's rows, set before each forward pass without kernels; None if no row has an adapter."""
         self._kernels = kernels
         self._number = number
         self._ranks: dict[int, range] = {}
-        """The rows of A and B that each slot owns."""
+        """Rows of the stacked A and B that belong to each slot."""
         self._a = torch.empty(0, linear.in_features, dtype=dtype, device=device)  # (sum of ranks, in)
         self._b = torch.empty(
             0, linear.out_features, dtype=dtype, device=device
         )  # (sum of ranks, out), scaled
         self._last_part: tuple[tuple[int, ...], _Part] | None = None
-        """The last step's slots and `_part` of them: the next step mostly has the same."""
+        """Slots of the last step and their `_part`; cached, since the next step mostly has the same slots."""
         if kernels is None:
             linear.register_forward_hook(self._add_to_output)
 
     def put(self, slot: int, a: Tensor, b: Tensor) -> None:
-        """Gives a slot another adapter: `a` (rank, in) and `b` (rank, out), scaled."""
+        """Replaces the adapter in a slot by `a` (rank, in) and `b` (rank, out), which includes the scale."""
         self._last_part = None
         ranks = self._ranks.get(slot, range(0))
         if len(ranks) == len(a):
@@ -145,14 +146,14 @@ class LoraLayer:
             self._b[ranks.start : ranks.stop] = b
             return
         self.remove(slot)
-        # Both are made before either is assigned: the second may find no memory.
+        # If A were assigned before B is created, and memory ran out then, their ranks would differ.
         stacked = torch.cat([self._a, a.to(self._a)]), torch.cat([self._b, b.to(self._b)])
         self._ranks[slot] = range(len(self._a), len(self._a) + len(a))
         self._a, self._b = stacked
         self._tell_kernels()
 
     def remove(self, slot: int) -> None:
-        """Empties a slot, if it is not empty."""
+        """Removes the adapter in a slot, if there is one."""
         ranks = self._ranks.get(slot)
         if ranks is None:
             return
@@ -180,7 +181,7 @@ class LoraLayer:
         rows = self.rows
         if rows is None or not self._ranks:
             return
-        # In place: the Linear has just made the output, and nobody else has it.
+        # Changing it in place is safe: the Linear has just created the output, and no other code has it yet.
         x, y = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
         for slot, first, num_rows in rows.long_spans:
             if slot in self._ranks:
@@ -198,7 +199,7 @@ class LoraLayer:
             return
         low = x[rows.short_rows] @ part.a.T  # (number of short rows, sum of ranks)
         if rows.is_mixed:
-            # Filled, not multiplied with zeros: if a row overflows in another's adapter, infinity x 0 is NaN.
+            # If it were multiplied with zeros, a row that overflows in another adapter would become NaN.
             low = low.masked_fill(rows.foreign_columns(part.rank_slots), 0)
         if isinstance(rows.short_rows, slice):
             y[rows.short_rows].add_(low @ part.b)
@@ -215,21 +216,21 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class SlotWeights:
-    """An adapter in host memory, ready to be copied into a slot."""
+    """An adapter's weights in host memory, ready to be copied into a slot."""
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
-    """Linears by name: A (rank, in) and B (rank, out), the scale folded into B, in the model's dtype."""
+    """A (rank, in) and B (rank, out) by the Linear's name, in the model's dtype; B includes the scale."""
 
     @property
     def num_bytes(self) -> int:
-        """Its size, the same in host memory and in a slot."""
+        """Number of bytes of the weights, in host memory as in a slot."""
         return sum(a.nbytes + b.nbytes for a, b in self.layers.values())
 
 
 class LoraStack:
-    """The slots of a model: each holds one adapter's weights, for all Linears that it changes.
+    """A model's adapter slots, each of which holds one adapter's weights for all Linears that it changes.
 
-    `AdapterCache` decides which adapter is in which slot; names are not known here.
+    `AdapterCache` decides which adapter is in which slot; this class knows no adapter names.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class LoraStack:
         dtype: torch.dtype,
         kernels: KernelState | None = None,
     ) -> None:
-        """Adapters may change the Linears in `fused_linears`; `kernels` are those that compute them, if any."""
+        """Starts with empty slots. Adapters may change only Linears in `fused_linears`."""
         self._kernels = kernels
         self._numbers = {name: number for fused in fused_linears for name, number in fused.numbers.items()}
         self._linears = {name: _linear(model, name) for name in self._numbers}
@@ -250,11 +251,11 @@ class LoraStack:
         self._layers: dict[str, LoraLayer] = {}
 
     def prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
-        """Scales and converts an adapter's weights for `put`; may be called in any thread.
+        """Scales and converts an adapter's weights for `put`; may be called from any thread.
 
         Raises:
-            AdapterError: it changes a layer whose input is not the rows of the batch (an expert's), or its
-                weights are not finite in the model's dtype.
+            AdapterError: the adapter changes a layer whose input rows are not the batch's tokens in their
+                order (as in an expert), or its weights are not finite in the model's dtype.
         """
         prepared: dict[str, tuple[Tensor, Tensor]] = {}
         for layer, weights in adapter.layers.items():
@@ -263,8 +264,8 @@ class LoraStack:
                     f"adapter {name!r} at {adapter.path}: changes {layer}, whose input is not the batch's "
                     "tokens in their order (a layer of an expert?); that is not served"
                 )
-            # Scaled in the finer of the adapter's and the model's precision. Copies, because `weights` may be
-            # views of the whole file's content.
+            # Scaled in the finer of the adapter's and the model's precision. If the results were not copies,
+            # they could be views that keep the whole file's content in memory.
             finest = torch.promote_types(weights.b.dtype, self._dtype)
             a = weights.a.to(self._dtype, copy=True)
             b = (weights.b.to(finest) * weights.scaling).T.to(self._dtype).contiguous()
@@ -279,7 +280,7 @@ class LoraStack:
 
     @torch.inference_mode()
     def put(self, slot: int, weights: SlotWeights) -> None:
-        """Replaces the contents of a slot; the next forward pass uses the new ones."""
+        """Replaces the contents of a slot; the next forward pass uses the new weights."""
         for layer in self._layers.keys() - weights.layers.keys():
             self._layers[layer].remove(slot)
         for layer, (a, b) in weights.layers.items():
@@ -290,9 +291,9 @@ class LoraStack:
             self._layers[layer].put(slot, a, b)
 
     def set_rows(self, spans: Sequence[tuple[int, int]], sampled_rows: Sequence[int]) -> None:
-        """Sets the slots of the next forward pass's tokens, and the tokens whose logits it computes.
+        """Sets the slots of all tokens of the next forward pass, and of those whose logits it computes.
 
-        `spans`: (slot, number of tokens) of each sequence, in the order of the tokens.
+        `spans` has (slot, number of tokens) of each sequence, in the order of the tokens.
         """
         token_rows = StepRows(spans, self._device)
         head_rows = StepRows([(slot, 1) for slot in _slots_of(spans, sampled_rows)], self._device)
@@ -306,7 +307,7 @@ class LoraStack:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """True if every entry is finite, in a tenth of the time of `isfinite().all()`.
+    """True if every entry is finite; takes a tenth of the time of `isfinite().all()`.
 
     `aminmax` returns NaN if any entry is NaN.
     """
@@ -326,7 +327,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The Linears of a model by name; not those of a subclass that computes something else, as routers do."""
+    """Returns a model's Linears by name, except subclasses that compute something else, such as routers."""
     return {
         name: module
         for name, module in model.named_modules()

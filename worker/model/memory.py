@@ -1,4 +1,4 @@
-"""Memory limits: how much the KV cache and the adapters may take, from the settings and what is free."""
+"""Memory limits of KV cache and adapters, computed from the settings and the free memory."""
 
 import torch
 
@@ -6,15 +6,15 @@ from shared.errors import ConfigurationError
 from shared.settings import WorkerSettings
 
 DEFAULT_CPU_CACHE_BYTES = 2 << 30
-"""Default limit of the KV cache in host memory, which other workers and programs share."""
+"""Default maximum size of the KV cache in host memory, which other processes need, too."""
 NUM_PREFIX_BATCHES = 3
-"""Full batches of ended sequences that the cache has room for, so that later prompts find their prefixes."""
+"""Number of full batches of ended sequences for which the cache has blocks, to serve as prefix cache."""
 DEFAULT_ADAPTER_SHARE = 0.1
-"""Share of the memory free at the start: of the device's for slots, of the host's for cached adapters."""
+"""Share of the memory free at startup: device memory for slots, host memory for cached adapters."""
 
 
 def num_free_bytes(device: torch.device) -> int:
-    """Free memory of the device; on the CPU, what the machine has available."""
+    """Returns the free memory of the device; for the CPU, the machine's available memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -24,16 +24,17 @@ def num_free_bytes(device: torch.device) -> int:
 
 
 def adapter_bytes(device: torch.device) -> int:
-    """Default limit of the adapters' memory on a device."""
+    """Returns the default maximum number of bytes of adapters on a device."""
     return int(num_free_bytes(device) * DEFAULT_ADAPTER_SHARE)
 
 
 def num_cache_blocks(
     settings: WorkerSettings, device: torch.device, *, max_model_len: int, num_block_bytes: int
 ) -> int:
-    """The number of blocks of the KV cache: as many as memory admits and batches can use.
+    """Returns the number of blocks of the KV cache: the smaller of what fits into memory and what is useful.
 
-    A full batch of the longest sequences can use so many; with a prefix cache, `NUM_PREFIX_BATCHES` more.
+    Useful are the blocks of a full batch of sequences of maximum length; with a prefix cache, the blocks of
+    `NUM_PREFIX_BATCHES` further batches.
 
     Raises:
         ConfigurationError: not even one sequence of `max_model_len` tokens fits.

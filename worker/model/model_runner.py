@@ -1,4 +1,4 @@
-"""The engine's model: runs a batch on the device, and draws the next tokens of its sequences."""
+"""The `Model` of the engine: runs a batch on the device, and samples the next tokens of its sequences."""
 
 import torch
 
@@ -14,7 +14,7 @@ from worker.model.sampler import SamplingRow, sample
 
 
 class ModelRunner:
-    """A loaded model with its KV cache and adapters; `worker.model.startup` makes it. Not thread-safe."""
+    """A loaded model with KV cache and adapters, created by `worker.model.startup`. Not thread-safe."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class ModelRunner:
 
     @property
     def forward_state(self) -> str:
-        """The state of the forward pass: `eager`, `compiled`, or eager while it is `compiling`."""
+        """The state of the forward pass: `eager`, `compiling` (eager in the meantime) or `compiled`."""
         return self._forward.state
 
     def wait(self) -> None:
-        """Returns when nothing is being compiled any more."""
+        """Waits until nothing is being compiled."""
         self._forward.wait()
 
     def close(self) -> None:
@@ -53,12 +53,13 @@ class ModelRunner:
     def run(self, batch: Batch) -> list[Sampled]:
         """Runs one forward pass; returns the next token of each sequence that `samples`, in batch order.
 
-        A sequence whose logits are not finite gets an error. The cache then holds all scheduled tokens; their
-        blocks must be in the block tables, and `num_computed_tokens` is the caller's to advance.
+        A sequence whose logits are not finite gets an error. The block tables must have blocks for all
+        scheduled tokens, whose keys and values are in the cache afterwards. The caller then has to update
+        `num_computed_tokens`.
 
         Raises:
             AdapterError: a sequence names an adapter that isn't resident.
-            OutOfDeviceMemory: the step did not fit.
+            OutOfDeviceMemory: the step did not fit into the device's memory.
         """
         if not batch:
             return []

@@ -1,4 +1,7 @@
-"""Prepares a loaded transformers model: checks it, replaces its products, allocates its KV cache."""
+"""Prepares a loaded transformers model: checks it, speeds its Linears up, allocates its KV cache.
+
+Linears are fused, packed for oneDNN or replaced by C++ kernels, whichever is possible.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model that passed the self-check, with its KV cache and its slots for adapters."""
+    """A model that passed the self-check, with its KV cache and its adapter slots."""
 
     model: Any
     fused_linears: Sequence[FusedLinears]
@@ -41,10 +44,10 @@ class PreparedModel:
 
 
 def prepare(model: Any, settings: WorkerSettings, kernels: KernelState | None) -> PreparedModel:
-    """Prepares a model of `loading.load_model`; `kernels` compute its Linears and attention, if given.
+    """Prepares a model that `loading.load_model` loaded; `kernels`, if given, compute Linears and attention.
 
     Raises:
-        ConfigurationError: the model can't be served, or its cache doesn't fit.
+        ConfigurationError: the model can't be served, or its KV cache doesn't fit into memory.
     """
     state = AttentionState(PagedKVCache(num_blocks_needed(settings.block_size), settings.block_size))
     attach(model, state)

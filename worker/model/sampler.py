@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, or drawn with random numbers that depend on the request alone."""
+"""Samples tokens from logits: greedily, or with random numbers that depend only on the request."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,22 +15,22 @@ from worker.engine.sequence import LogitAdjustments, Sampled, SampledToken
 from worker.model.logits import adjust
 
 MIN_TEMPERATURE = 1e-6
-"""Smallest divisor of logits: float32 would overflow with smaller ones, and sampling is greedy long
-before."""
+"""Minimum number by which logits are divided: with a smaller one, float32 would overflow. Sampling is as good
+as greedy at much higher temperatures already."""
 
 _NUM_CANDIDATES = 256
-"""Likeliest tokens that top-k and top-p look at first; if they don't suffice, the whole vocabulary is
-sorted."""
+"""Number of most likely tokens that top-k and top-p look at first; if these are not enough, the whole
+vocabulary is sorted."""
 _BLOCK_SIZE = 256
 _UNUSABLE, UNDECIDED = -1, -2
-"""Values in place of a token id: the logits are not finite; the candidates did not suffice."""
+"""Values in place of a token id: the logits are not finite; the candidates were not enough."""
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint32)
 _NUM_ROUNDS = 10
 
 
 class SamplingRow(NamedTuple):
-    """A row of logits: the sampling parameters of its sequence, and the key of its random number."""
+    """Inputs for sampling from one row of logits: parameters, and the key of the random number."""
 
     params: SamplingParams
     choice: int
@@ -38,13 +38,13 @@ class SamplingRow(NamedTuple):
     position: int
     """Number of output tokens before this one."""
     adjustments: LogitAdjustments | None = None
-    """Changes of the logits; None leaves them as they are."""
+    """Logit adjustments, or None if there are none."""
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
-    """A token per row of `logits` (num_rows, vocab); an error if a row has NaN or no finite largest entry.
+    """Returns a token per row of `logits` (num_rows, vocab), or an error if the row's maximum is not finite.
 
-    A row's token depends on its own logits and `SamplingRow` only, never on the other rows.
+    A row's token depends only on its own logits and `SamplingRow`, never on the other rows.
     """
     if not rows:
         return []
@@ -65,14 +65,14 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
 
 
 def _sampled(token_id: int) -> Sampled:
-    """The engine's record of a picked token, or the error of a row that has no usable logits."""
+    """Converts a sampled id to the engine's type, or to an error if the row has no usable logits."""
     if token_id == _UNUSABLE:
         return GenerationFailed("the model's logits are not finite")
     return SampledToken(token_id)
 
 
 def uniforms(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
-    """Random numbers in [0, 1), one per row: Philox(key=seed, counter=(position, choice, 0, 0)), 53 bits."""
+    """Returns 53 random bits in [0, 1) per row, from Philox(key=seed, counter=(position, choice, 0, 0))."""
     counters = np.array([(row.position, row.choice, 0, 0) for row in rows], dtype=np.uint32)
     seeds = np.array([row.params.seed for row in rows], dtype=np.uint64)
     keys = np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)], axis=-1).astype(np.uint32)
@@ -82,7 +82,7 @@ def uniforms(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
 
 
 def philox(counters: npt.NDArray[np.uint32], keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    """Philox-4x32-10 of each row: counters (n, 4) and keys (n, 2) to random words (n, 4).
+    """Computes Philox-4x32-10: random words (n, 4) from counters (n, 4) and keys (n, 2).
 
     Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
@@ -99,7 +99,7 @@ def philox(counters: npt.NDArray[np.uint32], keys: npt.NDArray[np.uint32]) -> np
 def _multiply(
     words: npt.NDArray[np.uint32], multiplier: np.uint64
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
-    """High and low 32 bits of the products."""
+    """Returns the high and the low 32 bits of the 64-bit products."""
     product = words.astype(np.uint64) * multiplier
     return (product >> np.uint64(32)).astype(np.uint32), product.astype(np.uint32)
 
@@ -109,7 +109,7 @@ def _filters(row: SamplingRow, logits: Tensor) -> bool:
 
 
 def _scale(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow], group: Sequence[int]) -> Tensor:
-    """(logits - largest) / temperature of the rows in `group`: log-probabilities up to a term, at most 0."""
+    """Returns (logits - largest) / temperature of the rows in `group`: log-probabilities up to a constant."""
     if len(group) < len(rows):
         index = torch.tensor(group, device=logits.device)
         logits, largest = logits[index], largest[index]
@@ -120,9 +120,9 @@ def _scale(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow], group: 
 
 
 def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """A token of the whole vocabulary per row, (num_rows,): first the block it lies in, then its place there.
+    """Samples a token of the whole vocabulary per row, (num_rows,): first its block, then its index there.
 
-    Summing blocks, and then one block, is less work than a running sum over the vocabulary.
+    The sums of all blocks, and a running sum in one block, are less work than one over the vocabulary.
     """
     num_rows, vocab = scaled.shape
     blocks = _blocks(scaled.exp_())
@@ -131,14 +131,15 @@ def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     block = _first_beyond(ends, thresholds)  # (num_rows, 1)
     starts = functional.pad(ends, (1, 0)).gather(-1, block)
     inside = blocks[torch.arange(num_rows, device=blocks.device), block.squeeze(-1)]
-    place = _first_beyond(inside.cumsum(dim=-1, dtype=torch.float64), thresholds - starts)
-    return (block * _BLOCK_SIZE + place).squeeze(-1).clamp(max=vocab - 1)
+    index = _first_beyond(inside.cumsum(dim=-1, dtype=torch.float64), thresholds - starts)
+    return (block * _BLOCK_SIZE + index).squeeze(-1).clamp(max=vocab - 1)
 
 
 def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """A token per row, (num_rows,), of the `top_k` likeliest, of these the fewest with `top_p` of the mass.
+    """Samples a token per row, (num_rows,), after top-k and then top-p.
 
-    Only the likeliest `_NUM_CANDIDATES` are looked at; a row for which they may not suffice is `UNDECIDED`.
+    Only the `_NUM_CANDIDATES` most likely tokens are looked at; the result is `UNDECIDED` for a row for which
+    they may not be enough.
     """
     vocab = scaled.shape[-1]
     likeliest, tokens = _largest(scaled, min(_NUM_CANDIDATES, vocab))
@@ -150,7 +151,8 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         mass = torch.where(top_k < vocab, mass, _mass(scaled.exp_()))
     kept = _keep(weights, mass, rows)
     num_kept = kept.ne(0).sum(dim=-1, keepdim=True)
-    # Tokens as likely as the last candidate may lie beyond the candidates, and come first by their lower ids.
+    # A token that is not a candidate may be as likely as the last candidate, and comes before it if its id is
+    # lower. So a row is undecided if the last kept token is only as likely as the last candidate.
     is_decided = likeliest.gather(-1, (num_kept - 1).clamp(min=0)) > likeliest[:, -1:]
     if vocab > _NUM_CANDIDATES:
         is_decided &= (top_k <= _NUM_CANDIDATES) | (top_k == vocab)
@@ -159,7 +161,7 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """The result of `_draw_likely` from a sort of the whole vocabulary: always decided, and slow."""
+    """Samples like `_draw_likely`, but sorts the whole vocabulary: always decided, and slow."""
     vocab = scaled.shape[-1]
     weights, tokens = scaled.exp_().sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=weights.device)[:, None]
@@ -169,30 +171,30 @@ def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest entries and their places, (num_rows, count) each; of equal ones the first comes first."""
-    values, places = scaled.topk(count, dim=-1)
-    places, order = places.sort(dim=-1)
+    """Returns the largest entries and their indices, (num_rows, count) each; ties are in order of index."""
+    values, indices = scaled.topk(count, dim=-1)
+    indices, order = indices.sort(dim=-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return values, places.gather(-1, order)
+    return values, indices.gather(-1, order)
 
 
 def _blocks(weights: Tensor) -> Tensor:
-    """Rows cut into blocks, (num_rows, num_blocks, _BLOCK_SIZE), the last one filled up with zeros."""
-    # If nothing is missing, padding would copy for nothing.
+    """Cuts rows into blocks, (num_rows, num_blocks, _BLOCK_SIZE); the last block is padded with zeros."""
+    # If no entry is missing, padding would only copy the tensor.
     missing = -weights.shape[-1] % _BLOCK_SIZE
     padded = functional.pad(weights, (0, missing)) if missing else weights
     return padded.reshape(len(weights), -1, _BLOCK_SIZE)
 
 
 def _mass(weights: Tensor) -> Tensor:
-    """The sum of each row, (num_rows, 1)."""
-    # Summed by blocks: torch adds up a long row in another order if it is the only one, and a row's token
-    # must not depend on the other rows.
+    """Returns the sum of each row, (num_rows, 1)."""
+    # If rows were not summed by blocks, a row's sum, and so its token, would depend on the number of rows:
+    # torch sums a long row in another order if it is the only one.
     return _blocks(weights).sum(dim=-1).sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def _keep(weights: Tensor, mass: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Descending weights, 0 for those behind the first ones that have `top_p` of the mass."""
+    """Sets the descending weights to 0 after the first ones that sum up to `top_p` of the mass."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     top_p = cumulative.new_tensor([row.params.top_p for row in rows])[:, None]
     beyond = cumulative - weights >= top_p * mass
@@ -201,20 +203,20 @@ def _keep(weights: Tensor, mass: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Inverse of the cumulative distribution at each row's uniform number: places, (num_rows, 1)."""
-    # In float32, a sum over many entries would lose the small weights of unlikely tokens.
+    """Samples an index per row, (num_rows, 1), by the inverse of the cumulative distribution."""
+    # In float32, a running sum over many entries would lose the small weights of unlikely tokens.
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     return _first_beyond(cumulative, _uniforms(rows, cumulative) * cumulative[:, -1:])
 
 
 def _first_beyond(cumulative: Tensor, thresholds: Tensor) -> Tensor:
-    """The first place (num_rows, 1) where a running sum exceeds the row's threshold (num_rows, 1)."""
+    """Returns the first index (num_rows, 1) at which a running sum exceeds the threshold (num_rows, 1)."""
     picked = torch.searchsorted(cumulative, thresholds, right=True)
-    # Rounding can make a threshold equal to the total; then the last place with any weight is meant.
+    # Rounding can make a threshold equal to the total sum; then the last index with a weight is right.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(picked, last).clamp(max=cumulative.shape[-1] - 1)
 
 
 def _uniforms(rows: Sequence[SamplingRow], like: Tensor) -> Tensor:
-    """The rows' random numbers on the device of `like`, (num_rows, 1)."""
+    """Returns the rows' random numbers on the device of `like`, (num_rows, 1)."""
     return torch.from_numpy(uniforms(rows)).to(like.device)[:, None]

@@ -1,8 +1,8 @@
-"""A check at load that a model computes the same for batches over the paged cache as for single sequences.
+"""Checks at load that a model gives the same logits in batches over the paged cache as for single sequences.
 
-It stands in place of a list of model families. Some models never call the attention function, some keep state
-elsewhere, some take parameters from the whole row of tokens. Each of these shows as other logits or missing
-calls, and the model is refused.
+The check replaces a list of supported model families. Some models never call the attention function, some
+keep state outside of the KV cache, and some derive parameters from all tokens of a batch. Such a model gives
+other logits or lacks calls of the attention function, and is refused.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,15 +22,15 @@ from worker.model.kernels.products import FusedLinears, number_linears
 from worker.model.lora import linears
 
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
-"""Largest admitted error of a row of logits, as a share of the row's spread; a wrong row is off by about
-1."""
+"""Maximum error of a row of logits, as a share of the row's spread; wrong rows have an error of about 1."""
 MAX_NUM_NOISY_ROWS = 2
-"""Rows that may be wrong in half precision, where one row in a hundred depends on rounding alone:
-SmolLM2-135M in bfloat16 is then as far from itself in float32. A fault in one kind of step spoils at least
-three of the ten rows, through the cache that the step leaves behind."""
+"""Number of rows that may exceed the tolerance in half precision, where rounding alone makes one row in a
+hundred exceed it: in such rows, the logits of SmolLM2-135M in bfloat16 and float32 differ as much in
+transformers itself. A fault in one kind of step makes at least three of the ten rows wrong, because later
+steps read the cache that the step wrote."""
 
 LENGTHS = (17, 7, 12)
-"""Tokens of the three check sequences."""
+"""Number of tokens of each of the three check sequences."""
 STEPS: tuple[tuple[int, int, int], ...] = (
     (6, 0, 0),  # a first chunk of a prefill
     (9, 5, 0),  # its second chunk beside another prefill
@@ -38,34 +38,38 @@ STEPS: tuple[tuple[int, int, int], ...] = (
     (1, 1, 1),  # decodes alone
     (0, 0, 1),
 )
-"""Tokens of each sequence in each step."""
+"""Number of tokens of each sequence, by step."""
 
 
 def num_blocks_needed(block_size: int) -> int:
-    """Blocks of the KV cache that the check uses."""
+    """Returns the number of KV cache blocks that the check uses."""
     return sum(-(-length // block_size) for length in LENGTHS)
 
 
 @dataclass
 class LinearCalls:
-    """The calls of a model's Linears, over all steps."""
+    """Observations of how a model calls its Linears, over all steps."""
 
     see_tokens: dict[str, bool] = field(default_factory=dict)
-    """Linears by name: true if each call had one row per token of the step."""
+    """True if each call of the Linear had one row per token of the step; by the Linear's name."""
     see_sampled: dict[str, bool] = field(default_factory=dict)
-    """Linears by name: true if each call had one row per sampled token."""
+    """True if each call of the Linear had one row per sampled token; by the Linear's name."""
     neighbours: set[tuple[str, str]] | None = None
-    """Pairs that every step called one after the other with the same rows; None before the first step."""
+    """Pairs of Linears that were called back to back on the same input tensor in every step so far, and so
+    may be fused; None before the first step."""
 
     def fusable_linears(self, model: nn.Module) -> list[FusedLinears]:
-        """The products to which the model's Linears can be joined; Linears with other rows are left out."""
+        """Groups the Linears that can be computed as one matmul.
+
+        Left out are Linears whose input rows are neither all tokens of a step nor all sampled tokens.
+        """
         modules = linears(model)
         tokens = {name: module for name, module in modules.items() if self.see_tokens.get(name)}
         heads = [name for name in modules if name not in tokens and self.see_sampled.get(name)]
         return number_linears(self._group(tokens), heads)
 
     def _group(self, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
-        """The names of `layers` in their order; neighbours that one product can compute share a group."""
+        """Groups the names of `layers`, in their order; neighbours that can be fused are in one group."""
         groups: list[list[str]] = []
         for name, linear in layers.items():
             former = groups[-1][-1] if groups else ""
@@ -76,7 +80,7 @@ class LinearCalls:
         return groups
 
     def end_step(self, calls: Iterable[tuple[str, Tensor]]) -> None:
-        """Records the neighbours of a step, from the (name, rows) of all calls in their order."""
+        """Records a step's neighbours, from (name, input rows) of all calls in their order."""
         pairs = {
             (name, next_name) for (name, rows), (next_name, next_rows) in pairwise(calls) if rows is next_rows
         }
@@ -88,10 +92,10 @@ def _are_alike(one: nn.Linear, other: nn.Linear) -> bool:
 
 
 class SelfCheck:
-    """Three short sequences with the logits that the unchanged model gives for each alone."""
+    """Three short sequences, and the logits that the unchanged model computes for each of them alone."""
 
     def __init__(self, model: Any, state: AttentionState, block_size: int, name: str) -> None:
-        """Computes these logits. `state.kv_cache` needs `num_blocks_needed` blocks.
+        """Computes the logits of the unchanged model. `state.kv_cache` needs `num_blocks_needed` blocks.
 
         Raises:
             ConfigurationError: the unchanged model fails.
@@ -107,10 +111,10 @@ class SelfCheck:
             self._plain = [_plain_logits(model, sequence) for sequence in self._ids]
 
     def run(self, forward: Callable[[Batch], Tensor]) -> LinearCalls:
-        """Runs the sequences in batches with `forward`, and compares.
+        """Runs the sequences in batches with `forward`, and compares the logits.
 
         Raises:
-            ConfigurationError: the logits differ, or `forward` fails; names the model and the reason.
+            ConfigurationError: the logits differ, or `forward` fails; the message names model and reason.
         """
         with self._refused_on_error("its forward pass over a batch of sequences fails"):
             calls, errors = self._run(forward)
@@ -120,10 +124,10 @@ class SelfCheck:
         return calls
 
     def run_again(self, forward: Callable[[Batch], Tensor]) -> None:
-        """Repeats `run` for a model that passed, with our own products and attention in it.
+        """Repeats `run` after fused Linears and C++ kernels were put into a model that passed.
 
         Raises:
-            ConfigurationError: the model fails now; the message says that this is a fault of Lorelay.
+            ConfigurationError: the check fails now; the message says that this is a fault of Lorelay.
         """
         try:
             self.run(forward)
@@ -135,7 +139,7 @@ class SelfCheck:
 
     @contextmanager
     def _refused_on_error(self, what: str) -> Iterator[None]:
-        """Makes any error a refusal: an unknown model may raise anything."""
+        """Turns any error into a refusal, because an unknown model may raise any exception."""
         try:
             yield
         except Exception as error:
@@ -160,7 +164,7 @@ class SelfCheck:
 
 
 def _sequences(block_size: int) -> list[Sequence]:
-    """Empty sequences whose blocks are dealt in turns, from the cache's last block down."""
+    """Returns empty sequences whose block tables are interleaved, from the cache's last block down."""
     free = list(range(num_blocks_needed(block_size)))
     sequences = [Sequence("self-check", n, None, SamplingParams(), [], 0, 1) for n in range(len(LENGTHS))]
     while free:
@@ -173,7 +177,7 @@ def _sequences(block_size: int) -> list[Sequence]:
 def _schedule(
     sequences: list[Sequence], ids: list[list[int]], counts: tuple[int, ...]
 ) -> list[ScheduledSequence]:
-    """A batch in which every sequence ends with its scheduled tokens, so that each gives a row of logits."""
+    """Returns a batch in which each sequence ends with its scheduled tokens, so that it has logits."""
     batch = []
     for seq, sequence_ids, count in zip(sequences, ids, counts, strict=True):
         if count:
@@ -184,7 +188,7 @@ def _schedule(
 
 @torch.inference_mode()
 def _plain_logits(model: Any, token_ids: list[int]) -> Tensor:
-    """(num_tokens, vocab), with transformers' own attention."""
+    """Returns logits (num_tokens, vocab), computed with transformers' own attention."""
     model.set_attn_implementation("eager")
     try:
         input_ids = torch.tensor([token_ids], device=model.device)
@@ -195,7 +199,7 @@ def _plain_logits(model: Any, token_ids: list[int]) -> Tensor:
 
 @contextmanager
 def _watched(model: nn.Module, num_tokens: int, num_sampled: int, calls: LinearCalls) -> Iterator[None]:
-    """Adds the calls of one step to `calls`."""
+    """Records all calls of Linears in one step in `calls`."""
     handles = []
     rows: list[tuple[str, Tensor]] = []
     for name, module in linears(model).items():
@@ -217,7 +221,7 @@ def _watched(model: nn.Module, num_tokens: int, num_sampled: int, calls: LinearC
 
 
 def relative_error(row: Tensor, plain: Tensor) -> float:
-    """The difference of two rows of logits, as a share of the spread of the second."""
+    """Returns the norm of the difference of two rows of logits, divided by the spread of `plain`."""
     row, plain = row.double(), plain.double()
     return float((row - plain).norm() / (plain - plain.mean()).norm())
 
@@ -241,7 +245,7 @@ def _call_problem(model: Any, state: AttentionState) -> str | None:
 
 
 def logits_problem(errors: list[float], dtype: torch.dtype) -> str | None:
-    """A sentence about the rows that differ too much, if any; `errors` are those of `relative_error`."""
+    """Describes the rows that differ too much, or returns None; `errors` are their `relative_error`s."""
     differing = [error for error in errors if not error <= TOLERANCES.get(dtype, 1e-3)]  # NaN differs, too
     if len(differing) <= (MAX_NUM_NOISY_ROWS if dtype.itemsize == 2 else 0):
         return None

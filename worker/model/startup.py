@@ -1,4 +1,4 @@
-"""Loads everything that a `ModelRunner` needs, in the order in which the parts depend on each other."""
+"""Loads the parts of a `ModelRunner` (model, kernels, adapters, graph) in the order of their dependencies."""
 
 import contextlib
 import logging
@@ -33,7 +33,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     """Loads the model and the adapters that `settings` name.
 
     Raises:
-        ConfigurationError: names the setting and the reason.
+        ConfigurationError: something can't be loaded; the message names the setting and the reason.
     """
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
@@ -55,7 +55,10 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
 def load_with_kernels(
     folder: Path, settings: WorkerSettings, device: torch.device
 ) -> tuple[Any, KernelState | None]:
-    """The model, and the C++ kernels if they can be used; their first build takes as long as the model."""
+    """Loads the model, and meanwhile the C++ kernels, whose first build takes as long as the model.
+
+    The kernels are None if they can't be used.
+    """
     with ThreadPoolExecutor(1, "kernels") as executor:
         can_call = executor.submit(_make_kernels, device, settings.compile)
         model = loading.load_model(folder, settings, device)
@@ -63,10 +66,10 @@ def load_with_kernels(
 
 
 def _make_kernels(device: torch.device, compile_setting: str) -> bool:
-    """Loads the kernels, unless `LORELAY_COMPILE` is off. False: they can't be used."""
+    """Loads the kernels, unless `LORELAY_COMPILE` is off; returns False if they can't be used."""
     if compile_setting == "off":
         return False
-    with contextlib.suppress(OSError):  # no cache folder; `make_callable` logs it
+    with contextlib.suppress(OSError):  # without a cache folder; `make_callable` logs that
         build_cache.drop_truncated(build_cache.cache_folder())
     return native.make_callable(device)
 
@@ -93,7 +96,7 @@ def _build_adapter_cache(
 def _load_adapters(
     store: AdapterStore, adapter_cache: AdapterCache[SlotWeights], sources: Sequence[AdapterSource]
 ) -> None:
-    """Reads and checks all adapters; keeps as many as there is room for."""
+    """Reads and checks all adapters; keeps as many in host memory and slots as fit."""
     try:
         for source in sources:
             adapter_cache.keep(source.name, store.register(source.name, source.path))

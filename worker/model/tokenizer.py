@@ -11,14 +11,14 @@ DEVELOPER = "developer"
 
 
 class Tokenizer:
-    """Turns messages into token ids, and token ids into text. All methods may be called in any thread."""
+    """Turns messages into token ids, and token ids into text. Methods may be called from any thread."""
 
     def __init__(self, backend: Any, eos_token_ids: frozenset[int]) -> None:
-        """`backend` is a transformers tokenizer with a chat template."""
+        """Wraps `backend`, a transformers tokenizer with a chat template."""
         self._backend = backend
         self._fast = getattr(backend, "backend_tokenizer", None)
         self.eos_token_ids = eos_token_ids
-        """Tokens that end a sequence: the tokenizer's, and those of the model's generation config."""
+        """Ids of the tokens that end a sequence, from the tokenizer and the model's generation config."""
 
     @classmethod
     def load(
@@ -27,7 +27,7 @@ class Tokenizer:
         """Loads the tokenizer of a model folder or Hugging Face id.
 
         Raises:
-            ConfigurationError: there is none, or it has no chat template.
+            ConfigurationError: there is no tokenizer, or it has no chat template.
         """
         from transformers import AutoTokenizer
 
@@ -45,16 +45,17 @@ class Tokenizer:
         return cls(backend, frozenset(token_id for entry in declared for token_id in _as_list(entry)))
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The prompt's token ids: the messages in the model's chat template, up to the assistant's turn.
+        """Returns the token ids of a chat: messages in the model's template, up to the assistant's turn.
 
-        Special tokens, BOS included, come from the template only; the tokenizer adds none.
+        Special tokens, including BOS, come only from the template; the tokenizer adds none.
 
         Raises:
             InvalidRequest: the template refuses the messages.
         """
 
         if DEVELOPER not in str(self._backend.chat_template):
-            # `developer` is the newer name of the system role; most templates refuse it.
+            # If the role `developer`, the newer name of `system`, were passed on, most templates would refuse
+            # it.
             messages = [
                 message | {"role": "system"} if message.get("role") == DEVELOPER else message
                 for message in messages
@@ -63,7 +64,7 @@ class Tokenizer:
             encoded = self._backend.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True
             )
-        # A template is a program, and may raise anything. The error concerns this request only.
+        # A template is a program and may raise any exception; only this request must fail.
         except Exception as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
@@ -71,10 +72,10 @@ class Tokenizer:
         return list(encoded["input_ids"])
 
     def encode_text(self, text: str) -> list[int]:
-        """The text's tokens, with the special tokens that the tokenizer puts around every text.
+        """Returns the token ids of a text, with the special tokens that the tokenizer adds to every text.
 
         Raises:
-            InvalidRequest: it can't be tokenized.
+            InvalidRequest: the text can't be tokenized.
         """
         try:
             return list(self._backend(text)["input_ids"])
@@ -83,7 +84,7 @@ class Tokenizer:
             raise InvalidRequest(f"The prompt can't be tokenized: {error}", param="prompt") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids` without special tokens."""
+        """Returns the text of `token_ids` without special tokens."""
         if self._fast is not None:
             return str(self._fast.decode(list(token_ids), skip_special_tokens=True))
         return str(
@@ -93,12 +94,12 @@ class Tokenizer:
         )
 
     def detokenizer(self) -> Detokenizer:
-        """A fresh detokenizer for one sequence."""
+        """Returns a new detokenizer for one sequence."""
         return Detokenizer(self.decode)
 
 
 def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:
-    """The end tokens in the model's `generation_config.json`, or if it has none, in its `config.json`."""
+    """Returns the EOS ids in the model's `generation_config.json`; if that is missing, in `config.json`."""
     from transformers import GenerationConfig, PreTrainedConfig
 
     try:

@@ -1,1 +1,1 @@
-"""C++ kernels, and settings of the libraries below torch. Some modules here must be imported before torch."""
+"""C++ kernels, and settings of oneDNN and OpenMP, which must be made before torch is imported."""

@@ -1,4 +1,4 @@
-"""The cache folder, in which built kernels, compiled graphs and digests of files outlive the worker."""
+"""The cache folder, which keeps built kernels, compiled graphs and digests of files for later starts."""
 
 import contextlib
 import logging
@@ -13,13 +13,13 @@ from shared.logs import fields
 logger = logging.getLogger(__name__)
 
 SCRATCH_PREFIX = "compiling-"
-"""Prefix of a running compiler's scratch folders; a killed compiler leaves them behind."""
+"""Prefix of the names of a compiler's scratch folders; a killed compiler leaves them behind."""
 MAX_UNUSED_S = 30 * 24 * 3600
-"""Age since its last use after which a graph or a build of the kernels is removed."""
+"""Seconds since its last use after which a graph or a build of the kernels is removed."""
 
 
 def cache_folder() -> Path:
-    """The folder: `$XDG_CACHE_HOME/lorelay`, or `~/.cache/lorelay`.
+    """Returns the cache folder: `$XDG_CACHE_HOME/lorelay`, or `~/.cache/lorelay`.
 
     Raises:
         OSError: this user has no home folder.
@@ -31,15 +31,15 @@ def cache_folder() -> Path:
 
 
 def mark_used(path: Path) -> None:
-    """Resets the age of an entry for `drop_unused`."""
+    """Marks an entry of the cache folder as used now, so that `drop_unused` keeps it."""
     with contextlib.suppress(OSError):  # the entry may belong to another user
         os.utime(path)
 
 
 def drop_unused(folder: Path) -> None:
-    """Removes what killed compilers left in a cache folder, and entries unused for `MAX_UNUSED_S`.
+    """Removes scratch folders of killed compilers, and entries that were unused for `MAX_UNUSED_S`.
 
-    Only one process at a time may call it.
+    Only one process at a time may call this function: it removes the scratch folder of any running compiler.
     """
     oldest_s = time.time() - MAX_UNUSED_S
     left = list(folder.glob(f"{SCRATCH_PREFIX}*"))
@@ -52,7 +52,7 @@ def drop_unused(folder: Path) -> None:
 
 
 def drop_truncated(folder: Path) -> None:
-    """Removes libraries of a cache folder that a loss of power truncated: loading one kills the process."""
+    """Removes libraries that a power loss has truncated, because loading one would kill the process."""
     for library in (*folder.glob("kernels-*.so"), *folder.glob("graph-*/**/*.so")):
         try:
             if not _is_truncated(library):
@@ -68,9 +68,10 @@ def drop_truncated(folder: Path) -> None:
 
 
 def _is_truncated(library: Path) -> bool:
-    """True if a 64-bit little-endian ELF file (man 5 elf) lacks its section table, its last part.
+    """True if a 64-bit little-endian ELF file (man 5 elf) lacks its section table, which is its last part.
 
-    The table's space may exist and be all zeros. Other files count as whole: loading them fails cleanly.
+    After a power loss the file may have its full size but zeros where the section table should be; that
+    counts as truncated, too. Files of other formats count as complete, because loading them raises an error.
     """
     with library.open("rb") as file:
         header = file.read(64)

@@ -1,7 +1,7 @@
 """C++ kernels for the forward pass on a CPU: Linears with their adapters, attention, compiled graphs.
 
-They are built once per machine, while the model loads. Without a compiler, PyTorch's own calls compute the
-same, slower.
+The kernels are built once per machine, while the model is loaded. Without a compiler, PyTorch's operators
+compute the same, but slower.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
 _REORDERED_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
-"""Options without which sums are not vectorised. NaN and infinity keep their meaning, unlike with
--ffast-math."""
+"""Options without which the compiler would not vectorise sums. Unlike with -ffast-math, code may rely on NaN
+and infinity."""
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", *_REORDERED_SUMS)
 
 
 def make_callable(device: torch.device, folder: Path | None = None) -> bool:
-    """Loads the kernels into this process, and builds them first if need be. False: they can't be used.
+    """Loads the kernels into this process, building them first if `folder` (default: the cache) lacks them.
 
-    The log has the reason. `folder`, by default `cache_folder()`, keeps the built library.
+    Returns False, and logs the reason, if the kernels can't be used.
     """
     if device.type != "cpu":
         return False
@@ -42,7 +42,7 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
         _load(path)
         mark_used(path)
     except OSError as error:
-        # Many machines have no compiler, which is fine; a compiler that fails deserves a warning.
+        # A machine without a compiler is usual; a compiler that fails deserves a warning.
         level = logging.INFO if isinstance(error, FileNotFoundError) else logging.WARNING
         reason = error.__cause__ or error
         logger.log(
@@ -54,9 +54,9 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
 
 
 class KernelState(Protocol):
-    """Weights, adapters, KV cache and layout of the step: the kernels' inputs beside their arguments.
+    """Inputs of the kernels that are not arguments: weights, adapters, KV cache, attention metadata.
 
-    Each model has its own state. Linears go by the numbers of `products.FusedLinears`.
+    Each model has its own state. Linears are identified by their numbers in `products.FusedLinears`.
     """
 
     def set_linears(
@@ -68,22 +68,22 @@ class KernelState(Protocol):
         is_packed: bool,
         sees_sampled_rows: bool,
     ) -> None:
-        """Sets one product: Linear `number` has `sizes[0]` outputs, Linear `number + 1` has `sizes[1]`, ...
+        """Sets fused Linears: Linear `number` has `sizes[0]` outputs, Linear `number + 1` has `sizes[1]`, ...
 
-        `weight` is (sum of sizes, in), or what `products.pack` made of it.
+        `weight` is (sum of sizes, in), packed by `products.pack` if `is_packed`.
         """
 
     def set_adapters(self, number: int, a: Tensor, b: Tensor, ranks: Tensor) -> None:
-        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out), scaled.
+        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out) with the scale in it.
 
-        Slot s owns the rows `ranks[s]` = (first, count) of both.
+        The rows `ranks[s]` = (first, count) of both belong to slot s.
         """
 
     def set_cache(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Sets a layer's part of the KV cache."""
+        """Sets a layer's tensors of the KV cache."""
 
     def set_adapter_rows(self, sampled: bool, index: Tensor, runs: Tensor, long_spans: Tensor) -> None:
-        """Sets the slots of the next step's token rows or sampled rows; see `lora.StepRows`."""
+        """Sets the slots of the next step's token rows, or of its `sampled` rows; see `lora.StepRows`."""
 
     def begin_step(
         self,
@@ -94,16 +94,16 @@ class KernelState(Protocol):
         chunks: Tensor,
         chunk_tables: list[Tensor],
     ) -> None:
-        """Sets a step's layout, and makes this the state of all kernels that the thread calls from now on.
+        """Sets a step's attention metadata; kernels that this thread calls from now on use this state.
 
-        `cache_indices` (T,): where the keys and values of all tokens go in the cache. Row `rows[n]` decodes,
-        at `positions[n]` of a sequence with blocks `tables[n]`. All other rows are chunks of prompts,
-        `chunks[n]` = (first row, number of rows, first position), with blocks `chunk_tables[n]`.
+        `cache_indices` (T,) tells where to store the keys and values of all tokens. Row `rows[n]` is a decode
+        at position `positions[n]` of a sequence with block table `tables[n]`. All other rows belong to prompt
+        chunks: `chunks[n]` = (first row, number of rows, first position), with block table `chunk_tables[n]`.
         """
 
 
 def new_state() -> KernelState:
-    """An empty state."""
+    """Returns an empty state."""
     state: KernelState = torch.classes.lorelay.KernelState()
     return state
 
@@ -112,53 +112,54 @@ class CompiledGraph(Protocol):
     """A compiled forward pass. It releases Python's global lock while it runs."""
 
     def tensor_paths(self) -> dict[str, str]:
-        """The tensors that the graph reads: names in the graph to paths in the exported model."""
+        """Returns the tensors that the graph reads: name in the graph to path in the exported model."""
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Sets all tensors by their names in the graph, which reads them without a copy."""
+        """Sets all tensors by their names in the graph, which reads them without copying them."""
 
     def run(self, token_ids: Tensor, positions: Tensor, sampled_rows: Tensor) -> Tensor:
-        """Token ids and positions (1, T) and the sampled rows (n,) to logits (n, vocab)."""
+        """Returns logits (n, vocab) for token ids (1, T), positions (1, T) and the n sampled rows (n,)."""
 
 
 def load_graph(library: Path) -> CompiledGraph:
-    """Loads a graph that `worker.model.compile_graph` made.
+    """Loads a graph that `worker.model.compile_graph` has compiled.
 
     Raises:
-        RuntimeError: the file is damaged, or is something else.
+        RuntimeError: the file is damaged, or is no graph.
     """
     graph: CompiledGraph = torch.classes.lorelay.CompiledGraph(str(library))
     return graph
 
 
 def linear(number: int, num_outputs: int, rows: Tensor) -> Tensor:
-    """W x + b, plus B (A x) of each row's adapter, for the product whose first Linear has this number.
+    """Computes W x + b, plus B (A x) of each row's adapter, for the fused Linears beginning with `number`.
 
-    `rows` is (..., in), the output (..., num_outputs).
+    `rows` is (..., in); the output is (..., num_outputs).
     """
     output: Tensor = torch.ops.lorelay.linear(rows, number, num_outputs)
     return output
 
 
 class AttentionOptions(NamedTuple):
-    """A model's wishes for the attention of one layer."""
+    """Attention parameters of one layer."""
 
     scaling: float
+    """Factor of the products of queries and keys."""
     window: int | None
-    """Keys that a query sees, counted back from its own; None is all."""
+    """Maximum number of keys that a query sees, counted back from its own position; None: no limit."""
     softcap: float | None
-    """Bound of the scores."""
+    """Bound to which scores are capped; None: not capped."""
     sinks: Tensor | None
-    """(num_heads,): one more score per head, which takes weight and adds no value."""
+    """(num_heads,): an additional score per head that has no value, for the softmax; None: no sinks."""
 
     @property
     def are_plain(self) -> bool:
-        """True if PyTorch's own attention knows all that are set."""
+        """True if PyTorch's attention supports all parameters that are set."""
         return self.softcap is None and self.sinks is None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, layer: int, options: AttentionOptions) -> Tensor:
-    """The attention of one layer in the step that has begun; shapes as in `worker.model.attention`."""
+    """Computes the attention of one layer in the current step; shapes as in `worker.model.attention`."""
     scaling, window, softcap, sinks = options
     output: Tensor = torch.ops.lorelay.attention(query, key, value, sinks, layer, scaling, window, softcap)
     return output
@@ -168,12 +169,12 @@ def _build(path: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     folders = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    libraries = ["-ltorch_cpu", "-lc10"]  # this process has them loaded, so nothing further is needed
+    libraries = ["-ltorch_cpu", "-lc10"]  # this process has loaded them, so no run-time path is needed
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as scratch:
         output = Path(scratch) / path.name
         _run_compiler("-shared", "-fPIC", *folders, str(_SOURCE), "-o", str(output), *libraries)
-        # Another worker may build the same file now. The rename is atomic, so neither loads half a file.
+        # Another worker may build the same file now; without the atomic rename, it could load half a file.
         output.replace(path)
 
 
@@ -183,17 +184,17 @@ def _load(path: Path) -> None:
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError:
-        path.unlink()  # the next start builds it again
+        path.unlink()  # so that the next start builds it again
         raise
 
 
 def _are_loaded() -> bool:
-    """True if this process has loaded the kernels; PyTorch refuses to register the same names twice."""
+    """True if this process has loaded the kernels; loading them twice would be an error in PyTorch."""
     return hasattr(torch.ops.lorelay, "attention")
 
 
 def fingerprint() -> str:
-    """A digest of everything the library depends on, the CPU among it: `-march=native` differs between CPUs.
+    """Returns a digest of all that the library depends on, including the CPU because of `-march=native`.
 
     Raises:
         OSError: there is no compiler.
@@ -205,7 +206,7 @@ def fingerprint() -> str:
 
 
 def _run_compiler(*arguments: str) -> bytes:
-    """The compiler's output.
+    """Runs the compiler and returns its output.
 
     Raises:
         OSError: there is no compiler, or it fails.

@@ -1,20 +1,20 @@
-"""Sizes of oneDNN's caches. They are read when torch loads, so this module does not import it."""
+"""Limits the sizes of oneDNN's caches. Torch reads the limits when it is loaded; do not import it here."""
 
 import os
 from collections.abc import MutableMapping
 
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-"""Variables for oneDNN's own cache, and for the one that PyTorch keeps in front of it."""
-_NUM_PRODUCTS = 128
-"""Entries for all products of decode steps with up to 25 rows. A missing entry costs a quarter of a
-millisecond."""
+"""Environment variables for the capacities of oneDNN's cache, and of PyTorch's cache in front of it."""
+_NUM_ENTRIES = 128
+"""Number of entries, enough for all matmuls of decode steps with up to 25 rows. A matmul without an entry
+takes a quarter of a millisecond longer."""
 
 
 def bound_caches(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Bounds oneDNN's caches, unless the operator's environment does. Call it before torch loads.
+    """Limits oneDNN's caches, unless the operator's environment sets limits. Call it before torch is loaded.
 
-    Both caches have an entry per shape of product, and prompts have ever new numbers of rows. At the default
-    of 1,024 entries a worker grows by several hundred MiB.
+    Both caches have an entry for each shape of a matmul, and prompts bring ever new numbers of rows. With the
+    default limit of 1,024 entries, a worker grows by several hundred MiB.
     """
     for name in _CAPACITIES:
-        environ.setdefault(name, str(_NUM_PRODUCTS))
+        environ.setdefault(name, str(_NUM_ENTRIES))

@@ -1,8 +1,8 @@
-"""The matrix products of a model's Linears, as fast as this machine computes them.
+"""Makes the matmuls of a model's Linears faster by fusing Linears and by packing weights.
 
-Linears that a model calls with the same rows become one product, because each call has a cost beside its
-arithmetic. On a CPU, bfloat16 weights are packed, i.e. copied into the layout that oneDNN reads: a product of
-16 rows then takes two thirds of the time, one of a single row half.
+Linears that read the same input rows are fused: they are computed as one matmul, because each call has
+overhead. On a CPU, bfloat16 weights are packed, i.e. copied into the memory layout that oneDNN reads. A
+matmul of 16 rows then takes two thirds of the time, and a matmul of a single row half of the time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,28 +17,28 @@ from worker.model.kernels import native
 from worker.model.kernels.native import KernelState
 
 _TYPICAL_NUM_ROWS = 16
-"""Number of rows that the packed layout is chosen for; a product may have any number."""
+"""Number of rows for which the packed layout is optimal; a matmul may have any number of rows."""
 
 
 class FusedLinears(msgspec.Struct, frozen=True):
-    """Linears that one product computes."""
+    """Linears that read the same input and are computed as one matmul; may be a single Linear."""
 
     first_number: int
-    """The number of the first Linear; the others' follow. Kernels and graphs know Linears by number."""
+    """Number of the first Linear; the others have the next numbers. Kernels and graphs use these numbers."""
     names: list[str]
-    """The Linears' names in the model."""
+    """Names of the Linears in the model."""
     sees_sampled_rows: bool
-    """False: the Linears see one row per token of a step. True: one row per sampled token, as an LM head
-    does."""
+    """True if the Linears get one row per sampled token, like an LM head; False if they get one row per token
+    of the step."""
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The number of each Linear, by name."""
-        return {name: self.first_number + place for place, name in enumerate(self.names)}
+        """Number of each Linear, by name."""
+        return {name: self.first_number + index for index, name in enumerate(self.names)}
 
 
 def number_linears(groups: Iterable[Sequence[str]], head_names: Iterable[str]) -> list[FusedLinears]:
-    """Numbers the Linears: first `groups`, which see a row per token, then the heads."""
+    """Numbers the Linears: first those in `groups`, which get a row per token, then the heads."""
     numbered: list[FusedLinears] = []
     number = 0
     for names, is_head in (*((group, False) for group in groups), *(([name], True) for name in head_names)):
@@ -48,7 +48,7 @@ def number_linears(groups: Iterable[Sequence[str]], head_names: Iterable[str]) -
 
 
 def can_pack(linear: nn.Linear) -> bool:
-    """True if oneDNN has a packed layout: for bfloat16, on a CPU with instructions for it."""
+    """True if oneDNN can pack the weight: it must be bfloat16, on a CPU that supports bfloat16."""
     weight = linear.weight
     return (
         weight.dtype == torch.bfloat16
@@ -59,17 +59,17 @@ def can_pack(linear: nn.Linear) -> bool:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight (out, in) in the packed layout, which only oneDNN's products can read."""
+    """Returns a weight (out, in) in the packed layout, which only oneDNN's matmul can read."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_NUM_ROWS)
     return packed
 
 
 def fuse(linears: Sequence[nn.Linear], fused: FusedLinears, kernels: KernelState | None = None) -> bool:
-    """Makes `linears`, those that `fused` names, one product. Returns whether its weights are packed.
+    """Fuses `linears` (the layers listed in `fused`) into a single matmul. Returns True if they are packed.
 
-    All of them have a bias, or none. With `kernels`, the C++ kernel computes the product. Packed Linears lose
-    their own `weight`, to save its memory. Heads keep theirs: an adapter that targets the head may bring a
-    copy of its weight, which is compared with it.
+    Either all of them have a bias or none has one. With `kernels`, the C++ kernel computes the matmul. Packed
+    Linears lose their plain `weight`, to save memory. Heads keep their weight: if an adapter that targets the
+    head brings a copy of its weight, the copy is compared with it.
     """
     is_packed = can_pack(linears[0])
     weight, bias = _join([linear.weight for linear in linears]), None
@@ -90,13 +90,13 @@ def fuse(linears: Sequence[nn.Linear], fused: FusedLinears, kernels: KernelState
 
 
 def call_kernel(linears: Sequence[nn.Linear], fused: FusedLinears) -> None:
-    """Makes `linears` call the C++ kernel, which has their weights."""
+    """Makes `linears` call the C++ kernel, which must have got their weights by `set_linears`."""
     num_outputs = sum(linear.out_features for linear in linears)
     _share(linears, partial(native.linear, fused.first_number, num_outputs))
 
 
 def _join(parameters: Sequence[Tensor]) -> Tensor:
-    """The parameters' values one after another, in one tensor; of several, each becomes a view of it."""
+    """Concatenates parameters in one tensor, of which each parameter becomes a view, to save memory."""
     if len(parameters) == 1:
         return parameters[0].detach()
     joined = torch.cat([parameter.detach() for parameter in parameters])
@@ -107,7 +107,7 @@ def _join(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _multiply_packed(packed: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    """W x + b for `rows` (..., in)."""
+    """Computes W x + b for `rows` (..., in)."""
     output: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
     return output
 
@@ -117,17 +117,17 @@ def _multiply(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
 
 
 def _share(linears: Sequence[nn.Linear], multiply: Callable[[Tensor], Tensor]) -> None:
-    """Makes each Linear return its part of what `multiply` computes for all."""
+    """Makes `multiply` compute all Linears at once; each Linear returns its part of the result."""
     if len(linears) == 1:
         linears[0].forward = multiply  # type: ignore[method-assign, assignment]
         return
     shared = _SharedMatmul(multiply, [linear.out_features for linear in linears])
-    for place, linear in enumerate(linears):
-        linear.forward = partial(shared.take, place)  # type: ignore[method-assign]
+    for index, linear in enumerate(linears):
+        linear.forward = partial(shared.take, index)  # type: ignore[method-assign]
 
 
 class _SharedMatmul:
-    """The product of several Linears, computed when the model calls the first of them."""
+    """One matmul for several Linears, computed when the model calls the first of them."""
 
     def __init__(self, multiply: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
         self._multiply = multiply
@@ -135,12 +135,12 @@ class _SharedMatmul:
         self._rows: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
 
-    def take(self, place: int, rows: Tensor) -> Tensor:
-        """The output of the Linear at `place`; asked for twice, it is computed twice."""
-        if rows is not self._rows or place not in self._parts:
+    def take(self, index: int, rows: Tensor) -> Tensor:
+        """Returns the output of Linear `index`; a second call for it computes the matmul again."""
+        if rows is not self._rows or index not in self._parts:
             self._rows = rows
             self._parts = dict(enumerate(torch.split(self._multiply(rows), self._sizes, dim=-1)))
-        part = self._parts.pop(place)
+        part = self._parts.pop(index)
         if not self._parts:
             self._rows = None
         return part

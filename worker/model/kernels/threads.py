@@ -1,25 +1,25 @@
-"""Settings of OpenMP, PyTorch's thread pool. Loading torch reads them, so this module does not import it."""
+"""Settings of OpenMP, PyTorch's thread pool. Torch reads them when it is loaded; do not import it here."""
 
 import os
 import shutil
 from collections.abc import MutableMapping
 
 COMPILER = "g++"
-"""The kernels' compiler. Its OpenMP is PyTorch's; threads of a second OpenMP would compete for the cores."""
+"""The kernels' compiler. If its OpenMP weren't PyTorch's, the threads of both would compete for cores."""
 
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _SPIN_COUNT = 1000
-"""Iterations of a few microseconds in all: a compiled step's threads rarely wait longer for each other."""
+"""Number of spin iterations, some microseconds in all; a compiled step's threads rarely wait longer."""
 _EAGER_SPIN_COUNT = 6000
-"""Longer, because an eager step runs Python between its operations. Waking threads for each would cost a
-fifth of the step."""
+"""Number of spin iterations of an eager step, which runs Python between its operations. If threads slept
+there, it would take a fifth longer, because they would be woken for each operation."""
 
 
 def sleep_while_waiting(*, is_eager: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
     """Makes waiting threads sleep after a short spin, unless the operator's environment says otherwise.
 
-    Call it before torch loads. By default they spin for long. When another process takes one of their cores,
-    the other threads spin until it returns, in every operation, and a step takes ten times as long.
+    Call it before torch is loaded. By default, threads spin for long: if another process takes a core, then
+    in each operation all threads spin until the one on that core has run, and a step takes ten times as long.
     """
     if not any(choice in environ for choice in _CHOICES):
         environ["OMP_WAIT_POLICY"] = "passive"
@@ -27,5 +27,5 @@ def sleep_while_waiting(*, is_eager: bool = False, environ: MutableMapping[str, 
 
 
 def stays_eager(compile_setting: str) -> bool:
-    """True if `LORELAY_COMPILE`, or the lack of a compiler, rules a compiled forward pass out."""
+    """True if the forward pass can't be compiled, because of `LORELAY_COMPILE` or for lack of a compiler."""
     return compile_setting != "graph" or shutil.which(COMPILER) is None

@@ -1,4 +1,4 @@
-// Attention of the rows of a step, over the paged cache.
+// Attention of all rows of a step over the paged KV cache.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -16,10 +16,10 @@
 
 namespace lorelay {
 
-constexpr int64_t ROWS_PER_TASK = 64;  // rows to store from which another thread pays off
+constexpr int64_t ROWS_PER_TASK = 64;  // minimum number of rows that a thread stores
 
 template <typename T>
-inline T storable(T value) {  // the same as torch.nan_to_num
+inline T storable(T value) {  // same result as torch.nan_to_num
   using Acc = at::opmath_type<T>;
   const Acc number = value;
   if (std::isfinite(number)) {
@@ -31,8 +31,8 @@ inline T storable(T value) {  // the same as torch.nan_to_num
   return number > 0 ? std::numeric_limits<T>::max() : std::numeric_limits<T>::lowest();
 }
 
-// new_entries (num_kv_heads, T, head_dim), any strides but the last; layer (number of cache
-// indices, num_kv_heads, head_dim).
+// Stores new_entries (num_kv_heads, T, head_dim) in layer (number of cache indices, num_kv_heads, head_dim). The last
+// stride of new_entries must be 1; the others may be any.
 template <typename T>
 void write(const Tensor& new_entries, const int64_t* indices, const Tensor& layer) {
   const int64_t num_heads = new_entries.size(0), num_rows = new_entries.size(1), size = new_entries.size(2);
@@ -56,8 +56,8 @@ inline Tensor with_dense_entries(const Tensor& tensor) {
   return tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
-// Stores all keys and values, and attends from all queries. query (num_heads, T, head_dim), key and value
-// (num_kv_heads, T, head_dim); the output is (T, num_heads, value_dim).
+// Stores all keys and values in the cache, and returns the attention of all queries: (T, num_heads, value_dim). query
+// is (num_heads, T, head_dim); key and value are (num_kv_heads, T, head_dim).
 inline Tensor paged_attention(const Tensor& any_query, const Tensor& key, const Tensor& value, Tensor keys,
                               Tensor values, const AttentionMetadata& metadata, double scaling, int64_t window) {
   TORCH_CHECK(keys.is_contiguous() && values.is_contiguous(), "the cache must be contiguous");

@@ -1,4 +1,4 @@
-// Attention of the chunks of prompts in a step, over the paged cache.
+// Attention of the prompt chunks of a step over the paged KV cache.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -22,13 +22,13 @@ constexpr int64_t VECTOR_BYTES = 64, ROWS_AT_ONCE = 8;
 #else
 constexpr int64_t VECTOR_BYTES = 32, ROWS_AT_ONCE = 4;
 #endif
-constexpr int64_t COLUMNS_AT_ONCE = 32;   // columns are padded to a multiple of it, which is one of two vectors
-constexpr int64_t TYPICAL_COLUMNS = 96;   // columns of a tile that fits into the L1 and L2 caches
+constexpr int64_t COLUMNS_AT_ONCE = 32;  // columns are padded to a multiple of this, i.e. of two vectors
+constexpr int64_t TYPICAL_COLUMNS = 96;  // number of columns of a tile that fits into the L1 and L2 caches
 constexpr int64_t KEYS_PER_TILE = 32;
 
 inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-// One vector register. Arrays in its place would be kept in memory.
+// One vector register. If arrays were used, the compiler would keep them in memory.
 template <typename Acc>
 struct VectorOf {
   typedef Acc Type __attribute__((vector_size(VECTOR_BYTES)));
@@ -39,7 +39,7 @@ struct VectorOf {
   }
 };
 
-// sums (num_rows, width) += left (num_rows, size), of any strides, x right (size, width).
+// Adds left x right to sums (num_rows, width). left is (num_rows, size) with any strides; right is (size, width).
 template <typename Acc>
 void add_product(const Acc* left, int64_t row_stride, int64_t stride, int64_t num_rows, int64_t size,
                  const Acc* right, int64_t width, Acc* sums) {
@@ -73,9 +73,9 @@ void add_product(const Acc* left, int64_t row_stride, int64_t stride, int64_t nu
   }
 }
 
-// Some queries of one chunk, for the heads that share a KV head. A column is one query of one head. All columns meet
-// KEYS_PER_TILE keys at a time, and the softmax is corrected from tile to tile, as in FlashAttention (Dao et al. 2022,
-// arXiv:2205.14135).
+// Some queries of one chunk, for the query heads that share a KV head. A column is one query of one head. All columns
+// are multiplied with KEYS_PER_TILE keys at a time, and the softmax is corrected from tile to tile, as in
+// FlashAttention (Dao et al. 2022, arXiv:2205.14135).
 template <typename Acc>
 class QueryTile {
  public:
@@ -93,7 +93,7 @@ class QueryTile {
         values_(KEYS_PER_TILE * width_),
         scores_(KEYS_PER_TILE * num_columns_) {}
 
-  // query: the first query of the first head.
+  // query points to the first query of the first head.
   template <typename T>
   void begin(const T* query, int64_t first_position, int64_t num_queries, Acc scaling) {
     first_position_ = first_position, num_queries_ = num_queries;
@@ -125,7 +125,7 @@ class QueryTile {
     }
   }
 
-  // output: of the first query and head; a row has all heads.
+  // output points to the first query's output of the first head. A row of the output has all heads.
   template <typename T>
   void store(T* output) const {
     for (int64_t column = 0; column < num_queries_ * group_; ++column) {
@@ -149,7 +149,7 @@ class QueryTile {
     }
   }
 
-  // Turns scores into weights, 0 where a query does not see a key, and corrects the sums of earlier tiles.
+  // Turns scores into softmax weights, 0 where a query does not see a key; rescales the sums of earlier tiles.
   void weigh(int64_t first_key, int64_t num_keys) {
     corrections_ = largest_;
     for (int64_t n = 0; n < num_keys; ++n) {
@@ -163,7 +163,7 @@ class QueryTile {
 #pragma omp simd
     for (int64_t column = 0; column < num_columns_; ++column) {
       const Acc top = largest_[column];
-      // Both are minus infinity while a query has seen no key; their difference would be NaN.
+      // Both are minus infinity as long as a query has seen no key; if they were subtracted, the result would be NaN.
       corrections_[column] = corrections_[column] == top ? Acc(1) : exponential<Acc>(corrections_[column] - top);
       sums_[column] *= corrections_[column];
     }
@@ -184,7 +184,8 @@ class QueryTile {
     }
   }
 
-  // Hides a key from the queries that must not see it. A query's columns are neighbours, so the others form one range.
+  // Hides a key from the queries that must not see it: those before the key, and those beyond its window.
+  // Columns are ordered by query, so both are ranges of columns.
   void hide(int64_t key, Acc* score) const {
     const auto column_of = [&](int64_t position) {
       return std::clamp<int64_t>((position - first_position_) * group_, 0, num_columns_);
@@ -235,7 +236,8 @@ void attend_chunks(const Tensor& query, const Tensor& keys, const Tensor& values
   const int64_t group = sizes.num_heads / sizes.num_kv_heads;
   const int64_t max_num_rows = std::max<int64_t>(1, TYPICAL_COLUMNS / group);
   const std::vector<ChunkTask> tasks = divide(metadata, sizes, max_num_rows);
-  // Each thread takes the next task, the longest first. With fixed shares, one busy core would delay all.
+  // Each thread takes the next task, the longest ones first. If threads had fixed shares of the tasks, one busy core
+  // would delay the whole step.
   std::atomic<int64_t> num_left = tasks.size();
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks.size()), 1, [&](int64_t, int64_t) {
     QueryTile<Acc> tile(sizes, max_num_rows);

@@ -1,4 +1,4 @@
-// Converting numbers between precisions.
+// Conversion of numbers between precisions.
 #pragma once
 
 #include <cstdint>

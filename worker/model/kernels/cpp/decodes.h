@@ -1,4 +1,4 @@
-// Attention of the rows of a step that decode, over the paged cache.
+// Attention of the decodes of a step over the paged KV cache.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -16,7 +16,7 @@
 namespace lorelay {
 
 constexpr int64_t KEYS_AT_ONCE = 4;
-constexpr int64_t KEYS_AHEAD = 16;  // prefetch distance: blocks lie anywhere, so the hardware can't prefetch them
+constexpr int64_t KEYS_AHEAD = 16;  // prefetch distance; hardware can't prefetch blocks, which are scattered in memory
 
 template <typename T, typename Acc>
 [[gnu::always_inline]] inline Acc dot(const Acc* left, const T* right, int64_t size) {
@@ -54,8 +54,8 @@ void softmax(Acc* scores, int64_t size) {
   }
 }
 
-// One KV head of one sequence: the outputs of the query heads that share it. DIM is head_dim if the compiler
-// is to know it, otherwise 0.
+// Computes the outputs of the query heads that share one KV head, for one sequence. DIM is head_dim, so that the
+// compiler knows it, or 0 for any other head_dim.
 template <typename T, typename Acc, int64_t DIM>
 void attend(const T* query, const T* keys, const T* values, const int64_t* table, int64_t position,
             Acc scaling, const Sizes& sizes, std::vector<Acc>& buffer, T* output) {
@@ -70,7 +70,7 @@ void attend(const T* query, const T* keys, const T* values, const int64_t* table
   for (int64_t head = 0; head < group; ++head) {
     convert(query + head * sizes.query_head_stride, head_dim, queries + head * head_dim);
   }
-  // If it were not inlined, GCC would see a function without effect, and drop the calls.
+  // If this function were not inlined, GCC would take it for one without effects, and drop the calls.
   const auto prefetch_entries = [&](int64_t key) __attribute__((always_inline)) {
     const int64_t index = sizes.cache_index(table, first + key);
     prefetch(keys + index * sizes.num_kv_heads * head_dim, head_dim);

@@ -1,4 +1,4 @@
-// A fast exponential for softmax.
+// A fast exponential function for the softmax.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ inline Acc exponential(Acc x) {
   return std::exp(x);
 }
 
-// e^x for x <= 0, which the compiler can vectorise: 2^n through the bits of the exponent, times a Taylor series.
-// Results below the smallest normal number are 0.
+// Computes e^x for x <= 0 without calls, so that the compiler can vectorise it: 2^n, by setting the exponent bits,
+// times a Taylor series. Results below the smallest normal number are 0.
 template <>
 inline float exponential(float x) {
   constexpr float SMALLEST = -87.0f;

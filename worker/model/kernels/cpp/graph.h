@@ -1,4 +1,5 @@
-// A compiled forward pass. PyTorch's own Python binding would hold the GIL while it runs, and block all other threads.
+// A compiled forward pass. If PyTorch's own Python binding ran it, the GIL would be held meanwhile, and all other
+// threads would be blocked.
 #pragma once
 
 #include <ATen/core/Dict.h>
@@ -19,7 +20,7 @@ struct CompiledGraph : torch::CustomClassHolder {
 
   explicit CompiledGraph(const std::string& library) : runner(library) {}
 
-  // The tensors that the graph reads: names in the graph to paths in the exported model.
+  // Returns the tensors that the graph reads: name in the graph to path in the exported model.
   c10::Dict<std::string, std::string> tensor_paths() const {
     c10::Dict<std::string, std::string> paths;
     for (const auto& [name, path] : runner.getConstantNamesToOriginalFQNs()) {
@@ -28,7 +29,7 @@ struct CompiledGraph : torch::CustomClassHolder {
     return paths;
   }
 
-  // The graph reads these tensors without a copy.
+  // Sets the tensors that the graph reads; they are not copied.
   void set_tensors(const c10::Dict<std::string, Tensor>& tensors) {
     std::unordered_map<std::string, Tensor> by_name;
     for (const auto& entry : tensors) {

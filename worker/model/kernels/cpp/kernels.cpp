@@ -1,5 +1,5 @@
-// The kernels of a forward pass on the CPU, called by PyTorch's eager pass and by compiled graphs alike. native.py
-// builds them and describes their arguments.
+// The kernels of a forward pass on the CPU, which eager forward passes and compiled graphs call. native.py builds them
+// and describes their arguments.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
@@ -28,17 +28,17 @@ struct FusedLinears {  // Linears that read the same rows and are computed as on
 };
 
 struct Adapters {
-  Tensor a, b, ranks;  // all adapters of a Linear, stacked; undefined before the first
+  Tensor a, b, ranks;  // all adapters of a Linear, stacked; undefined while it has none
 };
 
 struct AdapterRows {
-  Tensor index, runs;  // as add_lora takes them
+  Tensor index, runs;  // arguments of add_lora
   Tensor long_spans;   // (n, 3): slot, first row, number of rows
   bool is_empty() const { return !runs.defined() || (runs.size(0) == 0 && long_spans.size(0) == 0); }
 };
 
-// The kernels' inputs beside their arguments. They are not inputs of a graph, so that a graph compiled once serves any
-// adapters and sequences.
+// Inputs of the kernels that are not arguments. If they were arguments, a compiled graph would be valid only for
+// certain adapters and sequences.
 struct KernelState : torch::CustomClassHolder {
   std::vector<FusedLinears> fused;  // indexed by the number of their first Linear
   std::vector<Adapters> adapters;   // indexed by the number of the Linear
@@ -67,7 +67,7 @@ struct KernelState : torch::CustomClassHolder {
   }
 };
 
-// The state of this thread's forward pass: the calls in a compiled graph have no argument for it.
+// The state of this thread's forward pass; thread-local, because calls in a compiled graph have no argument for it.
 thread_local c10::weak_intrusive_ptr<KernelState> current{c10::intrusive_ptr<KernelState>()};
 
 void begin_step(const c10::intrusive_ptr<KernelState>& state, Tensor cache_indices, Tensor rows,
@@ -108,7 +108,7 @@ void add_to_long_spans(const Tensor& output, const Tensor& input, const Adapters
   }
 }
 
-Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs: only compile_graph.py reads it */) {
+Tensor linear(const Tensor& rows, int64_t number, int64_t /* num_outputs, which only compile_graph.py reads */) {
   const auto state = current_state();
   const FusedLinears& linears = state->fused.at(number);
   Tensor output = linears.is_packed ? multiply_packed(rows, linears) : at::linear(rows, linears.weight, linears.bias);

@@ -1,4 +1,4 @@
-// The places of a step's rows in the cache and in their sequences, and the sizes of heads and blocks.
+// Attention metadata of a step, and the sizes of heads and blocks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,9 +10,9 @@ namespace lorelay {
 using at::Tensor;
 
 struct AttentionMetadata {
-  Tensor cache_indices;            // (T,): the places of all rows' keys and values in the cache
-  Tensor rows, tables, positions;  // the rows that decode: (n,), block tables (n, m), (n,)
-  Tensor chunks;                   // (k, 3), all other rows: first row, number of rows, first position
+  Tensor cache_indices;            // (T,): cache index of the keys and values of each row
+  Tensor rows, tables, positions;  // of the n decodes: rows (n,), block tables (n, m), positions (n,)
+  Tensor chunks;                   // (k, 3): first row, number of rows and first position of each chunk
   std::vector<Tensor> chunk_tables;
 };
 
@@ -20,7 +20,7 @@ struct Sizes {
   int64_t num_heads, num_kv_heads, head_dim, value_dim, block_size, window;
   int64_t query_head_stride, query_row_stride;
 
-  // The place in the cache of a position of a sequence with this block table.
+  // Returns the cache index of a position of the sequence with this block table.
   int64_t cache_index(const int64_t* table, int64_t position) const {
     return table[position / block_size] * block_size + position % block_size;
   }

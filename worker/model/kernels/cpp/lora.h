@@ -19,7 +19,7 @@ using at::Tensor;
 constexpr int64_t OUTPUT_CHUNK = 128;
 constexpr int64_t RANKS_AT_ONCE = 4;
 
-struct Segment {  // one adapter: its rows and its ranks
+struct Segment {  // the rows and ranks of one adapter
   const int64_t* rows;
   int64_t num_rows, first_rank, num_ranks, first_low;
 };

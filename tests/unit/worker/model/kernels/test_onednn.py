@@ -12,7 +12,7 @@ GROW = """
 import ctypes, psutil
 from worker.model.kernels import onednn
 
-onednn._NUM_PRODUCTS = 16
+onednn._NUM_ENTRIES = 16
 onednn.bound_caches()
 
 import torch
