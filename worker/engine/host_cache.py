@@ -38,7 +38,7 @@ class HostCache(Generic[W]):
         return self._weights.get(name)
 
     def add(self, name: str, weights: W) -> None:
-        """Caches an adapter, evicting others until it fits; an adapter larger than the whole cache is not cached."""
+        """Caches an adapter, unless it is larger than the whole cache; evicts others until it fits."""
         if name in self._weights or weights.num_bytes > self.max_num_bytes:
             return
         self._weights[name] = weights

@@ -114,7 +114,7 @@ class Engine(Protocol):
 
     @property
     def max_num_sequences(self) -> int:
-        """Maximum number of sequences that run at once; reduced for a while after a step ran out of memory."""
+        """Maximum number of sequences that run at once; lower for a while after a step ran out of memory."""
         ...
 
     @property
