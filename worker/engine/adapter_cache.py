@@ -83,7 +83,7 @@ class AdapterCache(Generic[W]):
         slots = f"{self.num_slots} slots"
         if self.num_slots < self._num_wanted_slots:
             slots += (
-                f" ({_mib(self._max_num_slot_bytes or 0)} hold no more, {self._num_wanted_slots} configured)"
+                f" ({_mib(self._max_num_slot_bytes or 0)} hold no more, {self._num_wanted_slots} were wanted)"
             )
         return (
             f"{self._num_known}, the largest {_mib(self._largest_num_bytes)}; "
