@@ -114,8 +114,8 @@ class Scheduler:
     def postprocess(self, batch: Batch, sampled: Items[Sampled]) -> list[tuple[Sequence, Sampled]]:
         """Records the computed tokens of a step, and appends the sampled tokens to their sequences.
 
-        `sampled` has one entry per scheduled sequence that `samples`. The result pairs these entries with
-        their sequences. If an entry is an error, the caller must end the sequence.
+        `sampled` has an entry per scheduled sequence that `samples`; returns both in pairs.
+        If an entry is an error, the caller must end the sequence.
         """
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)
@@ -150,9 +150,8 @@ class Scheduler:
     def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:
         """Returns the waiting sequences that may run now. `prompts` are the running ones in prefill.
 
-        A sequence may run if its adapter is resident; otherwise its adapter is read, if a slot can be freed.
-        If a prompt is not in the cache, only its first choice may run; the other choices wait until the
-        prompt's blocks are in the cache.
+        Adapters that are not resident are read, if a slot can be freed; their sequences wait. If a prompt is
+        not in the cache, only its first choice may run; the other choices wait until the cache has it.
         """
         in_use = {seq.adapter_name for seq in self._running}
         computed = {seq.prompt_key for seq in prompts}
@@ -182,8 +181,7 @@ class Scheduler:
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:
             prompts += self._ready(prompts)[: max(0, self.max_num_sequences - len(self._running))]
-        # If the longest-waiting prompt lacks blocks, no other is admitted: newer prompts would take each free
-        # block, and it would wait forever.
+        # If newer prompts were admitted while the first one lacks blocks, it could wait for blocks forever.
         if not (num_ms and prompts and self._admit(prompts[0])):
             return []
         longest_waiting, *others = prompts
