@@ -147,7 +147,7 @@ class GenerationRequest(Message, frozen=True):
 
 
 class Usage(Message, frozen=True, omit_defaults=False):
-    """Token counts of one request."""
+    """Token counts of one request, for all of its prompts and choices."""
 
     prompt_tokens: int
     completion_tokens: int

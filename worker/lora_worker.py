@@ -61,7 +61,7 @@ class LoraWorker(RqWorker):
         """Loads the model, then serves until SIGTERM (or, with `burst`, until the queues are empty).
 
         Raises:
-            SystemExit: with code 2 after a configuration error, 1 after any other error.
+            SystemExit: a configuration error (exit code 2), or any other error (1).
         """
         _refuse_options(
             max_jobs=max_jobs,

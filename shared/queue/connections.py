@@ -115,7 +115,7 @@ def is_transient(error: redis.RedisError) -> bool:
 
 
 def is_wrong_type(error: object) -> bool:
-    """True if Redis refused a command because its key has another type."""
+    """True if Redis refused a command because its key has a wrong type."""
     return isinstance(error, redis.ResponseError) and str(error).startswith("WRONGTYPE")
 
 

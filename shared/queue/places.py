@@ -22,7 +22,7 @@ _MIDDLE_PRIORITY = 2**31
 
 
 class Place(NamedTuple):
-    """A parsed place."""
+    """The parsed sort key of a waiting request."""
 
     line: str
     """Class, version and tenant with their separators: the prefix that all places of a line share."""

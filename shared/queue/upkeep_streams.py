@@ -16,7 +16,7 @@ from shared.queue.records import Held, News, Reaped
 from shared.queue.scripts import event_format, exception_text, log_unreadable, script_source
 
 pack = msgspec.msgpack.encode
-"""Packs arguments for the scripts' `cmsgpack`, which reads strings but no binary type."""
+"""Encodes arguments of scripts as MessagePack. Pass text as `str`: Redis's decoder knows no binary type."""
 
 SCRIPTS = ("look", "claim", "append", "hand_back", "renew", "reap", "sweep", "end_unserved")
 NUM_QUEUES_PER_SWEEP = 100

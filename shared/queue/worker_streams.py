@@ -35,8 +35,9 @@ class WorkerStreams(UpkeepStreams):
         """Returns the lines from which this worker may choose, and the time (ms) by the clock of Redis.
 
         `near`: queues whose adapters need no free slot; the first `num_queues` of them that wait are read.
-        `others`: the worker's other queues, or empty for all that it serves. Of these, the `num_queues` are
-        read whose first requests have waited longest. Each line has up to `num_requests` requests.
+        `others`: the worker's other queues, or empty for all that it serves. Of these, `num_queues` are read:
+        half are those whose first requests have waited longest, and half are drawn at random. Each line has
+        up to `num_requests` requests.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
@@ -93,7 +94,8 @@ class WorkerStreams(UpkeepStreams):
     def append(self, held: Iterable[Held], appends: Iterable[Append], isolated: str = "") -> News:
         """Writes events to the logs and publishes them; a terminal event ends its job in the same step.
 
-        `isolated` is the request whose steps run alone from now on, so that a crash counts against it only.
+        `isolated`: id of the request whose steps run alone from now on, so that Redis counts a crash against
+        this request only; empty if there is none.
         """
         packed = [
             (

@@ -169,7 +169,7 @@ class Consumer:
         self.commands.put(Commands())
 
     def drain(self) -> None:
-        """Stops claiming; held requests go on."""
+        """Stops claiming; held requests continue."""
         self._draining.set()
 
     @property

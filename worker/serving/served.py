@@ -36,10 +36,7 @@ class ServedQueues:
         return {queue: version for queue, version in versions.items() if queue in self._only}
 
     def names_if_few(self, most: int) -> list[str]:
-        """Returns the queues to claim from, or an empty list if there are more than `most`.
-
-        The time it takes does not grow with the number of queues beyond `most`.
-        """
+        """Returns the queues to claim from; an empty list, in constant time, if they are more than `most`."""
         num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
         return list(self.versions()) if num_queues <= most else []
 

@@ -76,7 +76,7 @@ class WorkerService:
 
     @property
     def num_claimed(self) -> int:
-        """The number of requests claimed so far."""
+        """The number of requests that this worker has claimed so far."""
         return self._consumer.num_claimed
 
     @property

@@ -1,9 +1,9 @@
 -- Reads the requests from which a worker may choose: the first ones of some lines of some of its queues, in bounded
 -- time however many wait. A line is the waiting requests of one queue, class, weights version and tenant.
 -- ARGV: base, worker, schema version, maximum number of requests per line, maximum number of queues of `near` (and
---       again as many others), a random point among the tenants (8 hex digits), rank among the waiting queues at which
---       to continue, near = queues to read first because their adapters need no free slot, others = the other queues
---       of the worker, or {} for all of its `served` hash (both msgpack).
+--       again as many others), a random number (8 hex digits) by which tenants and queues are drawn, rank among the
+--       waiting queues at which to continue, near = queues to read first because their adapters need no free slot,
+--       others = the other queues of the worker, or {} for all of its `served` hash (both msgpack).
 -- Returns {lines, rank at which to continue or -1 if enough was found, now (ms), unreadable}. Per line {queue, deadline
 -- (ms) of its first request or '', places ...}.
 local base, worker = ARGV[1], ARGV[2]
@@ -121,8 +121,8 @@ end
 
 local function waits_since_ms(queue) return tonumber(redis.call('ZSCORE', waiting_key(base), queue) or nil) end
 
--- Reads queues in the given order, until `most` of them had requests for this worker; skips those read before. Returns
--- how many are missing.
+-- Reads queues in the given order, until `most` of them had requests for this worker; skips queues that were read
+-- before. Returns how many queues are still missing from `most`.
 local function look_at_some(queues, most)
   weights_of(queues)
   for _, queue in ipairs(queues) do
@@ -144,13 +144,13 @@ local function look_near()
   look_at_some(waiting, max_queues)
 end
 
--- The other queues are half those with the oldest first requests, and half drawn at random. If none were drawn, a few
--- queues with thousands of old requests would hide all younger ones.
+-- Number of other queues to read: half are those with the oldest first requests, half are drawn at random. If none were
+-- drawn, a few queues with thousands of old requests would hide all younger ones.
 local num_oldest = math.ceil(max_queues / 2)
 local num_drawn = max_queues - num_oldest
 local draw = tonumber(tenant_point, 16)
 
--- Reads some of the queues of `others`.
+-- Reads some of the queues in `others`: those with the oldest first requests, then some drawn at random.
 local function look_at_others()
   local waiting, since_ms, drawn = {}, {}, {}
   for _, queue in ipairs(others) do
@@ -163,8 +163,8 @@ local function look_at_others()
   look_at_some(drawn, num_drawn)
 end
 
--- Reads the oldest of all other waiting queues of the base. Each page is twice as large as the one before, because the
--- worker may serve only few of the waiting queues.
+-- Reads the waiting queues of the base with the oldest first requests. Each page is twice as large as the one before,
+-- because the worker may serve only few of the waiting queues.
 local function look_at_oldest()
   local num_left, page = num_oldest, FIRST_PAGE
   for _ = 1, MAX_PAGES do
@@ -192,7 +192,7 @@ local function look_at_oldest()
   end
 end
 
--- Reads some of all other waiting queues of the base, from a random one on.
+-- Reads some more waiting queues of the base, from a random one on.
 local function look_at_drawn()
   local num_waiting = redis.call('ZCARD', waiting_key(base))
   if num_waiting == 0 or num_drawn == 0 then return end
