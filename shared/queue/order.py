@@ -9,13 +9,14 @@ since the engine starts those that exceed its batch size later.
 Lines are compared by these keys, in this order:
 
 1. Class. Requests that ran before and lost their worker come first, because their clients watch a stalled
-   stream; then interactive requests, then batch. While both wait, batch gets one in `BATCH_ONE_IN` of the
-   claimed sequences. A batch request counts as interactive less than `BATCH_URGENT_S` before its deadline.
+   stream; then interactive requests, then batch. While other classes wait too, batch gets one in
+   `BATCH_ONE_IN` of the claimed sequences. A batch request counts as interactive if its deadline is less than
+   `BATCH_URGENT_S` away.
 2. Residency. Adapters that are resident, or find an empty slot, come before adapters that would evict another
-   one. An adapter is overdue, and not put behind, once its oldest request has waited for `max_wait_s`
-   (batch: `BATCH_PATIENCE` times that). If all slots are in use then, the running adapter with the fewest
-   sequences is closed: none of its requests is chosen until its running ones have ended and its slot is
-   free. So a request waits for a slot at most `max_wait_s` plus the longest run of one adapter.
+   one. An adapter is overdue, and ranks with the resident ones, once its oldest request has waited for
+   `max_wait_s` (batch: `BATCH_PATIENCE` times that). If all slots are in use then, the running adapter with
+   the fewest sequences is closed: none of its requests is chosen until its running ones have ended and its
+   slot is free. So a request waits for a slot at most `max_wait_s` plus the longest run of one adapter.
 3. Fairness between adapters: the fewest running sequences on this worker divided by weight, then the earliest
    virtual time in `Shares`, which charges each claim with its number of sequences divided by weight. So even
    a worker that holds one sequence at a time serves two waiting adapters by their shares, within one request
@@ -24,10 +25,11 @@ Lines are compared by these keys, in this order:
 5. Fairness between the tenants of an adapter: keys 3 and 4 again, without weights.
 6. Inside a line: the lower priority number, then the older request. Redis keeps each line in this order.
 
-`look.lua` reads the lines: those of queues whose adapters run or are resident, in the order of key 3; of the
-other queues half those whose first requests have waited longest, and half drawn at random. In each queue it
-reads the tenant with the oldest request, and a few more from a random point on. So the oldest request of a
-queue can always be chosen, and a queue with a young request is soon read, however many have older ones.
+`look.lua` reads the lines. It reads queues whose adapters run or are resident, in the order of key 3, and as
+many other queues: half of these are the ones whose first requests have waited longest, and half are drawn at
+random. In each queue it reads the tenant with the oldest request, and a few more from a random point on. So
+the oldest request of a queue can always be chosen, and a queue with only young requests is soon read, however
+many queues have older ones.
 """
 
 from collections import Counter, OrderedDict, deque

@@ -150,7 +150,7 @@ def test_a_script_of_redis_6_2_that_was_killed_is_repeated() -> None:
 
 
 @pytest.mark.parametrize("error", [redis.ConnectionError("Connection refused"), redis.TimeoutError("late")])
-def test_a_lost_connection_is_passing(error: redis.RedisError) -> None:
+def test_a_lost_connection_is_transient(error: redis.RedisError) -> None:
     assert is_transient(error)
 
 
