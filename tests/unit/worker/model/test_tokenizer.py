@@ -48,6 +48,21 @@ def test_a_template_with_bos_gets_no_second_one(folder: Path, tmp_path: Path) ->
     assert ids.count(backend.bos_token_id) == 1
 
 
+def test_a_text_becomes_its_tokens_with_those_that_the_tokenizer_puts_around_every_text(
+    folder: Path, tokenizer: Tokenizer
+) -> None:
+    backend = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode_text("the né 😀") == backend("the né 😀")["input_ids"]
+    assert tokenizer.decode(tokenizer.encode_text("the né 😀")) == "the né 😀"
+    assert tokenizer.encode_text("") == backend("")["input_ids"]
+
+
+def test_a_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="can't be tokenized") as caught:
+        tokenizer.encode_text("half a pair: \ud800")
+    assert caught.value.param == "prompt"
+
+
 def test_decode_skips_special_tokens(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_chat([{"role": "user", "content": "né 😀"}])
     assert tokenizer.decode(ids) == "user\nné 😀\nassistant\n"
