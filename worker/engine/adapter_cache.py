@@ -105,7 +105,7 @@ class AdapterCache(Generic[W]):
             self._fill_slot(name, weights)
 
     def slot(self, name: str) -> int:
-        """The slot of a resident adapter.
+        """Returns the slot of a resident adapter.
 
         Raises:
             AdapterError: the adapter is not resident.

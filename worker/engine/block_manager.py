@@ -30,7 +30,7 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """The number of blocks in no block table, including those that still hold a known prefix."""
+        """Number of blocks in no block table, including blocks that still hold a published prefix."""
         return len(self._free)
 
     def can_allocate(self, seq: Sequence, num_tokens: int) -> bool:
@@ -93,7 +93,7 @@ class BlockManager:
                 self._keys[block] = key
 
     def withdraw(self, seq: Sequence) -> None:
-        """Stops other sequences from finding a sequence's blocks; those that share one already keep it."""
+        """Stops other sequences from finding a sequence's blocks; blocks that are shared already stay so."""
         for block in seq.block_table:
             self._forget(block)
 

@@ -78,7 +78,7 @@ class StopChecker:
         return held
 
     def _num_held(self, text: str) -> int:
-        """Length of the longest suffix of `text` that is the start of a stop string."""
+        """Returns the length of the longest suffix of `text` that is the start of a stop string."""
         longest = min(len(text), max(map(len, self._stop), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(word.startswith(text[-length:]) for word in self._stop):

@@ -22,7 +22,7 @@ class BatchingEngine:
     """The `Engine` of Lorelay: runs requests for different adapters in one batch, without network I/O."""
 
     def __init__(self, model: Model, scheduler: Scheduler, clock: Clock = time.monotonic) -> None:
-        """`clock` counts seconds."""
+        """Starts without requests; `clock` returns seconds."""
         self._model = model
         self._scheduler = scheduler
         self._intake = Intake(model, clock)
@@ -165,7 +165,7 @@ class BatchingEngine:
         return [output.fail(GenerationTimeout()) for output in expired]
 
     def settle_adapters(self) -> list[Output]:
-        """Copies the adapters that were read into slots; ends the requests for those that can't be served."""
+        """Copies newly read adapters into slots; ends the requests for adapters that can't be served."""
         outputs: list[Output] = []
         for name, error in self._model.adapter_cache.settle().items():
             for request_id in self._scheduler.requests_waiting_for(name):

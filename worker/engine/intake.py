@@ -16,7 +16,7 @@ class Intake:
     """Checks requests against the limits of a model, and creates their sequences."""
 
     def __init__(self, model: Model, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` returns seconds; it measures the generation limit of requests."""
+        """Checks against `model`; `clock` returns seconds, for the generation limit of requests."""
         self._model = model
         self._clock = clock
 
@@ -108,7 +108,7 @@ class Intake:
 
 
 def _too_long(num_prompt_tokens: int, request: GenerationRequest, context: int) -> ContextLengthExceeded:
-    """The error for a request longer than the context; it names the field that the client should change."""
+    """Returns the error for a request longer than the context; it names the field to change."""
     sampling = request.sampling
     asked = sampling.max_tokens or sampling.min_tokens
     completion = f" and {asked} for the completion" if asked else ""

@@ -1,4 +1,4 @@
-"""The ports of the engine: what it needs of a model, and what the serving threads need of an engine.
+"""The ports (interfaces) of an engine: `Model`, which the engine calls, and `Engine`, which serving calls.
 
 A second engine is a folder beside `worker.model` with a class that has the methods of `Engine`;
 `LoraWorker.load_engine` chooses it, and no other code changes. A second model has the methods of `Model`.
@@ -36,7 +36,7 @@ class Adapters(Residency, Protocol):
     """Called, from any thread, each time an adapter was read from disk; then call `settle`."""
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Returns True if an adapter is resident; else begins to load it, without evicting those `in_use`."""
+        """Returns True if an adapter is resident; else begins to load it, but evicts no adapter `in_use`."""
         ...
 
     def is_loading(self, name: str | None) -> bool:
@@ -44,7 +44,7 @@ class Adapters(Residency, Protocol):
         ...
 
     def settle(self) -> dict[str, AdapterError]:
-        """Copies the adapters that were read into slots; returns the errors of those that can't be served."""
+        """Copies newly read adapters into slots; returns errors by name, of adapters that can't be served."""
         ...
 
 
@@ -78,7 +78,7 @@ class Model(Protocol):
 
     @property
     def adapter_cache(self) -> Adapters:
-        """The adapters' places: device, host memory or disk."""
+        """The cache of adapters, which decides which of them are on the device."""
         ...
 
     @property
@@ -216,7 +216,7 @@ class Engine(Protocol):
         ...
 
     def settle_adapters(self) -> list[Output]:
-        """Copies the adapters that were read into slots; ends the requests for those that can't be served."""
+        """Copies newly read adapters into slots; ends the requests for adapters that can't be served."""
         ...
 
     def close(self) -> None:

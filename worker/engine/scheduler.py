@@ -1,4 +1,4 @@
-"""Decides what the next step runs: all decodes, then as many prompt tokens as the step's time allows."""
+"""Chooses each step's batch: all decodes, then as many prompt tokens as the step's time allows."""
 
 import itertools
 from collections import deque
@@ -144,7 +144,7 @@ class Scheduler:
         return batch
 
     def _must_wait(self, seq: Sequence) -> bool:
-        """True if another request than the sequence's is isolated."""
+        """True if a request is isolated to which the sequence does not belong."""
         return self._isolated is not None and seq.request_id != self._isolated
 
     def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:

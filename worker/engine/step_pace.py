@@ -46,7 +46,7 @@ class StepPace:
     """
 
     def __init__(self, step_target_ms: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`clock` returns seconds."""
+        """Starts with guessed costs; `clock` returns seconds."""
         self._step_target_ms = step_target_ms
         self._clock = clock
         self._started_s = 0.0
@@ -124,10 +124,10 @@ class _Cost:
             return
         change_ms = measured_ms
         if estimate_ms:
-            # One half of the change scales all prices, as if the device had become slower or faster ...
+            # One half of the change scales all prices, as if the device had become slower or faster.
             change_ms = _GAIN / 2 * (min(measured_ms, self._max_surprise * estimate_ms) - estimate_ms)
             self._unit_ms = [ms * (1 + change_ms / estimate_ms) for ms in self._unit_ms]
-        # ... and the other half changes the proportions of the prices.
+        # The other half changes the proportions of the prices; so does a measurement if the estimate was 0.
         shares = self._shares(amounts)
         change_ms /= sum(share * share for share in shares)
         pairs = zip(self._unit_ms, shares, strict=True)

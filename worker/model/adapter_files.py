@@ -278,7 +278,7 @@ def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer
 
 
 def _stamps(folder: Path) -> list[tuple[int, int, int]]:
-    """Inode, size and modification time of each file, which change if it is written to or replaced."""
+    """Returns inode, size and modification time of each file: they change if it is written or replaced."""
     files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
     found = [file.stat() for file in files if file.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]

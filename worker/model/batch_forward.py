@@ -22,7 +22,7 @@ class BatchForward:
         device: torch.device,
         slot_of: Callable[[str], int],
     ) -> None:
-        """`slot_of` returns an adapter's slot, or raises `AdapterError`."""
+        """Runs `forward` on batches; `slot_of` returns an adapter's slot, or raises `AdapterError`."""
         self._forward = forward
         self._state = state
         self._lora = lora
@@ -31,7 +31,7 @@ class BatchForward:
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns logits (n, vocab): those of the last token of each of the n sequences that sample."""
+        """Returns logits (n, vocab), for the last token of each of the n sequences that sample."""
         token_ids: list[int] = []
         positions: list[int] = []
         spans: list[tuple[int, int]] = []

@@ -86,7 +86,7 @@ def compile_graph(job: Job) -> None:
     graph = _export(_ForwardPass(_load_without_weights(job)))
     output = Path(job.output)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.parent) as scratch:
-        # Inductor's intermediate files are large, and nobody reads them later.
+        # Inductor's intermediate files are large and not needed later, so they go into the scratch folder.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
         package = torch._inductor.aoti_compile_and_package(
             graph, package_path=f"{scratch}/graph.pt2", inductor_configs=_INDUCTOR_OPTIONS

@@ -26,7 +26,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def download(repository: str, revision: str | None, patterns: Iterable[str]) -> Path:
-    """Downloads those matching files of a Hugging Face repository that are missing; returns their folder.
+    """Downloads the matching files of a Hugging Face repository, if not cached; returns their folder.
 
     Raises:
         OSError: the repository does not exist or can't be reached.

@@ -31,10 +31,10 @@ def adapter_bytes(device: torch.device) -> int:
 def num_cache_blocks(
     settings: WorkerSettings, device: torch.device, *, max_model_len: int, num_block_bytes: int
 ) -> int:
-    """Returns the number of blocks of the KV cache: the smaller of what fits into memory and what is useful.
+    """Returns the number of blocks of the KV cache: as many as fit into memory, but no more than are useful.
 
-    Useful are the blocks of a full batch of sequences of maximum length; with a prefix cache, the blocks of
-    `NUM_PREFIX_BATCHES` further batches.
+    The blocks of a full batch of sequences of maximum length are useful, and with a prefix cache, those of
+    `NUM_PREFIX_BATCHES` more batches.
 
     Raises:
         ConfigurationError: not even one sequence of `max_model_len` tokens fits.

@@ -23,7 +23,7 @@ _NUM_CANDIDATES = 256
 vocabulary is sorted."""
 _BLOCK_SIZE = 256
 _UNUSABLE, UNDECIDED = -1, -2
-"""Values in place of a token id: the logits are not finite; the candidates were not enough."""
+"""Values in place of a token id if the logits are not finite, or if the candidates were not enough."""
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint32)
 _NUM_ROUNDS = 10
