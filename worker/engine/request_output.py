@@ -70,7 +70,7 @@ class RequestOutput:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """The sequences that are still running."""
+        """The sequences that have not ended."""
         seqs = (output.seq for output in self._outputs)
         return [seq for seq in seqs if seq.status is not SequenceStatus.FINISHED]
 

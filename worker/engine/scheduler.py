@@ -75,7 +75,7 @@ class Scheduler:
         )
 
     def isolate(self, request_id: str | None) -> None:
-        """Isolates a request: nothing runs until `run_isolated`, then only it. None ends the isolation."""
+        """Isolates a request: none runs until `run_isolated`, then only this one. None ends the isolation."""
         self._isolated = request_id
         self._may_run_isolated = False
 

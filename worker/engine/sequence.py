@@ -25,7 +25,7 @@ class SampledToken(NamedTuple):
 
 
 Sampled = SampledToken | LorelayError
-"""A step's result for one sequence: the next token, or the error because of which there is none."""
+"""A step's result for one sequence: the next token, or an error."""
 
 
 class LogitAdjustments(NamedTuple):
@@ -38,9 +38,9 @@ class LogitAdjustments(NamedTuple):
     presence_penalty: float = 0.0
     """Number subtracted from the logit of each token that occurs in the output."""
     frequency_penalty: float = 0.0
-    """Number subtracted from a token's logit as many times as the token occurs in the output."""
+    """Number subtracted from a token's logit for each occurrence of the token in the output."""
     output_token_ids: Items[int] = ()
-    """The sequence's output so far, in which the penalties count tokens."""
+    """The sequence's output so far; the penalties apply to the tokens in it."""
 
 
 class SequenceStatus(Enum):

@@ -64,7 +64,7 @@ class ServedModels:
 
     @property
     def adapters(self) -> Mapping[str, ServedModel]:
-        """The current adapters by name; a snapshot that later changes leave as it is."""
+        """The current adapters by name: a snapshot, which does not change when adapters are added later."""
         return self._adapters
 
     def add(self, adapter: ServedModel) -> None:

@@ -72,7 +72,7 @@ def _sampled(token_id: int) -> Sampled:
 
 
 def uniforms(rows: Sequence[SamplingRow]) -> npt.NDArray[np.float64]:
-    """Returns 53 random bits in [0, 1) per row, from Philox(key=seed, counter=(position, choice, 0, 0))."""
+    """Returns a number in [0, 1) with 53 random bits per row: Philox(seed, (position, choice, 0, 0))."""
     counters = np.array([(row.position, row.choice, 0, 0) for row in rows], dtype=np.uint32)
     seeds = np.array([row.params.seed for row in rows], dtype=np.uint64)
     keys = np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)], axis=-1).astype(np.uint32)
