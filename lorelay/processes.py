@@ -57,7 +57,7 @@ def start_process(spec: ChildSpec, output: IO[bytes] | None = None) -> subproces
 
 
 class SignalSource(Protocol):
-    """The port through which the supervisor waits for signals."""
+    """The interface through which the supervisor waits for signals."""
 
     def wait(self, timeout_s: float) -> list[int]:
         """Waits up to `timeout_s` for a signal; returns the signals that have come, possibly none."""

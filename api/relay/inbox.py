@@ -106,7 +106,7 @@ class Inbox:
             await self._wait(until)
 
     def close(self) -> None:
-        """Cancels the timer; to be called at the end of the HTTP exchange."""
+        """Cancels the timer of the last `get`; to be called at the end of the HTTP exchange."""
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None

@@ -125,8 +125,8 @@ class ApiStreams:
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
         """Returns the requests that get no further event, each with the error for its client.
 
-        The job was deleted, was canceled in its queue, was unreadable, or has ended (`EndLost`). `EndLost` is
-        an error only if the caller finds no last event in the log when it reads the log again.
+        The job was deleted, was canceled in its queue, was unreadable, or has ended (`EndLost`). The last
+        event of a request with `EndLost` may still arrive: fail it only if a later call returns it again.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in request_ids:

@@ -148,7 +148,7 @@ class Scheduler:
         return self._isolated is not None and seq.request_id != self._isolated
 
     def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:
-        """Returns the waiting sequences that may run now. `prompts` are the running ones in prefill.
+        """Returns the waiting sequences that may run now. `prompts`: those still in prefill.
 
         Adapters that are not resident are read, if a slot can be freed; their sequences wait. If a prompt is
         not in the cache, only its first choice may run; the other choices wait until the cache has it.

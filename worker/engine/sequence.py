@@ -63,7 +63,7 @@ class Sequence:
     adapter_name: str | None
     sampling: SamplingParams
     token_ids: list[int]
-    """Prompt, then output. A resumed sequence starts with the output in its log."""
+    """The prompt's tokens, then those generated so far; on a resume, those in the log are appended first."""
     num_prompt_tokens: int
     max_tokens: int
     """Maximum number of output tokens, at least 1; the sequence then ends with finish reason `length`."""

@@ -101,7 +101,7 @@ class AttentionState:
     metadata: AttentionMetadata | None = None
     """Attention metadata of the current step; None before the first one."""
     calls: Counter[int] = field(default_factory=Counter)
-    """Number of calls by layer, for the self-check."""
+    """Number of calls of the attention function, by layer; for the self-check."""
     windows: dict[int, int | None] = field(default_factory=dict)
     """Sliding window of the last call by layer, for the self-check; None if the layer has no window."""
 

@@ -59,7 +59,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    """Runs the job on the first line of stdin; stops early if stdin is closed: the worker has ended."""
+    """Reads a `Job` from the first line of stdin and runs it; ends if stdin is closed: the worker is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the scratch folder is removed
     os.nice(19)  # the worker serves requests meanwhile, and must not become slower
     with contextlib.suppress(OSError):  # only Linux has this file

@@ -33,8 +33,8 @@ def num_cache_blocks(
 ) -> int:
     """Returns the number of blocks of the KV cache: as many as fit into memory, but no more than are useful.
 
-    The blocks of a full batch of sequences of maximum length are useful, and with a prefix cache, those of
-    `NUM_PREFIX_BATCHES` more batches.
+    A full batch of sequences of maximum length can use its blocks. With a prefix cache, the blocks of
+    `NUM_PREFIX_BATCHES` further batches are useful, too.
 
     Raises:
         ConfigurationError: not even one sequence of `max_model_len` tokens fits.

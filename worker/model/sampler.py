@@ -161,7 +161,7 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Samples like `_draw_likely`, but sorts the whole vocabulary: always decided, and slow."""
+    """Samples like `_draw_likely`, but sorts the whole vocabulary: slow, and no row is undecided."""
     vocab = scaled.shape[-1]
     weights, tokens = scaled.exp_().sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=weights.device)[:, None]

@@ -150,7 +150,7 @@ class WorkerService:
 def _claimer(
     streams: WorkerStreams, queues: ServedQueues, engine: Engine, settings: WorkerSettings
 ) -> Claimer:
-    """Creates a claimer with the configured adapter weights, which reads the engine's adapter slots."""
+    """Creates a claimer: fairness weights come from the settings, the use of adapter slots from the engine."""
     order = WaitingOrder(
         queues.name_of(None),
         max_wait_s=settings.max_wait_s,
