@@ -49,7 +49,7 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs, or waits for more than its adapter's read. A step may still run nothing."""
+        """True if a sequence runs or waits, except for its adapter's read. A step may still run nothing."""
         return self._scheduler.has_work
 
     @property

@@ -33,7 +33,7 @@ class Adapters(Residency, Protocol):
     """Brings adapters to the device; see `AdapterCache`."""
 
     on_read: Callable[[], None]
-    """Called in any thread when a read from disk has ended. It wakes the engine's thread, which calls `settle`."""
+    """Called in any thread after a read from disk; wakes the engine's thread, which calls `settle`."""
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
         """Returns True if an adapter is resident; else begins to load it, but evicts no adapter `in_use`."""
@@ -137,7 +137,7 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs, or waits for more than its adapter's read. A step may still run nothing."""
+        """True if a sequence runs or waits, except for its adapter's read. A step may still run nothing."""
         ...
 
     @property

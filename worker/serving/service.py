@@ -150,7 +150,7 @@ class WorkerService:
 def _claimer(
     streams: WorkerStreams, queues: ServedQueues, engine: Engine, settings: WorkerSettings
 ) -> Claimer:
-    """Creates a claimer: fairness weights come from the settings, the use of adapter slots from the engine."""
+    """Creates a claimer: fairness weights are from the settings, the use of slots from the engine."""
     order = WaitingOrder(
         queues.name_of(None),
         max_wait_s=settings.max_wait_s,
