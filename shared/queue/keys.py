@@ -27,7 +27,8 @@ def order(queue: str) -> str:
     """sorted set, all scores 0: the place (sort key) of each request that waits in a queue, see `places.py`.
 
     Written by every script that changes the queue: enqueue, abort, claim, reap, hand_back. `look` and `sweep`
-    compare it with RQ's list and repair it. It is deleted with the last waiting request of the queue.
+    compare it with RQ's list and repair it. It is deleted with the last waiting request of the queue, and
+    expires a day after its last new place.
     """
     return f"{PREFIX}:order:{queue}"
 

@@ -93,6 +93,7 @@ def test_the_index_holds_what_waits_and_nothing_else(
 ) -> None:
     ids = [api.enqueue(make_request("a")) for _ in range(4)]
     assert [place.rpartition("|")[2] for place in places(connection)] == ids
+    assert 0 < connection.ttl(keys.order(QUEUE)) <= 86400
     (first, second) = claim(streams, 2)
     api.abort(ids[2])
     assert [place.rpartition("|")[2] for place in places(connection)] == ids[3:]

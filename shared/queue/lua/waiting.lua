@@ -47,10 +47,16 @@ local function make_place(id, began, since_us)
   return table.concat({ class, version_part(version), tenant, priority, since, num_sequences, id }, '|')
 end
 
+-- Life of an index after its last new place. Workers of earlier releases leave it behind when they empty the queue. If it
+-- expires while requests wait, it is made again from the list.
+local INDEX_TTL_S = 86400
+
 -- Adds a place to the index and to the job hash. Returns true if the index had no such place.
 local function add_place(id, queue, place)
   redis.call('HSET', job_key(id), 'place', place)
-  return redis.call('ZADD', order_key(queue), 0, place) == 1
+  local is_new = redis.call('ZADD', order_key(queue), 0, place) == 1
+  redis.call('EXPIRE', order_key(queue), INDEX_TTL_S)
+  return is_new
 end
 
 -- Checks that a request of the list has its place; removes the request from the list if its job is not queued any more.
@@ -65,6 +71,7 @@ local function check_place(id, queue)
     is_mended = true
   elseif place and id_of(place) == id and not has_ended then
     is_mended = redis.call('ZADD', order_key(queue), 'NX', 0, place) == 1
+    if is_mended then redis.call('EXPIRE', order_key(queue), INDEX_TTL_S) end
   else
     is_mended = add_place(id, queue, make_place(id))
   end
