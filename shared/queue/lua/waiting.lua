@@ -47,8 +47,8 @@ local function make_place(id, began, since_us)
   return table.concat({ class, version_part(version), tenant, priority, since, num_sequences, id }, '|')
 end
 
--- Life of an index after its last new place. Workers of earlier releases leave it behind when they empty the queue. If it
--- expires while requests wait, it is made again from the list.
+-- Life of an index after its last new place. Workers of earlier releases leave it behind when they empty the queue. If
+-- it expires while requests wait, it is made again from the list.
 local INDEX_TTL_S = 86400
 
 -- Adds a place to the index and to the job hash. Returns true if the index had no such place.
