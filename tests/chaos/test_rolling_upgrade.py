@@ -97,7 +97,7 @@ def test_requests_of_two_releases_are_served_by_both_while_one_replaces_the_othe
         old.loads[-1].stop()
         answers = [answer for fleet in (old, new) for load in fleet.loads for answer in load.answers]
         check_complete(answers, reference)
-        # Workers of the release before leave the places of requests that they took in the index, until it expires.
+        # Workers of the release before leave the index of a queue behind, until it expires.
         for index in cluster.connection.scan_iter(keys.order("*")):
             assert cluster.connection.ttl(index) > 0
             cluster.connection.delete(index)
