@@ -1,4 +1,4 @@
-"""One minute of `scripts/chaos`."""
+"""Less than a minute of `scripts/chaos`."""
 
 import random
 
@@ -8,12 +8,10 @@ from tests.chaos.forked import Nursery
 from tests.chaos.random_run import run
 
 SEED = 20261124
-SECONDS = 60
+SECONDS = 40
 
 
 @pytest.mark.timeout(300)
-def test_a_minute_of_random_faults_loses_no_request_and_changes_no_token(
-    models: dict[str, str], nursery: Nursery
-) -> None:
+def test_random_faults_lose_no_request_and_change_no_token(models: dict[str, str], nursery: Nursery) -> None:
     is_right, report = run(models, SECONDS, random.Random(SEED), num_streams=32, nursery=nursery)
     assert is_right, "\n".join(report)

@@ -565,7 +565,31 @@ def test_a_request_whose_owner_was_removed_from_outside_goes_on_elsewhere(
     connection.delete(keys.owner(request_id))
     expire(connection, claimed.held)
     reaper(connection).reap()
-    assert [c.held.request_id for c in claim(worker_streams(connection, "w1"))] == [request_id]
+    other = worker_streams(connection, "w1")
+    (claimed,) = claim(other)
+    assert claimed.held.request_id == request_id
+    other.append([claimed.held], [last(claimed, 0)])
+    assert not executions(connection)
+
+
+def test_a_request_whose_owner_is_garbage_leaves_no_record_of_its_claim(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    request_id = api.enqueue(make_request())
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    connection.delete(keys.owner(request_id))
+    connection.set(keys.owner(request_id), "garbage")
+    assert executions(connection)
+    streams.renew([claimed.held])
+    assert fetch(connection, request_id).get_status() == JobStatus.FAILED
+    assert not executions(connection)
+
+
+def executions(connection: redis.Redis) -> list[bytes]:
+    """RQ's records of claims: executions, and the lists of them by job, worker and queue."""
+    patterns = ("rq:execution:*", "rq:executions:*", "rq:worker:*:executions", "rq:wip:*")
+    return [key for pattern in patterns for key in connection.scan_iter(pattern)]
 
 
 def test_leases_that_were_removed_from_outside_come_back(connection: redis.Redis, api: BlockingApi) -> None:

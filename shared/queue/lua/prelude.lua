@@ -95,8 +95,21 @@ local function ring(base)
   redis.call('LTRIM', doorbell_key(base), 0, 63)
 end
 
+-- Removes RQ's records of all claims of a request whose owner record was lost: the claim's id is unknown then.
+local function drop_claims(id, queue)
+  for _, claim_id in ipairs(redis.call('ZRANGE', executions_key(id), 0, -1)) do
+    local composite = id .. ':' .. claim_id
+    local worker = redis.pcall('HGET', execution_key(composite), 'worker_name')
+    if type(worker) == 'string' then redis.call('SREM', held_key(worker), composite) end
+    redis.call('ZREM', registry_key('wip', queue), composite)
+    redis.call('DEL', execution_key(composite))
+  end
+  redis.call('DEL', executions_key(id))
+end
+
 -- Deletes the owner and the lease of a request, and RQ's record of the execution.
 local function drop_ownership(id, owner)
+  if owner.claim_id == '' then drop_claims(id, owner.queue) end
   local composite = id .. ':' .. owner.claim_id
   redis.call('ZREM', registry_key('wip', owner.queue), composite)
   redis.call('ZREM', executions_key(id), owner.claim_id)

@@ -477,12 +477,12 @@ def test_the_self_check_forgives_two_rows_of_rounding_in_half_precision_only() -
     assert "1 of 9 rows" in (self_check.logits_problem([1e-5] * 8 + wrong[:1], torch.float32) or "")
 
 
-def test_linears_that_a_model_calls_with_the_same_rows_are_one_product(models: Mapping[str, Path]) -> None:
+def test_linears_that_a_model_calls_with_the_same_rows_are_one_matmul(models: Mapping[str, Path]) -> None:
     layer = "model.layers.0"
     settings = WorkerSettings(model=str(models["llama"]), device="cpu", compile="off")
     model = loading.load_model(models["llama"], settings, torch.device("cpu"))
-    found = prepare(model, settings, kernels=None).products
-    assert [product.names for product in found if product.names[0].startswith(layer)] == [
+    found = prepare(model, settings, kernels=None).fused_linears
+    assert [fused.names for fused in found if fused.names[0].startswith(layer)] == [
         [f"{layer}.self_attn.{name}_proj" for name in "qkv"],
         [f"{layer}.self_attn.o_proj"],
         [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"],

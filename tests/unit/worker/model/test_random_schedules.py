@@ -242,7 +242,7 @@ MOVES = (*["add"] * 4, *["step"] * 5, "abort", "hand_back", "fail", "suspect", "
 
 
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
