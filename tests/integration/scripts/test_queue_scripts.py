@@ -1,10 +1,7 @@
 """The scripts of `shared/queue/lua/`, read back through RQ's own API, on Valkey and on Redis 6.2."""
 
 import json
-import shutil
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +18,6 @@ from shared.queue import keys
 from shared.queue.records import Claim, Held
 from shared.queue.scripts import script_source
 from shared.queue.worker_streams import WorkerStreams
-from tests.redis_server import BINARIES, RedisServer
 from tests.streams import (
     BASE,
     CHANNEL,
@@ -36,26 +32,6 @@ from tests.streams import (
     worker_streams,
 )
 from tests.waiting import wait_until
-
-
-@pytest.fixture(scope="module", params=list(BINARIES))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    folder = Path("/tmp") / f"lorelay-scripts-{tmp_path_factory.mktemp('s').name}-{request.param_index}"
-    with RedisServer(BINARIES[request.param](), folder) as server:
-        yield server
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def connection(server: RedisServer) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
-def api(server: RedisServer, connection: redis.Redis) -> BlockingApi:
-    return BlockingApi(server.url)
 
 
 def fetch(connection: redis.Redis, request_id: str) -> Job:

@@ -1,9 +1,6 @@
 """Tests of the index beside each queue: what a look finds, what a claim takes, how lists repair it."""
 
 import random
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,6 @@ from shared.queue.places import tenant_key
 from shared.queue.records import Held
 from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
-from tests.redis_server import BINARIES, RedisServer
 from tests.streams import (
     BASE,
     BlockingApi,
@@ -35,26 +31,6 @@ from tests.streams import (
 
 QUEUE = f"{BASE}-a"
 LIST = f"rq:queue:{QUEUE}"
-
-
-@pytest.fixture(scope="module", params=list(BINARIES))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    folder = Path("/tmp") / f"lorelay-order-{tmp_path_factory.mktemp('s').name}-{request.param_index}"
-    with RedisServer(BINARIES[request.param](), folder) as server:
-        yield server
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def connection(server: RedisServer) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
-def api(server: RedisServer, connection: redis.Redis) -> BlockingApi:
-    return BlockingApi(server.url)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Records in Redis that can't be read: each costs one request at most, whoever meets it first."""
 
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from shared.messages import decode_event
 from shared.queue import keys
 from shared.queue.records import Claim
 from shared.queue.worker_streams import WorkerStreams
-from tests.redis_server import BINARIES, RedisServer
 from tests.streams import (
     BASE,
     QUEUES,
@@ -43,26 +40,6 @@ TYPES: dict[str, Callable[[redis.Redis, str], object]] = {
 }
 GARBAGE = ("nan", b"\xff\xfe")
 MORE_GARBAGE = ("", "abc", "-1", "1e400", '{"a":', "[" * 5000, "{}")
-
-
-@pytest.fixture(scope="module", params=list(BINARIES))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    folder = Path("/tmp") / f"lorelay-unreadable-{tmp_path_factory.mktemp('s').name}-{request.param_index}"
-    with RedisServer(BINARIES[request.param](), folder) as server:
-        yield server
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def connection(server: RedisServer) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
-def api(server: RedisServer, connection: redis.Redis) -> BlockingApi:
-    return BlockingApi(server.url)
 
 
 class World:
