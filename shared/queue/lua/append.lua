@@ -8,10 +8,12 @@
 local base, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])
 local num_events_to_clear, isolated = tonumber(ARGV[6]), ARGV[7]
+-- Maximum number of arguments that one command gets from a table; even, because they are pairs.
+local MAX_FIELDS = 1000
 local REMOVED = '{"event_no":%d,"finish_reason":"error","error":{"code":"generation_failed",'
   .. '"message":"The request was removed by an operator."}}'
 
-local owners, aborted, lost = {}, {}, {}
+local owners, aborted, lost, leases = {}, {}, {}, {}
 for i = 1, #held, 2 do
   local id = held[i]
   local owner = guarded(id, base, nil, get_owner, id)
@@ -19,9 +21,13 @@ for i = 1, #held, 2 do
     lost[#lost + 1] = id
   else
     owners[id] = owner
-    redis.call('ZADD', leases_key(base), 'XX', now_ms + lease_ms, id)
+    table.insert(leases, now_ms + lease_ms)
+    table.insert(leases, id)
     if owner.aborted then aborted[#aborted + 1] = id end
   end
+end
+for first = 1, #leases, MAX_FIELDS do
+  redis.call('ZADD', leases_key(base), 'XX', unpack(leases, first, math.min(first + MAX_FIELDS - 1, #leases)))
 end
 
 if owners[isolated] then redis.call('HSET', owner_key(isolated), 'alone', 1) end
@@ -35,8 +41,22 @@ local function write(id, event_no, event)
   end
 end
 
+-- True if the jobs of all requests that get an event exist, as they nearly always do.
+local function all_jobs_exist()
+  local ids, num_ids, job_keys = {}, 0, {}
+  for _, entry in ipairs(appends) do
+    if not ids[entry[1]] then
+      ids[entry[1]], num_ids = true, num_ids + 1
+      job_keys[num_ids] = job_key(entry[1])
+    end
+  end
+  return num_ids > 0 and num_ids <= MAX_FIELDS and redis.call('EXISTS', unpack(job_keys)) == num_ids
+end
+
+local all_exist = all_jobs_exist()
+
 local function append(id, owner, event_no, event, outcome)
-  if redis.call('EXISTS', job_key(id)) == 0 then
+  if not all_exist and redis.call('EXISTS', job_key(id)) == 0 then
     -- The job was deleted with RQ's tools, such as `rq empty` or a dashboard.
     write(id, event_no, REMOVED:format(event_no))
     redis.call('PEXPIRE', log_key(id), stream_ttl_ms)

@@ -11,13 +11,6 @@ local picks = cmsgpack.unpack(ARGV[6])
 local NUM_ARGS = 6
 local reader = { base = base, schema_version = tonumber(ARGV[5]), weights = {} }
 
--- Adds the fields to a job's table that only a claim needs, not a look.
-local function read_history(id, job)
-  job.crashes_alone, job.suspect, job.has_ended, job.base =
-    unpack(redis.call('HMGET', job_key(id), 'crashes_alone', 'suspect', 'has_ended', 'base'))
-  return job
-end
-
 -- True for a suspect: a request that crashed a worker once while it ran alone, or was in two crashes beside others.
 local function must_run_alone(job)
   return to_number(job.crashes_alone, 0) >= 1 or to_number(job.suspect, 0) >= 2
@@ -52,9 +45,8 @@ local function start(id, queue, claim_id, is_watched)
   redis.call('ZADD', leases_key(base), now_ms + lease_ms, id)
 end
 
-local function describe(id, claim_id, job)
-  local request, log = redis.call('HGET', job_key(id), 'request'), redis.call('LRANGE', log_key(id), 0, -1)
-  local queue = redis.call('HGET', owner_key(id), 'queue')
+local function describe(id, claim_id, queue, job, request)
+  local log = redis.call('LRANGE', log_key(id), 0, -1)
   return { id, claim_id, request, log, must_run_alone(job) and 1 or 0, queue, job.version or '' }
 end
 
@@ -65,9 +57,10 @@ local function claimed_already()
   for _, composite in ipairs(redis.call('SMEMBERS', held_key(worker))) do
     local id, claim_id = composite:match('^(.*):(.*)$')
     local described = id and position[claim_id] and guarded(id, base, nil, function()
-      return describe(id, claim_id, read_history(id, read_job(id)))
+      local request, queue = redis.call('HGET', job_key(id), 'request'), redis.call('HGET', owner_key(id), 'queue')
+      return request and describe(id, claim_id, queue, read_job(id), request)
     end)
-    if described and described[3] then
+    if described then
       redis.call('ZADD', leases_key(base), 'XX', now_ms + lease_ms, id)
       claimed[#claimed + 1] = described
     end
@@ -88,20 +81,15 @@ local function take(id, queue, place, job, claim_id)
   redis.call('ZREM', order_key(queue), place)
   -- If the list lacks the id, RQ's tools removed it there, and only its place was left.
   if redis.call('LREM', queue_key(queue), 1, id) == 0 then return nil end
-  read_history(id, job)
-  if redis.call('HEXISTS', job_key(id), 'request') == 0 then
+  local request = redis.call('HGET', job_key(id), 'request')
+  if not request then
     if job.base then set_aside(id, base, queue, 'it has no request') else reject(id, queue) end
     return nil
   end
   if job.has_ended then start_anew(id, job) end
   start(id, queue, claim_id, job.crashes_alone or job.suspect)
-  return describe(id, claim_id, job)
+  return describe(id, claim_id, queue, job, request)
 end
-
--- Renames these two keys if they have a wrong type. This script does not read them, but the worker blocks on the first,
--- and `rq info` reads the second.
-doorbell_key(base)
-shared_key('set', RQ .. ':queues')
 
 local claimed = claimed_already()
 if #claimed > 0 then return { claimed, unreadable } end

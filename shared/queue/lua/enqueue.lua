@@ -47,11 +47,10 @@ if total >= tonumber(ARGV[5]) then
 end
 redis.call('SET', depth_key, total + 1, 'KEEPTTL')
 
-for i = 9, #ARGV, 2 do
-  redis.call('HSET', job_key(id), ARGV[i], ARGV[i + 1])
-end
+local now = iso(now_us)
+redis.call('HSET', job_key(id), unpack(ARGV, 9))
 redis.call('HSET', job_key(id), 'status', 'queued', 'origin', queue,
-  'created_at', iso(now_us), 'enqueued_at', iso(now_us), 'enqueued_ms', now_ms, 'base', base)
+  'created_at', now, 'enqueued_at', now, 'enqueued_ms', now_ms, 'base', base)
 if ARGV[8] ~= '0' then redis.call('HSET', job_key(id), 'deadline_ms', now_ms + ARGV[8]) end
 redis.call('SADD', shared_key('set', RQ .. ':queues'), queue_key(queue))
 redis.call('RPUSH', queue_key(queue), id)

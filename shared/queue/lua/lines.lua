@@ -3,12 +3,14 @@
 
 local MAX_PASSED = 64
 
--- Reads the fields that tell whether a request may run; not the request itself, which may be megabytes.
+-- Reads the fields that tell whether and how a request may run; not the request itself, which may be megabytes.
 local function read_job(id)
-  local fields = redis.call('HMGET', job_key(id), 'status', 'place', 'schema_version', 'version', 'deadline_ms')
-  local job = { status = fields[1], place = fields[2], version = fields[4], deadline_ms = fields[5] }
+  local job, schema_version = {}, nil
+  job.status, job.place, schema_version, job.version, job.deadline_ms, job.crashes_alone, job.suspect, job.has_ended,
+    job.base = unpack(redis.call('HMGET', job_key(id), 'status', 'place', 'schema_version', 'version', 'deadline_ms',
+      'crashes_alone', 'suspect', 'has_ended', 'base'))
   if job.status ~= 'queued' then check_status(id, job.status) end
-  job.schema_version = to_number(fields[3] or 0) or refuse('its schema_version is no number')
+  job.schema_version = to_number(schema_version or 0) or refuse('its schema_version is no number')
   return job
 end
 

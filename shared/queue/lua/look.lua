@@ -115,11 +115,22 @@ local function look_at(queue)
 end
 
 local function weights_of(queues)
-  local served = #queues > 0 and redis.call('HMGET', served_key(worker), unpack(queues)) or {}
-  for i, queue in ipairs(queues) do reader.weights[queue] = served[i] end
+  local unknown = {}
+  for _, queue in ipairs(queues) do
+    if reader.weights[queue] == nil then unknown[#unknown + 1] = queue end
+  end
+  local served = #unknown > 0 and redis.call('HMGET', served_key(worker), unpack(unknown)) or {}
+  for i, queue in ipairs(unknown) do reader.weights[queue] = served[i] end
 end
 
-local function waits_since_ms(queue) return tonumber(redis.call('ZSCORE', waiting_key(base), queue) or nil) end
+local score = {}
+
+-- Returns the score of a queue in `waiting`, or nil if no request waits in it. Reads it once, so a caller must not have
+-- changed it since.
+local function waits_since_ms(queue)
+  if score[queue] == nil then score[queue] = tonumber(redis.call('ZSCORE', waiting_key(base), queue) or nil) or false end
+  return score[queue] or nil
+end
 
 -- Reads queues in the given order, until `most` of them had requests for this worker; skips queues that were read
 -- before. Returns how many queues are still missing from `most`.
@@ -179,7 +190,7 @@ local function look_at_oldest()
       if reader.weights[queue] and not is_seen[queue] then
         if look_at(queue) then
           num_left = num_left - 1
-        elseif not waits_since_ms(queue) then
+        elseif not redis.call('ZSCORE', waiting_key(base), queue) then
           rank = rank - 1
         end
       end

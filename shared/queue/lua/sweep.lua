@@ -1,5 +1,6 @@
 -- Repairs `waiting` and the index of queues that were changed with RQ's tools (`rq requeue`, `rq empty`, a dashboard),
--- removes expired jobs from RQ's registries, and ends overdue requests at the front of a queue.
+-- removes expired jobs from RQ's registries, ends overdue requests at the front of a queue, and renames keys of a wrong
+-- type.
 -- ARGV: base, then the queues of the base. Returns {number of these queues with waiting requests, unreadable}.
 local base = ARGV[1]
 local MAX_NUM_ENDED = 100
@@ -25,6 +26,11 @@ local function end_overdue_heads(queue)
     if not guarded(id, base, queue, end_overdue, id, base, queue) then return end
   end
 end
+
+-- Renames these two keys if they have a wrong type. No script of a worker reads them, but the worker blocks on the
+-- first, and `rq info` reads the second.
+doorbell_key(base)
+shared_key('set', RQ .. ':queues')
 
 for i = 2, #ARGV do
   local queue = ARGV[i]

@@ -461,6 +461,15 @@ def test_a_doorbell_of_another_type_is_mended_by_who_waits_for_it(connection: re
     assert connection.type(keys.doorbell(BASE)) == b"none"
 
 
+def test_keys_of_another_type_that_only_rq_and_blocking_workers_read_are_mended_by_a_sweep(
+    connection: redis.Redis,
+) -> None:
+    for key in (keys.doorbell(BASE), "rq:queues"):
+        connection.set(key, "garbage")
+    worker_streams(connection).sweep([BASE])
+    assert connection.exists(keys.doorbell(BASE), "rq:queues") == 0
+
+
 def test_no_prompt_stands_where_rq_shows_it(connection: redis.Redis, api: BlockingApi) -> None:
     request_id = api.enqueue(make_request())
     job = fetch(connection, request_id)
@@ -780,6 +789,23 @@ def test_an_event_of_somebody_else_in_a_log_sets_its_request_aside(
     connection.rpush(keys.log(broken), '{"event_no":0,"text":"?"}')
     assert streams.append([c.held for c in claims], [token(c, 0) for c in claims]).lost == [broken]
     assert connection.llen(keys.log(good)) == 1
+
+
+def test_a_log_that_lost_events_sets_its_request_aside_and_gets_no_later_event(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    broken, good = api.enqueue(make_request()), api.enqueue(make_request())
+    streams = worker_streams(connection)
+    claims = claim(streams, 2)
+    held = [c.held for c in claims]
+    for event_no in range(2):
+        streams.append(held, [token(c, event_no) for c in claims])
+    connection.ltrim(keys.log(broken), 0, 0)
+    assert streams.append(held, [token(c, 2) for c in claims]).lost == [broken]
+    first, end = [decode_event(entry) for entry in connection.lrange(keys.log(broken), 0, -1)]
+    assert (first.event_no, end.event_no) == (0, 1)
+    assert end.error.code == "generation_failed"
+    assert connection.llen(keys.log(good)) == 3
 
 
 def test_a_stopped_request_is_a_stopped_job(connection: redis.Redis, api: BlockingApi) -> None:
