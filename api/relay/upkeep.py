@@ -1,4 +1,14 @@
-"""The periodic background tasks of an API process."""
+"""The periodic background tasks of an API process, which `Relay.start` in `api/relay/relay.py` starts.
+
+A Batch API would add a loop here, which runs at one API process at a time and enqueues detached requests of
+`RequestClass.BATCH` through `QueueClient.enqueue` as their queues have room. Points to observe:
+
+* `api.relay` must not import `api.contract`: the route turns the lines of a batch into `GenerationRequest`s.
+* `enqueue` has the same limits for both classes. With these, a batch could take all places of a queue, and
+  interactive clients would get 429: batch needs a lower limit of its own.
+* A batch request that loses its worker becomes `BEGAN` (`make_place` in `shared/queue/lua/waiting.lua`), and
+  then ranks above interactive requests. That rank is meant for streams.
+"""
 
 import asyncio
 import logging

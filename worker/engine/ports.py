@@ -1,7 +1,14 @@
 """The ports (interfaces) of an engine: `Model`, which the engine calls, and `Engine`, which serving calls.
 
-A second engine is a folder beside `worker.model` with a class that has the methods of `Engine`;
-`LoraWorker.load_engine` chooses it, and no other code changes. A second model has the methods of `Model`.
+A second engine is a folder beside `worker.model` with a class that has the methods of `Engine`. Besides:
+
+* `LoraWorker.load_engine` (`worker/lora_worker.py`) chooses it, by a new setting in `shared/settings.py`.
+* `pyproject.toml` lists its package, and the imports that it may have.
+* Its weights versions must be those that `worker.model` computes for the same files (`loading.model_version`
+  and `adapter_files`), or the registry refuses one of two workers, and resumed requests end.
+* It must pass `tests/unit/worker/engine/test_engine_contract.py`.
+
+A second model has the methods of `Model`.
 """
 
 from collections.abc import Callable, Collection, Iterable

@@ -1,4 +1,15 @@
-"""Reads adapter files and copies their tensors into slots on the device, when `AdapterCache` asks for it."""
+"""Reads adapter files and copies their tensors into slots on the device, when `AdapterCache` asks for it.
+
+Adapters are added at the start only, by `worker.model.startup`. To add one while requests run, do in order:
+
+1. In a thread of its own, since it reads the disk: read and check the adapter.
+2. `shared.queue.registry.register` its card; if that raises `RegistryConflict`, nothing has changed yet.
+3. In the engine's thread: `AdapterCache.keep`, then `ServedModels.add`. Requests for it wait until then.
+4. `LoraWorker` adds the worker to RQ's set of the queue's workers, without which the API reports `no_worker`.
+
+Workers claim from the new queue after the next heartbeat, which writes `ServedModels` to Redis. The ports
+`Model` and `Adapters` (`worker.engine.ports`) lack methods for the steps 1 and 3.
+"""
 
 import time
 from typing import Any
