@@ -21,6 +21,8 @@ class FakeStore:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.slots: dict[int, str] = {}
+        self.sizes: dict[str, int] = {}
+        """The size of the weights that were last put into a slot, by adapter."""
         self.broken: set[str] = set()
 
     def read(self, name: str) -> FakeWeights:
@@ -34,6 +36,10 @@ class FakeStore:
             raise AdapterError(f"adapter {name!r} does not fit")
         assert 0 <= slot < self.num_slots
         self.slots[slot] = name
+        self.sizes[name] = weights.num_bytes
+
+    def clear(self, slot: int) -> None:
+        del self.slots[slot]
 
     def check(self, batch: Batch, slot_of: Callable[[str], int]) -> None:
         """Fails if a sequence of a batch runs with a slot that holds another adapter than its own."""

@@ -26,6 +26,10 @@ class Store(Protocol[W]):
         """Replaces a slot's contents. Raises `AdapterError`, after which the contents are undefined."""
         ...
 
+    def clear(self, slot: int) -> None:
+        """Frees the memory of a slot's contents, which no sequence uses any more."""
+        ...
+
 
 class AdapterCache(Generic[W]):
     """Two LRU caches of adapters: `num_slots` slots on the device, and `max_num_bytes` of host memory.
@@ -47,14 +51,16 @@ class AdapterCache(Generic[W]):
         """Starts with empty slots. `num_slots` is the maximum number of slots.
 
         There are fewer if `num_slots` adapters, each as large as the largest known one, would take more than
-        `max_num_slot_bytes`; None sets no such limit.
+        `max_num_slot_bytes`; None sets no such limit. If a larger adapter is added while others run, the
+        number drops at once, and slots are given up as their sequences end. Such an adapter is not refused,
+        because the same adapters would be served after a restart.
         """
         self._store = store
         self._executor = executor
         self.num_slots = num_slots
         self._max_num_slot_bytes = max_num_slot_bytes
         self._num_wanted_slots = num_slots
-        self._num_known = 0
+        self._known: set[str] = set()
         self._largest_num_bytes = 0
         self.on_read: Callable[[], None] = lambda: None
         """Called in another thread whenever `settle` has an adapter to take in."""
@@ -79,23 +85,30 @@ class AdapterCache(Generic[W]):
     def summary(self) -> str:
         """Text for a log line: the number of adapters on the device, in host memory, and only on disk."""
         cached = self._host.contents
-        num_on_disk = self._num_known - len(cached.keys() | self._slots.keys())
+        num_on_disk = len(self._known) - len(cached.keys() | self._slots.keys())
         slots = f"{self.num_slots} slots"
         if self.num_slots < self._num_wanted_slots:
             slots += (
                 f" ({_mib(self._max_num_slot_bytes or 0)} hold no more, {self._num_wanted_slots} were wanted)"
             )
         return (
-            f"{self._num_known}, the largest {_mib(self._largest_num_bytes)}; "
+            f"{len(self._known)}, the largest {_mib(self._largest_num_bytes)}; "
             f"{len(self._slots)} resident in {slots}; {len(cached)} in host memory, "
             f"{_mib(self.num_cached_bytes)} of at most {_mib(self._host.max_num_bytes)}; "
             f"{num_on_disk} on disk only"
         )
 
     def keep(self, name: str, weights: W) -> None:
-        """Counts an adapter that was read at startup, and caches it if it fits into host memory."""
-        self._num_known += 1
+        """Makes an adapter known, and caches it if host memory has room without evicting another one.
+
+        The weights replace earlier ones of the same name, which no request may still use. While requests run,
+        call this only in the engine's thread.
+        """
+        self._known.add(name)
         self._fit_slots(weights.num_bytes)
+        self._host.remove(name)
+        if name in self._slots:
+            self._evict(name)
         if self._host.has_room(weights.num_bytes):
             self._host.add(name, weights)
 
@@ -150,7 +163,9 @@ class AdapterCache(Generic[W]):
             started_s = self._loading.pop(name)
             try:
                 weights = future.result()
-                self._fill_slot(name, weights)
+                # If `keep` lowered the number of slots during the read, there may be no slot left.
+                if self._num_free_slots > 0:
+                    self._fill_slot(name, weights)
             except AdapterError as error:
                 self._fail(name, error)
                 continue
@@ -177,14 +192,21 @@ class AdapterCache(Generic[W]):
             self.num_slots = min(self._num_wanted_slots, num_affordable)
 
     def _make_room(self, in_use: Collection[str | None]) -> bool:
-        if self._num_free_slots > 0:
-            return True
-        victim = next((name for name in self._slots if name not in in_use), None)
-        if victim is None:
-            return False
-        del self._slots[victim]
-        self.resident = tuple(self._slots)
+        """Evicts adapters until a slot is free, several if `num_slots` fell; returns False if none is."""
+        while self._num_free_slots <= 0:
+            victim = next((name for name in self._slots if name not in in_use), None)
+            if victim is None:
+                return False
+            self._evict(victim)
         return True
+
+    def _evict(self, name: str) -> None:
+        has_extra_slots = max(self._slots.values()) >= self.num_slots
+        slot = self._slots.pop(name)
+        self.resident = tuple(self._slots)
+        # If weights stayed in slots that are not filled again, the others would exceed `max_num_slot_bytes`.
+        if has_extra_slots:
+            self._store.clear(slot)
 
     def _fill_slot(self, name: str, weights: W) -> None:
         slot = min(set(range(self.num_slots)) - set(self._slots.values()))

@@ -38,11 +38,20 @@ class HostCache(Generic[W]):
         return self._weights.get(name)
 
     def add(self, name: str, weights: W) -> None:
-        """Caches an adapter, unless it is larger than the whole cache; evicts others until it fits."""
-        if name in self._weights or weights.num_bytes > self.max_num_bytes:
+        """Caches an adapter, in place of earlier weights of the same name; evicts others until it fits.
+
+        An adapter that is larger than the whole cache is not cached.
+        """
+        self.remove(name)
+        if weights.num_bytes > self.max_num_bytes:
             return
         self._weights[name] = weights
         self.num_bytes += weights.num_bytes
         while self.num_bytes > self.max_num_bytes:
             _, evicted = self._weights.popitem(last=False)
             self.num_bytes -= evicted.num_bytes
+
+    def remove(self, name: str) -> None:
+        """Removes an adapter; does nothing if it is not cached."""
+        if name in self._weights:
+            self.num_bytes -= self._weights.pop(name).num_bytes

@@ -11,6 +11,7 @@ Workers claim from the new queue after the next heartbeat, which writes `ServedM
 `Model` and `Adapters` (`worker.engine.ports`) lack methods for the steps 1 and 3.
 """
 
+import contextlib
 import time
 from typing import Any
 
@@ -71,6 +72,12 @@ class AdapterStore:
             self._lora.put(slot, weights)
         except torch.OutOfMemoryError as error:
             raise AdapterError(f"adapter {name!r} does not fit into the device's memory: {error}") from error
+
+    def clear(self, slot: int) -> None:
+        """Removes an adapter's weights from a slot, to free their memory."""
+        # The removal copies the other slots' weights. If memory is too short for that, the weights stay.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self._lora.put(slot, SlotWeights({}))
 
     def _prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
         try:

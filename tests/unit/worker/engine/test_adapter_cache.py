@@ -32,10 +32,18 @@ class CheckingRunner(FakeModel):
 class Bench:
     """A cache over fakes; an engine on it."""
 
-    def __init__(self, num_slots: int = 2, max_num_bytes: int = 30) -> None:
+    def __init__(
+        self, num_slots: int = 2, max_num_bytes: int = 30, max_num_slot_bytes: int | None = None
+    ) -> None:
         self.store = FakeStore(num_slots)
         self.disk = ManualExecutor()
-        self.cache = AdapterCache(self.store, self.disk, num_slots=num_slots, max_num_bytes=max_num_bytes)
+        self.cache = AdapterCache(
+            self.store,
+            self.disk,
+            num_slots=num_slots,
+            max_num_bytes=max_num_bytes,
+            max_num_slot_bytes=max_num_slot_bytes,
+        )
         self.blocks = BlockManager(64, 4)
         self.runner = CheckingRunner(self.store, self.cache)
         self.engine = build_engine(self.runner, self.blocks)
@@ -156,6 +164,45 @@ def test_an_adapter_larger_than_the_memory_for_slots_gets_one_all_the_same() -> 
     assert (cache.num_slots, cache.resident) == (1, ("a",))
 
 
+def test_a_larger_adapter_added_while_others_run_takes_slots_from_them_only_as_they_end() -> None:
+    bench = Bench(num_slots=4, max_num_bytes=100, max_num_slot_bytes=40)
+    for name in "abcd":
+        bench.bring(name)
+    bench.cache.keep("e", FakeWeights("e", 20))
+    assert bench.cache.num_slots == 2
+    assert bench.bring("a")
+    assert not bench.bring("e", *"abcd")
+    assert not bench.bring("e", "a", "b")
+    assert bench.bring("e", "a")
+    assert bench.bring("f") or bench.bring("f")
+    assert set(bench.cache.resident) == {"e", "f"}
+    assert sorted(bench.store.slots.values()) == ["e", "f"]  # no weights are left in the slots that are gone
+
+
+def test_a_read_that_ends_after_a_larger_adapter_took_its_slot_is_kept_in_host_memory() -> None:
+    bench = Bench(num_slots=2, max_num_bytes=100, max_num_slot_bytes=20)
+    bench.bring("a")
+    bench.cache.bring("b", ())
+    bench.cache.keep("e", FakeWeights("e", 20))
+    bench.disk.run()
+    assert bench.cache.settle() == {}
+    assert bench.cache.resident == ("a",)
+    assert bench.bring("b")
+    assert (bench.cache.resident, bench.cache.num_reads) == (("b",), 2)
+
+
+def test_new_weights_of_a_known_adapter_replace_the_old_ones_in_host_memory_and_slot() -> None:
+    bench = Bench(num_slots=2, max_num_bytes=30)
+    bench.bring("a")
+    bench.cache.keep("a", FakeWeights("a", 25))
+    assert (bench.cache.num_cached_bytes, bench.cache.resident) == (25, ())
+    assert bench.bring("a")
+    assert bench.store.sizes["a"] == 25
+    assert "1, the largest" in bench.cache.summary
+    bench.cache.keep("a", FakeWeights("a", 31))
+    assert bench.cache.num_cached_bytes == 0
+
+
 def test_an_adapter_larger_than_host_memory_is_served_and_not_cached() -> None:
     bench = Bench(max_num_bytes=5)
     bench.add("r", "a")
@@ -262,9 +309,12 @@ requests = st.lists(st.tuples(st.sampled_from([None, *NAMES]), st.integers(1, 8)
 def test_any_order_of_steps_and_reads_gives_every_request_its_own_tokens(
     shapes: list[tuple[str | None, int]], num_slots: int, max_num_bytes: int, data: st.DataObject
 ) -> None:
-    bench = Bench(num_slots, max_num_bytes)
+    bench = Bench(num_slots, max_num_bytes, 100 * num_slots)
+    added_at, size = data.draw(st.integers(0, 12)), data.draw(st.integers(41, 400))
     for number, (adapter_name, num_tokens) in enumerate(shapes):
         bench.add(str(number), adapter_name, num_tokens)
+        if number == added_at:
+            bench.cache.keep("larger", FakeWeights("larger", size))
         for _ in range(data.draw(st.integers(0, 3))):
             bench.step()
         if data.draw(st.booleans()):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +94,21 @@ def test_a_lack_of_memory_is_told_with_the_adapters_name_at_the_start_and_later(
         store.register("bad", str(folder))
     with pytest.raises(AdapterError, match=r"'good' at .*can't allocate memory"):
         store.read("good")
+
+
+@torch.inference_mode()
+def test_a_cleared_slot_changes_no_output(
+    store: AdapterStore, stack: CrampedStack, model: Any, folder: Path
+) -> None:
+    def logits() -> torch.Tensor:
+        stack.set_rows([(1, 3)], [2])
+        return model(torch.tensor([[1, 2, 3]])).logits
+
+    plain = logits()
+    store.put("mine", store.register("mine", str(folder)), 1)
+    assert not torch.equal(logits(), plain)
+    store.clear(1)
+    assert torch.equal(logits(), plain)
 
 
 def test_weights_that_are_replaced_while_they_are_read_are_refused(
