@@ -225,5 +225,7 @@ def _randomize(model: Any) -> None:
 
 def add_adapter(runner: "ModelRunner", name: str, folder: Path) -> None:
     """Makes a further adapter resident in a free slot."""
-    runner.adapter_cache.keep(name, runner.adapters.register(name, str(folder)))
+    model, weights = runner.adapters.read_new(name, str(folder))
+    runner.adapter_cache.keep(name, weights)
+    runner.served.add(model)
     assert runner.adapter_cache.bring(name, ())

@@ -2,8 +2,8 @@
 
 Adapters are added at the start only, by `worker.model.startup`. To add one while requests run, do in order:
 
-1. In a thread of its own, since it reads the disk: read and check the adapter.
-2. `shared.queue.registry.register` its card; if that raises `RegistryConflict`, nothing has changed yet.
+1. In a thread of its own, since it reads the disk: `AdapterStore.read_new`.
+2. `shared.queue.registry.register` for its card; if that raises `RegistryConflict`, nothing has changed yet.
 3. In the engine's thread: `AdapterCache.keep`, then `ServedModels.add`. Requests for it wait until then.
 4. `LoraWorker` adds the worker to RQ's set of the queue's workers, without which the API reports `no_worker`.
 
@@ -13,7 +13,7 @@ Workers claim from the new queue after the next heartbeat, which writes `ServedM
 
 import contextlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,18 +23,25 @@ from worker.model.adapter_files import LoadedAdapter, load_adapter
 from worker.model.lora import LoraStack, SlotWeights
 
 
+class NewAdapter(NamedTuple):
+    """An adapter that was read, for `ServedModels.add` and `AdapterCache.keep`."""
+
+    model: ServedModel
+    weights: SlotWeights
+
+
 class AdapterStore:
     """Reads adapters from disk into host memory, and copies them from there into slots."""
 
     def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
-        """Adds registered adapters to `served`; `base_name` is compared with the base that they declare."""
+        """Finds paths and versions in `served`; compares `base_name` with the base that adapters declare."""
         self._model = model
         self._base_name = base_name
         self._lora = lora
         self._served = served
 
-    def register(self, name: str, path: str) -> SlotWeights:
-        """Reads and checks an adapter, and adds it to the served models in the version that was read.
+    def read_new(self, name: str, path: str) -> NewAdapter:
+        """Reads and checks an adapter that is not served yet, and changes nothing; from any thread.
 
         Raises:
             AdapterError: the adapter can't be served; the message has name, path and reason.
@@ -42,11 +49,12 @@ class AdapterStore:
         adapter = load_adapter(name, path, self._model, self._base_name)
         weights = self._prepare(name, adapter)
         tokenizer = self._served.base.tokenizer
-        self._served.add(ServedModel(name, adapter.version, path, tokenizer, int(time.time()), name))
-        return weights
+        return NewAdapter(
+            ServedModel(name, adapter.version, path, tokenizer, int(time.time()), name), weights
+        )
 
     def read(self, name: str) -> SlotWeights:
-        """Reads a registered adapter again; may be called from any thread.
+        """Reads a served adapter again; may be called from any thread.
 
         Raises:
             AdapterError: the adapter can't be served any more, or its files have changed.

@@ -46,7 +46,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     served = ServedModels(ServedModel(settings.base_name, version, settings.model, tokenizer, created))
     store = AdapterStore(model, settings.model, prepared.lora, served)
     adapter_cache = _build_adapter_cache(store, settings, device)
-    _load_adapters(store, adapter_cache, settings.adapters)
+    _load_adapters(store, adapter_cache, served, settings.adapters)
     has_graph = kernels is not None and settings.compile == "graph"
     forward = _compile(folder, prepared, settings) if has_graph else EagerForward(model)
     return ModelRunner(prepared, forward, served, store, adapter_cache)
@@ -94,12 +94,17 @@ def _build_adapter_cache(
 
 
 def _load_adapters(
-    store: AdapterStore, adapter_cache: AdapterCache[SlotWeights], sources: Sequence[AdapterSource]
+    store: AdapterStore,
+    adapter_cache: AdapterCache[SlotWeights],
+    served: ServedModels,
+    sources: Sequence[AdapterSource],
 ) -> None:
     """Reads and checks all adapters; keeps as many in host memory and slots as fit."""
     try:
         for source in sources:
-            adapter_cache.keep(source.name, store.register(source.name, source.path))
+            model, weights = store.read_new(source.name, source.path)
+            adapter_cache.keep(source.name, weights)
+            served.add(model)
         adapter_cache.fill_slots()
     except AdapterError as error:
         raise ConfigurationError(f"LORELAY_ADAPTERS: {error.message}") from error

@@ -58,24 +58,36 @@ def folder(store: AdapterStore, tmp_path: Path) -> Path:
 def test_a_file_that_cannot_be_read_is_told_with_the_adapters_name_at_the_start_and_later(
     store: AdapterStore, served: ServedModels, folder: Path
 ) -> None:
-    store.register("good", str(folder))
+    served.add(store.read_new("good", str(folder)).model)
     config = (folder / CONFIG_FILE).read_bytes()
     (folder / CONFIG_FILE).unlink()
     (folder / CONFIG_FILE).mkdir()
     with pytest.raises(AdapterError, match=r"'bad' at .*Is a directory"):
-        store.register("bad", str(folder))
+        store.read_new("bad", str(folder))
     with pytest.raises(AdapterError, match=r"'good' at .*Is a directory"):
         store.read("good")
-    assert set(served.adapters) == {"good"}
     (folder / CONFIG_FILE).rmdir()
     (folder / CONFIG_FILE).write_bytes(config)
     store.read("good")
 
 
-def test_an_adapter_whose_files_changed_is_refused_when_it_is_read_again(
-    store: AdapterStore, folder: Path
+def test_an_adapter_that_was_read_is_served_only_once_it_is_added(
+    store: AdapterStore, served: ServedModels, folder: Path
 ) -> None:
-    store.register("mine", str(folder))
+    model, weights = store.read_new("mine", str(folder))
+    assert (model.name, model.source, model.adapter_name) == ("mine", str(folder), "mine")
+    assert weights.num_bytes > 0
+    assert not served.adapters
+    with pytest.raises(AdapterError, match="not loaded"):
+        store.read("mine")
+    served.add(model)
+    assert store.read("mine").num_bytes == weights.num_bytes
+
+
+def test_an_adapter_whose_files_changed_is_refused_when_it_is_read_again(
+    store: AdapterStore, served: ServedModels, folder: Path
+) -> None:
+    served.add(store.read_new("mine", str(folder)).model)
     store.read("mine")
     change_json(folder / CONFIG_FILE, lora_alpha=77)
     with pytest.raises(AdapterError, match=r"'mine' at .* have changed"):
@@ -86,12 +98,12 @@ def test_an_adapter_whose_files_changed_is_refused_when_it_is_read_again(
 
 
 def test_a_lack_of_memory_is_told_with_the_adapters_name_at_the_start_and_later(
-    store: AdapterStore, stack: CrampedStack, folder: Path
+    store: AdapterStore, stack: CrampedStack, served: ServedModels, folder: Path
 ) -> None:
-    store.register("good", str(folder))
+    served.add(store.read_new("good", str(folder)).model)
     stack.is_full = True
     with pytest.raises(AdapterError, match=r"'bad' at .*can't allocate memory"):
-        store.register("bad", str(folder))
+        store.read_new("bad", str(folder))
     with pytest.raises(AdapterError, match=r"'good' at .*can't allocate memory"):
         store.read("good")
 
@@ -105,7 +117,7 @@ def test_a_cleared_slot_changes_no_output(
         return model(torch.tensor([[1, 2, 3]])).logits
 
     plain = logits()
-    store.put("mine", store.register("mine", str(folder)), 1)
+    store.put("mine", store.read_new("mine", str(folder)).weights, 1)
     assert not torch.equal(logits(), plain)
     store.clear(1)
     assert torch.equal(logits(), plain)
@@ -122,5 +134,5 @@ def test_weights_that_are_replaced_while_they_are_read_are_refused(
 
     monkeypatch.setattr("safetensors.torch.load", load_slowly)
     with pytest.raises(AdapterError, match="changed while they were read"):
-        store.register("a", str(folder))
+        store.read_new("a", str(folder))
     assert load_adapter("other", str(other), model).version

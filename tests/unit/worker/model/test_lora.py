@@ -61,7 +61,7 @@ def refusal(folder: Path | str, model: Any) -> str:
     fused_linears = number_linears([[name] for name in lora.linears(model)], [])
     store = AdapterStore(model, "", LoraStack(model, fused_linears, model.dtype), served_models())
     with pytest.raises(AdapterError) as caught:
-        store.register("mine", str(folder))
+        store.read_new("mine", str(folder))
     message = caught.value.message
     assert "'mine'" in message
     assert str(folder) in message
