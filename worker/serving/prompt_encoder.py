@@ -1,13 +1,17 @@
 """Applies chat template and tokenizer outside the engine's thread, since a long prompt takes seconds."""
 
+import logging
 import queue
 from collections.abc import Callable, Container, Iterable
 
-from shared.errors import LorelayError
+from shared.errors import GenerationFailed, LorelayError
+from shared.logs import fields
 from shared.messages import GenerationRequest
 from shared.queue.records import Claim, Held
 from worker.engine.records import Prompts
 from worker.serving.commands import Arrival, Commands, Inbox
+
+logger = logging.getLogger(__name__)
 
 Encode = Callable[[GenerationRequest], list[list[int]]]
 """Type of `Engine.encode`: returns the token ids of each prompt of a request."""
@@ -57,6 +61,13 @@ class PromptEncoder:
             return self._encode(request)
         except LorelayError as error:
             return error
+        # Only this request is encoded here. If the error were raised, it would end the worker.
+        except Exception:
+            request_id = request.request_id
+            logger.exception(
+                "request %s can't be encoded", request_id, extra=fields("encode", request_id=request_id)
+            )
+            return GenerationFailed()
 
 
 def _num_chars(request: GenerationRequest) -> int:

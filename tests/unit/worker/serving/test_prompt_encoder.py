@@ -2,7 +2,9 @@
 
 import queue
 
-from shared.errors import InvalidRequest
+import pytest
+
+from shared.errors import GenerationFailed, InvalidRequest
 from shared.messages import GenerationRequest
 from shared.queue.records import Claim, Held
 from tests.streams import make_request
@@ -28,6 +30,8 @@ class Bench:
             self.encoder.stop()
         if message["content"] == "bad":
             raise InvalidRequest("no")
+        if message["content"] == "unforeseen":
+            raise ZeroDivisionError
         return [[len(message["content"])]]
 
     def arrivals(self) -> list[Arrival]:
@@ -46,6 +50,18 @@ def test_prompts_arrive_with_their_tokens_or_with_the_reason_why_there_are_none(
     good, bad, _ = bench.arrivals()
     assert good == Arrival(bench.claims[0], [[4]])
     assert (bad.claim, type(bad.prompts)) == (bench.claims[1], InvalidRequest)
+
+
+def test_an_unforeseen_error_ends_its_own_request_only_and_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench("unforeseen", "four", "stop")
+    bench.encoder.run_short()
+    bad, good, _ = bench.arrivals()
+    assert (bad.claim, type(bad.prompts)) == (bench.claims[0], GenerationFailed)
+    assert good.prompts == [[4]]
+    (record,) = caplog.records
+    assert (record.request_id, record.exc_info[0]) == (bench.claims[0].held.request_id, ZeroDivisionError)
 
 
 def test_a_claim_that_is_not_held_any_more_is_not_encoded() -> None:
