@@ -15,6 +15,8 @@ SCHEMA_VERSION = 2
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 MAX_NUM_STOPS = 64
+MAX_NUM_LOGPROBS = 20
+"""Maximum number of alternatives for which logprobs are reported, as at OpenAI."""
 MAX_NUM_CHOICES = 128
 MAX_NUM_PROMPTS = 2048
 
@@ -73,7 +75,7 @@ class SamplingParams(Message, frozen=True):
     min_tokens: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], Meta(max_length=MAX_NUM_STOPS)] = ()
-    logprobs: int | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_NUM_LOGPROBS)] | None = None
     """Number of alternatives to report per token; None means that no logprobs are reported."""
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] = {}
     """Maps a token id to the number that is added to its logit."""

@@ -84,6 +84,8 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
         {"wait_limit_s": 0},
         {"request_class": "urgent"},
         {"tenant": "x" * 129},
+        {"sampling": {"logprobs": -1}},
+        {"sampling": {"logprobs": 21}},
     ],
 )
 def test_a_request_out_of_range_is_refused(field: dict[str, Any]) -> None:
