@@ -57,6 +57,9 @@ class NoStore:
     def put(self, name: str, weights: NoWeights, slot: int) -> None:
         """Does nothing."""
 
+    def clear(self, slot: int) -> None:
+        """Does nothing."""
+
 
 class ScriptedRunner:
     """A model that repeats the same words, one token per step; each step takes `step_s`."""

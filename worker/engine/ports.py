@@ -1,4 +1,4 @@
-"""The ports (interfaces) of an engine: `Model`, which the engine calls, and `Engine`, which serving calls.
+"""The ports (interfaces) of an engine: `Engine`, which serving calls, and those that it calls itself.
 
 A second engine is a folder beside `worker.model` with a class that has the methods of `Engine`. Besides:
 
@@ -13,13 +13,42 @@ A second model has the methods of `Model`.
 
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Items
-from typing import Protocol
+from typing import Any, Protocol
 
 from shared.errors import AdapterError
 from shared.messages import GenerationRequest, StreamEvent
 from worker.engine.records import Output, Prompts
 from worker.engine.sequence import Batch, Sampled
 from worker.engine.served_models import ServedModels
+
+
+class Detokenizer(Protocol):
+    """Turns the tokens of one sequence into text, token by token; see `worker.engine.detokenizer`."""
+
+    def add(self, token_id: int) -> str:
+        """Returns the text that can be released after this token, possibly none."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Converts prompts to token ids, and token ids to text; thread-safe. See `worker.model.tokenizer`."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that end a sequence."""
+        ...
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Returns the token ids of a chat. Raises `InvalidRequest` if the template refuses it."""
+        ...
+
+    def encode_text(self, text: str) -> list[int]:
+        """Returns the token ids of a text. Raises `InvalidRequest` if it can't be tokenized."""
+        ...
+
+    def detokenizer(self) -> Detokenizer:
+        """Returns a new detokenizer for one sequence."""
+        ...
 
 
 class Residency(Protocol):

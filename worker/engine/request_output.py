@@ -6,9 +6,9 @@ from typing import Any
 from shared.errors import GenerationFailed, LorelayError
 from shared.messages import FinishReason, GenerationRequest, StreamEvent, Usage
 from worker.engine.detokenizer import StopChecker
+from worker.engine.ports import Detokenizer
 from worker.engine.records import Output
 from worker.engine.sequence import Sampled, SampledToken, Sequence, SequenceStatus
-from worker.engine.served_models import Detokenizer
 
 Clock = Callable[[], float]
 

@@ -3,29 +3,13 @@
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from shared.errors import AdapterError, AdapterVersionGone
 from shared.messages import GenerationRequest, weights_version
 
-
-class Detokenizer(Protocol):
-    """Turns the tokens of one sequence into text, token by token; see `worker.engine.detokenizer`."""
-
-    def add(self, token_id: int) -> str: ...
-
-
-class Tokenizer(Protocol):
-    """Converts prompts to token ids, and token ids to text; thread-safe. See `worker.model.tokenizer`."""
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]: ...
-
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]: ...
-
-    def encode_text(self, text: str) -> list[int]: ...
-
-    def detokenizer(self) -> Detokenizer: ...
+if TYPE_CHECKING:  # `ports` imports this module
+    from worker.engine.ports import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +22,7 @@ class ServedModel:
     """SHA-256 (hex) of its weights and config; an adapter's version does not cover the base model's files."""
     source: str
     """Folder or Hugging Face id from the configuration."""
-    tokenizer: Tokenizer
+    tokenizer: "Tokenizer"
     """Tokenizer and chat template of this version."""
     created: int
     """Unix seconds at which this worker began to serve it."""
