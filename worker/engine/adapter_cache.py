@@ -50,10 +50,10 @@ class AdapterCache(Generic[W]):
     ) -> None:
         """Starts with empty slots. `num_slots` is the maximum number of slots.
 
-        There are fewer if `num_slots` adapters, each as large as the largest known one, would take more than
+        There are fewer slots if `num_slots` adapters of the largest known size would take more than
         `max_num_slot_bytes`; None sets no such limit. If a larger adapter is added while others run, the
-        number drops at once, and slots are given up as their sequences end. Such an adapter is not refused,
-        because the same adapters would be served after a restart.
+        number of slots drops at once, and slots are given up as their sequences end. A larger adapter is not
+        refused, because after a restart the same adapters would be served.
         """
         self._store = store
         self._executor = executor
@@ -63,7 +63,7 @@ class AdapterCache(Generic[W]):
         self._known: set[str] = set()
         self._largest_num_bytes = 0
         self.on_read: Callable[[], None] = lambda: None
-        """Called in another thread whenever `settle` has an adapter to take in."""
+        """Called in another thread whenever an adapter was read that `settle` should copy into its slot."""
         self._slots: OrderedDict[str, int] = OrderedDict()
         """Resident adapters and their slots, least recently used first."""
         self._loading: dict[str, float] = {}
@@ -128,10 +128,10 @@ class AdapterCache(Generic[W]):
         return self._slots[name]
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Makes an adapter resident; if no slot is free, evicts the least recently used one not `in_use`.
+        """Makes an adapter resident; if no slot is free, evicts the least recently used that is not `in_use`.
 
         Returns True if the adapter is resident now. Returns False if it is still being read, if all slots are
-        in use, or if it could not be copied into its slot, whose error `settle` returns.
+        in use, or if copying it into a slot failed; `settle` then returns the error.
         """
         if name is None:
             return True
@@ -157,7 +157,7 @@ class AdapterCache(Generic[W]):
         return name in self._loading
 
     def settle(self) -> dict[str, AdapterError]:
-        """Copies the adapters that were read into slots; returns the errors since the last call, by name."""
+        """Copies newly read adapters into slots; returns the errors since the last call, by adapter name."""
         while not self._read.empty():
             name, future = self._read.get()
             started_s = self._loading.pop(name)
@@ -185,7 +185,7 @@ class AdapterCache(Generic[W]):
         return self.num_slots - len(self._slots) - len(self._loading)
 
     def _fit_slots(self, num_bytes: int) -> None:
-        """Reduces the number of slots so that each can hold the largest known adapter, this one included."""
+        """Reduces the number of slots so that each can hold the largest adapter, maybe one of `num_bytes`."""
         self._largest_num_bytes = max(self._largest_num_bytes, num_bytes)
         if self._max_num_slot_bytes is not None and self._largest_num_bytes:
             num_affordable = max(1, self._max_num_slot_bytes // self._largest_num_bytes)

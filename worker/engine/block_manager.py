@@ -11,10 +11,10 @@ class BlockManager:
     """Hands out the cache's blocks, `block_size` tokens each, to block tables.
 
     Full blocks are shared between sequences that begin with the same tokens under the same adapter version.
-    A block's key is the SHA-256 of its tokens and of the previous block's key, so it identifies all tokens up
-    to its end; the first block's key includes the adapter's version. A block that no table uses any more
-    keeps its contents and its key until it is allocated again. A published block is one that other sequences
-    can find by its key.
+    A block's key is the SHA-256 of its tokens and of the previous block's key; the first block's key includes
+    the adapter's version. A key thus identifies all tokens up to the end of its block. A block that no table
+    uses any more keeps its contents and its key until it is allocated again. A published block is one that
+    other sequences can find by its key.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, shares_prefixes: bool = True) -> None:
@@ -22,7 +22,7 @@ class BlockManager:
         self.block_size = block_size
         self._shares_prefixes = shares_prefixes
         self._num_users = [0] * num_blocks
-        """Number of block tables that contain the block, by block."""
+        """For each block, the number of block tables that contain it."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         """Blocks in no block table, in the order in which they will be allocated."""
         self._keys: list[bytes | None] = [None] * num_blocks
@@ -46,7 +46,7 @@ class BlockManager:
             seq.block_table.append(block)
 
     def free(self, seq: Sequence) -> None:
-        """Frees all blocks of a sequence; published ones can be found until they are allocated again.
+        """Frees all blocks of a sequence; published blocks can be found until they are allocated again.
 
         The end of a prefix is allocated before its beginning, because a block can be found only if all blocks
         before it can be found, too.
@@ -76,7 +76,7 @@ class BlockManager:
         seq.num_computed_tokens = len(seq.block_table) * self.block_size
 
     def has_prompt(self, seq: Sequence) -> bool:
-        """True if all shareable blocks of a sequence's prompt are published, or if the prompt has none."""
+        """True if all shareable blocks of a sequence's prompt are published, or if it has no such block."""
         num_blocks = (seq.num_prompt_tokens - 1) // self.block_size if self._shares_prefixes else 0
         return not num_blocks or self._block_keys(seq, num_blocks)[-1] in self._published
 
@@ -93,7 +93,7 @@ class BlockManager:
                 self._keys[block] = key
 
     def withdraw(self, seq: Sequence) -> None:
-        """Stops other sequences from finding a sequence's blocks; blocks that are shared already stay so."""
+        """Stops other sequences from finding a sequence's blocks; those that use some already keep them."""
         for block in seq.block_table:
             self._forget(block)
 

@@ -6,7 +6,7 @@ NUM_STEPS_TO_GROW = 1_000
 class Capacity:
     """The maximum number of sequences: the configured one, lowered after a step ran out of memory.
 
-    It is slowly raised again, because the cause may have been one long prompt, or another process.
+    The maximum is slowly raised again, because the cause may have been one long prompt, or another process.
     """
 
     def __init__(self, max_num_sequences: int) -> None:
@@ -21,7 +21,7 @@ class Capacity:
         self.num_sequences = max(1, min(num_running, self.num_sequences) - 1)
 
     def count_step(self) -> None:
-        """Counts a step that had enough memory; each `NUM_STEPS_TO_GROW` of them raise the maximum by 1."""
+        """Counts a step that had enough memory; `NUM_STEPS_TO_GROW` such steps raise the maximum by 1."""
         if self.num_sequences == self._most:
             return
         self._num_good_steps += 1

@@ -57,7 +57,7 @@ class StopChecker:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """Returns the text that may be released now, and True if a stop string was found, which ends it.
+        """Returns the text that may be released now, and True if a stop string ended the text.
 
         A piece of text that may be the start of a stop string is held back until the text after it decides.
         """

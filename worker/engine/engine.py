@@ -49,7 +49,7 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs or waits, except for its adapter's read. A step may still run nothing."""
+        """True if a sequence runs, or one waits whose adapter is not being read. A step may run nothing."""
         return self._scheduler.has_work
 
     @property
@@ -83,7 +83,7 @@ class BatchingEngine:
         return self._model.forward_state
 
     def call_when_ready(self, wake: Callable[[], None]) -> None:
-        """Makes the engine call `wake`, from another thread, each time an adapter was read from disk."""
+        """Makes the engine call `wake`, from another thread, each time an adapter has been read from disk."""
         self._model.adapter_cache.on_read = wake
 
     def encode(self, request: GenerationRequest) -> list[list[int]]:
@@ -105,7 +105,7 @@ class BatchingEngine:
             output = self._intake.prepare(request, prompts, events)
         except LorelayError as error:
             return [_refusal(request.request_id, error, len(events))]
-        # Only this request is handled here, so the error can't have come from another one.
+        # No other request is handled here, so this one must have caused the error.
         except Exception:
             logger.exception("request %s can't be prepared", request.request_id, extra=fields("add_request"))
             return [_refusal(request.request_id, GenerationFailed(), len(events))]

@@ -72,7 +72,7 @@ class Adapters(Residency, Protocol):
     """Called in any thread after a read from disk; wakes the engine's thread, which calls `settle`."""
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Returns True if an adapter is resident; else begins to load it, but evicts no adapter `in_use`."""
+        """Returns True if an adapter is resident; else begins to load it, evicting no adapter in `in_use`."""
         ...
 
     def is_loading(self, name: str | None) -> bool:
@@ -80,7 +80,7 @@ class Adapters(Residency, Protocol):
         ...
 
     def settle(self) -> dict[str, AdapterError]:
-        """Copies newly read adapters into slots; returns errors by name, of adapters that can't be served."""
+        """Copies newly read adapters into slots; returns the errors of adapters that failed, by name."""
         ...
 
 
@@ -114,7 +114,7 @@ class Model(Protocol):
 
     @property
     def adapter_cache(self) -> Adapters:
-        """The cache of adapters, which decides which of them are on the device."""
+        """The cache of adapters, which decides which adapters are on the device."""
         ...
 
     @property
@@ -173,7 +173,7 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs or waits, except for its adapter's read. A step may still run nothing."""
+        """True if a sequence runs, or one waits whose adapter is not being read. A step may run nothing."""
         ...
 
     @property
@@ -209,17 +209,17 @@ class Engine(Protocol):
         """Adds a request, with the result of `encode` and the events that its log holds already.
 
         `alone` isolates the request: no request runs until `run_isolated`, then only this one runs until
-        `end_isolation`, so that a crash in between was caused by it. If the request can't run, the returned
-        list has its terminal error event; otherwise the list is empty.
+        `end_isolation`, so that only this request can have caused a crash in between. If the request can't
+        run, the returned list has its terminal error event; otherwise the list is empty.
         """
         ...
 
     def run_isolated(self) -> None:
-        """Lets the isolated request run. Redis must know before that a crash is to be counted against it."""
+        """Lets the isolated request run. First record in Redis that a crash counts against this request."""
         ...
 
     def end_isolation(self) -> None:
-        """Lets all requests run together again, once the isolated one is no longer a suspect."""
+        """Lets all requests run together again; for when the isolated one has run enough without a crash."""
         ...
 
     def holds(self, request_id: str) -> bool:
@@ -231,7 +231,7 @@ class Engine(Protocol):
         ...
 
     def stop_request(self, request_id: str) -> list[Output]:
-        """Ends a request that an operator stopped, with an error event. Returns [] if it isn't here."""
+        """Ends a request that an operator stopped, with an error event; [] if the engine doesn't have it."""
         ...
 
     def drop_request(self, request_id: str) -> None:
@@ -241,9 +241,9 @@ class Engine(Protocol):
     def shed(self) -> tuple[str | None, list[Output]]:
         """Reduces the load after a step ran out of memory; then the step can be repeated.
 
-        If the step ran several requests, the newest is removed, and its id returned. If it ran one request
-        with several sequences, fewer of them run at once from now on, and the id is None. If it ran a single
-        sequence, its request ends with an error, whose event is returned; the id is None, too.
+        If the step ran several requests, the newest is removed, and its id returned. If the step ran one
+        request with several sequences, fewer sequences run at once from now on, and the id is None. If the
+        step ran a single sequence, its request ends with the returned error event; the id is None, too.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Turns the tokens of one request into the events of its log, and decides when it ends."""
+"""Turns the tokens of one request into the events of its log, and decides when the request ends."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +14,7 @@ Clock = Callable[[], float]
 
 
 class SequenceOutput:
-    """Turns the tokens of one sequence into text, and decides at which token it ends."""
+    """Turns the tokens of one sequence into text, and decides at which token the sequence ends."""
 
     def __init__(self, seq: Sequence, detokenizer: Detokenizer) -> None:
         self.seq = seq
@@ -22,7 +22,7 @@ class SequenceOutput:
         self._stop_checker = StopChecker(seq.sampling.stop)
 
     def resume(self, event: StreamEvent) -> None:
-        """Adds the tokens of an event that an earlier worker wrote; their text is not sent again."""
+        """Adds the tokens of an event that an earlier worker wrote; the event's text is not sent again."""
         if event.finish_reason is not None:
             self.seq.finish_reason, self.seq.status = event.finish_reason, SequenceStatus.FINISHED
         for token_id in event.token_ids:
@@ -32,7 +32,7 @@ class SequenceOutput:
                 self._stop_checker.add(text)
 
     def add(self, token_id: int) -> str:
-        """Returns the text that a token completes; if the sequence ends with it, sets its finish reason.
+        """Returns the text that a token completes; if the token ends the sequence, sets the finish reason.
 
         The token must be in `seq.token_ids` already. Stop strings within the first `min_tokens` are ignored.
         """
@@ -57,7 +57,7 @@ class RequestOutput:
     """Creates the events of a request from the tokens of all its sequences, and its usage at the end."""
 
     def __init__(self, request: GenerationRequest, outputs: list[SequenceOutput], clock: Clock) -> None:
-        """Expects `outputs` in the order of their index. Does not keep `request`, which may be megabytes."""
+        """Expects `outputs` in the order of `seq.index`. Does not keep `request`, which may be megabytes."""
         self.request_id = request.request_id
         self._model, self._adapter_name = request.model, request.adapter_name
         self._limit_s, self._num_choices = request.generation_limit_s, request.n
@@ -123,7 +123,7 @@ class RequestOutput:
     def _event(
         self, index: int, token_ids: tuple[int, ...], text: str, finish_reason: FinishReason | None
     ) -> Output:
-        """Returns the next event; it is the terminal one if no sequence is running any more."""
+        """Returns the next event, which is the terminal event if no sequence is running any more."""
         event_no, has_ended = self._next_event_no, not self._num_running
         self._next_event_no += 1
         usage = self._usage() if has_ended else None

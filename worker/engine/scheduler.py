@@ -75,7 +75,7 @@ class Scheduler:
         )
 
     def isolate(self, request_id: str | None) -> None:
-        """Isolates a request: none runs until `run_isolated`, then only this one. None ends the isolation."""
+        """Isolates a request: none runs until `run_isolated`, then only it; `None` ends the isolation."""
         self._isolated = request_id
         self._may_run_isolated = False
 
@@ -88,7 +88,7 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """Removes a running or waiting sequence, and frees its blocks.
 
-        If it was the last one of the isolated request, isolation ends.
+        Isolation ends with the last sequence of the isolated request.
         """
         (self._running if seq.status is SequenceStatus.RUNNING else self._waiting).remove(seq)
         self._blocks.free(seq)
@@ -114,8 +114,8 @@ class Scheduler:
     def postprocess(self, batch: Batch, sampled: Items[Sampled]) -> list[tuple[Sequence, Sampled]]:
         """Records the computed tokens of a step, and appends the sampled tokens to their sequences.
 
-        `sampled` has an entry per scheduled sequence that `samples`; returns both in pairs.
-        If an entry is an error, the caller must end the sequence.
+        `sampled` has an entry per scheduled sequence that `samples`. Returns each of these sequences with its
+        entry; if the entry is an error, the caller must end the sequence.
         """
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)
@@ -123,7 +123,7 @@ class Scheduler:
         sampling = [scheduled.seq for scheduled in batch if scheduled.samples]
         for seq, num_tokens in batch:
             seq.num_computed_tokens += num_tokens
-            # Published only now: if the step failed, others would find blocks without valid contents.
+            # Blocks are published only now: if the step failed, other sequences would reuse invalid blocks.
             self._blocks.publish(seq, num_tokens)
         drawn = list(zip(sampling, sampled, strict=True))
         for seq, token in drawn:
@@ -144,14 +144,14 @@ class Scheduler:
         return batch
 
     def _must_wait(self, seq: Sequence) -> bool:
-        """True if a request is isolated to which the sequence does not belong."""
+        """True if a request is isolated and the sequence belongs to another request."""
         return self._isolated is not None and seq.request_id != self._isolated
 
     def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:
-        """Returns the waiting sequences that may run now. `prompts`: those still in prefill.
+        """Returns the waiting sequences that may run now. `prompts`: the running sequences in prefill.
 
-        Adapters that are not resident are read, if a slot can be freed; their sequences wait. If a prompt is
-        not in the cache, only its first choice may run; the other choices wait until the cache has it.
+        Adapters that are not resident are read if a slot can be freed, and their sequences wait. While a
+        prompt is not in the cache, only its first choice may run; the other choices wait until it is.
         """
         in_use = {seq.adapter_name for seq in self._running}
         computed = {seq.prompt_key for seq in prompts}
@@ -175,13 +175,13 @@ class Scheduler:
     def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
         """Divides a step's prefill time: half for the longest-waiting prompt, half for the shortest prompts.
 
-        So a short prompt soon overtakes long ones, while a long prompt takes at most twice as long as it
+        A short prompt thus soon overtakes long ones, while a long prompt takes at most twice as long as it
         would with all of the time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:
             prompts += self._ready(prompts)[: max(0, self.max_num_sequences - len(self._running))]
-        # If newer prompts were admitted while the first one lacks blocks, it could wait for blocks forever.
+        # If newer prompts were admitted while the first lacks blocks, the first could wait forever.
         if not (num_ms and prompts and self._admit(prompts[0])):
             return []
         longest_waiting, *others = prompts

@@ -19,7 +19,7 @@ class SampledToken(NamedTuple):
 
     token_id: int
     logprob: float | None = None
-    """Natural logarithm of its probability; None if the request did not ask for it."""
+    """Natural logarithm of the token's probability; None if the request did not ask for it."""
     alternatives: tuple[tuple[int, float], ...] = ()
     """The most likely token ids at this position with their logprobs, in descending order."""
 
@@ -63,7 +63,7 @@ class Sequence:
     adapter_name: str | None
     sampling: SamplingParams
     token_ids: list[int]
-    """The prompt's tokens, then those generated so far; on a resume, those in the log are appended first."""
+    """The prompt's tokens, then the generated ones; a resumed sequence starts with the log's tokens, too."""
     num_prompt_tokens: int
     max_tokens: int
     """Maximum number of output tokens, at least 1; the sequence then ends with finish reason `length`."""
@@ -76,11 +76,11 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     """Ids of the tokens that end the sequence."""
     adapter_version: str | None = None
-    """Version of the adapter that computes its keys and values; None for the base model."""
+    """Version of the adapter that computes the sequence's keys and values; None for the base model."""
     block_keys: list[bytes] = field(default_factory=list)
-    """Keys of its first full blocks, as many as were computed so far; see `BlockManager`."""
+    """Keys of the sequence's first full blocks, as far as they were computed; see `BlockManager`."""
     num_cached_tokens: int | None = None
-    """Number of prompt tokens that it found in the prefix cache when it first ran; None before that."""
+    """Number of prompt tokens found in the prefix cache when the sequence first ran; None before that."""
 
     @property
     def prompt_key(self) -> tuple[str, int]:
@@ -130,7 +130,7 @@ class ScheduledSequence(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """True if the step computes the sequence's last token, from whose logits the next is sampled."""
+        """True if the step computes the sequence's last token, whose logits give the next token."""
         return self.num_tokens == self.seq.num_uncomputed_tokens
 
 

@@ -1,4 +1,4 @@
-"""The models that a worker serves, with names, versions, sources and tokenizers. Nothing else keeps these."""
+"""The models that a worker serves: names, versions, sources and tokenizers, which no other module stores."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,13 +19,13 @@ class ServedModel:
     name: str
     """The name that clients send in `model`."""
     version: str
-    """SHA-256 (hex) of its weights and config; an adapter's version does not cover the base model's files."""
+    """SHA-256 (hex) of the model's weights and config; an adapter's version does not cover its base model."""
     source: str
     """Folder or Hugging Face id from the configuration."""
     tokenizer: "Tokenizer"
     """Tokenizer and chat template of this version."""
     created: int
-    """Unix seconds at which this worker began to serve it."""
+    """Unix seconds at which this worker began to serve the model."""
     adapter_name: str | None = None
     """Name of the adapter, or None for the base model."""
 
@@ -79,8 +79,8 @@ class ServedModels:
 
         Raises:
             AdapterError: this worker does not serve the adapter.
-            AdapterVersionGone: this worker serves other weights under the same name. Workers don't claim such
-                requests, so the weights have changed since the claim.
+            AdapterVersionGone: this worker serves other weights under the requested name. Workers only claim
+                requests for weights that they serve: these weights were replaced after the claim.
         """
         model = self.find(request.adapter_name)
         adapter_version = model.version if model.adapter_name else None
@@ -94,5 +94,5 @@ class ServedModels:
         return model
 
     def weights_version(self, model: ServedModel) -> str:
-        """Returns the version of all weights behind a model: a hash of the base's and the adapter's."""
+        """Returns the version of all weights behind a model: the base's, and for an adapter also its own."""
         return weights_version(self.base.version, model.version if model.adapter_name else None)

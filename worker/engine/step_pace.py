@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 MIN_STRETCH = 2.0
 MAX_STRETCH = 2.5
-"""Minimum and maximum duration of a step with prompt tokens, as multiples of the duration of one without. The
-minimum keeps prompts from starving where decodes alone take as long as the target; the maximum keeps the
+"""Minimum and maximum duration of a step with prompt tokens, as multiples of a step without any. The minimum
+keeps prompts from starving where decodes alone take as long as the target; the maximum keeps the
 inter-token latency of fast streams low."""
 FIRST_CHUNK_TOKENS = 128
 """Number of prompt tokens that are assumed to fill a step before any step was measured."""
 MAX_NUM_CHUNK_STEPS = 32
-"""Number of steps with prompt tokens after which one runs without, to measure the cost of decodes again."""
+"""Number of steps with prompt tokens after which a step without any measures the cost of decodes again."""
 _GATHER_TOKENS = 8
-"""Number of tokens by which a chunk is counted longer in attention, for the cost of reading the cache."""
+"""Number of tokens added to a chunk when its attention is estimated, for the cost of reading the cache."""
 _GAIN = 0.3
 _MAX_DECODES_SURPRISE, _MAX_CHUNKS_SURPRISE = 1.2, 2.0
 """Upper limit of a measurement, as a multiple of the estimate; higher measurements count as this limit. A
@@ -32,7 +32,7 @@ class Chunk(NamedTuple):
 
     @property
     def num_pairs(self) -> float:
-        """Number of pairs of a token of the chunk and a token that it attends to, about."""
+        """Approximate number of pairs of a token of the chunk and a token that it attends to."""
         return (self.num_tokens + _GATHER_TOKENS) * (self.num_tokens_before + self.num_tokens / 2)
 
 
@@ -41,8 +41,8 @@ class StepPace:
 
     The cost of decodes is a fixed time plus a time per decoding sequence, measured in steps without prompt
     tokens. The cost of chunks, measured as the remaining time of steps with prompt tokens, is a fixed time
-    plus a time per token plus a time per pair of a token and a token that it attends to. So a chunk at the
-    end of a long prompt costs more than one at its beginning.
+    plus a time per token plus a time per pair of a token and a token that it attends to. A chunk at the end
+    of a long prompt therefore costs more than a chunk at its beginning.
     """
 
     def __init__(self, step_target_ms: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -53,14 +53,14 @@ class StepPace:
         self._decodes = _Cost((1, 16), (0, 0), _MAX_DECODES_SURPRISE)
         self._chunks = _Cost((1, FIRST_CHUNK_TOKENS, 1 << 16), (0, step_target_ms, 0), _MAX_CHUNKS_SURPRISE)
         self._num_chunk_steps = 0
-        """Number of steps with prompt tokens since the last step without."""
+        """Number of steps with prompt tokens since the last step without prompt tokens."""
 
     def start_step(self) -> None:
         """Begins to measure the step that the next `record` ends."""
         self._started_s = self._clock()
 
     def prefill_ms(self, num_decodes: int) -> float:
-        """Returns the milliseconds for chunks in a step with `num_decodes` decodes; 0: the step gets none."""
+        """Returns the milliseconds for chunks in a step with `num_decodes` decodes; 0 forbids chunks."""
         if num_decodes and self._num_chunk_steps >= MAX_NUM_CHUNK_STEPS:
             return 0.0
         decodes_ms = self._decodes.ms((1, num_decodes))
@@ -74,7 +74,7 @@ class StepPace:
         return self._chunks.ms((0, chunk.num_tokens, chunk.num_pairs))
 
     def num_tokens(self, num_ms: float, num_tokens_before: int) -> float:
-        """Returns how many tokens a chunk has that takes `num_ms`; below 1 if one token takes longer."""
+        """Returns the number of tokens that a chunk can compute in `num_ms`; below 1 if one takes longer."""
         per_token, per_pair = self._chunks.ms((0, 1, 0)), self._chunks.ms((0, 0, 1))
         # Solves chunk_ms = num_ms for the number of tokens n: the positive root of q n² + p n = left.
         q = per_pair / 2
@@ -127,7 +127,7 @@ class _Cost:
             # One half of the change scales all prices, as if the device had become slower or faster.
             change_ms = _GAIN / 2 * (min(measured_ms, self._max_surprise * estimate_ms) - estimate_ms)
             self._unit_ms = [ms * (1 + change_ms / estimate_ms) for ms in self._unit_ms]
-        # The other half changes the proportions of the prices; so does a measurement if the estimate was 0.
+        # The other half (the whole change if the estimate was 0) changes the proportions of the prices.
         shares = self._shares(amounts)
         change_ms /= sum(share * share for share in shares)
         pairs = zip(self._unit_ms, shares, strict=True)
