@@ -1,4 +1,4 @@
-"""The function that Lorelay's jobs name. A LoraWorker never calls it; a plain RQ worker fails there."""
+"""The function that Lorelay's jobs name. LoraWorkers never call it; in a plain RQ worker it raises."""
 
 
 def generate() -> None:

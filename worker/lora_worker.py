@@ -84,13 +84,13 @@ class LoraWorker(RqWorker):
             self.log.error("Worker %s: %s", self.name, explain(error))
             raise SystemExit(1) from error
         finally:
-            # If there is no birth date, this worker did not register, since its name is taken: teardown would
-            # delete the record of the other worker.
+            # A worker without a birth date did not register, because another worker has its name. Teardown
+            # would delete the record of that other worker.
             if self.birth_date is not None:
                 self.teardown()
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Handles SIGTERM and SIGINT: the first drains, the second hands all requests back at once.
+        """Handles SIGTERM and SIGINT: the first signal drains, the second hands all requests back at once.
 
         Raises:
             SystemExit: the model is still being loaded.
@@ -104,13 +104,13 @@ class LoraWorker(RqWorker):
         self._service.drain()
 
     def _rq_keys(self) -> dict[str, str]:
-        """Returns the keys that RQ writes when a worker registers, with the type that each must have."""
+        """Returns the Redis keys that RQ writes when a worker registers, and the type of each."""
         sets = [f"{RQ_KEY_PREFIX}:workers:{name}" for name in self.queue_names()]
         return {self.key: "hash", **dict.fromkeys([f"{RQ_KEY_PREFIX}:workers", *sets], "set")}
 
     def _prepare(self) -> WorkerSettings:
         """Checks server and settings, and sets the queues for which this worker registers."""
-        # Retries transient replies only. If nothing answers at the URL, the URL is probably wrong.
+        # Only transient replies are retried: if nothing answers at the URL, the URL is probably wrong.
         self._patience.call(self._check_server, waits_for=is_transient_reply)
         url = os.environ.get(f"{ENV_PREFIX}REDIS_URL")
         if url and not same_server(url, self.connection):
@@ -171,7 +171,7 @@ class LoraWorker(RqWorker):
             return service.num_claimed > 0
 
     def _announce(self, service: WorkerService, queues: ServedQueues) -> None:
-        """Takes the lease, then registers the models; otherwise a request could find one without a worker."""
+        """Takes the lease, then registers the models: a registered model must never lack a live worker."""
         self._patience.call(service.take_lease)
         self._patience.call(lambda: registry.register(self.connection, queues.cards()))
         self._patience.call(lambda: self.set_state(WorkerStatus.IDLE))
@@ -204,7 +204,7 @@ class LoraWorker(RqWorker):
                 pipeline.execute()
 
     def _streams(self, settings: WorkerSettings) -> WorkerStreams:
-        """Creates `WorkerStreams` on a new connection; each thread has one, so that none blocks another."""
+        """Creates `WorkerStreams` on a new connection: one per thread, so that no thread blocks another."""
         return WorkerStreams(
             connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S),
             base=settings.base_name,

@@ -23,9 +23,9 @@ SHUTDOWN_WAIT_S = 4.0
 
 
 class RqWorker(BaseWorker):
-    """RQ's worker class, changed to retry transient errors (such as BUSY), which would end RQ's worker.
+    """RQ's worker class, changed to retry transient errors of Redis (such as BUSY).
 
-    If the process ended, the loaded model would be lost.
+    RQ's own class would end the process, and the loaded model would be lost.
     """
 
     shutdown_wait_s = SHUTDOWN_WAIT_S
@@ -57,7 +57,7 @@ class RqWorker(BaseWorker):
     def register_birth(self) -> None:
         """Registers this worker; may be called again after a lost reply."""
         if self.birth_date is not None:
-            # If the record of the first try stayed, RQ would take it for another worker with this name.
+            # If the record of the first try stayed, RQ would take it for that of another worker.
             self.connection.delete(self.key)
         super().register_birth()  # type: ignore[no-untyped-call]
 

@@ -1,1 +1,1 @@
-"""The part of a worker between Redis and the engine, and the threads that it runs in."""
+"""The part of a worker between Redis and the engine, and its threads."""

@@ -1,4 +1,4 @@
-"""Claims requests for a worker: reads what waits, chooses by the order rule, takes what is still there."""
+"""Claims requests for a worker: reads waiting ones, chooses by the order rule, takes those still there."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
 
 MAX_NUM_NAMED = 64
-"""Maximum number of queues for which a worker passes all their names to `look`."""
+"""Maximum number of served queues of which a worker passes all names to `look`."""
 MAX_NUM_QUEUES = 32
 NUM_SPARE = 4
-"""Number of queues to read in addition to one for each sequence that the worker could still hold."""
+"""Number of queues that are read in addition to one queue per sequence that the worker could still hold."""
 
 
 class _Attempt(NamedTuple):
@@ -36,7 +36,7 @@ class Claimer:
         slots: Callable[[], AdapterSlots],
         names_if_few: Callable[[int], Sequence[str]],
     ) -> None:
-        """`slots` returns the current adapter slots. `names_if_few`: that of `ServedQueues`."""
+        """`slots` returns the current adapter slots; `names_if_few` is the method of `ServedQueues`."""
         self._streams = streams
         self._order = order
         self._slots = slots
@@ -47,11 +47,11 @@ class Claimer:
 
     @property
     def awaits_reply(self) -> bool:
-        """True if a claim was sent and its reply was lost; it may have taken requests."""
+        """True if a claim was sent and its reply was lost; Redis may have executed the claim."""
         return self._attempt is not None
 
     def claim(self, running: Running) -> list[Claim]:
-        """Claims requests until the worker's free capacity is used, or nothing suitable waits."""
+        """Claims requests until the worker's free capacity is used, or no suitable request waits."""
         self._attempt = self._attempt or self._choose(running)
         claims = self._streams.claim(*self._attempt) if self._attempt.picks else []
         self.lost_race = bool(self._attempt.picks) and not claims

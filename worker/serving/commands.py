@@ -20,15 +20,15 @@ class Commands(NamedTuple):
 
     add: Sequence[Arrival] = ()
     abort: Sequence[str] = ()
-    """Ids of requests whose clients disconnected or aborted them."""
+    """Ids of requests that their clients aborted, or whose clients disconnected."""
     stop: Sequence[str] = ()
     """Ids of requests that an operator stopped."""
     drop: Sequence[str] = ()
     """Ids of requests that this worker does not own any more; they end without an event."""
     run_isolated: bool = False
-    """True if Redis has recorded that the isolated request runs alone, so that its steps may begin."""
+    """True if Redis has recorded that the isolated request runs alone: then its steps may begin."""
     end_isolation: bool = False
-    """True if the isolated request is cleared, so that other sequences may run beside it again."""
+    """True if the isolated request ran enough steps without a crash: then others may run again, too."""
 
 
 Inbox = queue.SimpleQueue[Commands]

@@ -1,6 +1,6 @@
 """The worker's I/O thread: claims requests while the engine has free capacity, and writes events to Redis.
 
-Two queues connect this thread with that of the engine, which does no network I/O.
+Two queues connect this thread with the engine's thread, which does no network I/O.
 """
 
 import logging
@@ -33,7 +33,7 @@ IO = "io"
 
 
 class _Share(NamedTuple):
-    """The part of a worker's capacity that a held request uses, and for whom."""
+    """The number of sequences of a held request, with the queue and the tenant that are charged for them."""
 
     queue: str
     tenant: str
@@ -41,7 +41,7 @@ class _Share(NamedTuple):
 
 
 class HeldRequests:
-    """The requests that this worker has claimed and not ended. Used by all threads."""
+    """The requests that this worker has claimed and that have not ended. Used by all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,7 +58,7 @@ class HeldRequests:
 
     @property
     def has_suspect(self) -> bool:
-        """True if one of the held requests is a suspect, whose steps must run alone."""
+        """True if a held request is a suspect: it may have crashed a worker, so its steps must run alone."""
         return self._suspect in self._shares
 
     def add(self, claim: Claim) -> None:
@@ -76,11 +76,11 @@ class HeldRequests:
 
     @property
     def isolated(self) -> Held | None:
-        """The request that the engine isolated; None once it is cleared or not held any more."""
+        """The request that the engine isolated; None once the request is cleared or not held any more."""
         return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """Clears the suspect if these events, which were written, suffice; returns true if they do."""
+        """Returns true if these written events complete those that clear the suspect; clears it then."""
         is_cleared = any(
             append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends
@@ -109,7 +109,7 @@ class HeldRequests:
             return sum(share.num_sequences for share in self._shares.values())
 
     def running(self, capacity: int) -> Running:
-        """Returns the sequences of the held requests, and how many of `capacity` they leave free."""
+        """Returns the numbers of held sequences, and the part of `capacity` that is still free."""
         with self._lock:
             shares = list(self._shares.values())
         per_queue: Counter[str] = Counter()
@@ -156,11 +156,11 @@ class Consumer:
         self._encoder = PromptEncoder(encode, self.commands, held)
         self.num_claimed = 0
         self.is_idle = False
-        """True if no request is held after the last turn."""
+        """True if no request was held at the end of the last turn."""
 
     @property
     def threads(self) -> dict[str, Callable[[], None]]:
-        """Thread name → the function to run in that thread, for all threads of the consumer."""
+        """The threads of the consumer: name → the function to run in the thread."""
         encoder = self._encoder
         return {IO: self.run, "short prompts": encoder.run_short, "long prompts": encoder.run_long}
 
@@ -197,7 +197,7 @@ class Consumer:
                 self.outages.end(IO)
 
     def turn(self) -> None:
-        """Writes new events, tells the engine what was aborted or lost, and claims requests if any wait."""
+        """Writes new events, passes aborts and lost claims to the engine, and claims waiting requests."""
         self._collect(self._poll_s if self._held else 0)
         may_claim = True
         if self._held or self._unsent:
@@ -210,7 +210,7 @@ class Consumer:
             self._streams.wait_for_doorbell(IDLE_WAIT_S)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Tells the engine to end requests whose clients disconnected or aborted them."""
+        """Tells the engine to end requests that clients aborted, or whose clients disconnected."""
         if request_ids:
             self.commands.put(Commands(abort=request_ids))
 
@@ -225,8 +225,8 @@ class Consumer:
     def hand_back(self, give_up_at: float = 0) -> int:
         """Hands all held requests back to their queues after `run` has ended; returns their number.
 
-        It retries until `give_up_at` (`time.monotonic()`). Requests not handed back by then are reclaimed by
-        other workers when their leases expire.
+        Retries until `give_up_at` (`time.monotonic()`). Other workers take over the remaining requests when
+        the leases of these requests expire.
 
         Raises:
             redis.RedisError: the server refused with an error that is not transient.
@@ -252,7 +252,7 @@ class Consumer:
             return
 
     def _send(self) -> bool:
-        """Writes the collected events, and acts on the reply; returns true if requests wait in any queue."""
+        """Writes the collected events, and acts on the reply; returns true if requests wait in a queue."""
         appends = self._unsent
         isolated = self._held.isolated
         news = self._streams.append(self._held.snapshot(), appends, isolated.request_id if isolated else "")
@@ -283,7 +283,7 @@ class Consumer:
             self.commands.put(Commands(drop=lost))
 
     def _shed(self) -> bool:
-        """Hands back the requests for which memory did not suffice; returns true if there were any."""
+        """Hands back the requests that did not fit into memory; returns true if there were any."""
         has_shed = False
         while not self._to_shed.empty():
             held = self._to_shed.get()

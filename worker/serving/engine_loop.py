@@ -43,7 +43,7 @@ class EngineLoop:
         self._hurried = threading.Event()
         self._stopped_early: set[Held] = set()
         self._owned: dict[str, Held] = {}
-        """Request id → its claim, for the requests that the engine has."""
+        """The claims of the requests that the engine has, by request id."""
         self._step_started_s: float | None = None
         engine.call_when_ready(consumer.wake_engine)
 
@@ -98,7 +98,7 @@ class EngineLoop:
         return self._hurried.is_set() or not self._held or self._clock() > self._drain_until
 
     def _apply_commands(self) -> list[Append]:
-        """Carries out the waiting commands; if the engine has nothing to run, waits briefly for one."""
+        """Carries out the waiting commands; if the engine has nothing to run, waits briefly for a command."""
         appends: list[Append] = []
         is_idle = not self._engine.has_work or self._engine.is_stalled
         commands = self._next_commands(WAKE_UP_S if is_idle else None)
@@ -144,7 +144,7 @@ class EngineLoop:
         return self._to_appends(self._engine.stop_request(request_id))
 
     def _to_appends(self, outputs: list[Output]) -> list[Append]:
-        """Adds the claims of their requests to the engine's outputs; a terminal event ends its claim."""
+        """Adds to each of the engine's outputs the claim of its request; a terminal event ends the claim."""
         appends = []
         for request_id, event, meta in outputs:
             held = self._owned.pop(request_id) if event.is_terminal else self._owned[request_id]

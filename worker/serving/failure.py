@@ -19,7 +19,7 @@ class Failure:
 
     @property
     def is_crash(self) -> bool:
-        """True if a request may have caused the error, so that it counts as a crash; Redis errors don't."""
+        """True if a request may have caused the error, which then counts as a crash; Redis errors don't."""
         return self.error is not None and not isinstance(self.error, redis.RedisError)
 
     def report(self, error: BaseException) -> None:
@@ -31,7 +31,7 @@ class Failure:
         self.error = self.error or error
 
     def guard(self, run: Callable[[], None]) -> None:
-        """Runs the function of a thread, and reports its error: the worker can't serve without the thread."""
+        """Runs the function of a thread. If it raises, reports the error: the worker needs every thread."""
         try:
             run()
         except BaseException as error:

@@ -5,7 +5,7 @@ Words, separated by spaces:
                     time; the points are claimed, appending, appended, ending, ended
     fail=POINT:N    an exception is raised at that point, in the I/O thread
     poison=WORD     the worker kills itself in the first step of a request whose prompt contains WORD
-    raise=WORD      an exception is raised in the first step of such a request
+    raise=WORD      an exception is raised in the first step of a request whose prompt contains WORD
     oom=N           each step of more than N sequences runs out of device memory
     hang=N          the Nth step never ends
 """
@@ -66,7 +66,7 @@ class Faults:
             death()
 
     def claimed(self, claims: Iterable[Claim]) -> None:
-        """Fault-injection point: requests have been claimed in Redis, but the worker has not noted that."""
+        """Fault-injection point: requests have been claimed in Redis, but the worker does not know it yet."""
         for claim in claims:
             if _has(claim.request, self._poison):
                 self._poisoned.add(claim.held.request_id)
@@ -101,7 +101,7 @@ class Faults:
 
 
 class FaultyModel:
-    """Wraps a model and injects faults into its steps; everything else goes to the wrapped model."""
+    """Wraps a model and injects faults into its steps; all other calls go to the wrapped model unchanged."""
 
     def __init__(self, model: Model, faults: Faults) -> None:
         self._model = model
@@ -134,7 +134,7 @@ class FaultyStreams:
         return claims
 
     def append(self, held: Sequence[Held], appends: Sequence[Append], isolated: str) -> News:
-        """Appends events; injects a fault before or after, if one is due."""
+        """Appends events; injects a fault before or after the append if one is due."""
         self._faults.appending(appends)
         news = self._streams.append(held, appends, isolated)
         self._faults.appended(appends)

@@ -1,4 +1,4 @@
-"""The worker's heartbeat thread: renews its own leases, and reaps the expired leases of other workers."""
+"""The worker's heartbeat thread: renews its own leases, and requeues requests whose leases expired."""
 
 import logging
 import threading
@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Does a worker's periodic work in a thread of its own, so that long steps don't delay it.
+    """Does a worker's periodic work in a separate thread, so that long steps don't delay this work.
 
-    Leases are reaped, and requests of silent APIs aborted, only after the connection to Redis has been up for
-    the time of one lease: after a restart of Redis, every lease looks expired until its owner can renew it.
+    Requests with expired leases are requeued, and requests of dead APIs aborted, only after the connection to
+    Redis has been up for the time of one lease: after a restart of Redis, every lease looks expired until its
+    owner can renew it.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Heartbeat:
             self._connected_since = now
         if connected_s >= self._settings.lease_s:
             self._reap()
-        # One heartbeat suffices here instead of a lease: within it, live workers write what they serve again.
+        # One heartbeat suffices here instead of a lease: live workers then have written their models again.
         if connected_s >= self._settings.heartbeat_s:
             self._end_unserved()
         if now - self._swept_at >= self._settings.sweep_s:
@@ -98,7 +99,7 @@ class Heartbeat:
             self._publish_served()
         self._consumer.abort(news.aborted)
         if not news.had_lease:
-            # Redis or this process was paused: before reaping, give other workers time to renew their leases.
+            # Redis or this process was paused: first give other workers time to renew their leases.
             self._connected_since = self._clock()
         self._on_beat()
 
@@ -107,7 +108,7 @@ class Heartbeat:
         return {} if self._consumer.is_draining else self._served()
 
     def _publish_served(self) -> None:
-        """Writes to Redis what this worker serves."""
+        """Writes to Redis the queues that this worker serves, with their weights versions."""
         self._published = self._servable
         self._streams.serve(self._published)
 

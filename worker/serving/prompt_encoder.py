@@ -23,7 +23,7 @@ class PromptEncoder:
     """Encodes short and long prompts in two threads, so that short ones don't wait for long ones."""
 
     def __init__(self, encode: Encode, inbox: Inbox, held: Container[Held]) -> None:
-        """`inbox` gets each claim with its encoded prompts; claims not in `held` any more are skipped."""
+        """`inbox` gets each claim with its encoded prompts; claims that left `held` meanwhile are skipped."""
         self._encode = encode
         self._inbox = inbox
         self._held = held
@@ -32,7 +32,7 @@ class PromptEncoder:
         self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
 
     def take(self, claims: Iterable[Claim]) -> None:
-        """Queues claims to be encoded. They may reach the inbox in another order."""
+        """Queues claims to be encoded. Claims may reach the inbox in another order."""
         for claim in claims:
             lane = self._long if _num_chars(claim.request) > LONG_PROMPT_CHARS else self._short
             lane.put(claim)

@@ -14,10 +14,10 @@ ALL_QUEUES = "default"
 
 
 class ServedQueues:
-    """The queues of a worker's models; each model has one."""
+    """The queues of a worker's models, one per model."""
 
     def __init__(self, models: ServedModels, max_model_len: int, only: Collection[str] | None = None) -> None:
-        """`only`: queues to claim from; None means those of all models, including models added later."""
+        """`only`: queues to claim from; None means the queues of all models, even of models added later."""
         self._models = models
         self._max_model_len = max_model_len
         self._only = only
@@ -36,7 +36,7 @@ class ServedQueues:
         return {queue: version for queue, version in versions.items() if queue in self._only}
 
     def names_if_few(self, most: int) -> list[str]:
-        """Returns the queues to claim from; an empty list, in constant time, if they are more than `most`."""
+        """Returns the queues to claim from; if there are more than `most`, [] without listing them."""
         num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
         return list(self.versions()) if num_queues <= most else []
 

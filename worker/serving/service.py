@@ -1,4 +1,4 @@
-"""A worker without RQ: creates, connects, runs and stops engine loop, consumer and heartbeat."""
+"""A worker without RQ: creates, connects, runs and stops the engine loop, the consumer and the heartbeat."""
 
 import gc
 import logging
@@ -86,7 +86,7 @@ class WorkerService:
 
     @property
     def remains(self) -> str:
-        """A text for the log that names the requests and blocks which the engine still holds."""
+        """Text for the log: the number of requests and cache blocks that the engine still holds."""
         return self._engine.remains
 
     def report_outages_to(self, outages: Outages) -> None:
@@ -98,7 +98,7 @@ class WorkerService:
         self._heartbeat.turn()
 
     def drain(self) -> None:
-        """Stops claiming and lets running requests finish; a second call hands them back at once."""
+        """Stops claiming and lets running requests finish; a second call hands them all back at once."""
         self._loop.drain()
 
     def stop_request(self, request_id: str) -> None:
@@ -106,9 +106,9 @@ class WorkerService:
         self._consumer.stop_request(request_id)
 
     def run(self, failure: Failure, give_up_at: Callable[[], float], *, burst: bool = False) -> None:
-        """Serves until `drain`, until a thread fails, or with `burst` until nothing waits.
+        """Serves until `drain`, until a thread fails, or with `burst` until no request waits.
 
-        Then it stops in this order: engine, I/O thread, hand-back of the remaining requests, heartbeat.
+        Then the parts stop in this order: engine, I/O thread, hand-back of the remaining requests, heartbeat.
         `give_up_at()` returns the `time.monotonic()` until which the hand-back is retried.
         """
         # Exclude libraries and model from garbage collection: they are never freed, and each scan of them
@@ -129,7 +129,7 @@ class WorkerService:
             self._consumer.stop()
             threads[IO].join()
             try:
-                # After a crash, nothing is handed back: other workers reap the requests and count the crash.
+                # After a crash, nothing is handed back: other workers reap the requests, counting the crash.
                 if not has_crashed:
                     num_handed_back = self._consumer.hand_back(give_up_at())
             finally:
@@ -139,7 +139,7 @@ class WorkerService:
             logger.warning("Worker %s: handed %d requests back", self._name, num_handed_back)
 
     def _end_if_hung(self) -> None:
-        """Ends the process without clean-up if a step hangs, so that other workers take its requests over."""
+        """Ends the process without clean-up if a step hangs: other workers then take its requests over."""
         if self._loop.step_age_s() > self._settings.step_limit_s:
             logger.critical(
                 "Worker %s: a step has taken over %g s, ending", self._name, self._settings.step_limit_s
@@ -150,7 +150,7 @@ class WorkerService:
 def _claimer(
     streams: WorkerStreams, queues: ServedQueues, engine: Engine, settings: WorkerSettings
 ) -> Claimer:
-    """Creates a claimer: fairness weights are from the settings, the use of slots from the engine."""
+    """Creates a claimer, with fairness weights from the settings and the use of slots from the engine."""
     order = WaitingOrder(
         queues.name_of(None),
         max_wait_s=settings.max_wait_s,
