@@ -1,4 +1,4 @@
-"""Logging: each record has a sentence for people and, in `extra`, fields named alike in every process."""
+"""Logging: each record has a sentence for people and, in `extra`, fields with the same names everywhere."""
 
 import logging
 from typing import Any
@@ -12,7 +12,7 @@ def configure(level: str = "INFO") -> None:
 
 
 def fields(action: str, **values: Any) -> dict[str, Any]:
-    """Returns the `extra` of a log record: the action, and its objects, e.g. `request_id`, `adapter_name`."""
+    """Returns the `extra` of a log record: the action and what it acts on (`request_id`, `adapter_name`)."""
     return {"action": action, **values}
 
 

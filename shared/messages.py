@@ -78,24 +78,24 @@ class SamplingParams(Message, frozen=True):
     logprobs: Annotated[int, Meta(ge=0, le=MAX_NUM_LOGPROBS)] | None = None
     """Number of alternatives to report per token; None means that no logprobs are reported."""
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] = {}
-    """Maps a token id to the number that is added to its logit."""
+    """Maps a token id to the number that is added to the token's logit."""
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    """Both penalties are OpenAI's: they count the tokens generated so far, not those of the prompt."""
+    """Both penalties are OpenAI's: they count the tokens generated so far, not the prompt's tokens."""
 
     @property
     def adjusts_logits(self) -> bool:
-        """True if a bias or a penalty changes the logits; workers that know only schema 1 can't do that."""
+        """True if a bias or a penalty changes the logits, which workers that know only schema 1 can't do."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
 def weights_version(base_version: str, adapter_version: str | None) -> str:
-    """Returns a model's weights version: the base's version, then `+` and the adapter's if there is one."""
+    """Returns a model's weights version: the base's version; for an adapter, then `+` and its own version."""
     return base_version if adapter_version is None else f"{base_version}+{adapter_version}"
 
 
 class GenerationRequest(Message, frozen=True):
-    """The request that one job of the queue carries. It asks for `n` sequences for each of its prompts.
+    """The request that one job of the queue carries. It asks for `n` sequences per prompt.
 
     A request has either one chat (`messages`) or `prompts`. Sequence j of prompt i has the index i * n + j.
     """
@@ -115,16 +115,16 @@ class GenerationRequest(Message, frozen=True):
     created: int = 0
     """Unix time in seconds by the API's clock; the client gets it as `created`."""
     tenant: Annotated[str, Meta(max_length=128)] = ""
-    """The client to whose fair share the request is charged: a digest of its API key; empty without keys."""
+    """The client whose fair share the request uses up: a digest of its API key; empty without keys."""
     request_class: RequestClass = RequestClass.INTERACTIVE
     priority: Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)] = 0
     """Rank among the waiting requests of one tenant and class: lower numbers run earlier."""
     wait_limit_s: Annotated[float, Meta(gt=0)] | None = None
-    """Maximum time in the queue in seconds, by the clock of Redis; then the request ends with an error."""
+    """Maximum seconds in the queue, by the clock of Redis; after them, the request ends with an error."""
     generation_limit_s: float | None = None
-    """Maximum time in seconds from the claim to the last token; then the request ends with an error."""
+    """Maximum seconds from the claim to the last token; after them, the request ends with an error."""
     detached: bool = False
-    """True if the request continues after its client has disconnected, so that it can be resumed."""
+    """True if the request continues when its client disconnects; the client can then resume the stream."""
 
     @property
     def num_prompts(self) -> int:
@@ -138,13 +138,13 @@ class GenerationRequest(Message, frozen=True):
 
     @property
     def schema_version(self) -> int:
-        """The oldest schema that can express the request; schema 1 has one chat, n = 1, unchanged logits."""
+        """The oldest schema that can express the request; schema 1: one chat, n = 1, unchanged logits."""
         is_known_to_all = self.messages and not self.prompts and self.n == 1
         return 1 if is_known_to_all and not self.sampling.adjusts_logits else 2
 
     @property
     def weights_version(self) -> str:
-        """The version of the weights that must answer this request; empty if any version may."""
+        """The version of the weights that must answer this request; empty if any version may answer it."""
         return weights_version(self.base_version, self.adapter_version) if self.base_version else ""
 
 
@@ -172,7 +172,7 @@ class PositionLogprobs(Message, frozen=True):
 
 
 class ErrorInfo(Message, frozen=True):
-    """An error as events and HTTP answers carry it; `code` is that of a class in `shared.errors`."""
+    """An error in an event or an HTTP answer; `code` is the code of a class in `shared.errors`."""
 
     code: str
     message: str
@@ -221,7 +221,7 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
 
     @property
     def weights_version(self) -> str:
-        """The version of the weights that answer requests for this model; empty if it is not known."""
+        """The version of the weights that answer requests for this model; empty if unknown."""
         if self.adapter_name is None:
             return self.version
         return weights_version(self.base_version, self.version) if self.base_version else ""

@@ -20,7 +20,7 @@ from shared.errors import ConfigurationError
 ENV_PREFIX = "LORELAY_"
 
 MAX_DURATION = 1e9
-"""Maximum for a duration in seconds, about 30 years. Redis would refuse an infinite one."""
+"""Maximum for a duration in seconds, about 30 years. Redis would refuse an infinite duration."""
 Seconds = Annotated[float, Field(gt=0, le=MAX_DURATION)]
 Count = Annotated[int, Field(gt=0)]
 
@@ -33,7 +33,7 @@ class AdapterSource(NamedTuple):
 
 
 def parse_adapters(value: Any) -> Any:
-    """Parses `"a=path b=path @file"`, or a single path; then the folder's name becomes the adapter's name.
+    """Parses `"a=path b=path @file"`, or a single path, whose last folder then gives the adapter's name.
 
     Raises:
         ValueError: an entry is malformed, a name is used twice or is `default`, or a file can't be read. If
@@ -75,7 +75,7 @@ def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
 
 
 def _beside(folder: Path, path: str) -> str:
-    """Makes a path absolute that is relative to `folder`; a Hugging Face id stays unchanged."""
+    """Makes a path relative to `folder` absolute; leaves a Hugging Face id unchanged."""
     named = folder / Path(path).expanduser()
     return str(named) if named.is_dir() or path.startswith((".", "~")) else path
 
@@ -152,7 +152,7 @@ class Settings(BaseSettings):
         """Creates the settings from `values`; missing fields are read from the environment.
 
         Raises:
-            ConfigurationError: a variable is missing or malformed; the message names it and the reason.
+            ConfigurationError: a variable is missing or malformed; the message has its name and the reason.
         """
         try:
             return cls(**values)
@@ -202,11 +202,11 @@ class ApiSettings(Settings):
     max_silence_s: Seconds = 0.5
     """Seconds without an event for a stream, after which the API reads the stream's log in Redis."""
     max_inbox_events: Count = 256
-    """Maximum number of events buffered per stream; a client that lags further is served from the log."""
+    """Maximum number of events buffered per stream; the API reads further events from the log."""
     max_body_bytes: Count = 4 * 1024 * 1024
     redis_timeout_s: Seconds = 2
     api_lease_s: Seconds = 6
-    """Lease of an API process; when it expires, workers abort the API's requests, except detached ones."""
+    """Lease of an API process; when it expires, workers abort the API's requests that are not detached."""
     api_drain_s: Seconds = 30
     result_ttl_s: Count = 300
     failure_ttl_s: Count = 24 * 3600
@@ -220,7 +220,7 @@ class WorkerSettings(Settings):
     model: str
     """Folder or Hugging Face id of the base model."""
     model_name: str = ""
-    """The name by which clients ask for the base; by default `model`, or the folder's name if it is one."""
+    """The name by which clients ask for the base; by default `model`, or only its last part for a folder."""
     adapters: Adapters = ()
     revision: str | None = None
     trust_remote_code: bool = False
@@ -228,7 +228,7 @@ class WorkerSettings(Settings):
     """`auto` takes the first GPU, or the CPU if there is none."""
     dtype: Dtype = "auto"
     session_len: Count | None = None
-    """Context length in tokens; by default that of the model's configuration."""
+    """Context length in tokens; by default the one in the model's configuration."""
     max_batch_size: Count = 32
     max_prefill_tokens: Count = 2048
     """Maximum number of prompt tokens in one step; `step_target_ms` may lower it."""
@@ -237,15 +237,15 @@ class WorkerSettings(Settings):
     cache_max_entry_count: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the free device memory that the KV cache may take."""
     cache_max_bytes: Count | None = None
-    """Maximum size of the KV cache; by default 2 GiB on a CPU, and no limit of its own on a GPU."""
+    """Maximum size of the KV cache; by default 2 GiB on a CPU, and unlimited on a GPU."""
     block_size: Count = 16
     prefix_cache: bool = True
     """If true, requests of one model whose prompts begin with the same tokens share KV cache blocks."""
     max_resident_adapters: Count | None = None
     """Number of adapter slots on the device.
 
-    By default `max_batch_size`, so that every sequence of a batch can use another adapter; fewer if that many
-    slots of the largest adapter would take more than a tenth of the free device memory.
+    By default `max_batch_size`, so that every sequence of a batch can use another adapter; fewer if so many
+    slots, each as large as the largest adapter, would take more than a tenth of the free device memory.
     """
     max_cached_adapter_bytes: Count | None = None
     """Host memory for adapters without a slot; by default a tenth of the memory that is free at start."""
@@ -272,7 +272,7 @@ class WorkerSettings(Settings):
     max_crashes_alone: Count = 3
     """Number of times a request may crash its worker while it runs alone, before it ends as failed."""
     drain_s: Seconds = 30
-    """Time that running requests have to finish after SIGTERM; the others are handed back to their queues."""
+    """Time that running requests have to finish after SIGTERM; unfinished ones are then handed back."""
     step_delay_s: Annotated[float, Field(ge=0, le=MAX_DURATION)] = 0
     """Pause after each step, for tests."""
     faults: str = ""

@@ -1,4 +1,4 @@
-"""The API's access to the queue and the token logs; that of the workers is in `worker_streams`."""
+"""The API's access to the queue and the token logs; `worker_streams` has the workers' access."""
 
 import math
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class ApiStreams:
     ) -> None:
         """Checks the queue limits and enqueues a request in one atomic step.
 
-        `client` is a digest of the API key. Only requests with the same key may resume or abort this one.
+        `client` is a digest of the API key. Only HTTP requests with this key may resume or abort the request.
 
         Raises:
             QueueFull: the queue, or the total of the base's queues, is at its limit.
@@ -83,10 +83,10 @@ class ApiStreams:
             )
 
     async def abort(self, request_id: str, *, only_queued: bool = False, ttl_s: int = 60) -> str:
-        """Aborts a request, and returns the state in which it was.
+        """Aborts a request, and returns the state in which the request was.
 
         `queued`: it was removed and never runs. `running`: it was flagged, and its worker will end it.
-        `gone`: it had ended, or there is no such request. With `only_queued`, a running one is not flagged.
+        `gone`: it had ended, or does not exist. With `only_queued`, a running request is not flagged.
         """
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
@@ -110,10 +110,10 @@ class ApiStreams:
         return FoundRequest(read_request(encoded), num_events, has_ended is not None)
 
     async def attach(self, request_id: str, stream_ttl_s: float) -> None:
-        """Makes this API process the one to which a request's events are published from now on."""
+        """Lets workers publish the further events of a request to this API process."""
         key = keys.reader(request_id)
         pipeline = self._connection.pipeline()
-        # If the key exists, its expiry is kept: for a request that has ended, it is that of the log.
+        # An existing key keeps its expiry: if the request has ended, the key expires together with the log.
         pipeline.set(key, self._channel, xx=True, keepttl=True)
         pipeline.set(key, self._channel, nx=True, px=int(stream_ttl_s * 1000))
         await pipeline.execute()
@@ -125,8 +125,9 @@ class ApiStreams:
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
         """Returns the requests that get no further event, each with the error for its client.
 
-        The job was deleted, was canceled in its queue, was unreadable, or has ended (`EndLost`). The last
-        event of a request with `EndLost` may still arrive: fail it only if a later call returns it again.
+        Their jobs were deleted, were canceled in the queue, were unreadable, or have ended (`EndLost`). The
+        last event of a request with `EndLost` may still arrive: fail the request only if a later call returns
+        it again.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in request_ids:
@@ -140,7 +141,7 @@ class ApiStreams:
     ) -> list[list[StreamEvent] | None]:
         """Reads at most `max_num_events` events of each log, for (request id, first event_no) in `positions`.
 
-        The result has None in the place of a log that can't be read.
+        The result has None for a log that can't be read.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id, first in positions:
@@ -150,7 +151,7 @@ class ApiStreams:
 
 
 def _unless_fatal(replies: list[Any]) -> list[Any]:
-    """Returns the replies of a pipeline with their `WRONGTYPE` errors; raises the first other error."""
+    """Returns the replies of a pipeline, `WRONGTYPE` errors included; raises the first other error."""
     for reply in replies:
         if isinstance(reply, Exception) and not is_wrong_type(reply):
             raise reply
@@ -184,9 +185,9 @@ def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
 def _retry_after_s(num_ended: int, over_s: float) -> int:
     """Returns the seconds (1 to 60) after which a client of a full queue should retry.
 
-    They are the time in which `NUM_ENDS_TO_AWAIT` requests will end, at the rate of `num_ended` in `over_s`.
-    If none has ended, they are `over_s`, the time since the oldest request was enqueued: short in a sudden
-    burst, longer and longer if nothing moves.
+    The result is the time in which `NUM_ENDS_TO_AWAIT` requests will end, at the rate of `num_ended` in
+    `over_s`. If no request has ended, it is `over_s`, the time since the oldest request was enqueued: short
+    in a sudden burst, longer and longer if nothing moves.
     """
     wait_s = NUM_ENDS_TO_AWAIT * over_s / num_ended if num_ended else over_s
     return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s)))

@@ -1,4 +1,4 @@
-"""Decodes claimed requests. Corrupt stored data fails only the request it belongs to, not the whole claim."""
+"""Decodes claimed requests. Corrupt stored data of one request fails only this request."""
 
 from collections.abc import Sequence
 

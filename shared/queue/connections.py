@@ -17,13 +17,13 @@ from shared.settings import RedisSettings
 
 MIN_VERSION = (6, 2)
 SOCKET_TIMEOUT_S = 5.0
-"""Maximum wait for a reply of Redis where no HTTP client waits for it."""
+"""Maximum wait for a reply of Redis when no HTTP client is waiting."""
 
 
 class _ClosedMeansLost(AbstractConnection):
     """Raises redis-py's `ConnectionError` for a closed socket, so that redis-py reconnects.
 
-    uvloop raises a RuntimeError instead at the next write, which redis-py does not handle.
+    uvloop raises a RuntimeError at the next write instead; redis-py does not handle a RuntimeError.
     """
 
     async def send_packed_command(
@@ -64,7 +64,8 @@ def connect_async(
 ) -> redis.asyncio.Redis:
     """Returns an asyncio client with few retries, because an HTTP client waits for its results.
 
-    It opens at most `max_num_connections`. If all are in use, a command waits up to `socket_timeout_s`.
+    The client opens at most `max_num_connections`. If all are in use, a command waits up to
+    `socket_timeout_s`.
     """
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         settings.redis_url,
@@ -94,13 +95,13 @@ def check_server(connection: redis.Redis) -> None:
 def retry_briefly(connection: redis.Redis) -> None:
     """Makes a client retry its commands for about 2 s after a lost connection.
 
-    It is for RQ's code, which does not handle lost connections.
+    RQ's code needs this, because it does not handle lost connections.
     """
     connection.set_retry(Retry(ExponentialBackoff(cap=0.5, base=0.05), 7))
 
 
 def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.Redis:
-    """Returns a new client for the server of `connection`. It does not retry: a lost connection raises."""
+    """Returns a new client for the server of `connection`, which raises if it loses its connection."""
     pool = connection.connection_pool
     options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s, "retry": Retry(NoBackoff(), 0)}
     return NamingRedis(
@@ -109,7 +110,7 @@ def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.R
 
 
 def is_transient(error: redis.RedisError) -> bool:
-    """True if the error is due to the server's present state, so that a retry may succeed."""
+    """True if the error is due to the server's present state: then a retry may succeed."""
     is_lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
     return is_transient_reply(error) or (is_lost and not isinstance(error, redis.AuthenticationError))
 

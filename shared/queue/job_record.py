@@ -21,7 +21,7 @@ def _unconnected() -> Redis:
 def job_fields(
     request: GenerationRequest, queue: str, client: str, result_ttl_s: int, failure_ttl_s: int
 ) -> dict[str, bytes | str | int | float]:
-    """Returns the fields of a request's job hash: those of RQ, and seven that Lorelay adds."""
+    """Returns the fields of a request's job hash: RQ's own fields, and seven that Lorelay adds."""
     job = Job.create(
         FUNCTION,
         id=request.request_id,

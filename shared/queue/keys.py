@@ -8,7 +8,7 @@ Keys that RQ defines (job hashes, queues, registries, workers) are not listed he
 PREFIX = "lorelay"
 
 FORWARD_FIELD = "forward"
-"""The field for a worker's `ForwardState`, which the worker adds to RQ's hash of it."""
+"""The field for a worker's `ForwardState`, which the worker adds to RQ's hash of this worker."""
 
 MODELS = f"{PREFIX}:models"
 """hash, model name → ModelCard. Written by workers when they start, read by every API. It never expires."""
@@ -17,8 +17,8 @@ MODELS = f"{PREFIX}:models"
 def waiting(base: str) -> str:
     """sorted set of the queues with waiting requests, queue → enqueue time (ms) of its first request.
 
-    If only batch requests wait in a queue, 2^50 is added to its score, so that it sorts behind all queues
-    with interactive requests. Written by enqueue, claim, abort, reap, hand_back, sweep; read by look.
+    If only batch requests wait in a queue, 2^50 is added to its score: it then sorts behind all queues with
+    interactive requests. Written by enqueue, claim, abort, reap, hand_back, sweep; read by look.
     """
     return f"{PREFIX}:waiting:{base}"
 
@@ -52,7 +52,7 @@ def served(worker_name: str) -> str:
     """hash, queue → weights version that a worker has for it; plus one field with an empty name.
 
     Written by the worker's heartbeat; read by look and claim, and by end_unserved, which finds the requests
-    that no live worker serves. Expires 10 min after the last renewal.
+    whose weights no live worker serves. Expires 10 min after the last renewal.
     """
     return f"{PREFIX}:served:{worker_name}"
 
@@ -63,7 +63,7 @@ def judged(base: str) -> str:
 
 
 def unreadable(key: str) -> str:
-    """The new name of a key that had a wrong type. Renamed by the script that met it. Expires after a day."""
+    """The new name of a key that had a wrong type and was renamed by a script. Expires after a day."""
     return f"{PREFIX}:unreadable:{key}"
 
 
@@ -94,7 +94,7 @@ def reaped(worker_name: str) -> str:
 
 
 def drained(base: str, ten_seconds: int) -> str:
-    """string, number of requests that ended in one slice of 10 s; enqueue derives `Retry-After` from it.
+    """string, number of requests that ended in a slice of 10 s; enqueue derives `Retry-After` from it.
 
     Written by append. Expires after 60 s.
     """
@@ -104,8 +104,8 @@ def drained(base: str, ten_seconds: int) -> str:
 def depth(base: str) -> str:
     """string, number of waiting requests of a base.
 
-    enqueue counts them, then adds those that it enqueues; it does not subtract those that left since. Expires
-    1 s after the count.
+    enqueue counts the requests, then adds those that it enqueues; requests that leave the queues after the
+    count are not subtracted. Expires 1 s after the count.
     """
     return f"{PREFIX}:depth:{base}"
 

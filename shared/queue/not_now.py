@@ -28,7 +28,7 @@ TRANSIENT_REPLIES = MappingProxyType(
 )
 """Error code, or code and first words, of each transient reply → its cause, and the reason why it ends.
 
-`tests/unit/shared/queue/test_not_now.py` lists the replies that are deliberately not in it.
+`tests/unit/shared/queue/test_not_now.py` lists the replies that are deliberately left out here.
 """
 
 ERR = "ERR"
@@ -47,7 +47,7 @@ _CODES = {
     "ReadOnlyError": "READONLY",
     "TryAgainError": "TRYAGAIN",
 }
-"""Name of redis-py's exception class → the error code that it removed from the reply."""
+"""Name of redis-py's exception class → the error code that redis-py removed from the reply."""
 _IN_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline ?caused error: (?:\(['\"])?", re.DOTALL)
 _IN_SCRIPT = re.compile(
     r"(?:ERR )?Error running script \(call to \w+\): @user_script:\d+: (?:@user_script: \d+: )?-?"
@@ -60,8 +60,8 @@ _CODE = re.compile(r"(?!ACL )[A-Z][A-Z0-9]*(?=\s|$)")
 def reply_of(error: redis.RedisError) -> str:
     """Returns the server's reply behind an exception, without the text that pipelines and scripts add.
 
-    The reply begins with its error code, or with `ERR` if it has none. For an exception that redis-py itself
-    raised (a lost connection), the reply is `ERR` and the text of the exception.
+    The reply begins with its error code, or with `ERR` if the reply has no code. For an exception that
+    redis-py itself raised (a lost connection), the reply is `ERR` and the text of the exception.
     """
     text = str(error.args[0]) if error.args else ""
     text = _IN_PIPELINE.sub("", text, count=1)
@@ -77,7 +77,7 @@ def code_of(error: redis.RedisError) -> str:
 
 
 def is_transient_reply(error: redis.RedisError) -> bool:
-    """True if the reply is a transient refusal, so that the same command may succeed later."""
+    """True if the reply is a transient refusal: the same command may succeed later."""
     reply = f"{reply_of(error)} "
     return any(reply.startswith(f"{said} ") for said in TRANSIENT_REPLIES)
 

@@ -1,35 +1,36 @@
 """The order of waiting requests: the rule by which a worker chooses what to claim. No Redis, no clock.
 
 A line is the waiting requests of one queue, class, weights version and tenant. The worker reads the first
-requests of some lines (`Waiting`), `WaitingOrder.choose` names lines, and the worker claims the first request
-of each of them. Capacity is counted in sequences. The next request is chosen while the worker could hold at
-least one sequence more, even if the request has many: it need not wait until the worker could hold them all,
-since the engine starts those that exceed its batch size later.
+requests of some lines (`Waiting`), `WaitingOrder.choose` chooses lines, and the worker claims the first
+request of each chosen line. Capacity is counted in sequences. The next request is chosen while the worker
+could hold at least one sequence more, even if the request has many: the engine starts the sequences that
+exceed its batch size later.
 
 Lines are compared by these keys, in this order:
 
 1. Class. Requests that ran before and lost their worker come first, because their clients watch a stalled
-   stream; then interactive requests, then batch. While other classes wait too, batch gets one in
+   stream; then interactive requests, then batch requests. While other classes wait too, batch gets one in
    `BATCH_ONE_IN` of the claimed sequences. A batch request counts as interactive if its deadline is less than
    `BATCH_URGENT_S` away.
 2. Residency. Adapters that are resident, or find an empty slot, come before adapters that would evict another
-   one. An adapter is overdue, and ranks with the resident ones, once its oldest request has waited for
+   one. An adapter is overdue, and ranks like a resident one, once its oldest request has waited for
    `max_wait_s` (batch: `BATCH_PATIENCE` times that). If all slots are in use then, the running adapter with
-   the fewest sequences is closed: none of its requests is chosen until its running ones have ended and its
-   slot is free. So a request waits for a slot at most `max_wait_s` plus the longest run of one adapter.
+   the fewest sequences is closed: no more of its requests are chosen until its running requests have ended
+   and its slot is free. A request thus waits for a slot at most `max_wait_s` plus the longest run of one
+   adapter.
 3. Fairness between adapters: the fewest running sequences on this worker divided by weight, then the earliest
-   virtual time in `Shares`, which charges each claim with its number of sequences divided by weight. So even
-   a worker that holds one sequence at a time serves two waiting adapters by their shares, within one request
-   of each.
+   virtual time in `Shares`, which charges an adapter, per claim, the number of sequences divided by weight.
+   Thus even a worker that holds one sequence at a time serves two waiting adapters by their shares: neither
+   gets ahead by more than one request of each.
 4. Age: the queue whose request has waited longest.
 5. Fairness between the tenants of an adapter: keys 3 and 4 again, without weights.
 6. Inside a line: the lower priority number, then the older request. Redis keeps each line in this order.
 
 `look.lua` reads the lines. It reads queues whose adapters run or are resident, in the order of key 3, and as
-many other queues: half of these are the ones whose first requests have waited longest, and half are drawn at
-random. In each queue it reads the tenant with the oldest request, and a few more from a random point on. So
-the oldest request of a queue can always be chosen, and a queue with only young requests is soon read, however
-many queues have older ones.
+many other queues. Half of these other queues are the ones whose first requests have waited longest, and half
+are drawn at random. In each queue it reads the lines of the tenant with the oldest request, and of a few more
+tenants from a random point on. Thus the oldest request of a queue can always be chosen, and a queue with only
+young requests is soon read, however many queues have older requests.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -49,12 +50,12 @@ MAX_NUM_TENANT_SHARES = 256
 
 
 class Waiting(NamedTuple):
-    """The first requests of a line in their order; at least one."""
+    """The first requests of a line, in the order in which they run; at least one request."""
 
     queue: str
     places: Sequence[Place]
     deadline_ms: float | None = None
-    """The time (ms) by which the first request must have begun, or None without a limit."""
+    """The time (ms) by which the first request must have begun; None if it has no such limit."""
 
 
 class Pick(NamedTuple):
@@ -65,7 +66,7 @@ class Pick(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The number of sequences that a worker holds, and the number that it could hold in addition."""
+    """The numbers of sequences that a worker holds, and of those that it could hold in addition."""
 
     num_free: int
     per_queue: Mapping[str, int]
@@ -74,7 +75,7 @@ class Running(NamedTuple):
 
 
 class WaitingOrder:
-    """Applies the rule on one worker. It remembers shares, closed adapters and what is due to batch."""
+    """Applies the rule on one worker; remembers shares, closed adapters and the sequences due to batch."""
 
     def __init__(self, base: str, *, max_wait_s: float, weights: Mapping[str, float] | None = None) -> None:
         """`base`: queue of the base model, which needs no slot. `weights`: by queue; the default is 1."""
@@ -91,7 +92,7 @@ class WaitingOrder:
     ) -> list[Pick]:
         """Returns lines to claim from, best first, until the free capacity is used.
 
-        Nothing is charged yet: the caller must call `charge` for each request that it could claim.
+        No share is charged yet: the caller must call `charge` for each request that it has claimed.
         """
         lines = [_Line(entry, now_ms) for entry in waiting]
         self._batch.note(lines)
@@ -108,7 +109,7 @@ class WaitingOrder:
         return picks
 
     def charge(self, queue: str, place: Place) -> None:
-        """Charges the sequences of a claimed request to its adapter, tenant and class."""
+        """Charges a claimed request's number of sequences to the shares of its adapter, tenant and class."""
         self._shares.charge(queue, place.num_sequences / self._weight(queue))
         self._tenant_shares.setdefault(queue, Shares()).charge(place.tenant, place.num_sequences)
         self._tenant_shares.move_to_end(queue)
@@ -122,11 +123,11 @@ class WaitingOrder:
 
     @property
     def num_remembered(self) -> int:
-        """The number of shares in memory, of adapters and of tenants."""
+        """The number of adapters and tenants whose shares are remembered."""
         return len(self._shares) + sum(map(len, self._tenant_shares.values()))
 
     def rank_by_share(self, running: Running, queues: Iterable[str]) -> list[str]:
-        """Returns `queues`, the base's queue and those of running adapters, sorted by key 3 (fairness)."""
+        """Returns `queues`, the base's queue and the running adapters' queues, sorted by key 3 (fairness)."""
         queues = {self._base, *queues, *running.per_queue}
 
         def key(queue: str) -> tuple[float, float, str]:
@@ -147,7 +148,7 @@ class WaitingOrder:
         return now_ms - line.first.since_ms >= patience * self._max_wait_ms
 
     def _close(self, lines: Iterable["_Line"], draft: "_Draft", now_ms: float) -> list[str]:
-        """Returns the adapters to close: as many running ones as overdue ones lack a slot.
+        """Returns the running adapters to close, one for each overdue adapter that lacks a slot.
 
         Adapters that are closed already are preferred, so that a closed adapter stays closed.
         """
@@ -187,7 +188,7 @@ class WaitingOrder:
 
 
 class _Line:
-    """A line with those of its requests that are not chosen yet."""
+    """A line, and its requests that are not chosen yet."""
 
     def __init__(self, waiting: Waiting, now_ms: float) -> None:
         self.queue = waiting.queue
@@ -203,12 +204,12 @@ class _Line:
 
 @dataclass
 class _BatchAccount:
-    """Counts the sequences that are due to batch while requests of other classes wait too."""
+    """Counts how many claimed sequences are due to batch while requests of other classes wait too."""
 
     num_due: float = 0.0
-    """Number of batch sequences that are due; negative after a batch request of many sequences."""
+    """Number of batch sequences that may run now; negative after a batch request of many sequences."""
     has_rival: bool = False
-    """True while requests of batch and of other classes wait."""
+    """True while batch requests and requests of another class wait."""
 
     def note(self, lines: Iterable[_Line]) -> None:
         """Updates `has_rival` from the waiting lines."""
@@ -224,7 +225,7 @@ class _BatchAccount:
         return [line for line in lines if line.request_class == turn]
 
     def charge(self, place: Place) -> None:
-        """Charges the sequences of a chosen or claimed request."""
+        """Credits batch with its part of a chosen request's sequences; charges batch if they are its own."""
         if self.has_rival:
             self.num_due = min(BATCH_ONE_IN, self.num_due + place.num_sequences / BATCH_ONE_IN)
             if place.request_class == BATCH:
@@ -232,7 +233,7 @@ class _BatchAccount:
 
 
 class _Draft:
-    """The state that the worker will have when it has claimed the requests chosen so far."""
+    """The state that the worker will have after it has claimed the requests chosen so far."""
 
     def __init__(self, running: Running, slots: SlotPlan, batch: _BatchAccount) -> None:
         self.slots = slots
@@ -241,7 +242,7 @@ class _Draft:
         self.per_queue = Counter(running.per_queue)
         self.per_tenant = Counter(running.per_tenant)
         self.chosen: Counter[str] = Counter()
-        """Number of sequences chosen so far, by queue; without those that run already."""
+        """Number of sequences chosen so far, by queue; sequences that run already are not included."""
         self.chosen_of: Counter[tuple[str, str]] = Counter()
         """Number of sequences chosen so far, by (queue, tenant key)."""
 

@@ -1,7 +1,7 @@
 """The Redis permissions that workers, APIs and `lorelay status` need, and a check for missing ones.
 
-A server checks permissions already when a command is queued in a transaction. So the check queues every
-command with example arguments, and closes the connection without EXEC: nothing is executed.
+A server checks permissions already when a command is queued in a transaction. The check therefore queues
+every command with example arguments, and closes the connection without EXEC: nothing is executed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -172,11 +172,11 @@ def missing_rules(pool: redis.ConnectionPool, needs: Needs) -> list[str]:
     """
     with _connection(pool) as connection:
         lacking = _ask(connection, ["MULTI"])
-        # If MULTI is refused, the commands below would be executed, so they are not sent.
+        # If MULTI is refused, the commands below are not sent, because they would be executed.
         if not lacking:
             lacking = _queue(connection, needs)
     for channel in needs.subscribes:
-        # Checked outside a transaction, because Redis 7 refuses these commands inside one.
+        # Subscriptions are checked outside a transaction, because Redis 7 refuses them inside one.
         with _connection(pool) as connection:
             lacking += _ask(connection, ["SUBSCRIBE", channel], ["UNSUBSCRIBE", channel])
     if "+multi" not in lacking:
@@ -212,7 +212,7 @@ def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str 
         # In RESP3, the reply to SUBSCRIBE is a push message.
         connection.read_response(push_request=True)
     except redis.ResponseError as error:
-        # Servers check permissions first, so a user that gets a transient error has the permission.
+        # Servers check permissions first: a user who gets a transient error has the permission.
         if is_transient_reply(error):
             return None
         if code_of(error) != "NOPERM":
@@ -230,7 +230,7 @@ def _name(words: Sequence[str]) -> str:
 
 
 def _pattern(name: str) -> str:
-    """Returns the pattern for all keys or channels with the prefix of this example: Lorelay's or RQ's."""
+    """Returns the pattern for all keys or channels with the prefix of `name`: Lorelay's or RQ's."""
     return f"{name.partition(':')[0]}:*"
 
 
@@ -238,7 +238,7 @@ def _pattern(name: str) -> str:
 def _connection(pool: redis.ConnectionPool) -> Iterator[ConnectionInterface]:
     """Opens a connection outside the pool, with its own timeout and without retries.
 
-    It is always closed at the end, so that a transaction left open in it is discarded.
+    The connection is always closed at the end, so that the server discards its open transaction.
     """
     options = pool.connection_kwargs | {
         "retry": Retry(NoBackoff(), 0),

@@ -42,19 +42,19 @@ class Place(NamedTuple):
 
 
 def read_place(text: str) -> Place:
-    """Parses a place. It is not validated: scripts return only well-formed places."""
+    """Parses a place without validating it: scripts return only well-formed places."""
     since_us, num_sequences = text[31:47], text[48:54]
     return Place(text[:LINE_CHARS], int(since_us) / 1000, int(num_sequences))
 
 
 def place_of(request: GenerationRequest) -> Place:
-    """Returns a place without version and time, from which a request's tenant and class can be charged."""
+    """Returns a request's place without version and time, enough for charging its tenant and class."""
     line = f"{_CLASSES[request.request_class]}|{NO_VERSION}|{tenant_key(request.tenant)}|"
     return Place(line, 0.0, request.num_sequences)
 
 
 def order_field(request: GenerationRequest) -> str:
-    """Returns `class|tenant|priority|sequences`, to which Redis adds version, time and id of the request."""
+    """Returns `class|tenant|priority|sequences`; the scripts add the request's version, time and id."""
     request_class = _CLASSES[request.request_class]
     priority = request.priority + _MIDDLE_PRIORITY
     return f"{request_class}|{tenant_key(request.tenant)}|{priority:010d}|{request.num_sequences:06d}"

@@ -7,10 +7,10 @@ from shared.messages import GenerationRequest, StreamEvent
 
 
 class Held(NamedTuple):
-    """A request that this worker claimed, with the id of that claim (its fencing token).
+    """A request that this worker claimed, with the id of that claim, which is a fencing token.
 
-    Another worker may have claimed the request since; scripts then refuse this claim id. In RQ's records the
-    claim id is the id of the job's execution.
+    If another worker has claimed the request since, scripts refuse this claim id. In RQ's records the claim
+    id is the id of the job's execution.
     """
 
     request_id: str
@@ -24,7 +24,7 @@ class Claim(NamedTuple):
     request: GenerationRequest
     events: tuple[StreamEvent, ...]
     alone: bool = False
-    """True for a suspect (it may have crashed a worker): its steps must run alone until it is cleared."""
+    """True for a suspect (a request that may have crashed a worker): its steps must run alone for a while."""
 
 
 class Append(NamedTuple):
@@ -40,19 +40,19 @@ class News(NamedTuple):
     """The reply of `append` or `renew`: changes to the requests that the worker holds."""
 
     aborted: list[str]
-    """Ids of requests whose clients disconnected or aborted them."""
+    """Ids of requests that their clients aborted, or whose clients disconnected."""
     lost: list[str]
     """Ids of requests that this worker does not own any more."""
     had_lease: bool = True
     """True if the worker's own lease had not expired before this renewal (set by `renew`)."""
     num_waiting: int = 0
-    """Number of the base's queues that have waiting requests; 0 means nothing to claim (set by `append`)."""
+    """Number of the base's queues with waiting requests; 0: no request to claim (set by `append`)."""
     has_served: bool = True
     """True if the worker's `served` hash still exists in Redis (set by `renew`)."""
 
 
 class Reaped(NamedTuple):
-    """Ids of the requests whose leases expired: put back on their queues, or (`dead`) ended as failed."""
+    """Ids of requests whose leases expired; they were put back on their queues or (`dead`) failed."""
 
     requeued: list[str]
     dead: list[str]

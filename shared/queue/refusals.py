@@ -1,4 +1,4 @@
-"""Explains an error of Redis that no retry will cure in one log line: failed command, error, remedy."""
+"""Explains, in one log line, an error of Redis that no retry will cure: failed command, error, remedy."""
 
 import hashlib
 import re
@@ -30,7 +30,7 @@ _IN_PIPELINE = re.compile(r"Command # \d+ \((\S+)")
 
 
 class NamingRedis(redis.Redis):
-    """A Redis client that adds the name of the failed command or script to its exceptions, as a note."""
+    """A Redis client whose exceptions have a note with the name of the failed command or script."""
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         try:
@@ -58,7 +58,7 @@ def _what_failed(error: redis.RedisError) -> str:
 
 
 def _name(args: tuple[Any, ...]) -> str:
-    """Returns the name of a command; for a call of one of our scripts, the name of the script."""
+    """Returns the name of a command, or of the script if the command runs one of our scripts."""
     if args[0] == "EVALSHA":
         return f"the script {_script_names().get(str(args[1]), args[1])}"
     return str(args[0])

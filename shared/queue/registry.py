@@ -1,7 +1,7 @@
 """The registry of models in Redis: workers write it when they start, APIs read it.
 
-Cards outlive the workers that wrote them. So a request for a model waits in its queue even while no worker of
-that model is running.
+Cards (`ModelCard`) outlive the workers that wrote them. A request for a model therefore waits in its queue
+even while no worker of that model is running.
 """
 
 import logging
@@ -56,8 +56,8 @@ def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -
     """Repairs a damaged registry with the cards of a running worker.
 
     Entries that can't be read are replaced. Missing entries are added only if the whole registry was lost
-    (`fill`) or had a wrong type; otherwise an operator may have removed them on purpose. If `fill` and an
-    entry exists, the newer card stays.
+    (`fill`) or had a wrong type; otherwise an operator may have removed the entries on purpose. If `fill` is
+    set and an entry exists, the newer card stays.
     """
     mend(connection, {keys.MODELS: "hash"})
     # If some worker renamed a registry of a wrong type within the last minute, all workers add their cards.
@@ -80,7 +80,7 @@ def drop(connection: redis.Redis, names: Iterable[str]) -> None:
 
 
 def list_cards(connection: redis.Redis) -> list[ModelCard]:
-    """Returns all readable cards: by base, a base before its adapters, then the oldest first."""
+    """Returns all readable cards, sorted by base; each base is before its adapters, the oldest first."""
     return _sorted(connection.hgetall(keys.MODELS))
 
 
@@ -118,7 +118,7 @@ async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_na
 
 
 def _read(name: str, encoded: bytes | str) -> ModelCard | None:
-    """Decodes a card; returns None if it can't be read or is that of another model."""
+    """Decodes a card; returns None if the card can't be read or belongs to another model."""
     try:
         card = decode_card(encoded)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -142,7 +142,7 @@ def _sorted(entries: Mapping[Any, bytes | str]) -> list[ModelCard]:
 def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
     """Raises `RegistryConflict` if the base or the weights of `card` differ from those of `stored`.
 
-    An earlier release computed the version of a base in another way, so it is not compared with its entries.
+    The version of a base is not compared with entries of earlier releases, which computed it in another way.
     """
     is_known = bool(card.base_version and stored.base_version)
     is_same = stored.base == card.base

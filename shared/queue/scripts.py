@@ -26,7 +26,7 @@ _PARTS = {
 }
 """Files to load between `prelude.lua` and a script; scripts not named here get `waiting.lua`.
 
-Redis runs all of this text at each call, so scripts load only what they need.
+Redis runs these files, too, at each call of the script, so scripts load only what they need.
 """
 
 
@@ -53,7 +53,7 @@ def event_format(error: LorelayError) -> str:
 
 
 def exception_text(error: LorelayError) -> str:
-    """Returns an error as text in the form in which RQ's results store exceptions."""
+    """Returns an error as text, in the form that RQ's results have for exceptions."""
     return base64.b64encode(zlib.compress(f"{error.code}: {error.message}".encode())).decode()
 
 
@@ -66,6 +66,6 @@ def log_unreadable(entries: Iterable[Sequence[bytes]]) -> None:
 
 
 def mend(connection: redis.Redis, kinds: Mapping[str, str]) -> None:
-    """Renames those of the keys in `kinds` that have another type than the one given there."""
+    """Renames each key in `kinds` whose type in Redis is not the type that `kinds` gives."""
     script = connection.register_script(script_source("mend"))
     log_unreadable(script(args=[item for key, kind in kinds.items() for item in (kind, key)]))

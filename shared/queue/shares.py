@@ -8,7 +8,7 @@ MAX_NUM_NAMES = 4096
 
 
 class Shares(Generic[K]):
-    """The virtual start time of each name; of the names that wait, the earliest should be served next.
+    """The virtual start time of each name; of the waiting names, the one with the earliest is served next.
 
     Each time a name is served, its start time grows by cost divided by weight. A name that is new or was idle
     starts at the current virtual time, so that idle time earns no credit. While two names both wait, neither
@@ -19,7 +19,7 @@ class Shares(Generic[K]):
         self._now = 0.0
         """The current virtual time: the start time of the name that was served last."""
         self._ends: dict[K, float] = {}
-        """Virtual end time of each name's last request; may lack names whose end is not in the future."""
+        """Virtual end time of each name's last request; names whose end time has passed may be missing."""
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -37,7 +37,7 @@ class Shares(Generic[K]):
             self._forget()
 
     def _forget(self) -> None:
-        """Drops names whose end is not in the future; if too many stay, keeps the half with the latest."""
+        """Drops names whose end time has passed; if too many stay, keeps the half with the latest ends."""
         ahead = {name: end for name, end in self._ends.items() if end > self._now}
         if len(ahead) > MAX_NUM_NAMES // 2:
             by_end = sorted(ahead, key=lambda name: ahead[name], reverse=True)

@@ -9,7 +9,7 @@ class AdapterSlots(NamedTuple):
 
     num: int
     resident: Sequence[str]
-    """Queues whose adapters have a slot, least recently used first, whether they run or not."""
+    """Queues whose adapters have a slot, running or not, least recently used first."""
 
 
 class SlotPlan:
@@ -18,7 +18,7 @@ class SlotPlan:
     def __init__(self, base: str, running: Mapping[str, int], slots: AdapterSlots) -> None:
         """`base`: queue of the base model, which needs no slot. `running`: number of sequences by queue."""
         self.used = {base, *(queue for queue, num_sequences in running.items() if num_sequences > 0)}
-        """Queues whose adapters run, and always the base's."""
+        """Queues whose adapters run, and always the base's queue."""
         self.resident = self.used | set(slots.resident)
         self._num = slots.num
         self._by_age = slots.resident
@@ -35,7 +35,7 @@ class SlotPlan:
         return self._num - (len(self.resident) - 1)
 
     def use(self, queue: str) -> None:
-        """Marks the adapter of a queue as running, and so as resident."""
+        """Marks the adapter of a queue as running, and therefore as resident."""
         self.used.add(queue)
         self.resident.add(queue)
         self._evict()

@@ -1,4 +1,4 @@
-"""The Redis calls of a worker's heartbeat. The calls that claim requests and write events: `worker_streams`.
+"""The Redis calls of a worker's heartbeat. `worker_streams` has the calls of its I/O thread.
 
 Each script is atomic and can be repeated safely: redis-py repeats a call whose reply was lost.
 """
@@ -54,8 +54,8 @@ class UpkeepStreams:
     def serve(self, served: Mapping[str, str]) -> None:
         """Writes to Redis which queues this worker serves, and which weights version it has for each.
 
-        The worker can claim only matching requests, and requests that match no live worker are ended. The
-        empty version matches any.
+        The worker can claim only requests for these versions; requests whose version no live worker serves
+        are ended. The empty version matches any version.
         """
         key = keys.served(self._worker_name)
         with self._connection.pipeline() as pipeline:
@@ -72,8 +72,8 @@ class UpkeepStreams:
     def renew(self, held: Iterable[Held], *, abort_unread: bool = False) -> News:
         """Renews the leases of this worker and of all requests that it holds.
 
-        `abort_unread`: requests whose API's lease has expired are reported as aborted, except detached ones.
-        None is reported if this worker's own lease had expired too.
+        `abort_unread`: requests are reported as aborted if the lease of their API process has expired and
+        they are not detached. If this worker's own lease had expired too, no request is reported.
         """
         reply = self._scripts["renew"](
             args=[
@@ -92,7 +92,7 @@ class UpkeepStreams:
         )
 
     def reap(self, max_crashes_alone: int = 3) -> Reaped:
-        """Puts requests with an expired lease back on their queues, unless this worker's own has expired.
+        """Puts requests with an expired lease back on their queues, unless this worker's lease has expired.
 
         A request that crashed workers `max_crashes_alone` times while it ran alone ends as failed instead.
         """
@@ -114,7 +114,7 @@ class UpkeepStreams:
     def end_unserved(self, min_pause_s: float) -> list[str]:
         """Ends requests that wait for weights which no live worker has; returns their ids.
 
-        Does nothing if a worker of the base has done so in the last `min_pause_s`, or if this worker's own
+        Does nothing if a worker of the base has called it in the last `min_pause_s`, or if this worker's own
         lease has expired.
         """
         reason = AdapterVersionGone()
@@ -154,7 +154,7 @@ class UpkeepStreams:
 
 
 def _served_fields(served: Mapping[str, str]) -> dict[Any, Any]:
-    # Redis deletes an empty hash. With this field it exists even if nothing is served.
+    # Redis deletes an empty hash. With the empty field, the hash exists even if nothing is served.
     return {**served, "": ""}
 
 

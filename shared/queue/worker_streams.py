@@ -1,4 +1,4 @@
-"""The worker's access to the queue and the token logs; that of the API is in `api_streams`.
+"""The worker's access to the queue and the token logs; `api_streams` has the API's access.
 
 Each script in `shared/queue/lua/` is atomic and can be repeated safely: redis-py repeats a call whose reply
 was lost.
@@ -23,26 +23,26 @@ from shared.queue.scripts import exception_text, log_unreadable, mend
 from shared.queue.upkeep_streams import UpkeepStreams, decode_all, pack, pack_held
 
 NUM_EVENTS_TO_CLEAR = 16
-"""Number of events after its claim with which a suspect is cleared."""
+"""Number of events that a suspect (see `Claim.alone`) must produce after its claim to be cleared."""
 
 
 class WorkerStreams(UpkeepStreams):
-    """Calls the scripts of a worker: look, claim, append, hand_back, and those of its heartbeat."""
+    """Calls the scripts of a worker: look, claim, append, hand_back, and its heartbeat's scripts."""
 
     def look(
         self, near: Sequence[str], others: Sequence[str], *, num_queues: int, num_requests: int
     ) -> tuple[list[Waiting], float]:
         """Returns the lines from which this worker may choose, and the time (ms) by the clock of Redis.
 
-        `near`: queues whose adapters need no free slot; the first `num_queues` of them that wait are read.
-        `others`: the worker's other queues, or empty for all that it serves. Of these, `num_queues` are read:
-        half are those whose first requests have waited longest, and half are drawn at random. Each line has
-        up to `num_requests` requests.
+        `near`: queues whose adapters need no free slot; the first `num_queues` with waiting requests are
+        read. `others`: the worker's other queues, or empty for all that it serves. Of the others, too,
+        `num_queues` are read: half are the ones whose first requests have waited longest, and half are drawn
+        at random. Each returned line has up to `num_requests` requests.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
-        # One call takes bounded time. If it found too few queues with requests for this worker, the next call
-        # continues after them.
+        # Each call takes bounded time. If a call found too few queues with requests for this worker, the next
+        # call continues where it ended.
         while rank >= 0:
             found, rank, now_ms, unreadable = self._scripts["look"](
                 args=[
@@ -62,7 +62,7 @@ class WorkerStreams(UpkeepStreams):
         return lines, float(now_ms)
 
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
-        """Claims a request for each pick; fewer if other workers took them, or if a claimed one is a suspect.
+        """Claims a request for each pick; fewer if other workers took them, or after claiming a suspect.
 
         A call with the same ids returns the same requests. Requests whose records can't be read are failed.
         """
@@ -122,13 +122,13 @@ class WorkerStreams(UpkeepStreams):
         return News(decode_all(aborted), decode_all(lost), num_waiting=num_waiting)
 
     def hand_back(self, held: Sequence[Held]) -> int:
-        """Puts requests (oldest first) back at the front of their queues; returns how many were put back."""
+        """Puts requests (given oldest first) back at the front of their queues; returns their number."""
         num_handed_back, unreadable = self._scripts["hand_back"](args=[self._base, pack_held(reversed(held))])
         log_unreadable(unreadable)
         return int(num_handed_back)
 
     def wait_for_doorbell(self, timeout_s: float) -> bool:
-        """Blocks until a request is enqueued for the base, or for `timeout_s`; returns true if one was."""
+        """Blocks until a request is enqueued for the base, at most `timeout_s`; returns true if one was."""
         try:
             return self._connection.blpop([keys.doorbell(self._base)], timeout=timeout_s) is not None
         except redis.ResponseError as error:
@@ -138,7 +138,7 @@ class WorkerStreams(UpkeepStreams):
             return True
 
     def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
-        """Returns the end of a job for `append.lua`: result and exception are encoded as in RQ's results."""
+        """Returns the end of a job for `append.lua`, with result and exception encoded as in RQ's results."""
         event, meta = append.event, json.dumps(dict(append.meta or {}))
         if event.error is not None:
             error = from_info(event.error)
