@@ -41,7 +41,7 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one Linear in an adapter, which adds scaling · b (a x) to the Linear's output."""
+    """An adapter's weights for one Linear, to whose output scaling · b (a x) is added."""
 
     a: Tensor
     """Shape (rank, in)."""
@@ -56,9 +56,9 @@ class LoadedAdapter:
 
     path: str
     version: str
-    """SHA-256 (hex) of its config and weights."""
+    """SHA-256 (hex) of the adapter's config and weights."""
     layers: Mapping[str, LayerWeights]
-    """The weights by the name of the model's Linear that they change."""
+    """The weights, by the name of the Linear in the model that they change."""
 
 
 class _Problem(Exception):
@@ -215,7 +215,7 @@ def _by_layer(weights: Mapping[str, Tensor], model: nn.Module) -> dict[tuple[str
 
 
 def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    """True if the tensor equals the model's weight; PEFT saves such a copy of an LM head that it targets."""
+    """True if the tensor equals the model's weight: PEFT saves a copy of an LM head that it adapts."""
     own = model.state_dict().get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
     return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
 
@@ -234,9 +234,9 @@ _layers_by_config: WeakKeyDictionary[nn.Module, dict[str, dict[str, _ExpectedLay
 
 
 def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """Returns `_expected_layers`, cached by config: the call takes most of the time of reading an adapter."""
+    """Returns `_expected_layers`, cached by config, because it takes most of an adapter's reading time."""
     known = _layers_by_config.setdefault(model, {})
-    # PEFT writes sets as lists in random order; if they were not sorted, equal configs had different keys.
+    # PEFT writes sets as lists in random order; without sorting, equal configs would have different keys.
     relevant = {
         name: sorted(value) if name.endswith("_modules") and isinstance(value, list) else value
         for name, value in config.items()
@@ -278,7 +278,7 @@ def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer
 
 
 def _stamps(folder: Path) -> list[tuple[int, int, int]]:
-    """Returns inode, size and modification time of each file: they change if it is written or replaced."""
+    """Returns inode, size and modification time of each file, which change if it is written or replaced."""
     files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
     found = [file.stat() for file in files if file.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
@@ -288,7 +288,7 @@ def _version(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            # If names and sizes were left out, moving bytes from one file to the next would keep the digest.
+            # Without names and sizes, the digest would not change if bytes moved from one file to the next.
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)

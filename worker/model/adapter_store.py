@@ -31,7 +31,7 @@ class NewAdapter(NamedTuple):
 
 
 class AdapterStore:
-    """Reads adapters from disk into host memory, and copies them from there into slots."""
+    """Reads adapters from disk into host memory, and copies them from host memory into slots."""
 
     def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
         """Finds paths and versions in `served`; compares `base_name` with the base that adapters declare."""
@@ -63,7 +63,7 @@ class AdapterStore:
         path = served.source
         adapter = load_adapter(name, path, self._model)
         if adapter.version != served.version:
-            # If changed weights were served, clients and prefix cache would take them for the old version.
+            # Changed weights are refused: clients and prefix cache would take them for the old version.
             raise AdapterError(
                 f"adapter {name!r} at {path}: its files have changed since this worker started; "
                 "serve them under another name, or restart all workers"
@@ -90,6 +90,6 @@ class AdapterStore:
     def _prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
         try:
             return self._lora.prepare(name, adapter)
-        # When host memory is short, torch's CPU allocator raises RuntimeError, all others MemoryError.
+        # When host memory is short, torch's CPU allocator raises RuntimeError, other code MemoryError.
         except (MemoryError, RuntimeError) as error:
             raise AdapterError(f"adapter {name!r} at {adapter.path}: {error}") from error

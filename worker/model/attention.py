@@ -1,7 +1,8 @@
 """Attention over a paged KV cache, called by transformers' models through `AttentionInterface`.
 
-The tokens of all sequences of a step are concatenated to T tokens with batch size 1. Each call writes their
-keys and values into the cache; each token then attends to the cache entries of its own sequence.
+The tokens of all sequences of a step are concatenated to T tokens with batch size 1. Each call writes the
+keys and values of these tokens into the cache; each token then attends to the cache entries of its own
+sequence.
 """
 
 import threading
@@ -27,7 +28,7 @@ _HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_ro
 
 @dataclass(eq=False)
 class QueryGroup:
-    """Sequences of a step that have equally many query tokens: all decodes, or a single chunk of a prompt."""
+    """Sequences of a step with the same number of query tokens: all decodes, or one chunk of a prompt."""
 
     rows: Tensor | slice
     """(n x q,): indices of the query tokens among the step's T tokens, sequence by sequence; a slice if they
@@ -35,7 +36,7 @@ class QueryGroup:
     positions: Tensor
     """(n, q): position of each query token in its sequence."""
     block_tables: Tensor
-    """(n, num_blocks): block tables; shorter ones are padded with any valid block, which the mask hides."""
+    """(n, num_blocks): block tables; short tables are padded with any valid block, which the mask hides."""
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -46,7 +47,9 @@ class QueryGroup:
         return torch.arange(self.rows.start, self.rows.stop, device=self.positions.device)
 
     def mask(self, num_keys: int, num_groups: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Returns (n, 1, num_groups x q, num_keys): 0 where a query sees a key, else -inf. Layers share it.
+        """Returns the mask (n, 1, num_groups x q, num_keys): 0 where a query sees a key, else -inf.
+
+        All layers share the mask.
 
         A query at position p sees the keys at 0..p; with a sliding window w, the keys at p-w+1..p.
         """
@@ -93,13 +96,13 @@ class AttentionMetadata:
 
 @dataclass(eq=False)
 class AttentionState:
-    """Inputs of the attention function that are not its arguments; all layers of a model share them."""
+    """The attention function's inputs that transformers does not pass; all layers of a model share them."""
 
     kv_cache: PagedKVCache
     kernels: KernelState | None = None
     """The C++ kernels, or None if PyTorch computes the attention."""
     metadata: AttentionMetadata | None = None
-    """Attention metadata of the current step; None before the first one."""
+    """Attention metadata of the current step; None before the first step."""
     calls: Counter[int] = field(default_factory=Counter)
     """Number of calls of the attention function, by layer; for the self-check."""
     windows: dict[int, int | None] = field(default_factory=dict)
@@ -187,9 +190,9 @@ def _attend(
 
 @cache
 def _register_fallback() -> None:
-    """Registers the function that the attention kernel calls for cases which it does not compute.
+    """Registers the function that the attention kernel calls for the cases that the kernel does not compute.
 
-    These cases are capped scores, sinks, and the first call of a layer, whose shapes allocate its cache.
+    These cases are capped scores, sinks, and the first call of a layer, which allocates the layer's cache.
     """
     torch.library.impl("lorelay::attend_in_groups", "CPU", _attend_for_kernel)
 
@@ -229,7 +232,7 @@ def _attend_group(
     num_sequences, num_queries = group.positions.shape
     num_heads, num_kv_heads = query.shape[0], keys.shape[2]
     num_groups = num_heads // num_kv_heads
-    # Query heads that share a KV head become further queries of it, which saves copies of keys and values.
+    # Query heads that share a KV head become further queries of that head, which saves copies of its entries.
     query = query[:, group.rows].reshape(num_kv_heads, num_groups, num_sequences, num_queries, -1)
     query = query.permute(2, 0, 1, 3, 4).flatten(2, 3)  # (n, num_kv_heads, num_groups x q, head_dim)
     key = _gather(keys, group.block_tables)  # (n, num_kv_heads, num_keys, head_dim)

@@ -54,7 +54,7 @@ class BatchForward:
 
 
 def attention_metadata(batch: Batch, block_size: int, device: torch.device) -> AttentionMetadata:
-    """Returns a batch's attention metadata: its tokens' cache indices, and groups that attend together."""
+    """Returns a batch's attention metadata: cache indices of its tokens, groups of sequences."""
     indices: list[int] = []
     decodes: list[tuple[int, ScheduledSequence]] = []
     chunks: list[tuple[int, ScheduledSequence]] = []
@@ -84,8 +84,8 @@ def _group(
         tables.append(item.seq.block_table[: -(-end // block_size)])
     longest = max(map(len, tables))
     padded = [table + table[:1] * (longest - len(table)) for table in tables]
-    # The scheduler puts decodes first, and a chunk's tokens are neighbours, so rows are mostly a slice, whose
-    # tensors are views. An index tensor would copy them.
+    # The scheduler puts decodes first, and a chunk's tokens are neighbours: rows are mostly contiguous. A
+    # slice gives views of such rows, an index tensor would give copies.
     is_contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
     return QueryGroup(
         slice(rows[0], rows[0] + len(rows)) if is_contiguous else torch.tensor(rows, device=device),

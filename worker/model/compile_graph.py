@@ -1,7 +1,7 @@
 """Compiles a model's forward pass; run in a separate process by `python -m worker.model.compile_graph`.
 
 The graph is transformers' model, in which Linears and attention call the kernels of `kernels.native`. The
-kernels read weights, adapters and KV cache from the `KernelState` of the calling worker. So the graph
+kernels read weights, adapters and KV cache from the `KernelState` of the calling worker. The graph therefore
 contains no weights, and stays valid for any number of tokens and when adapters change. All operations between
 the kernels become C++.
 """
@@ -31,7 +31,7 @@ from worker.model.kv_cache import PagedKVCache
 PREFIX = "model."
 """Prefix of the names of the model's tensors in the graph."""
 SMALL = 8
-"""Maximum number of elements of a tensor that becomes part of the graph; larger ones are read at run time."""
+"""Maximum number of elements of a tensor that is part of the graph; larger tensors are read at run time."""
 _EXAMPLE_NUM_TOKENS = 16
 _MAX_NUM_TOKENS = 1 << 20
 _INDUCTOR_OPTIONS = {
@@ -53,13 +53,13 @@ class Job(msgspec.Struct, frozen=True):
     small_tensors: dict[str, list[float]]
     """Values of all other tensors with at most `SMALL` elements, which become part of the graph."""
     tensor_specs: dict[str, str]
-    """The `tensor_spec` of all tensors that no fused Linear has."""
+    """The `tensor_spec` of each tensor outside the fused Linears."""
     output: str
     """The folder to create for the graph. Its parent exists already."""
 
 
 def main() -> None:
-    """Reads a `Job` from the first line of stdin and runs it; ends if stdin is closed: the worker is gone."""
+    """Runs the `Job` in the first line of stdin; ends when stdin is closed, i.e. when the worker is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the scratch folder is removed
     os.nice(19)  # the worker serves requests meanwhile, and must not become slower
     with contextlib.suppress(OSError):  # only Linux has this file
@@ -100,7 +100,7 @@ def compile_graph(job: Job) -> None:
 
 
 class _ForwardPass(nn.Module):
-    """The model as a module whose arguments are the inputs that differ between steps."""
+    """The model as a module, whose arguments are the inputs that differ between steps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def _load_without_weights(job: Job) -> nn.Module:
     state = AttentionState(PagedKVCache(0, 1))
     state.use(native.new_state())
     attention.attach(model, state)
-    # The export needs tensors on the CPU. Large ones may have any values: the graph does not store them.
+    # The export needs tensors on the CPU. Large tensors may have any values: the graph does not store them.
     model.to_empty(device="cpu")
     for name, tensor in tensors(model).items():
         if job.tensor_specs.get(name, tensor_spec(tensor)) != tensor_spec(tensor):
@@ -156,7 +156,7 @@ def _load_without_weights(job: Job) -> nn.Module:
 
 
 def _export(model: nn.Module) -> torch.export.ExportedProgram:
-    # If one tensor were passed for both, the export would take them for a single input.
+    # Two tensors are needed: if one were passed for both, the export would take it for a single input.
     token_ids, positions = (torch.zeros(1, _EXAMPLE_NUM_TOKENS, dtype=torch.long) for _ in range(2))
     sampled_rows = torch.arange(_EXAMPLE_NUM_TOKENS - 1)
     tokens = torch.export.Dim("tokens", min=1, max=_MAX_NUM_TOKENS)

@@ -1,4 +1,4 @@
-"""SHA-256 digests of large files, cached in the cache folder so that each file is read only once."""
+"""SHA-256 digests of large files, kept in the cache folder so that each file is read only once."""
 
 import hashlib
 import logging
@@ -35,7 +35,7 @@ def _compute(path: Path) -> str:
 
 
 def _read(stored: Path) -> str | None:
-    """Returns the cached digest, or None if its file is missing or truncated."""
+    """Returns the digest in a file of the cache, or None if this file is missing or truncated."""
     text = stored.read_text() if stored.exists() else ""
     return text if len(text) == hashlib.sha256().digest_size * 2 else None
 

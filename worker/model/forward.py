@@ -1,4 +1,4 @@
-"""A model's forward pass: eager at first, then a compiled graph, once it agreed with the eager pass."""
+"""A model's forward pass: eager, or a compiled graph once its logits have agreed with the eager ones."""
 
 import logging
 from collections.abc import Callable
@@ -19,8 +19,8 @@ Graph = Callable[[Tensor, Tensor, Tensor], Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor]
 
 MAX_NUM_DIFFERING_STEPS = 8
-"""Number of steps with differing logits after which a graph is refused. One such step proves nothing, because
-rounding alone makes single rows of bfloat16 differ; a wrong graph differs in every step."""
+"""Number of steps with differing logits after which a graph is refused. A single differing step proves
+nothing, because rounding alone makes single rows of bfloat16 differ; a wrong graph differs in every step."""
 
 
 class Forward(Protocol):
@@ -79,8 +79,8 @@ class EagerForward:
 class CompiledForward:
     """A forward pass that is eager until its graph is compiled, and uses the graph from then on.
 
-    In the first steps with the graph, the eager pass runs, too, and the logits are compared. If they differ,
-    the graph is refused, and the forward pass stays eager.
+    In the first steps with the graph, the eager pass runs, too, and the logits are compared. If they differ
+    in too many steps, the graph is refused, and the forward pass stays eager.
     """
 
     def __init__(self, eager: Graph, source: GraphSource) -> None:
@@ -90,8 +90,8 @@ class CompiledForward:
         self._source = source
         self._graph: Graph | None = None
         self._is_checked = {True: False, False: False}
-        """True once the graph agreed with the eager pass; separately for steps of one token (key True) and of
-        several (key False)."""
+        """True once the graph agreed with the eager pass: key True for steps of one token, key False for
+        steps of several tokens."""
         self._num_differing_steps = 0
         source.start(self._use, self._stay_eager)
 
@@ -114,7 +114,7 @@ class CompiledForward:
         self._source.close()
 
     def _use(self, graph: Graph) -> None:
-        # If the graph were set first, a step could refuse it before COMPILED overwrites the state EAGER.
+        # The state is set before the graph: else a step could refuse the graph first, and its EAGER be lost.
         self.state = ForwardState.COMPILED
         self._graph = graph
 
@@ -140,7 +140,7 @@ class CompiledForward:
         return expected
 
     def _judge(self, errors: list[float], is_single: bool, dtype: torch.dtype) -> None:
-        """Judges the graph by the errors of a step's rows with finite eager logits, possibly none."""
+        """Judges the graph by the errors of a step: one per row with finite eager logits, possibly none."""
         differing = [error for error in errors if not error <= TOLERANCES[dtype]]  # NaN differs, too
         if not differing:
             self._is_checked[is_single] = bool(errors)

@@ -37,11 +37,12 @@ LOCK_POLL_S = 0.2
 class GraphBuilder:
     """Provides the graph of one model: a separate process compiles it, and a thread of the worker loads it.
 
-    The graph's files are in the cache folder, in a folder whose name is a digest of all that it depends on.
+    The graph's files are in a subfolder of the cache folder; its name is a digest of all that the graph
+    depends on.
     """
 
     def __init__(self, model: nn.Module, job: Job) -> None:
-        """Takes the loaded `model`, whose tensors the graph will read, and the description of its graph."""
+        """Takes the loaded `model`, whose tensors the graph will read, and the job that compiles it."""
         self.folder = Path(job.output)
         self._model = model
         self._job = job
@@ -110,7 +111,7 @@ class GraphBuilder:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 # In a new session, a signal to the process group reaches the compiler and its g++, while
-                # Ctrl-C in the worker's terminal reaches neither.
+                # Ctrl-C in the worker's terminal reaches neither of the two.
                 start_new_session=True,
             )
         # A broken pipe means that the process has ended; the exit code, read below, tells more.
@@ -128,7 +129,7 @@ class GraphBuilder:
         log.unlink()
 
     def _signal(self, number: int) -> None:
-        # The process may end between the check and the signal; then there is nothing to do.
+        # The process may end between the check and the signal; no signal is needed then.
         with contextlib.suppress(ProcessLookupError):
             if self._process is not None and self._process.poll() is None:
                 os.killpg(self._process.pid, number)

@@ -9,8 +9,8 @@ from worker.model.kernels.native import KernelState
 class PagedKVCache:
     """Keys and values of each layer: tensors (num_blocks, block_size, num_kv_heads, head_dim).
 
-    A layer's tensors are allocated at its first write, because only that shows their shapes: in some models
-    head sizes differ between layers, or between keys and values.
+    A layer's tensors are allocated at its first write, because only the write shows their shapes: in some
+    models head sizes differ between layers, or between keys and values.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -20,7 +20,7 @@ class PagedKVCache:
         self._kernels: KernelState | None = None
 
     def share_with(self, kernels: KernelState) -> None:
-        """Passes all layers to the kernels, and each layer that is allocated later."""
+        """Passes the tensors of all layers to the kernels, also of layers that are allocated later."""
         self._kernels = kernels
         for number, layer in self._layers.items():
             kernels.set_cache(number, *layer)
@@ -44,9 +44,9 @@ class PagedKVCache:
     def write(self, layer: int, indices: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores keys and values (T, num_kv_heads, head_dim) at `indices` (T,); returns the layer's tensors.
 
-        An index is block x block_size + offset. Entries that are not finite are stored as finite numbers: if
-        a NaN stayed in a block, it would spoil the next sequence that gets the block, although that masks the
-        entry, because 0 x NaN is NaN. The token with the NaN gets NaN logits all the same.
+        An index is block x block_size + offset. Entries that are not finite are stored as finite numbers. A
+        NaN in a block would spoil the next sequence that gets the block: this sequence masks the entry, but
+        0 x NaN is NaN. The token with the NaN gets NaN logits all the same.
         """
         tensors = self._layer(layer, key.transpose(0, 1), value.transpose(0, 1))
         for stored, new in zip(tensors, (key, value), strict=True):

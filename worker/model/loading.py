@@ -38,7 +38,7 @@ def download(repository: str, revision: str | None, patterns: Iterable[str]) -> 
 
 
 def find_model(settings: WorkerSettings) -> Path:
-    """Returns the model's folder, after downloading it if the setting is a Hugging Face id.
+    """Returns the model's folder, after downloading the model if the setting is a Hugging Face id.
 
     Raises:
         ConfigurationError: there is no such folder or repository.
@@ -88,7 +88,7 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
     """Loads the causal language model in `folder` onto `device`, with Lorelay's attention function.
 
     Raises:
-        ConfigurationError: it is not a causal language model, lacks weights, or doesn't load.
+        ConfigurationError: the model is not a causal language model, lacks weights, or doesn't load.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,10 +129,10 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
 
 
 def max_model_len(config: Any, session_len: int | None) -> int:
-    """Returns the context length in tokens: `session_len`, or the model's if that is None.
+    """Returns the context length in tokens: `session_len`, or the model's own if `session_len` is None.
 
     Raises:
-        ConfigurationError: `session_len` exceeds the model's context length, or neither is known.
+        ConfigurationError: `session_len` exceeds the model's context length, or both are unknown.
     """
     limit, reason = _length_limit(config)
     if limit is None:
@@ -154,8 +154,8 @@ def _length_limit(config: Any) -> tuple[int | None, str]:
     for entry in (
         rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
     ):
-        # These types take the frequencies from the longest sequence of a batch; beyond the original length,
-        # one long sequence would change the results of all others.
+        # These types take the frequencies from the longest sequence of a batch: one sequence beyond the
+        # original length would change the results of all others.
         if "dynamic" in entry.get("rope_type", "default") or entry.get("rope_type") == "longrope":
             original = entry.get("original_max_position_embeddings") or limit
             if original is not None and (limit is None or original <= limit):

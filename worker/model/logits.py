@@ -1,4 +1,4 @@
-"""Adjusts logits before sampling; no other code changes them.
+"""Adjusts logits before sampling; no other code changes logits.
 
 A grammar per sequence would be a mask in `adjust`. `Sequence.logit_adjustments` hands it the grammar and
 `output_token_ids`, from which a matcher can be rebuilt after a resume. Points to observe:
@@ -23,7 +23,7 @@ from worker.engine.sequence import LogitAdjustments
 
 
 def adjust(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Tensor:
-    """Returns `logits` (num_rows, vocab) with each row adjusted; the same tensor if nothing changes."""
+    """Returns `logits` (num_rows, vocab) with each row adjusted; `logits` itself if nothing changes."""
     changes = [
         (row, token_id, change)
         for row, adjustment in enumerate(adjustments)

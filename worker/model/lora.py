@@ -2,9 +2,10 @@
 
 A Linear with an adapter computes y = W x + scale · B (A x). The A and B of all adapters of a layer are
 stacked. The rows of a long prompt chunk are multiplied with their own adapter's part of the stack. All other
-rows, called short rows, are computed together, by the C++ kernel if there is one. Without it, they are
-multiplied with the stacked A of all their adapters; in the result, the columns of other adapters than the
-row's are set to 0 before the multiplication with the stacked B.
+rows, called short rows, are computed together, by the C++ kernel if there is one. Without the kernel, the
+short rows are multiplied with the stacked A of all their adapters. In each row of this product, only the
+columns of the row's own adapter are kept, and all other columns are set to 0. The product is then multiplied
+with the stacked B.
 """
 
 import math
@@ -24,7 +25,7 @@ from worker.model.kernels.products import FusedLinears
 BASE = -1
 """The slot number of rows without an adapter."""
 MIN_LONG_ROWS = 256
-"""Number of rows from which a chunk of a prompt gets matmuls of its own; for a shorter chunk, the hundreds of
+"""Minimum number of rows of a prompt chunk that gets separate matmuls; for a shorter chunk, the hundreds of
 additional calls per step cost more than they save."""
 
 
@@ -74,7 +75,7 @@ class StepRows:
         return _integers(numbers).to(self._device)
 
     def foreign_columns(self, column_slots: tuple[int, ...]) -> Tensor:
-        """Returns (number of short rows, number of columns): true where a column's slot isn't the row's.
+        """Returns (number of short rows, number of columns): true where column and row have different slots.
 
         Layers whose adapters have the same ranks share one tensor.
         """
@@ -115,7 +116,7 @@ class _Part(NamedTuple):
 
 
 class LoraLayer:
-    """The adapters of one Linear, which a forward hook or the C++ kernels add to its output."""
+    """The adapters of one Linear; a forward hook or the C++ kernels add their results to its output."""
 
     def __init__(
         self, linear: nn.Linear, number: int, dtype: torch.dtype, kernels: KernelState | None
@@ -146,7 +147,7 @@ class LoraLayer:
             self._b[ranks.start : ranks.stop] = b
             return
         self.remove(slot)
-        # If A were assigned before B is created, and memory ran out then, their ranks would differ.
+        # If A were assigned before B is created, and memory ran out then, A and B would have different ranks.
         stacked = torch.cat([self._a, a.to(self._a)]), torch.cat([self._b, b.to(self._b)])
         self._ranks[slot] = range(len(self._a), len(self._a) + len(a))
         self._a, self._b = stacked
@@ -181,7 +182,7 @@ class LoraLayer:
         rows = self.rows
         if rows is None or not self._ranks:
             return
-        # Changing it in place is safe: the Linear has just created the output, and no other code has it yet.
+        # The output can be changed in place: the Linear has just created it, and no other code has it yet.
         x, y = inputs[0].flatten(0, -2), output.view(-1, output.shape[-1])
         for slot, first, num_rows in rows.long_spans:
             if slot in self._ranks:
@@ -199,7 +200,7 @@ class LoraLayer:
             return
         low = x[rows.short_rows] @ part.a.T  # (number of short rows, sum of ranks)
         if rows.is_mixed:
-            # If it were multiplied with zeros, a row that overflows in another adapter would become NaN.
+            # With a multiplication by 0 instead, an overflow in a foreign column would make the row NaN.
             low = low.masked_fill(rows.foreign_columns(part.rank_slots), 0)
         if isinstance(rows.short_rows, slice):
             y[rows.short_rows].add_(low @ part.b)
@@ -228,7 +229,7 @@ class SlotWeights:
 
 
 class LoraStack:
-    """A model's adapter slots, each of which holds one adapter's weights for all Linears that it changes.
+    """A model's adapter slots. A slot holds one adapter's weights for all Linears that the adapter changes.
 
     `AdapterCache` decides which adapter is in which slot; this class knows no adapter names.
     """
@@ -264,8 +265,8 @@ class LoraStack:
                     f"adapter {name!r} at {adapter.path}: changes {layer}, whose input is not the batch's "
                     "tokens in their order (a layer of an expert?); that is not served"
                 )
-            # Scaled in the finer of the adapter's and the model's precision. If the results were not copies,
-            # they could be views that keep the whole file's content in memory.
+            # B is scaled in the finer of the adapter's and the model's precision. The results are copies: as
+            # views, they would keep the whole file's content in memory.
             finest = torch.promote_types(weights.b.dtype, self._dtype)
             a = weights.a.to(self._dtype, copy=True)
             b = (weights.b.to(finest) * weights.scaling).T.to(self._dtype).contiguous()
@@ -307,7 +308,7 @@ class LoraStack:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """True if every entry is finite; takes a tenth of the time of `isfinite().all()`.
+    """True if every entry is finite; `isfinite().all()` would take ten times as long.
 
     `aminmax` returns NaN if any entry is NaN.
     """

@@ -8,7 +8,7 @@ from shared.settings import WorkerSettings
 DEFAULT_CPU_CACHE_BYTES = 2 << 30
 """Default maximum size of the KV cache in host memory, which other processes need, too."""
 NUM_PREFIX_BATCHES = 3
-"""Number of full batches of ended sequences for which the cache has blocks, to serve as prefix cache."""
+"""Number of full batches of ended sequences whose blocks fit into the cache and serve as prefix cache."""
 DEFAULT_ADAPTER_SHARE = 0.1
 """Share of the memory free at startup: device memory for slots, host memory for cached adapters."""
 
@@ -33,8 +33,8 @@ def num_cache_blocks(
 ) -> int:
     """Returns the number of blocks of the KV cache: as many as fit into memory, but no more than are useful.
 
-    A full batch of sequences of maximum length can use its blocks. With a prefix cache, the blocks of
-    `NUM_PREFIX_BATCHES` further batches are useful, too.
+    The useful blocks are those of a full batch of sequences of maximum length and, with a prefix cache, of
+    `NUM_PREFIX_BATCHES` further batches.
 
     Raises:
         ConfigurationError: not even one sequence of `max_model_len` tokens fits.

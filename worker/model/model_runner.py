@@ -54,8 +54,8 @@ class ModelRunner:
         """Runs one forward pass; returns the next token of each sequence that `samples`, in batch order.
 
         A sequence whose logits are not finite gets an error. The block tables must have blocks for all
-        scheduled tokens, whose keys and values are in the cache afterwards. The caller then has to update
-        `num_computed_tokens`.
+        scheduled tokens; afterwards, the keys and values of these tokens are in the cache. The caller then
+        has to update `num_computed_tokens`.
 
         Raises:
             AdapterError: a sequence names an adapter that isn't resident.

@@ -1,6 +1,6 @@
 """Prepares a loaded transformers model: checks it, speeds its Linears up, allocates its KV cache.
 
-Linears are fused, packed for oneDNN or replaced by C++ kernels, whichever is possible.
+Linears are fused, packed for oneDNN and replaced by C++ kernels, each where possible.
 """
 
 import logging

@@ -15,8 +15,8 @@ from worker.engine.sequence import LogitAdjustments, Sampled, SampledToken
 from worker.model.logits import adjust
 
 MIN_TEMPERATURE = 1e-6
-"""Minimum number by which logits are divided: with a smaller one, float32 would overflow. Sampling is as good
-as greedy at much higher temperatures already."""
+"""Minimum number by which logits are divided: with a smaller number, float32 would overflow. Even at much
+higher temperatures, sampling is practically greedy."""
 
 _NUM_CANDIDATES = 256
 """Number of most likely tokens that top-k and top-p look at first; if these are not enough, the whole
@@ -36,7 +36,7 @@ class SamplingRow(NamedTuple):
     choice: int
     """Index of the sequence within its request."""
     position: int
-    """Number of output tokens before this one."""
+    """Number of output tokens before the token to sample."""
     adjustments: LogitAdjustments | None = None
     """Logit adjustments, or None if there are none."""
 
@@ -120,9 +120,9 @@ def _scale(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow], group: 
 
 
 def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Samples a token of the whole vocabulary per row, (num_rows,): first its block, then its index there.
+    """Samples a token of the whole vocabulary per row, (num_rows,): first a block, then a token in the block.
 
-    The sums of all blocks, and a running sum in one block, are less work than one over the vocabulary.
+    The sums of all blocks, and a running sum in one block, are less work than a running sum over all tokens.
     """
     num_rows, vocab = scaled.shape
     blocks = _blocks(scaled.exp_())
@@ -138,8 +138,8 @@ def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Samples a token per row, (num_rows,), after top-k and then top-p.
 
-    Only the `_NUM_CANDIDATES` most likely tokens are looked at; the result is `UNDECIDED` for a row for which
-    they may not be enough.
+    Only the `_NUM_CANDIDATES` most likely tokens are looked at; if they may not be enough for a row, its
+    result is `UNDECIDED`.
     """
     vocab = scaled.shape[-1]
     likeliest, tokens = _largest(scaled, min(_NUM_CANDIDATES, vocab))
@@ -151,8 +151,8 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         mass = torch.where(top_k < vocab, mass, _mass(scaled.exp_()))
     kept = _keep(weights, mass, rows)
     num_kept = kept.ne(0).sum(dim=-1, keepdim=True)
-    # A token that is not a candidate may be as likely as the last candidate, and comes before it if its id is
-    # lower. So a row is undecided if the last kept token is only as likely as the last candidate.
+    # Outside the candidates there may be a token as likely as the last candidate; with a lower id, it ranks
+    # before that candidate. A row is therefore undecided if its last kept token ties with the last candidate.
     is_decided = likeliest.gather(-1, (num_kept - 1).clamp(min=0)) > likeliest[:, -1:]
     if vocab > _NUM_CANDIDATES:
         is_decided &= (top_k <= _NUM_CANDIDATES) | (top_k == vocab)
@@ -161,7 +161,7 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Samples like `_draw_likely`, but sorts the whole vocabulary: slow, and no row is undecided."""
+    """Samples like `_draw_likely`, but sorts the whole vocabulary, which is slow and decides every row."""
     vocab = scaled.shape[-1]
     weights, tokens = scaled.exp_().sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=weights.device)[:, None]
@@ -171,7 +171,7 @@ def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the largest entries and their indices, (num_rows, count) each; ties are in order of index."""
+    """Returns the largest entries and their indices, (num_rows, count) each; equal entries by index."""
     values, indices = scaled.topk(count, dim=-1)
     indices, order = indices.sort(dim=-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
@@ -188,13 +188,13 @@ def _blocks(weights: Tensor) -> Tensor:
 
 def _mass(weights: Tensor) -> Tensor:
     """Returns the sum of each row, (num_rows, 1)."""
-    # If rows were not summed by blocks, a row's sum, and so its token, would depend on the number of rows:
-    # torch sums a long row in another order if it is the only one.
+    # Rows are summed by blocks: torch sums a long row in another order if it is the only row, and then a
+    # row's sum, and with it the sampled token, would depend on the number of rows.
     return _blocks(weights).sum(dim=-1).sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def _keep(weights: Tensor, mass: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Sets the descending weights to 0 after the first ones that sum up to `top_p` of the mass."""
+    """Keeps the first of the descending weights that sum up to `top_p` of the mass; sets the others to 0."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     top_p = cumulative.new_tensor([row.params.top_p for row in rows])[:, None]
     beyond = cumulative - weights >= top_p * mass

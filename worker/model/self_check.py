@@ -1,4 +1,4 @@
-"""Checks at load that a model gives the same logits in batches over the paged cache as for single sequences.
+"""Checks at load that a model's logits in batches over the paged cache equal those for single sequences.
 
 The check replaces a list of supported model families. Some models never call the attention function, some
 keep state outside of the KV cache, and some derive parameters from all tokens of a batch. Such a model gives
@@ -25,9 +25,9 @@ TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, to
 """Maximum error of a row of logits, as a share of the row's spread; wrong rows have an error of about 1."""
 MAX_NUM_NOISY_ROWS = 2
 """Number of rows that may exceed the tolerance in half precision, where rounding alone makes one row in a
-hundred exceed it: in such rows, the logits of SmolLM2-135M in bfloat16 and float32 differ as much in
-transformers itself. A fault in one kind of step makes at least three of the ten rows wrong, because later
-steps read the cache that the step wrote."""
+hundred exceed it: in such rows of SmolLM2-135M, transformers' own bfloat16 logits differ from its float32
+logits just as much. A fault in one kind of step makes at least three of the ten rows wrong, because later
+steps read the cache that the faulty step wrote."""
 
 LENGTHS = (17, 7, 12)
 """Number of tokens of each of the three check sequences."""
@@ -55,13 +55,13 @@ class LinearCalls:
     see_sampled: dict[str, bool] = field(default_factory=dict)
     """True if each call of the Linear had one row per sampled token; by the Linear's name."""
     neighbours: set[tuple[str, str]] | None = None
-    """Pairs of Linears that were called back to back on the same input tensor in every step so far, and so
-    may be fused; None before the first step."""
+    """Pairs of Linears that were called back to back on the same input tensor in every step so far. Such
+    Linears may be fused. None before the first step."""
 
     def fusable_linears(self, model: nn.Module) -> list[FusedLinears]:
         """Groups the Linears that can be computed as one matmul.
 
-        Left out are Linears whose input rows are neither all tokens of a step nor all sampled tokens.
+        A Linear is left out if its input rows are neither all tokens of a step nor all sampled tokens.
         """
         modules = linears(model)
         tokens = {name: module for name, module in modules.items() if self.see_tokens.get(name)}
@@ -92,7 +92,7 @@ def _are_alike(one: nn.Linear, other: nn.Linear) -> bool:
 
 
 class SelfCheck:
-    """Three short sequences, and the logits that the unchanged model computes for each of them alone."""
+    """Three short sequences, and the logits that the unchanged model computes for each sequence alone."""
 
     def __init__(self, model: Any, state: AttentionState, block_size: int, name: str) -> None:
         """Computes the logits of the unchanged model. `state.kv_cache` needs `num_blocks_needed` blocks.
@@ -177,7 +177,7 @@ def _sequences(block_size: int) -> list[Sequence]:
 def _schedule(
     sequences: list[Sequence], ids: list[list[int]], counts: tuple[int, ...]
 ) -> list[ScheduledSequence]:
-    """Returns a batch in which each sequence ends with its scheduled tokens, so that it has logits."""
+    """Returns a batch in which each sequence ends with its scheduled tokens and therefore gets logits."""
     batch = []
     for seq, sequence_ids, count in zip(sequences, ids, counts, strict=True):
         if count:

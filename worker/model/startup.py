@@ -55,7 +55,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
 def load_with_kernels(
     folder: Path, settings: WorkerSettings, device: torch.device
 ) -> tuple[Any, KernelState | None]:
-    """Loads the model, and meanwhile the C++ kernels, whose first build takes as long as the model.
+    """Loads the model and, in parallel, the C++ kernels, whose first build takes as long.
 
     The kernels are None if they can't be used.
     """
@@ -69,7 +69,7 @@ def _make_kernels(device: torch.device, compile_setting: str) -> bool:
     """Loads the kernels, unless `LORELAY_COMPILE` is off; returns False if they can't be used."""
     if compile_setting == "off":
         return False
-    with contextlib.suppress(OSError):  # without a cache folder; `make_callable` logs that
+    with contextlib.suppress(OSError):  # there is no cache folder; `make_callable` logs this error
         build_cache.drop_truncated(build_cache.cache_folder())
     return native.make_callable(device)
 

@@ -54,8 +54,7 @@ class Tokenizer:
         """
 
         if DEVELOPER not in str(self._backend.chat_template):
-            # If the role `developer`, the newer name of `system`, were passed on, most templates would refuse
-            # it.
+            # Most templates would refuse the role `developer`, which is the newer name of `system`.
             messages = [
                 message | {"role": "system"} if message.get("role") == DEVELOPER else message
                 for message in messages
@@ -99,7 +98,7 @@ class Tokenizer:
 
 
 def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:
-    """Returns the EOS ids in the model's `generation_config.json`; if that is missing, in `config.json`."""
+    """Returns the EOS ids in the model's `generation_config.json`, or in `config.json` if that is missing."""
     from transformers import GenerationConfig, PreTrainedConfig
 
     try:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 SCRATCH_PREFIX = "compiling-"
 """Prefix of the names of a compiler's scratch folders; a killed compiler leaves them behind."""
 MAX_UNUSED_S = 30 * 24 * 3600
-"""Seconds since its last use after which a graph or a build of the kernels is removed."""
+"""Seconds without use after which a graph or a build of the kernels is removed."""
 
 
 def cache_folder() -> Path:
@@ -68,7 +68,7 @@ def drop_truncated(folder: Path) -> None:
 
 
 def _is_truncated(library: Path) -> bool:
-    """True if a 64-bit little-endian ELF file (man 5 elf) lacks its section table, which is its last part.
+    """True if a 64-bit little-endian ELF file (man 5 elf) lacks its section table, the last part of the file.
 
     After a power loss the file may have its full size but zeros where the section table should be; that
     counts as truncated, too. Files of other formats count as complete, because loading them raises an error.

@@ -1,7 +1,7 @@
 """C++ kernels for the forward pass on a CPU: Linears with their adapters, attention, compiled graphs.
 
 The kernels are built once per machine, while the model is loaded. Without a compiler, PyTorch's operators
-compute the same, but slower.
+compute the same results, but take longer.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
 _REORDERED_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
-"""Options without which the compiler would not vectorise sums. Unlike with -ffast-math, code may rely on NaN
-and infinity."""
+"""Options that let the compiler vectorise sums. Code may still rely on NaN and infinity, as it may not with
+-ffast-math."""
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", *_REORDERED_SUMS)
 
 
 def make_callable(device: torch.device, folder: Path | None = None) -> bool:
-    """Loads the kernels into this process, building them first if `folder` (default: the cache) lacks them.
+    """Loads the kernels into this process; first builds them if `folder` (default: the cache) lacks them.
 
     Returns False, and logs the reason, if the kernels can't be used.
     """
@@ -54,7 +54,7 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
 
 
 class KernelState(Protocol):
-    """Inputs of the kernels that are not arguments: weights, adapters, KV cache, attention metadata.
+    """Inputs that the kernels do not get as arguments: weights, adapters, KV cache, attention metadata.
 
     Each model has its own state. Linears are identified by their numbers in `products.FusedLinears`.
     """
@@ -74,9 +74,9 @@ class KernelState(Protocol):
         """
 
     def set_adapters(self, number: int, a: Tensor, b: Tensor, ranks: Tensor) -> None:
-        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out) with the scale in it.
+        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out), which has the scale.
 
-        The rows `ranks[s]` = (first, count) of both belong to slot s.
+        The rows `ranks[s]` = (first, count) of `a` and `b` belong to slot s.
         """
 
     def set_cache(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -94,7 +94,7 @@ class KernelState(Protocol):
         chunks: Tensor,
         chunk_tables: list[Tensor],
     ) -> None:
-        """Sets a step's attention metadata; kernels that this thread calls from now on use this state.
+        """Sets a step's attention metadata; makes the kernels that this thread calls use this `KernelState`.
 
         `cache_indices` (T,) tells where to store the keys and values of all tokens. Row `rows[n]` is a decode
         at position `positions[n]` of a sequence with block table `tables[n]`. All other rows belong to prompt
@@ -109,13 +109,13 @@ def new_state() -> KernelState:
 
 
 class CompiledGraph(Protocol):
-    """A compiled forward pass. It releases Python's global lock while it runs."""
+    """A compiled forward pass, which releases Python's global lock while it runs."""
 
     def tensor_paths(self) -> dict[str, str]:
         """Returns the tensors that the graph reads: name in the graph to path in the exported model."""
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Sets all tensors by their names in the graph, which reads them without copying them."""
+        """Sets all tensors, by their names in the graph; the graph reads them without copying them."""
 
     def run(self, token_ids: Tensor, positions: Tensor, sampled_rows: Tensor) -> Tensor:
         """Returns logits (n, vocab) for token ids (1, T), positions (1, T) and the n sampled rows (n,)."""
@@ -132,7 +132,7 @@ def load_graph(library: Path) -> CompiledGraph:
 
 
 def linear(number: int, num_outputs: int, rows: Tensor) -> Tensor:
-    """Computes W x + b, plus B (A x) of each row's adapter, for the fused Linears beginning with `number`.
+    """Computes W x + b, plus B (A x) of each row's adapter, for the fused Linears whose first is `number`.
 
     `rows` is (..., in); the output is (..., num_outputs).
     """
@@ -150,7 +150,7 @@ class AttentionOptions(NamedTuple):
     softcap: float | None
     """Bound to which scores are capped; None: not capped."""
     sinks: Tensor | None
-    """(num_heads,): an additional score per head that has no value, for the softmax; None: no sinks."""
+    """(num_heads,): a score per head that is added to the softmax without a value; None: no sinks."""
 
     @property
     def are_plain(self) -> bool:
@@ -174,7 +174,7 @@ def _build(path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as scratch:
         output = Path(scratch) / path.name
         _run_compiler("-shared", "-fPIC", *folders, str(_SOURCE), "-o", str(output), *libraries)
-        # Another worker may build the same file now; without the atomic rename, it could load half a file.
+        # Without the atomic rename, another worker that builds the same file now could load half a file.
         output.replace(path)
 
 
@@ -189,7 +189,7 @@ def _load(path: Path) -> None:
 
 
 def _are_loaded() -> bool:
-    """True if this process has loaded the kernels; loading them twice would be an error in PyTorch."""
+    """True if this process has loaded the kernels, which PyTorch refuses to load twice."""
     return hasattr(torch.ops.lorelay, "attention")
 
 

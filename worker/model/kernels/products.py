@@ -1,8 +1,8 @@
 """Makes the matmuls of a model's Linears faster by fusing Linears and by packing weights.
 
 Linears that read the same input rows are fused: they are computed as one matmul, because each call has
-overhead. On a CPU, bfloat16 weights are packed, i.e. copied into the memory layout that oneDNN reads. A
-matmul of 16 rows then takes two thirds of the time, and a matmul of a single row half of the time.
+overhead. On a CPU, bfloat16 weights are packed, i.e. copied into the memory layout that oneDNN reads. With
+packed weights, a matmul of 16 rows takes two thirds of the time, a matmul of a single row half of the time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ class FusedLinears(msgspec.Struct, frozen=True):
     """Linears that read the same input and are computed as one matmul; may be a single Linear."""
 
     first_number: int
-    """Number of the first Linear; the others have the next numbers. Kernels and graphs use these numbers."""
+    """Number of the first Linear; the other Linears have the next numbers. Kernels and graphs use numbers."""
     names: list[str]
     """Names of the Linears in the model."""
     sees_sampled_rows: bool
@@ -67,9 +67,9 @@ def pack(weight: Tensor) -> Tensor:
 def fuse(linears: Sequence[nn.Linear], fused: FusedLinears, kernels: KernelState | None = None) -> bool:
     """Fuses `linears` (the layers listed in `fused`) into a single matmul. Returns True if they are packed.
 
-    Either all of them have a bias or none has one. With `kernels`, the C++ kernel computes the matmul. Packed
-    Linears lose their plain `weight`, to save memory. Heads keep their weight: if an adapter that targets the
-    head brings a copy of its weight, the copy is compared with it.
+    Either all Linears have a bias or none has one. With `kernels`, the C++ kernel computes the matmul. Packed
+    Linears lose their plain `weight`, to save memory. A head keeps its `weight`: an adapter that targets the
+    head may bring a copy of this weight, and the copy is compared with it.
     """
     is_packed = can_pack(linears[0])
     weight, bias = _join([linear.weight for linear in linears]), None
@@ -90,13 +90,13 @@ def fuse(linears: Sequence[nn.Linear], fused: FusedLinears, kernels: KernelState
 
 
 def call_kernel(linears: Sequence[nn.Linear], fused: FusedLinears) -> None:
-    """Makes `linears` call the C++ kernel, which must have got their weights by `set_linears`."""
+    """Makes `linears` call the C++ kernel; `set_linears` must have given their weights to the kernel."""
     num_outputs = sum(linear.out_features for linear in linears)
     _share(linears, partial(native.linear, fused.first_number, num_outputs))
 
 
 def _join(parameters: Sequence[Tensor]) -> Tensor:
-    """Concatenates parameters in one tensor, of which each parameter becomes a view, to save memory."""
+    """Concatenates parameters in one tensor; to save memory, each parameter becomes a view of this tensor."""
     if len(parameters) == 1:
         return parameters[0].detach()
     joined = torch.cat([parameter.detach() for parameter in parameters])

@@ -5,21 +5,22 @@ import shutil
 from collections.abc import MutableMapping
 
 COMPILER = "g++"
-"""The kernels' compiler. If its OpenMP weren't PyTorch's, the threads of both would compete for cores."""
+"""The kernels' compiler. It has PyTorch's OpenMP; the threads of another one would compete for the cores."""
 
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _SPIN_COUNT = 1000
 """Number of spin iterations, some microseconds in all; a compiled step's threads rarely wait longer."""
 _EAGER_SPIN_COUNT = 6000
-"""Number of spin iterations of an eager step, which runs Python between its operations. If threads slept
-there, it would take a fifth longer, because they would be woken for each operation."""
+"""Number of spin iterations of an eager step, which runs Python between its operations. If the threads slept
+meanwhile, the step would take a fifth longer, because they would have to be woken for each operation."""
 
 
 def sleep_while_waiting(*, is_eager: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
     """Makes waiting threads sleep after a short spin, unless the operator's environment says otherwise.
 
-    Call it before torch is loaded. By default, threads spin for long: if another process takes a core, then
-    in each operation all threads spin until the one on that core has run, and a step takes ten times as long.
+    Call it before torch is loaded. By default, threads spin for long. If another process takes a core, all
+    threads then spin, in each operation, until the thread on that core has run: a step takes ten times as
+    long.
     """
     if not any(choice in environ for choice in _CHOICES):
         environ["OMP_WAIT_POLICY"] = "passive"
