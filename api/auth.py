@@ -10,20 +10,20 @@ from shared.errors import InvalidApiKey
 
 
 class ApiKeyCheck:
-    """FastAPI dependency of the `/v1` routes: requires one of `keys` as a bearer token, if there are keys."""
+    """FastAPI dependency of the `/v1` routes: if `keys` are set, requires one of them as a bearer token."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = tuple(key.encode() for key in keys)
 
     def client_of(self, request: Request) -> str:
-        """Returns the SHA-256 of a checked request's API key as the client's id; "" if no key is required."""
+        """Returns the client's id: the SHA-256 of a checked request's API key; "" if no key is required."""
         return hashlib.sha256(_bearer(request).encode()).hexdigest() if self._keys else ""
 
     async def __call__(self, request: Request) -> None:
         """Checks the API key of one request.
 
         Raises:
-            InvalidApiKey: the request has no key, or an unknown one.
+            InvalidApiKey: the request has no key, or an unknown key.
         """
         if not self._keys:
             return
@@ -34,7 +34,7 @@ class ApiKeyCheck:
 
     def _is_known(self, given: str) -> bool:
         # If the comparison ended at the first difference, its duration would tell how much of a key is right.
-        # So each key is compared in constant time, and none is skipped.
+        # Each key is therefore compared in constant time, and no key is skipped.
         candidate = given.encode("latin-1")
         return sum(hmac.compare_digest(candidate, key) for key in self._keys) > 0
 

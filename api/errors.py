@@ -1,4 +1,4 @@
-"""Turns exceptions into HTTP status, headers and OpenAI's error envelope; no other module does."""
+"""Turns exceptions into HTTP status, headers and OpenAI's error envelope; no other module does this."""
 
 import logging
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Mapped(NamedTuple):
     type: str
     retry_after_s: int | None = None
     permanent: bool = False
-    """True if a retry would fail as well; a header then tells the official clients not to retry."""
+    """True if a retry would fail as well: then a header tells the official clients not to retry."""
     headers: Mapping[str, str] = {}
 
 
@@ -77,7 +77,7 @@ class ErrorEnvelope(msgspec.Struct, frozen=True):
 
 
 def mapped(error: LorelayError) -> Mapped:
-    """Returns the entry of `MAPPING` for an exception's class or, if it has none, its nearest base class."""
+    """Returns the entry of `MAPPING` for an exception's class, or else for its nearest base class."""
     return next(MAPPING[cls] for cls in type(error).__mro__ if cls in MAPPING)
 
 
@@ -127,7 +127,7 @@ async def _handle_http(request: Request, exc: Exception) -> Response:
 
 
 async def _handle_parameter(request: Request, exc: Exception) -> Response:
-    """Answers a request with an invalid URL parameter; FastAPI checks those."""
+    """Answers a request in which FastAPI found an invalid URL parameter."""
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
     name = str(first["loc"][-1])

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExchangeLog:
-    """Collects the outcome and the times of one request, and logs them once, at its end."""
+    """Collects the outcome and the times of one HTTP exchange, and logs them once, at its end."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request

@@ -53,9 +53,9 @@ class GenerationCall:
 class GenerationResponse(Response):
     """Enqueues a request and answers with its events, as a stream or as one body.
 
-    An error that occurs before anything was sent is raised, and the exception handlers turn it into an HTTP
-    status; a later one is sent as the stream's last event. If the response ends before its request does, the
-    request is aborted, unless it is detached.
+    An error that occurs before the first byte was sent is raised, and the exception handlers turn it into an
+    HTTP status; a later error is sent as the stream's last event. If the response ends before the request has
+    ended, the request is aborted, unless it is detached.
     """
 
     def __init__(self, relay: Relay, settings: ApiSettings, call: GenerationCall) -> None:
@@ -76,7 +76,7 @@ class GenerationResponse(Response):
             except ClientGone:
                 self._log.note_failure("client_gone", 200 if self._is_started else CLIENT_CLOSED_REQUEST)
             except asyncio.CancelledError:
-                # uvicorn cancels this task after --timeout-graceful-shutdown, and does not wait for it.
+                # uvicorn cancels this task after --timeout-graceful-shutdown, without waiting for its end.
                 await self._end_with(ServerDraining(), send)
             except LorelayError as error:
                 await self._end_with(error, send)
@@ -114,10 +114,10 @@ class GenerationResponse(Response):
                 self._relay.abort_soon(self._call.request.request_id)
 
     async def _forward(self, source: EventSource, send: Send) -> None:
-        """Sends the events, as the writer renders them, up to the last one.
+        """Sends the events, as the writer renders them, up to the last event.
 
         Raises:
-            LorelayError: an event reports an error; all events before it were sent.
+            LorelayError: an event reports an error; all earlier events were sent.
         """
         loop, is_stream = asyncio.get_running_loop(), self._writer.is_stream
         silence_s = self._settings.first_event_wait_s if is_stream else math.inf
@@ -149,7 +149,7 @@ class GenerationResponse(Response):
             await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
 
     async def _start(self, send: Send, num_bytes: int | None) -> None:
-        """Sends the response headers: of a stream if `num_bytes` is None, else of a body of that size."""
+        """Sends the response headers: of a stream if `num_bytes` is None, else of a body of `num_bytes`."""
         headers = [(b"x-request-id", self._call.request.request_id.encode())]
         if num_bytes is None:
             headers += [
@@ -163,7 +163,7 @@ class GenerationResponse(Response):
         self._is_started = True
 
     async def _end_with(self, error: LorelayError, send: Send) -> None:
-        """Reports an error to the client: as HTTP status if nothing was sent yet, else as the last event."""
+        """Reports an error to the client: as HTTP status before the first byte, later as the last event."""
         if not self._is_started:
             self._log.note_failure(error.code, mapped(error).status)
             raise error

@@ -43,7 +43,7 @@ class Status(msgspec.Struct, frozen=True):
 
 
 def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
-    """Builds all routes; those under `/v1` require an API key if the settings name any."""
+    """Builds all routes; the routes under `/v1` require an API key if the settings name keys."""
     router = APIRouter()
     keys = ApiKeyCheck(settings.api_keys)
     keyed = APIRouter(dependencies=[Depends(keys)])

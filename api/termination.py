@@ -12,7 +12,7 @@ from types import FrameType
 def at_termination(callback: Callable[[], None]) -> Iterator[None]:
     """Schedules `callback` in the running event loop at SIGTERM or SIGINT, then calls the previous handler.
 
-    It does nothing outside the main thread, or for a signal that has no handler; uvicorn sets one for both.
+    Does nothing outside the main thread, or for a signal without a handler; uvicorn handles both signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

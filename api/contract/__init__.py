@@ -1,1 +1,1 @@
-"""OpenAI's formats: the fields of requests and the JSON of answers. Nothing here knows about queues."""
+"""OpenAI's formats: the fields of requests and the JSON of answers. No module here knows about queues."""

@@ -31,7 +31,7 @@ class UsageBody(msgspec.Struct, frozen=True):
 
 
 class Heading(msgspec.Struct, frozen=True):
-    """The fields that are the same in all chunks of an answer."""
+    """The fields that have the same values in all chunks of an answer."""
 
     id: str
     created: int

@@ -68,7 +68,7 @@ class ChatCompletion(msgspec.Struct, frozen=True):
 
 _encode = msgspec.json.encode
 _MARK = "text"
-"""Placeholder for the text of a chunk; the encoded chunk is split there."""
+"""Placeholder for the text of a chunk; the encoded chunk is split at the placeholder."""
 
 
 class ChunkWriter:
@@ -101,7 +101,7 @@ class ChunkWriter:
                 parts.append(self._render([], to_usage_body(event.usage)))
             parts.append(DONE)
         if parts and self._with_ids:
-            # The id goes with the last part, so a client that saw the id has seen the whole event.
+            # The id goes with the last part: a client that saw the id has seen the whole event.
             parts[-1] = render_id(self._heading.id, event.event_no) + parts[-1]
         return b"".join(parts)
 
@@ -136,7 +136,7 @@ class BodyWriter:
         self._finish_reasons: list[PublicFinishReason] = ["stop"] * num_choices
 
     def render(self, event: StreamEvent) -> bytes:
-        """Returns nothing until the last event, which is the one with `usage`; then the whole body."""
+        """Returns no bytes until the last event, the one with `usage`; then the whole body."""
         self._texts[event.index].append(event.text)
         if event.finish_reason is not None:
             self._finish_reasons[event.index] = FINISH_REASONS[event.finish_reason]

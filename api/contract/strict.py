@@ -31,7 +31,7 @@ def _check_length(value: Any) -> Any:
 
 
 BOUNDED = BeforeValidator(_check_length)
-"""Limits the length of a list; otherwise pydantic would build an error for each of a million wrong items."""
+"""Limits the length of a list: pydantic would build an error for each of a million wrong items."""
 
 Model = TypeVar("Model", bound=StrictModel)
 

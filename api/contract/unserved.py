@@ -1,7 +1,7 @@
 """Fields of a chat completion that OpenAI, lmdeploy or vLLM have and that Lorelay refuses or ignores.
 
-A refused field is accepted with its neutral value, which means the same as leaving it out. Labels, which have
-no effect here, may have any valid value.
+A refused field is accepted with its neutral value, which has the same effect as leaving the field out.
+Labels, which have no effect here, may have any valid value.
 """
 
 from typing import Annotated, Any, Literal

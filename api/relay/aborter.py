@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class Aborter:
-    """Retries each abort until Redis answers, or until its deadline, when its request has ended anyway."""
+    """Retries each abort until Redis answers, or until a deadline by which the request has ended anyway."""
 
     def __init__(self, queue: QueueClient) -> None:
         self._queue = queue

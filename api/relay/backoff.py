@@ -7,7 +7,7 @@ MAX_PAUSE_S = 1.0
 
 
 def backoff() -> Iterator[float]:
-    """Yields pauses (s) without end, each twice as long as the one before, up to `MAX_PAUSE_S`."""
+    """Yields pauses (s) without end, each twice as long as the previous pause, up to `MAX_PAUSE_S`."""
     pause_s = FIRST_PAUSE_S
     while True:
         yield pause_s

@@ -18,9 +18,9 @@ from shared.errors import (
 from shared.messages import FinishReason, GenerationRequest, StreamEvent
 
 RETRY_S = 1.0
-"""Pause before the next check of the queue, if Redis did not answer the previous one."""
+"""Pause before the next check of the queue, if Redis did not answer the previous check."""
 GONE_WAIT_S = 5.0
-"""Time for a request's last events to arrive after Redis reported that it neither waits nor runs."""
+"""Time for a request's last events to arrive, after Redis reported that the request has ended."""
 
 
 class EventSource:
@@ -63,8 +63,8 @@ class EventSource:
         """Returns the next events, at least one; none if `until` (event loop's time) passes first.
 
         Raises:
-            QueueTimeout: no worker claimed the request in time; it will never run.
-            GenerationFailed: somebody else removed the request.
+            QueueTimeout: no worker claimed the request in time; the request will never run.
+            GenerationFailed: the request was removed by somebody else.
         """
         while True:
             events = await self._inbox.get(min(until, self._check_at))
@@ -78,7 +78,7 @@ class EventSource:
                 return []
 
     async def _check_queue(self) -> None:
-        """Removes the request, whose queue time limit is over, from its queue, unless a worker claimed it."""
+        """Removes the request from its queue after its queue time limit, unless a worker has claimed it."""
         try:
             state = await self._queue.abort_queued(self._request.request_id)
         except QueueUnavailable:

@@ -14,7 +14,7 @@ class Inbox:
 
     `put` accepts events as pub/sub delivers them: late, twice, or with some missing. If an event is missing,
     or if `max_num_events` wait for a slow consumer, the inbox is behind: `wants_log` is then true, and the
-    owner of the inbox reads the request's log from `next_event_no` on and passes it to `put_log`.
+    owner of the inbox reads the request's log from `next_event_no` on and passes the events to `put_log`.
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class Inbox:
     ) -> None:
         self.request_id = request_id
         self.next_event_no = 0
-        """Number of the next event to accept; all events before it were accepted."""
+        """Number of the next event to accept; all earlier events were accepted."""
         self._max_num_events = max_num_events
         self._max_silence_s = self._silence_s = max_silence_s
         self._call_for_log = call_for_log
@@ -40,7 +40,7 @@ class Inbox:
         return len(self._events)
 
     def start_at(self, event_no: int) -> None:
-        """Makes `event_no` the first event to deliver; it is read from the log."""
+        """Makes `event_no` the first event to deliver, and asks for a read of the log."""
         self.next_event_no = event_no
         self.fall_behind()
 
@@ -68,17 +68,17 @@ class Inbox:
             self.fall_behind()
 
     def fall_behind(self) -> None:
-        """Notes that the log may contain events that did not arrive here, and asks the owner to read it."""
+        """Notes that the log may have events that did not arrive here; `wants_log` then asks for a read."""
         self._behind = True
         self._call_for_log()
 
     def fail(self, error: Exception) -> None:
-        """Ends the delivery: `get` raises `error`, or that of an earlier call of `fail`."""
+        """Ends the delivery: `get` raises `error`, or the error of an earlier call of `fail`."""
         self._error = self._error or error
         self._wake()
 
     def wants_log(self, now: float) -> bool:
-        """True if the log is due: all events are taken, and one is missing or none arrived for a while."""
+        """True if the log must be read: all events are taken, and one is missing or none came for a while."""
         if self._events or self._error is not None:
             return False
         return self._behind or now - self._last_heard >= self._silence_s
@@ -86,7 +86,7 @@ class Inbox:
     def begin_log_read(self) -> None:
         """Notes that a read of the log begins; if an event is found missing later, the log is read again."""
         self._behind = False
-        # Each read that finds no new events doubles the pause before the next one, up to the maximum.
+        # Each read that finds no new events doubles the pause before the next read, up to the maximum.
         self._last_heard = self._loop.time()
         self._silence_s = min(self._silence_s * 2, self._max_silence_s * MAX_SILENCE_FACTOR)
 
@@ -94,7 +94,7 @@ class Inbox:
         """Returns the next events, at least one; none if `until` (event loop's time) passes first.
 
         Raises:
-            Exception: the one passed to `fail`.
+            Exception: the error that was passed to `fail`.
         """
         while True:
             if self._error is not None:
@@ -118,7 +118,7 @@ class Inbox:
         return events
 
     async def _wait(self, until: float) -> None:
-        # A timer that rings at `until` or earlier is kept: setting one for each token would cost CPU time.
+        # A timer that rings at `until` or earlier is kept: a new timer for each token would cost CPU time.
         if self._alarm is None or self._alarm.when() > until:
             self.close()
             self._alarm = self._loop.call_at(until, self._ring)

@@ -22,7 +22,7 @@ LOG_MARGIN_S = 60
 
 @asynccontextmanager
 async def queue_errors(until: float) -> AsyncIterator[None]:
-    """Turns Redis errors in the context, and a timeout at `until` (event loop's time), into `LorelayError`s.
+    """Turns Redis errors of the context, and a timeout at `until` (event loop's time), into `LorelayError`s.
 
     Raises:
         QueueOutOfMemory: Redis refused a write because it is out of memory.
@@ -46,9 +46,9 @@ class QueueClient:
 
     def __init__(self, redis_settings: RedisSettings, settings: ApiSettings) -> None:
         self.channel = keys.events_channel(uuid.uuid4().hex)
-        """The pub/sub channel of this process's events; a Redis key of the same name is its lease."""
+        """The pub/sub channel of this process's events; the Redis key with this name is its lease."""
         self.missing_permissions: str | None = None
-        """Message that names the permissions which the Redis user lacks; None if it has all."""
+        """Message that names the permissions that the Redis user lacks; None if the user has all of them."""
         self._settings = settings
         self._connection = connect_async(
             redis_settings, socket_timeout_s=settings.redis_timeout_s, max_num_connections=NUM_CONNECTIONS
@@ -78,13 +78,13 @@ class QueueClient:
 
         Raises:
             ServerDraining: this process is shutting down.
-            QueueUnavailable: Redis can't be reached or refuses writes now, or its user lacks a permission.
+            QueueUnavailable: Redis can't be reached or refuses writes, or the Redis user lacks a permission.
         """
         if self._is_draining:
             raise ServerDraining
         if self.missing_permissions is not None:
             raise QueueUnavailable(self.missing_permissions)
-        # Something is written, because a PING succeeds even on a replica or on a server without free memory.
+        # The check writes, because a PING succeeds even on a replica or on a server without free memory.
         await self.renew_lease()
 
     async def renew_lease(self) -> None:
@@ -147,7 +147,7 @@ class QueueClient:
             await self._streams.attach(request_id, self.exchange_limit_s)
 
     async def abort(self, request_id: str) -> str:
-        """Aborts a request; returns what it was: `queued` (never runs), `running` (ends soon) or `gone`."""
+        """Aborts a request; returns its old state: `queued` (never runs), `running` (ends soon) or `gone`."""
         async with queue_errors(self.deadline()):
             return await self._streams.abort(request_id)
 
@@ -157,7 +157,7 @@ class QueueClient:
             return await self._streams.abort(request_id, only_queued=True)
 
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
-        """Returns the requests that no longer exist although their logs have no last event, with reasons."""
+        """Returns the requests that are gone although their logs have no last event, each with the reason."""
         async with queue_errors(self.deadline()):
             return await self._streams.find_vanished(request_ids)
 

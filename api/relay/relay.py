@@ -30,8 +30,8 @@ UNREADABLE = "The answer can't be read: its log is damaged, or its worker runs a
 class Relay:
     """Delivers events to the inboxes of open HTTP exchanges.
 
-    Events arrive over pub/sub, on one channel and one connection per process. Pub/sub may lose events, so one
-    periodic task reads the logs of all requests whose inboxes missed an event or got none for a while.
+    Events arrive over pub/sub, on one channel and one connection per process. Pub/sub may lose events, so a
+    periodic task reads the logs of all requests whose inboxes missed an event or got no event for a while.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Relay:
                 inbox.fall_behind()
 
     def _on_subscribed(self) -> None:
-        """Makes all inboxes read their logs: events published before the subscription are only there."""
+        """Makes all inboxes read their logs: only the logs have events published before the subscription."""
         for inbox in self._inboxes.values():
             inbox.fall_behind()
 
@@ -186,7 +186,7 @@ class Relay:
 async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
     """Cancels tasks, repeatedly if need be, until all have ended.
 
-    One cancellation is not enough: redis-py sends under `asyncio.wait_for`, which can swallow it.
+    One cancellation is not enough: redis-py sends under `asyncio.wait_for`, which can swallow a cancellation.
     """
     pending = set(tasks)
     while pending:

@@ -33,13 +33,13 @@ MIN_QUIET_S = 3.0
 
 
 async def renew_lease_loop(queue: QueueClient, lease_s: float) -> None:
-    """Renews this API process's lease; without one, workers abort the requests of the process's clients."""
+    """Renews this API process's lease; if it expired, workers would abort the requests of its clients."""
     while True:
         try:
             await queue.renew_lease()
             await asyncio.sleep(lease_s / 3)
         except Exception as error:
-            # If an unforeseen exception ended this task, the lease would expire and all requests be aborted.
+            # If an unforeseen exception ended this task, the lease would expire, and all requests be aborted.
             if not isinstance(error, QueueUnavailable):
                 log_unexpected(logger, error)
             await asyncio.sleep(min(0.5, lease_s / 6))
@@ -73,7 +73,7 @@ async def watch_permissions(pool: redis.ConnectionPool, on_change: Callable[[str
 async def fail_vanished_loop(
     queue: QueueClient, settings: ApiSettings, inboxes: Callable[[], Iterable[Inbox]]
 ) -> None:
-    """Fails inboxes whose requests no longer exist: Redis lost its data, or an operator removed them."""
+    """Fails inboxes whose requests are gone, because Redis lost its data or an operator removed them."""
     loop = asyncio.get_running_loop()
     min_quiet_s = max(MIN_QUIET_S, settings.redis_timeout_s + 1)
     ended: set[str] = set()
