@@ -24,8 +24,8 @@ def run(redis_url: str, host: str, port: int) -> None:
         )
     import rq.serializers
 
-    # Some pages of rq-dashboard read jobs with RQ's default serializer, pickle. It can't read Lorelay's jobs,
-    # which are JSON, and unpickling would run any code that somebody has put into Redis.
+    # Some pages of rq-dashboard read jobs with RQ's default serializer, pickle. Pickle can't read Lorelay's
+    # jobs, which are JSON, and unpickling would run any code that somebody has put into Redis.
     rq.serializers.PickleSerializer = rq.serializers.JSONSerializer  # type: ignore[assignment]
     dashboard = importlib.import_module("rq_dashboard.cli").run
     pages = importlib.import_module("rq_dashboard.web").blueprint

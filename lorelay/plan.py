@@ -53,7 +53,7 @@ class ServePlan:
 def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ssl: bool) -> ServePlan:
     """Checks flags and environment.
 
-    `values` has the given flags by the name of their setting, `variables` the same flags as `LORELAY_*`.
+    `values` has the given flags by the name of the setting, `variables` the same flags by `LORELAY_*` name.
 
     Raises:
         ConfigurationError: a value is missing or malformed, a path is no folder, the port is in use,
@@ -84,7 +84,7 @@ def check_port_free(host: str, port: int, setting: str = "LORELAY_SERVER_PORT (-
     """Checks that a server can listen on this address.
 
     Raises:
-        ConfigurationError: it can't; the message names the setting and the reason.
+        ConfigurationError: the address can't be used; the message names the setting and the reason.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(

@@ -6,7 +6,7 @@ import ssl
 
 
 def is_http_ready(url: str) -> bool:
-    """Returns True if `/ready` of the API at `url` answers 200; does not verify its TLS certificate."""
+    """Returns True if `/ready` of the API at `url` answers 200; does not verify the API's TLS certificate."""
     scheme, _, address = url.partition("://")
     if scheme == "https":
         connection: http.client.HTTPConnection = http.client.HTTPSConnection(

@@ -1,7 +1,8 @@
 """Starts child processes and receives signals, for `lorelay serve`.
 
-Every child leads a process group of its own, so a Ctrl-C in the terminal reaches only its parent. On Linux, a
-child gets SIGTERM when its parent dies. `Signals.wait` returns the received signals; handlers do nothing.
+Every child leads a separate process group, so that a Ctrl-C in the terminal reaches only `lorelay serve`. On
+Linux, a child gets SIGTERM when its parent dies. `Signals.wait` returns the received signals; the signal
+handlers do nothing.
 """
 
 import contextlib
@@ -27,20 +28,20 @@ class ChildSpec:
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of the child, in addition to its parent's."""
+    """Environment variables of the child, in addition to the variables of its parent."""
     cwd: Path | None = None
     pass_fds: tuple[int, ...] = ()
     stop_limit_s: float = 10.0
-    """Maximum time from SIGTERM to the end of the child; then it is killed."""
+    """Maximum time from SIGTERM to the end of the child; after this time, the child is killed."""
     hurry_signal: int = signal.SIGTERM
     """Signal that makes the child end sooner, sent after a SIGTERM."""
 
 
 def start_process(spec: ChildSpec, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Starts a process in a group of its own; it ends when this process does.
+    """Starts a process in a separate group; the process ends when this process ends.
 
     The caller must have only one thread, because Python code runs between fork and exec. `output` receives
-    stdout and stderr; if it is None, they go to those of this process.
+    stdout and stderr; if it is None, the new process shares stdout and stderr with this one.
     """
     parent_pid, libc = os.getpid(), _libc()
     return subprocess.Popen(

@@ -70,9 +70,9 @@ def _run(plan: ServePlan, folder: embedded.StateFolder | None, supervisor: Super
 
 
 def drop_earlier_cards(connection: redis.Redis) -> None:
-    """Removes the model cards that an earlier `lorelay serve` left; the new workers register theirs.
+    """Removes the model cards that an earlier `lorelay serve` left; the new workers register new cards.
 
-    Today every card comes from a command line. If adapters could be added at run time, this would lose them.
+    Today every card comes from a command line. Cards of adapters added at run time would be lost here.
     """
     registry.drop(connection, [card.name for card in registry.list_cards(connection)])
 

@@ -28,7 +28,7 @@ def server_spec(folder: embedded.StateFolder) -> ChildSpec:
 
 def worker_specs(plan: ServePlan, redis_url: str) -> list[ChildSpec]:
     """Describes one `rq worker` process for each entry of `plan.worker_variables`."""
-    # If the URL were passed with -u, its password would show in the list of processes.
+    # If the URL were passed with -u, the list of processes would show its password.
     common = {**plan.variables, "LORELAY_REDIS_URL": redis_url, "RQ_REDIS_URL": redis_url}
     words = "worker -w worker.LoraWorker --connection-class worker.serving.patience.PatientRedis"
     command = (sys.executable, "-m", "rq.cli", *words.split())

@@ -21,7 +21,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
 
     name: str
     base: str | None
-    """Name of the base model; None if the worker does not serve yet, or its base is not registered."""
+    """Name of the base model; None if the worker does not serve yet, or if its base is not registered."""
     host: str
     pid: int | None
     state: str
@@ -183,7 +183,7 @@ def _members(connection: redis.Redis, kind: str) -> set[str]:
 
 
 def _readable(read: Callable[[], Any], default: Any) -> Any:
-    """Calls `read`; returns the default if the key has a wrong type, so that only its table is affected."""
+    """Calls `read`; returns the default if the key has a wrong type, so that other data is still shown."""
     try:
         return read()
     except redis.ResponseError as error:

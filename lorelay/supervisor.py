@@ -1,6 +1,6 @@
 """Starts processes, restarts those that die, and stops them in order.
 
-All of it runs in one thread. `Supervisor.turn` is one round of the loop: it waits for a signal or a restart.
+The module uses one thread. `Supervisor.turn` is one round of its loop, which waits for a signal or a restart.
 """
 
 import contextlib
@@ -132,13 +132,13 @@ class Supervisor:
             group.append(child)
 
     def settle(self) -> None:
-        """Declares the start successful: from now on a child that ends is restarted."""
+        """Declares the start successful: each child that ends later is restarted."""
         self._is_settled = True
 
     def run_until(self, condition: Callable[[], bool], limit_s: float = float("inf")) -> bool:
         """Keeps the processes running until the condition holds.
 
-        Returns False if a signal asks to stop before, or `limit_s` passes.
+        Returns False if a signal asks to stop, or `limit_s` passes, before the condition holds.
 
         Raises:
             ChildFailed: a child ended before everything was ready.
@@ -167,7 +167,7 @@ class Supervisor:
     def stop(self) -> bool:
         """Ends all groups with SIGTERM, the latest first; returns False if a child had to be killed.
 
-        A second SIGTERM or Ctrl-C shortens the time that children get, a third one kills them.
+        A second SIGTERM or Ctrl-C shortens the time that children get, a third kills the children.
         """
         self._is_stopping = True
         stop = _Stop(self._signals, self._clock, self._say)
@@ -197,16 +197,16 @@ class Supervisor:
 
 
 class _Stop:
-    """Ends groups of children one after another; each further request to stop shortens the time they get."""
+    """Ends groups of children one after another; each further request to stop shortens their time."""
 
     def __init__(self, signals: SignalSource, clock: Callable[[], float], say: Callable[[str], None]) -> None:
         self._signals = signals
         self._clock = clock
         self._say = say
         self._num_hurries = 0
-        """Number of requests to stop after the first one."""
+        """Number of requests to stop after the first request."""
         self._hurried_at: float | None = None
-        """Time at which the current group was told to hurry; None if it was not."""
+        """Time at which the current group was told to hurry; None if it was not told so."""
 
     def end(self, group: list[_Child]) -> bool:
         """Ends a group with SIGTERM; returns False if a child had to be killed."""
