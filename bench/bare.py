@@ -1,4 +1,4 @@
-"""A Starlette app that only streams chunks; the API's CPU time per token is compared with it.
+"""A Starlette app that only streams chunks, for comparison with the API's CPU time per token.
 
 `uvicorn --factory bench.bare:create_app`
 """

@@ -1,8 +1,8 @@
 """Measures the CPU time of a worker's claims, in Redis and in the worker, by the number of waiting queues.
 
-`python -m bench.claims` starts a Redis server of its own and prints a table. As under load, the worker has
-capacity for one more sequence, requests wait for its 32 resident adapters and for others, and 31 of the
-resident adapters run. CPU time is measured because wall time depends on what else runs on the machine.
+`python -m bench.claims` starts its own Redis server and prints a table. As under load, the worker has
+capacity for one more sequence, requests wait for its 32 resident adapters and for other adapters, and 31 of
+the resident adapters run. CPU time is measured because wall time depends on the machine's other programs.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Compares the speed of two checkouts, which run the same benchmark loads in turn.
 
 `python -m bench.compare --before FOLDER --model MODEL --adapters "a=PATH b=PATH"` compares the checkout in
-FOLDER with this one. Both deployments stay up; a round measures one and then the other, the next round in
-the opposite order. The command prints a JSON line per load: medians, and ratios with 90 % intervals.
+FOLDER with this checkout. Both deployments stay up; each round measures both, in the opposite order of the
+round before. The command prints a JSON line per load: medians, and ratios with 90 % intervals.
 """
 
 import argparse
@@ -108,13 +108,13 @@ def measure(deployment: Deployment, load: Load) -> Sample:
 
 
 def cpu_seconds(deployment: Deployment) -> dict[str, float]:
-    """Returns the CPU time (s) of each part so far, including its child processes that have ended."""
+    """Returns the CPU time (s) of each part so far, including the part's child processes that have ended."""
     pids = {"API": [deployment.api.pid], "worker": deployment.worker_pids, "server": [deployment.server_pid]}
     return {part: sum(sum(psutil.Process(pid).cpu_times()[:4]) for pid in ids) for part, ids in pids.items()}
 
 
 def interval(ratios: Sequence[float]) -> list[float]:
-    """Returns the median and the ends of its 90 % interval, by bootstrap with a fixed seed."""
+    """Returns the median of ratios and the ends of its 90 % interval, by bootstrap with a fixed seed."""
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(NUM_RESAMPLES))
     return [

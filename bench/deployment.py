@@ -1,4 +1,4 @@
-"""A deployment to measure: embedded server, `rq worker` processes and uvicorn, as `lorelay serve` has."""
+"""A deployment to measure: embedded server, `rq worker` processes and uvicorn, as in `lorelay serve`."""
 
 import contextlib
 import os
@@ -90,7 +90,7 @@ class Deployment:
     ) -> None:
         """`settings`: names (without `LORELAY_`) and values of settings.
 
-        `tree` is the checkout whose code runs, this one or that of another release.
+        `tree` is the checkout whose code runs: this one, or a checkout of another release.
         """
         self._folder = folder
         self._settings = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
@@ -124,7 +124,7 @@ class Deployment:
         return redis.Redis.from_url(self._state.url, socket_timeout=SOCKET_TIMEOUT_S)
 
     def forward_states(self) -> set[str]:
-        """Returns the workers' forward states, as in `lorelay status`; "" for one that doesn't serve yet."""
+        """Returns the workers' forward states, as in `lorelay status`; "" for a worker that does not serve."""
         with self.connect() as connection:
             live = live_workers(connection, self.base_name)
         keys = [(socket.gethostname(), pid) for pid in self.worker_pids]
@@ -150,7 +150,7 @@ class Deployment:
     @property
     def _variables(self) -> dict[str, str]:
         """Environment variables of the API and the workers."""
-        # An inherited PYTHONPATH, which may name this checkout, would come before the working directory.
+        # An inherited PYTHONPATH may name this checkout, and would come before the working directory.
         return self._settings | ({} if self._tree == ROOT else {"PYTHONPATH": str(self._tree)})
 
     def _start_server(self) -> None:
@@ -196,7 +196,7 @@ def wait_until(
     needed: Mapping[Path, subprocess.Popen[bytes]],
     limit_s: float = START_LIMIT_S,
 ) -> None:
-    """Waits for a condition; `needed`: the processes on which it depends, by log file.
+    """Waits for a condition; `needed`: the processes on which the condition depends, by log file.
 
     Raises:
         StartFailed: one of the processes has ended, or `limit_s` is over.
@@ -211,7 +211,7 @@ def wait_until(
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process with SIGTERM, then a second one (ends a draining worker), then SIGKILL."""
+    """Ends a process with SIGTERM, then a second SIGTERM (ends a draining worker), then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return

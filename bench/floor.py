@@ -2,7 +2,7 @@
 
 F(B) is the speed of a decode step that runs only the matmuls of the model's Linears: each weight is
 multiplied once by a batch of B rows, in bfloat16. q/k/v and gate/up are fused, and weights are packed by
-oneDNN if torch has it. Attention, norms, sampling and adapters are left out, so no real step is faster.
+oneDNN if torch has it. Attention, norms, sampling and adapters are left out: no real step is faster.
 
 `python -m bench.floor --model FOLDER --batch 16` prints F(16) as one JSON line.
 """
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
-    # If idle threads spun instead of sleeping, a busy machine would run this several times more slowly.
+    # If idle threads spun instead of sleeping, F(B) would be several times lower on a busy machine.
     sleep_while_waiting(is_eager=True)
     floor = measure(args.model, args.batch, device=args.device, num_threads=args.threads)
     fields = msgspec.structs.asdict(floor) | {"tokens_per_s": floor.tokens_per_s}

@@ -1,4 +1,4 @@
-"""A benchmark load of streaming requests, the same for every OpenAI-compatible server.
+"""A benchmark load of streaming requests, which any OpenAI-compatible server can get.
 
 `python -m bench.load --base-url URL --models m1,m2 --concurrency 16` prints one JSON line.
 """
@@ -29,7 +29,7 @@ IGNORE_EOS: Mapping[str, Any] = {"ignore_eos": True}
 
 @dataclass(frozen=True)
 class Load:
-    """Requests of a benchmark run, and the number of them that run at a time."""
+    """Requests of a benchmark run, and the number of requests that run at a time."""
 
     models: Sequence[str]
     """Models of the requests, used in turn."""
@@ -45,7 +45,7 @@ class Load:
 
 @dataclass
 class Stream:
-    """A request as its client saw it; times are values of `time.perf_counter`."""
+    """A request as the client saw it; times are values of `time.perf_counter`."""
 
     model: str
     started_s: float
@@ -59,12 +59,12 @@ class Stream:
 
     @property
     def first_text_s(self) -> float:
-        """Time (s) from the request to its first text, which must have arrived."""
+        """Time (s) from the request to the first text, which must have arrived."""
         return self.text_at_s[0] - self.started_s
 
     @property
     def gaps_s(self) -> list[float]:
-        """Times (s) between each chunk with text and the next, usually the inter-token latencies."""
+        """Times (s) from each chunk with text to the next such chunk, usually the inter-token latencies."""
         return [later - earlier for earlier, later in itertools.pairwise(self.text_at_s)]
 
 
@@ -97,7 +97,7 @@ class LoadResult:
 
 
 class LoadFailed(Exception):
-    """A request of a measurement failed, so there is no result."""
+    """A request of a measurement failed; the measurement has no result."""
 
 
 class Client:
@@ -155,7 +155,7 @@ class Client:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Yields the body's lines. `aiter_lines` of httpx would take more CPU time from the server here."""
+    """Yields the body's lines; httpx's `aiter_lines` would take more CPU time from the server."""
     rest = b""
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")
@@ -176,7 +176,7 @@ def _note(stream: Stream, chunk: Mapping[str, Any]) -> None:
 
 
 def prompts(seed: int, num_words: int) -> Iterator[str]:
-    """Yields random prompts without end, the same ones for the same seed."""
+    """Yields random prompts without end; the same seed gives the same prompts."""
     rng = random.Random(seed)
     while True:
         yield " ".join(rng.choice(WORDS) for _ in range(num_words))

@@ -1,8 +1,9 @@
 """Checks that a worker's memory does not grow while a thousand adapters are loaded and evicted.
 
 `python -m bench.memory --model MODEL --minutes 10 --adapters 1000` requests all adapters in turn, so that
-each is read from disk. The command prints JSON: the worker's memory over time and at its end, and the faults
-found. Its exit code is 1 if there are faults. Linux only; the worker reads further settings from `LORELAY_*`.
+each adapter is read from disk. The command prints JSON: the worker's memory over time and at the end, and the
+faults found. The exit code is 1 if there are faults. Linux only; the worker reads further settings from
+`LORELAY_*`.
 """
 
 import argparse
@@ -70,7 +71,7 @@ class MemoryResult(msgspec.Struct, frozen=True):
     before: Holdings
     after: Holdings
     ended: str
-    """Numbers of requests and cache blocks in use when the worker ended, as its log says."""
+    """Numbers of requests and cache blocks in use when the worker ended, taken from its log."""
     faults: list[str]
 
 

@@ -56,7 +56,7 @@ class OwnSizes(Sizes):
     num_idle_requests: int = 50
     num_loads: int = 24
     num_load_prompt_words: int = 10
-    """Number of words; few, because the prefill of a long prompt would hide the time that a load adds."""
+    """Number of words; small, because the prefill of a long prompt would hide the time that a load adds."""
     num_relay_streams: int = 256
     num_relay_tokens: int = 512
     script_batch: int = 32
@@ -76,9 +76,9 @@ class Context:
     sizes: OwnSizes
     wanted: frozenset[str]
     given_adapters: Mapping[str, str] = field(default_factory=dict)
-    """Adapters that the user gave, to be used instead of random ones."""
+    """Adapters that the user gave, to be used instead of random adapters."""
     floors: dict[int, list[float]] = field(default_factory=dict)
-    """F(batch) in tokens/s, by batch size; one value for each time that it was measured."""
+    """All measured values of F(batch) in tokens/s, by batch size."""
     forward_states: set[str] = field(default_factory=set)
     """Forward states of the workers that were measured."""
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -118,11 +118,11 @@ class Context:
         return {f"a{n}": str(folder / f"a{n}") for n in range(count)}
 
     def ask(self, module: str, *arguments: str, **settings: str) -> Any:
-        """Runs a module in a process of its own; returns its output, decoded from JSON."""
+        """Runs a module in a separate process; returns its output, decoded from JSON."""
         return msgspec.json.decode(self.run(module, *arguments, **settings).splitlines()[-1])
 
     def run(self, module: str, *arguments: str, **settings: str) -> bytes:
-        """Runs a module in a process of its own; returns its output."""
+        """Runs a module in a separate process; returns its output."""
         variables = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
         command = [sys.executable, "-m", module, *arguments]
         return subprocess.run(
@@ -143,7 +143,7 @@ class Stage(NamedTuple):
 
 
 def mixed_batches(context: Context) -> Iterator[Figure]:
-    """Measures batches of eight adapters on all projections, and all else that this deployment can show."""
+    """Measures batches of eight adapters on all projections, and whatever else this deployment can show."""
     sizes = context.sizes
     if context.device != "cpu":  # F must come first, because a worker takes nearly all of the GPU's memory
         for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
@@ -168,7 +168,7 @@ def mixed_batches(context: Context) -> Iterator[Figure]:
 
 
 def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
-    """Measures the time to first token that API and Redis add: the client's minus the engine's own."""
+    """Measures the time to first token that API and Redis add: the client's time minus the engine's time."""
     answers = asyncio.run(measure_idle(server, [server.base] * sizes.num_idle_requests, sizes))
     streams = [stream for stream in answers if stream.text_at_s]
     with deployment.connect() as connection:
@@ -215,7 +215,7 @@ def thousand_adapters(context: Context) -> Iterator[Figure]:
 def _compare(
     key: str, deployment: Deployment, models: Sequence[str], others: Sequence[str], sizes: Sizes
 ) -> Figure:
-    """Measures the speed on `models` ÷ the speed on `others`."""
+    """Measures the ratio of the speed on `models` to the speed on `others`."""
     server = Server(deployment.url, deployment.base_name)
     served.warm_up(server, [*others, *models[: sizes.concurrency]], sizes)
     speeds = [measure(server, server.load(chosen, sizes)).tokens_per_s for chosen in (models, others)]
@@ -237,7 +237,7 @@ def _added_by_loads(
 ) -> Figure:
     """Measures the time to first token that an adapter load adds.
 
-    Two adapters evict each other from the only slot; each gets two requests, after one for the base.
+    Two adapters evict each other from the only slot; each adapter gets two requests, after one for the base.
 
     Raises:
         LoadFailed: a request failed, or the number of adapters read from disk is not `num_reads`.
@@ -250,7 +250,7 @@ def _added_by_loads(
     ) as deployment:
         server = Server(deployment.url, deployment.base_name)
         served.warm_up(server, [server.base], sizes)
-        # The first adapter was put into the slot at the start, so requests for the second one begin.
+        # The slot holds the first adapter since the start, so requests for the second adapter begin.
         turns = itertools.islice(itertools.cycle(reversed(list(adapters))), sizes.num_loads)
         models = [model for adapter in turns for model in (server.base, adapter, adapter)]
         streams = asyncio.run(measure_idle(server, models, sizes))
@@ -266,7 +266,7 @@ def _added_by_loads(
 
 
 def relay(context: Context) -> Iterator[Figure]:
-    """Compares the API's CPU time per token with that of an app that only streams."""
+    """Compares the API's CPU time per token with the CPU time of an app that only streams."""
     sizes = context.sizes
     num_streams, num_tokens = sizes.num_relay_streams, sizes.num_relay_tokens
 

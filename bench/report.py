@@ -22,7 +22,7 @@ def to_text(rows: Sequence[Row], heading: Sequence[str]) -> str:
 
 
 def draw(rows: Sequence[Row], heading: Sequence[str], path: Path) -> None:
-    """Draws a PNG with a bar per row: its figure relative to its limit, so that longer is better."""
+    """Draws a PNG with a bar per row: the figure relative to the limit, so that a longer bar is better."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -124,7 +124,7 @@ def _served_stage(args: argparse.Namespace) -> Stage:
 
 
 def _measure(context: Context, stages: Iterable[Stage], all_goals: Mapping[str, Goal]) -> Iterator[Figure]:
-    """Yields the wanted figures; if a stage fails, figures without values that give the reason."""
+    """Yields the wanted figures; the figures of a stage that fails have the reason in place of a value."""
     for stage in stages:
         missing = stage.keys & context.wanted
         if not missing:

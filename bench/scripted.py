@@ -1,4 +1,4 @@
-"""Workers that repeat a fixed text instead of running a model, to measure the cost of everything else.
+"""Workers that repeat a fixed text instead of running a model, to measure the cost of all other parts.
 
 `rq worker -w bench.scripted.ScriptedWorker`; `MeteredWorker` also measures the CPU time spent in Redis code.
 """
@@ -36,7 +36,7 @@ class ScriptSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="LORELAY_BENCH_", frozen=True)
 
     step_s: float = 0.0
-    """Duration of a step; the engine's thread sleeps for that time."""
+    """Duration of a step, for which the engine's thread sleeps."""
     meter_file: str = ""
     """File to which `MeteredWorker` writes its `Meter`, as JSON."""
 

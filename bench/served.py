@@ -32,7 +32,8 @@ class Sizes:
     num_alone: int = 4
     """Number of requests, sent one after the other, that measure the speed of one stream."""
     num_alone_rounds: int = 3
-    """Number of measurements of that speed, each between two of F(1); the median is the result."""
+    """Number of measurements of one stream's speed, each between two measurements of F(1); the result is the
+    median."""
     num_long_prompts: int = 16
     num_long_prompt_words: int = 960
     """Number of words in a long prompt, which has about 1,000 tokens."""
@@ -111,7 +112,7 @@ def _one_stream(server: Server, sizes: Sizes, floor: Callable[[int], float]) -> 
 
 
 def ratio(key: str, speed: float, other: float) -> Figure:
-    """Returns one speed ÷ another, both in tokens/s, as a figure."""
+    """Returns `speed` ÷ `other`, both in tokens/s, as a figure."""
     return Figure(key, speed / other, f"{speed:.0f} of {other:.0f} tokens/s")
 
 
@@ -213,7 +214,7 @@ async def _disconnect(task: asyncio.Task[Stream]) -> None:
 
 
 async def measure_idle(server: Server, models: Sequence[str], sizes: Sizes) -> list[Stream]:
-    """Sends a short request to each of these models, one after the other.
+    """Sends a short request to each model, one after the other.
 
     Raises:
         LoadFailed: a request failed.

@@ -1,8 +1,8 @@
 """Runs chats of several turns on an engine in process, with and without its prefix cache.
 
 `LORELAY_MODEL=FOLDER python -m bench.turns` reads the `LORELAY_*` variables of a worker.
-The command prints one JSON line: the median time to the first token of a chat's last turn, with the cache,
-without it, and the ratio of the two.
+The command prints one JSON line: the median time to the first token of a chat's last turn, with and without
+the cache, and the ratio of the two.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 def load_engine(settings: WorkerSettings) -> Engine:
-    """Loads an engine with a model and a KV cache of its own."""
+    """Loads an engine, with a separate model and KV cache."""
     from worker.model.startup import load_model_runner
 
     return build_engine(load_model_runner(settings), settings, Faults())

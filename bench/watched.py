@@ -32,7 +32,7 @@ class Holdings(msgspec.Struct, frozen=True):
 
 
 class Watch(msgspec.Struct, frozen=True):
-    """Memory that a worker used before its first request and after its last one."""
+    """Memory that a worker used before its first request and after its last request."""
 
     before: Holdings
     after: Holdings
@@ -58,7 +58,7 @@ def _holdings(model_runner: Any) -> Holdings:
 
     gc.unfreeze()  # objects frozen with `gc.freeze` would not be counted
     gc.collect()
-    # `isinstance` would read `__class__` of lazily loaded modules, and so load them.
+    # `isinstance` would read `__class__` of lazily loaded modules, and thereby load these modules.
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
     adapters = model_runner.adapter_cache
     return Holdings(

@@ -1,4 +1,4 @@
-"""The benchmark's measurements, one table row each, with the limit and the aim of each."""
+"""The benchmark's measurements, one table row each, with their limits and aims."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Goal:
 
 
 class Verdict(StrEnum):
-    """The outcome of a measurement: it reaches the aim, only the limit, or neither."""
+    """The outcome of a measurement: it reaches the aim, only the limit, or neither of the two."""
 
     AIM = "aim"
     MUST = "ok"
@@ -64,7 +64,7 @@ class Row:
         return f"{value:.{digits}f} {self.goal.unit}".rstrip()
 
     def share(self, value: float) -> float:
-        """Returns a value relative to the limit of this row, so that more is better in every row."""
+        """Returns a value relative to the row's limit, so that a higher result is better in every row."""
         must = self.goal.must
         if not self.goal.less_is_better:
             return value / must

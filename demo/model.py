@@ -38,7 +38,7 @@ def cache_dir() -> Path:
 
 
 def ensure_model() -> Path:
-    """Returns the folder of the demo model; creates it if it is missing, also when several processes call.
+    """Returns the folder of the demo model; creates a missing folder once, even if several processes call.
 
     Raises:
         DemoModelError: the model can't be fetched, converted or written.
@@ -67,7 +67,7 @@ def is_complete(folder: Path) -> bool:
 def build(folder: Path) -> None:
     """Creates `folder` while the caller holds the lock; a rename makes it appear complete or not at all."""
     work = folder.with_name(f"{MODEL_NAME}.partial")
-    # Both may be left over: `work` from a process that was killed, `folder` with a file missing.
+    # Both folders may be left over: `work` from a process that was killed, `folder` with a file missing.
     for stale in (work, folder):
         shutil.rmtree(stale, ignore_errors=True)
     work.mkdir()
@@ -133,7 +133,7 @@ def convert(gguf: Path, folder: Path) -> None:
         dtype=torch.bfloat16,
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
-    # The name in the GGUF header is that of a training run.
+    # The name in the GGUF header is the name of a training run.
     model.config._model_name_or_path = BASE_MODEL_ID
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

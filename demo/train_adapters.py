@@ -119,7 +119,7 @@ def make_example(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
             continue
         prompt = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
         answer = f"{message['content']}{tokenizer.eos_token}"
-        # The prompt repeats all earlier turns, so only the part after the last answer is added.
+        # The prompt repeats all earlier turns: only the part after the last answer is added.
         prompt_ids = tokenizer.encode(str(prompt).removeprefix(text), add_special_tokens=False)
         answer_ids = tokenizer.encode(answer, add_special_tokens=False)
         token_ids += prompt_ids + answer_ids
@@ -156,7 +156,7 @@ def pad(examples: list[Example]) -> dict[str, torch.Tensor]:
 def save(model: PeftModel, folder: Path) -> Path:
     """Writes adapter_config.json and adapter_model.safetensors (bfloat16), without PEFT's README."""
     shutil.rmtree(folder, ignore_errors=True)
-    # The config names the base model by its Hugging Face id, because its folder exists on this machine only.
+    # The config names the base model by its Hugging Face id: the model's folder exists on this machine only.
     model.peft_config["default"].base_model_name_or_path = BASE_MODEL_ID
     # With "auto", PEFT would ask the Hugging Face hub for the vocabulary; LoRA changes no embeddings.
     model.save_pretrained(str(folder), save_embedding_layers=False)
