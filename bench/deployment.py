@@ -124,7 +124,7 @@ class Deployment:
         return redis.Redis.from_url(self._state.url, socket_timeout=SOCKET_TIMEOUT_S)
 
     def forward_states(self) -> set[str]:
-        """Returns the workers' forward states, as in `lorelay status`; "" for a worker that does not serve."""
+        """Returns the workers' forward states, as in `lorelay status`; "" if a worker does not serve yet."""
         with self.connect() as connection:
             live = live_workers(connection, self.base_name)
         keys = [(socket.gethostname(), pid) for pid in self.worker_pids]
