@@ -4,8 +4,8 @@ A second engine is a folder beside `worker.model` with a class that has the meth
 
 * `LoraWorker.load_engine` (`worker/lora_worker.py`) chooses it, by a new setting in `shared/settings.py`.
 * `pyproject.toml` lists its package, and the imports that it may have.
-* Its weights versions must be those that `worker.model` computes for the same files (`loading.model_version`
-  and `adapter_files`), or the registry refuses one of two workers, and resumed requests end.
+* It computes weights versions with `worker/model/versions.py`, which needs no torch. If its versions were
+  others, the registry would refuse its models, and no request could move between the engines.
 * It must pass `tests/unit/worker/engine/test_engine_contract.py`.
 
 A second model has the methods of `Model`.

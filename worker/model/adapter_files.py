@@ -1,12 +1,11 @@
 """Reads LoRA adapters from disk with PEFT, and checks that they fit the model."""
 
 import copy
-import hashlib
 import json
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from shared.errors import AdapterError
 from shared.logs import fields
 from worker.model.loading import download, looks_like_path
+from worker.model.versions import adapter_version
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
         stamps = _stamps(folder)
         config, weight_file = _read_config(folder), _weight_file(folder)
         layers = _read_layers(folder, _read_weights(weight_file), config, model)
-        version = _version((folder / CONFIG_FILE, weight_file))
+        version = adapter_version(folder / CONFIG_FILE, weight_file)
         if _stamps(folder) != stamps:
             raise _Problem("its files changed while they were read")
     except _Problem as problem:
@@ -282,17 +282,6 @@ def _stamps(folder: Path) -> list[tuple[int, int, int]]:
     files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
     found = [file.stat() for file in files if file.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
-
-
-def _version(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            # Without names and sizes, the digest would not change if bytes moved from one file to the next.
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _last_part(name: str) -> str:

@@ -1,6 +1,5 @@
 """Loads the base model: finds its folder and device, loads its weights, reads its context length."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable
@@ -12,11 +11,10 @@ import torch
 from shared.errors import ConfigurationError
 from shared.settings import WorkerSettings
 from worker.model import attention
-from worker.model.digests import file_digest
+from worker.model.versions import WEIGHT_PATTERNS
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = ("*.safetensors", "*.bin")
 _OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 
 
@@ -49,9 +47,9 @@ def find_model(settings: WorkerSettings) -> Path:
     if looks_like_path(settings.model):
         raise ConfigurationError(f"LORELAY_MODEL: the folder {settings.model} does not exist")
     try:
-        folder = download(settings.model, settings.revision, (*_OTHER_FILES, _WEIGHTS[0]))
-        if not any(folder.glob(_WEIGHTS[0])):
-            folder = download(settings.model, settings.revision, (*_OTHER_FILES, _WEIGHTS[1]))
+        folder = download(settings.model, settings.revision, (*_OTHER_FILES, WEIGHT_PATTERNS[0]))
+        if not any(folder.glob(WEIGHT_PATTERNS[0])):
+            folder = download(settings.model, settings.revision, (*_OTHER_FILES, WEIGHT_PATTERNS[1]))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"LORELAY_MODEL: {settings.model} is neither a local folder nor a repository that can be "
@@ -165,11 +163,3 @@ def _length_limit(config: Any) -> tuple[int | None, str]:
         limit = min(limit or text_config.attention_chunk_size, text_config.attention_chunk_size)
         reason = "the attention chunk of this model, beyond which it is not served"
     return limit, reason
-
-
-def model_version(folder: Path) -> str:
-    """Returns the SHA-256 (hex) of `config.json` and of the weight files' names and contents."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern)):
-        digest.update(f"{file.name} {file_digest(file)}\n".encode())
-    return digest.hexdigest()

@@ -25,6 +25,7 @@ from worker.model.lora import SlotWeights
 from worker.model.model_runner import ModelRunner
 from worker.model.prepared import PreparedModel, prepare
 from worker.model.tokenizer import Tokenizer
+from worker.model.versions import model_version
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
     model, kernels = load_with_kernels(folder, settings, device)
     prepared = prepare(model, settings, kernels)
-    version, created = loading.model_version(folder), int(time.time())
+    version, created = model_version(folder), int(time.time())
     served = ServedModels(ServedModel(settings.base_name, version, settings.model, tokenizer, created))
     store = AdapterStore(model, settings.model, prepared.lora, served)
     adapter_cache = _build_adapter_cache(store, settings, device)

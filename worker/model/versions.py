@@ -1,0 +1,32 @@
+"""Weights versions, computed from files alone; each engine that serves the same files must report the same.
+
+The registry compares the versions of all workers, and a request runs only on workers that have its version.
+"""
+
+import hashlib
+from pathlib import Path
+
+from worker.model.digests import file_digest
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+"""Patterns of the weight files in a model's folder."""
+
+
+def model_version(folder: Path) -> str:
+    """Returns the SHA-256 (hex) of `config.json` and of the weight files' names and contents."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)):
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def adapter_version(config_file: Path, weight_file: Path) -> str:
+    """Returns the SHA-256 (hex) of an adapter's config and of the one weight file that is served."""
+    digest = hashlib.sha256()
+    for file in (config_file, weight_file):
+        with file.open("rb") as stream:
+            # Without names and sizes, the digest would not change if bytes moved from one file to the next.
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
