@@ -126,7 +126,7 @@ def _wants_detach(request: Request) -> bool:
 
 
 def _first_event_no(request: Request, request_id: str) -> int:
-    """Returns the number of the first event to send: the one after `Last-Event-ID`, or 0 without the header."""
+    """Returns the number of the first event to send: one after `Last-Event-ID`, or 0 without this header."""
     last = request.headers.get(LAST_EVENT_ID)
     if last is None:
         return 0

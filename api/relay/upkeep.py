@@ -4,10 +4,10 @@ A Batch API would add a loop here, which runs at one API process at a time and e
 `RequestClass.BATCH` through `QueueClient.enqueue` as their queues have room. Points to observe:
 
 * `api.relay` must not import `api.contract`: the route turns the lines of a batch into `GenerationRequest`s.
-* `enqueue` has the same limits for both classes. With these, a batch could take all places of a queue, and
-  interactive clients would get 429: batch needs a lower limit of its own.
+* `enqueue` has the same limits for interactive and batch requests. With these limits, a batch could fill a
+  queue, and interactive clients would get 429: batch requests need a separate, lower limit.
 * A batch request that loses its worker becomes `BEGAN` (`make_place` in `shared/queue/lua/waiting.lua`), and
-  then ranks above interactive requests. That rank is meant for streams.
+  then ranks above interactive requests. The rank `BEGAN` is meant for streams.
 """
 
 import asyncio

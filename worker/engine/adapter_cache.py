@@ -99,9 +99,9 @@ class AdapterCache(Generic[W]):
         )
 
     def keep(self, name: str, weights: W) -> None:
-        """Makes an adapter known, and caches it if host memory has room without evicting another one.
+        """Makes an adapter known, and caches it if host memory has room without an eviction.
 
-        The weights replace earlier ones of the same name, which no request may still use. While requests run,
+        The weights replace earlier weights of this name, which no request may still use. While requests run,
         call this only in the engine's thread.
         """
         self._known.add(name)
@@ -192,7 +192,7 @@ class AdapterCache(Generic[W]):
             self.num_slots = min(self._num_wanted_slots, num_affordable)
 
     def _make_room(self, in_use: Collection[str | None]) -> bool:
-        """Evicts adapters until a slot is free, several if `num_slots` fell; returns False if none is."""
+        """Evicts adapters (several if `num_slots` fell) until a slot is free; False if all are in use."""
         while self._num_free_slots <= 0:
             victim = next((name for name in self._slots if name not in in_use), None)
             if victim is None:
@@ -204,7 +204,7 @@ class AdapterCache(Generic[W]):
         has_extra_slots = max(self._slots.values()) >= self.num_slots
         slot = self._slots.pop(name)
         self.resident = tuple(self._slots)
-        # If weights stayed in slots that are not filled again, the others would exceed `max_num_slot_bytes`.
+        # If weights stayed in slots that are not filled again, all slots would exceed `max_num_slot_bytes`.
         if has_extra_slots:
             self._store.clear(slot)
 

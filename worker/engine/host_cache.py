@@ -38,7 +38,7 @@ class HostCache(Generic[W]):
         return self._weights.get(name)
 
     def add(self, name: str, weights: W) -> None:
-        """Caches an adapter, in place of earlier weights of the same name; evicts others until it fits.
+        """Caches an adapter, in place of earlier weights of this name; evicts other adapters until it fits.
 
         An adapter that is larger than the whole cache is not cached.
         """

@@ -1,12 +1,12 @@
-"""The ports (interfaces) of an engine: `Engine`, which serving calls, and those that it calls itself.
+"""The ports (interfaces) of an engine: `Engine`, which serving calls, and the ports that an engine calls.
 
 A second engine is a folder beside `worker.model` with a class that has the methods of `Engine`. Besides:
 
-* `LoraWorker.load_engine` (`worker/lora_worker.py`) chooses it, by a new setting in `shared/settings.py`.
-* `pyproject.toml` lists its package, and the imports that it may have.
-* It computes weights versions with `worker/model/versions.py`, which needs no torch. If its versions were
-  others, the registry would refuse its models, and no request could move between the engines.
-* It must pass `tests/unit/worker/engine/test_engine_contract.py`.
+* `LoraWorker.load_engine` (`worker/lora_worker.py`) chooses the engine, by a setting in `shared/settings.py`.
+* `pyproject.toml` lists the engine's package, and the imports that this package may have.
+* The engine computes weights versions with `worker/model/versions.py`, which needs no torch. With other
+  versions, the registry would refuse its models, and no request could move between the engines.
+* The engine must pass `tests/unit/worker/engine/test_engine_contract.py`.
 
 A second model has the methods of `Model`.
 """
@@ -39,11 +39,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Returns the token ids of a chat. Raises `InvalidRequest` if the template refuses it."""
+        """Returns the token ids of a chat. Raises `InvalidRequest` if the template refuses the chat."""
         ...
 
     def encode_text(self, text: str) -> list[int]:
-        """Returns the token ids of a text. Raises `InvalidRequest` if it can't be tokenized."""
+        """Returns the token ids of a text. Raises `InvalidRequest` if the text can't be tokenized."""
         ...
 
     def detokenizer(self) -> Detokenizer:

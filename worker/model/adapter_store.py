@@ -1,11 +1,11 @@
 """Reads adapter files and copies their tensors into slots on the device, when `AdapterCache` asks for it.
 
-Adapters are added at the start only, by `worker.model.startup`. To add one while requests run, do in order:
+Adapters are added at the start only, by `worker.model.startup`. These steps would add one while requests run:
 
-1. In a thread of its own, since it reads the disk: `AdapterStore.read_new`.
-2. `shared.queue.registry.register` for its card; if that raises `RegistryConflict`, nothing has changed yet.
-3. In the engine's thread: `AdapterCache.keep`, then `ServedModels.add`. Requests for it wait until then.
-4. `LoraWorker` adds the worker to RQ's set of the queue's workers, without which the API reports `no_worker`.
+1. `AdapterStore.read_new`, in a separate thread, because it reads the disk.
+2. `shared.queue.registry.register`, with the adapter's card. If it raises `RegistryConflict`, stop here.
+3. `AdapterCache.keep`, then `ServedModels.add`, in the engine's thread. Until then, requests for it wait.
+4. `LoraWorker` adds the worker to RQ's set of the queue's workers; otherwise the API reports `no_worker`.
 
 Workers claim from the new queue after the next heartbeat, which writes `ServedModels` to Redis. The ports
 `Model` and `Adapters` (`worker.engine.ports`) lack methods for the steps 1 and 3.
@@ -34,14 +34,14 @@ class AdapterStore:
     """Reads adapters from disk into host memory, and copies them from host memory into slots."""
 
     def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
-        """Finds paths and versions in `served`; compares `base_name` with the base that adapters declare."""
+        """Finds paths and versions in `served`; compares `base_name` with the bases that adapters declare."""
         self._model = model
         self._base_name = base_name
         self._lora = lora
         self._served = served
 
     def read_new(self, name: str, path: str) -> NewAdapter:
-        """Reads and checks an adapter that is not served yet, and changes nothing; from any thread.
+        """Reads and checks an adapter that is not served yet; changes nothing. Callable from any thread.
 
         Raises:
             AdapterError: the adapter can't be served; the message has name, path and reason.
@@ -83,7 +83,7 @@ class AdapterStore:
 
     def clear(self, slot: int) -> None:
         """Removes an adapter's weights from a slot, to free their memory."""
-        # The removal copies the other slots' weights. If memory is too short for that, the weights stay.
+        # The removal copies the other slots' weights. If memory is too short for the copy, the weights stay.
         with contextlib.suppress(torch.OutOfMemoryError):
             self._lora.put(slot, SlotWeights({}))
 

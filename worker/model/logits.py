@@ -1,16 +1,16 @@
 """Adjusts logits before sampling; no other code changes logits.
 
-A grammar per sequence would be a mask in `adjust`. `Sequence.logit_adjustments` hands it the grammar and
-`output_token_ids`, from which a matcher can be rebuilt after a resume. Points to observe:
+A grammar per sequence would be a mask in `adjust`. `Sequence.logit_adjustments` hands `adjust` the grammar
+and `output_token_ids`, from which a matcher can be rebuilt after a resume. Points to observe:
 
 * Matchers need an owner: an LRU in a new `worker/model/grammar.py`, which `ModelRunner` has and passes
   through `sample`.
-* `Intake.encode` should compile the grammar, by a new method of the `Model` port: it runs in the threads of
-  `PromptEncoder`. `Intake.prepare` runs in the engine's thread, where a slow grammar would stall all streams.
+* `Intake.encode` should compile the grammar, by a new method of the `Model` port, because it runs in the
+  threads of `PromptEncoder`. In `Intake.prepare`, i.e. the engine's thread, it would stall all streams.
 * `SamplingParams.adjusts_logits` decides whether a request needs schema 2, which workers without grammars
   claim, too. A grammar needs schema 3.
-* While `min_tokens` bans the end-of-sequence tokens, a grammar that is complete allows nothing else, and no
-  token is left: the request must end then, or be refused at the API.
+* While `min_tokens` bans the end-of-sequence tokens, a complete grammar allows no other token, and none is
+  left: the request must end then, or the API must refuse it.
 """
 
 from collections import Counter

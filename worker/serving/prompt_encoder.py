@@ -61,7 +61,7 @@ class PromptEncoder:
             return self._encode(request)
         except LorelayError as error:
             return error
-        # Only this request is encoded here. If the error were raised, it would end the worker.
+        # The error concerns only the request that is encoded here. If raised, it would end the worker.
         except Exception:
             request_id = request.request_id
             logger.exception(
