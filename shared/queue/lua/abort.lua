@@ -1,5 +1,5 @@
 -- Aborts a request whose client disconnected or canceled it. A queued request is removed and never starts; a running
--- one is flagged, so that its worker ends it.
+-- request is flagged, so that its worker ends it.
 -- ARGV: id, '1' to leave a running request alone, ttl (s) of the canceled job.
 -- Returns the state in which the request was: 'queued', 'running' or 'gone'.
 local id, only_queued, ttl = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])

@@ -8,7 +8,7 @@
 local base, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])
 local num_events_to_clear, isolated = tonumber(ARGV[6]), ARGV[7]
--- Maximum number of arguments that one command gets from a table; even, because they are pairs.
+-- Maximum number of arguments that one command gets from a table; even, because the arguments are pairs.
 local MAX_FIELDS = 1000
 local REMOVED = '{"event_no":%d,"finish_reason":"error","error":{"code":"generation_failed",'
   .. '"message":"The request was removed by an operator."}}'
@@ -41,7 +41,7 @@ local function write(id, event_no, event)
   end
 end
 
--- True if the jobs of all requests that get an event exist, as they nearly always do.
+-- True if the jobs of all requests that get an event exist, which is nearly always so.
 local function all_jobs_exist()
   local ids, num_ids, job_keys = {}, 0, {}
   for _, entry in ipairs(appends) do

@@ -1,6 +1,6 @@
--- Claims the first request of each line that the worker chose (shared/queue/order.py) from the reply of look.lua. If
--- other workers took them meanwhile, it claims fewer. A call whose reply was lost may be repeated: the same claim ids
--- return the same requests. In RQ's records, a claim is an execution of the job, and the claim id is its id.
+-- Claims the first request of each line that the worker chose (shared/queue/order.py) from the reply of look.lua; fewer
+-- requests if other workers took them meanwhile. A call whose reply was lost may be repeated: the same claim ids return
+-- the same requests. In RQ's records, a claim is an execution of the job, and the claim id is the execution's id.
 -- ARGV: base, worker, lease (ms), stream ttl (ms), schema version, picks = {queue, line, ...} (msgpack), then a new
 --       claim id for each pick.
 -- Returns {claimed, unreadable}. Per claimed request {id, claim id, request, log, alone, queue, version}: log has the
@@ -37,7 +37,7 @@ local function start(id, queue, claim_id, is_watched)
   redis.call('PEXPIRE', executions_key(id), stream_ttl_ms)
   redis.call('SADD', held_key(worker), composite)
   redis.call('PEXPIRE', held_key(worker), stream_ttl_ms)
-  -- With the score +inf, RQ's clean-up never requeues the job. reap.lua does, when the lease has expired.
+  -- With the score +inf, RQ's clean-up never requeues the job; reap.lua requeues it when its lease has expired.
   redis.call('ZADD', registry_key('wip', queue), '+inf', composite)
   if is_watched then
     redis.call('HSET', owner_key(id), 'watched_from', redis.call('LLEN', log_key(id)))
@@ -69,17 +69,17 @@ local function claimed_already()
   return claimed
 end
 
--- Fails a job that another program put on the queue, and that is no generation request.
+-- Fails a job that another program put on the queue and that is no generation request.
 local function reject(id, queue)
   unqueue(id, queue, 1)
   redis.call('HSET', job_key(id), 'status', 'failed', 'ended_at', iso(now_us))
   redis.call('ZADD', registry_key('failed', queue), '+inf', id)
 end
 
--- Claims one request: moves it from its queue to the worker. Returns nil if it is not a valid waiting request.
+-- Claims a request: moves it from its queue to the worker. Returns nil if the job is no valid waiting request.
 local function take(id, queue, place, job, claim_id)
   redis.call('ZREM', order_key(queue), place)
-  -- If the list lacks the id, RQ's tools removed it there, and only its place was left.
+  -- If the list lacks the id, RQ's tools removed it from the list, and only the request's place was left.
   if redis.call('LREM', queue_key(queue), 1, id) == 0 then return nil end
   local request = redis.call('HGET', job_key(id), 'request')
   if not request then

@@ -1,6 +1,6 @@
--- Ends waiting requests for a weights version that no live worker has. If live workers serve the queue, these are all
--- requests for other versions than theirs. If no live worker serves it, requests for the registered version keep
--- waiting, since a worker may come back, and those for replaced or removed versions end.
+-- Ends waiting requests for a weights version that no live worker has. If live workers serve a queue, all requests end
+-- whose version none of these workers has. If no live worker serves a queue, requests for the registered version keep
+-- waiting, since a worker may come back, and requests for replaced or removed versions end.
 -- ARGV: base, the calling worker, rank among the waiting queues at which to continue (-1 to begin), maximum number of
 --       jobs to check in one call, minimum time (ms) between two runs by any workers, event (a format with one %d for
 --       its number), exception text as in RQ's results, ttl (s) of a failed job.
@@ -19,7 +19,7 @@ end
 
 local live = redis.call('ZRANGEBYSCORE', workers_key(base), '(' .. now_ms, '+inf')
 for _, name in ipairs(live) do
-  -- A worker of an earlier release does not record what it serves, so it may have any version: nothing is ended.
+  -- A worker of an earlier release does not record what it serves and may have any version: no request is ended.
   if redis.call('EXISTS', served_key(name)) == 0 and redis.call('EXISTS', worker_key(name)) == 1 then
     return NOTHING
   end

@@ -19,9 +19,9 @@ end
 
 local depth_key = shared_key('string', OURS .. ':depth:' .. base)
 
--- Returns the number of requests in all queues of the base. A count reads every waiting queue, so it is used for a
--- second, with new requests added. Requests that left since are still in it. If it reaches the limit, the queues are
--- counted anew.
+-- Returns the number of requests in all queues of the base. A count reads every waiting queue and is therefore used for
+-- a second: new requests are added to it, but requests that left are not subtracted. If the number reaches the limit,
+-- the queues are counted anew.
 local function total_depth(limit)
   local known = to_number(redis.call('GET', depth_key))
   if known and known < limit then return known end
@@ -56,8 +56,8 @@ redis.call('SADD', shared_key('set', RQ .. ':queues'), queue_key(queue))
 redis.call('RPUSH', queue_key(queue), id)
 local place = make_place(id, false, now_us)
 add_place(id, queue, place)
--- LT: if the queue is waiting already, its first request is older, and its score stays. A first interactive request
--- lowers the score of a queue where only batch waited.
+-- LT: if the queue is waiting already, its first request is older, and the queue's score stays. A first interactive
+-- request lowers the score of a queue where only batch requests waited.
 redis.call('ZADD', waiting_key(base), 'LT', now_ms + offset_ms(place), queue)
 redis.call('SET', reader_key(id), ARGV[6], 'PX', ARGV[7])
 ring(base)

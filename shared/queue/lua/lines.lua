@@ -1,5 +1,5 @@
 -- Loaded before look.lua and claim.lua: finds the first request of a line that a worker can run. A line is the waiting
--- requests of one queue, class, weights version and tenant; its name is the prefix that their places share.
+-- requests of one queue, class, weights version and tenant; its name is the prefix that their places (sort keys) share.
 
 local MAX_PASSED = 64
 
@@ -14,7 +14,7 @@ local function read_job(id)
   return job
 end
 
--- True if a worker can run a job. `reader` has the worker's base, its newest schema and its weights version by queue.
+-- True if a worker can run a job. `reader` has the worker's base, newest schema and weights version by queue.
 local function can_run(reader, job, queue)
   local has = reader.weights[queue]
   return job.schema_version <= reader.schema_version
@@ -22,8 +22,8 @@ local function can_run(reader, job, queue)
 end
 
 -- Returns place, id and job of the first request of a line that a worker can run, or nil. Skips requests of newer
--- schemas, ends overdue ones, and drops places without a queued request. `place`: the first place of the line, if the
--- caller knows it.
+-- schemas, ends overdue requests, and drops places without a queued request. `place`: the first place of the line, if
+-- the caller knows it.
 local function first_of(reader, queue, line, place)
   local key, num_passed = order_key(queue), 0
   while num_passed < MAX_PASSED do

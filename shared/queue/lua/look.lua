@@ -1,5 +1,6 @@
--- Reads the requests from which a worker may choose: the first ones of some lines of some of its queues, in bounded
--- time however many wait. A line is the waiting requests of one queue, class, weights version and tenant.
+-- Reads the requests from which a worker may choose: the first requests of some lines in some of the worker's queues,
+-- in bounded time however many requests wait. A line is the waiting requests of one queue, class, weights version and
+-- tenant.
 -- ARGV: base, worker, schema version, maximum number of requests per line, maximum number of queues of `near` (and
 --       again as many others), a random number (8 hex digits) by which tenants and queues are drawn, rank among the
 --       waiting queues at which to continue, near = queues to read first because their adapters need no free slot,
@@ -12,7 +13,7 @@ local rank, near, others = tonumber(ARGV[7]), cmsgpack.unpack(ARGV[8]), cmsgpack
 local reader = { base = base, schema_version = tonumber(ARGV[3]), weights = {} }
 local FIRST_PAGE, MAX_PAGES = 16, 6
 local MAX_TENANTS, MAX_VERSIONS = 8, 4
--- Maximum number of lines, after which only one line of each class and version is read per further queue.
+-- Number of lines after which only one line of each class and version is read per further queue.
 local MAX_LINES = 128
 
 local lines = {}
@@ -50,8 +51,8 @@ local function versions_of(queue, key)
   return found
 end
 
--- Returns the line of the request that has waited longest, and for each class and version the lines of some tenants,
--- from a random point on.
+-- Returns some lines of a queue: the line of the request that has waited longest, and for each class and version the
+-- lines of some tenants, from a random point on.
 local function some_lines(queue, key)
   local oldest = redis.call('LINDEX', queue_key(queue), 0)
   local place = oldest and redis.pcall('HGET', job_key(oldest), 'place')
@@ -85,7 +86,7 @@ local function add_line(queue, key, line, first)
   lines[#lines + 1] = entry
 end
 
--- Adds the lines of a queue. The first and the last place tell whether there is only one, as in most queues.
+-- Adds the lines of a queue. The first and the last place tell whether there is only one line, as in most queues.
 local function add_lines(queue, key)
   local first, last = redis.call('ZRANGE', key, 0, 0)[1], redis.call('ZRANGE', key, -1, -1)[1]
   if not first then return end
@@ -99,8 +100,8 @@ end
 
 local is_seen = {}
 
--- Adds the lines of a queue; returns true if this worker can run any of its requests. If every place that was read had
--- lost its request, requests may be without places: then the index is repaired and read again.
+-- Adds the lines of a queue; returns true if this worker can run any request in it. If every place that was read had
+-- lost its request, other requests may have lost their places: then the index is repaired and read again.
 local function look_at(queue)
   is_seen[queue] = true
   local key, was_there = order_key(queue), #lines
@@ -125,8 +126,8 @@ end
 
 local score = {}
 
--- Returns the score of a queue in `waiting`, or nil if no request waits in it. Reads it once, so a caller must not have
--- changed it since.
+-- Returns the score of a queue in `waiting`, or nil if no request waits in the queue. The score is read only once: use
+-- this function only for queues whose score this call of the script has not changed.
 local function waits_since_ms(queue)
   if score[queue] == nil then score[queue] = tonumber(redis.call('ZSCORE', waiting_key(base), queue) or nil) or false end
   return score[queue] or nil
@@ -143,7 +144,7 @@ local function look_at_some(queues, most)
   return most
 end
 
--- Reads the queues of `near` (their adapters need no free slot); those where only batch waits come last.
+-- Reads the queues of `near`, whose adapters need no free slot; queues where only batch requests wait come last.
 local function look_near()
   local waiting, only_batch = {}, {}
   for _, queue in ipairs(near) do
@@ -155,13 +156,13 @@ local function look_near()
   look_at_some(waiting, max_queues)
 end
 
--- Number of other queues to read: half are those with the oldest first requests, half are drawn at random. If none were
--- drawn, a few queues with thousands of old requests would hide all younger ones.
+-- Numbers of other queues to read: half have the oldest first requests, half are drawn at random. If no queue were
+-- drawn, a few queues with thousands of old requests would hide all queues with younger requests.
 local num_oldest = math.ceil(max_queues / 2)
 local num_drawn = max_queues - num_oldest
 local draw = tonumber(tenant_point, 16)
 
--- Reads some of the queues in `others`: those with the oldest first requests, then some drawn at random.
+-- Reads some of the queues in `others`: the queues with the oldest first requests, then some drawn at random.
 local function look_at_others()
   local waiting, since_ms, drawn = {}, {}, {}
   for _, queue in ipairs(others) do
@@ -174,8 +175,8 @@ local function look_at_others()
   look_at_some(drawn, num_drawn)
 end
 
--- Reads the waiting queues of the base with the oldest first requests. Each page is twice as large as the one before,
--- because the worker may serve only few of the waiting queues.
+-- Reads the waiting queues of the base with the oldest first requests. Each page is twice as large as the previous
+-- page, because the worker may serve only few of the waiting queues.
 local function look_at_oldest()
   local num_left, page = num_oldest, FIRST_PAGE
   for _ = 1, MAX_PAGES do
@@ -203,7 +204,7 @@ local function look_at_oldest()
   end
 end
 
--- Reads some more waiting queues of the base, from a random one on.
+-- Reads some more waiting queues of the base, from a random queue on.
 local function look_at_drawn()
   local num_waiting = redis.call('ZCARD', waiting_key(base))
   if num_waiting == 0 or num_drawn == 0 then return end

@@ -84,8 +84,8 @@ local function reaped_key(worker) return shared_key('hash', OURS .. ':reaped:' .
 local function order_key(queue) return shared_key('zset', OURS .. ':order:' .. queue) end
 local function served_key(worker) return shared_key('hash', OURS .. ':served:' .. worker) end
 
--- True if a worker's own lease has not expired. After a pause of Redis it has, like those of all other workers, which
--- had no chance to renew them. If the worker reaped then, it would take requests from healthy workers.
+-- True if a worker's own lease has not expired. After a pause of Redis, all leases have expired, because no worker
+-- could renew its lease. If a worker reaped then, it would take requests from healthy workers.
 local function holds_lease(base, worker)
   return tonumber(redis.call('ZSCORE', workers_key(base), worker) or 0) > now_ms
 end
@@ -95,7 +95,7 @@ local function ring(base)
   redis.call('LTRIM', doorbell_key(base), 0, 63)
 end
 
--- Removes RQ's records of all claims of a request whose owner record was lost: the claim's id is unknown then.
+-- Removes RQ's records of all claims of a request whose owner record, and with it the claim id, was lost.
 local function drop_claims(id, queue)
   for _, claim_id in ipairs(redis.call('ZRANGE', executions_key(id), 0, -1)) do
     local composite = id .. ':' .. claim_id
@@ -136,18 +136,19 @@ local function nobody(base, queue) return { claim_id = '', worker = '', base = b
 -- Raises an error, which `guarded` catches, about a record that has the right type but an impossible value.
 local function refuse(reason) error('unreadable: ' .. reason, 0) end
 
--- Appends an event to its log, unless the log has it already; returns the channel of the API that reads it, or false.
+-- Appends an event to its log, unless the log has the event already; returns the channel of the API that reads the
+-- request's events, or false.
 local function write_event(id, event_no, event)
   local length = redis.call('RPUSH', log_key(id), event) - 1
   if event_no == length then return redis.call('GET', reader_key(id)) end
-  -- Rare; therefore the event is appended first and checked afterwards, which saves a command for each token.
+  -- An unexpected length is rare: appending first and checking afterwards saves a command for each token.
   redis.call('LTRIM', log_key(id), 0, -2)
   if event_no > length then refuse('its log has lost events') end
   if redis.call('LINDEX', log_key(id), event_no) ~= event then refuse('its log has an event of somebody else') end
   return false
 end
 
--- Writes and publishes the last event of a request whose worker does not end it; `format` has one %d for its number.
+-- Writes and publishes the last event of a request that its worker does not end; `format` has a %d for the event_no.
 local function tell_end(id, format)
   local event_no = redis.call('LLEN', log_key(id))
   local event = format:format(event_no)
@@ -208,7 +209,7 @@ local UNREADABLE = '{"event_no":%d,"finish_reason":"error","error":{"code":"gene
   .. '"message":"A record of the request in Redis can\'t be read."}}'
 local UNREADABLE_RESULT = '@UNREADABLE_RESULT@'
 
--- Removes a request from the list of its queue (`count` as in LREM), and its place from the index.
+-- Removes a request from the list of its queue (`count` as in LREM), and its place (sort key) from the queue's index.
 local function unqueue(id, queue, count)
   local place = redis.pcall('HGET', job_key(id), 'place')
   if type(place) == 'string' then redis.call('ZREM', order_key(queue), place) end
@@ -263,8 +264,8 @@ local function guarded(id, base, queue, work, ...)
   error(result, 0)
 end
 
--- Raises an error for a job in a queue with an impossible status. Its id may still be in the list if the job has ended,
--- was canceled, was claimed already, or has been deleted.
+-- Raises an error for a job in a queue with an impossible status. The id may rightly be in the list if the job has
+-- ended, was canceled, was claimed already, or has been deleted.
 local function check_status(id, status)
   if status == 'queued' or status == 'canceled' then return end
   if status == 'started' and redis.call('EXISTS', owner_key(id)) == 1 then return end

@@ -1,5 +1,5 @@
--- Puts requests with an expired lease back at the front of their queues; fails those that crashed workers too often
--- while they ran alone. Workers need no lock to reap: the first one removes the lease, and others find none.
+-- Puts requests with an expired lease back at the front of their queues; fails requests that crashed workers too often
+-- while they ran alone. Workers need no lock to reap: the first worker removes the lease, and others don't find it.
 -- ARGV: base, maximum number of requests in one call, number of crashes alone after which a request fails, ttl (s) of
 --       a failed job, event (a format with one %d for its number), exception text as in RQ's results, the worker that
 --       reaps.
@@ -10,9 +10,9 @@ local function read_owner(id)
   return guarded(id, base, nil, get_owner, id) or {}
 end
 
--- Returns how many requests a worker held when it was last alive, and true if one of them was isolated. Requests are
--- counted by leases, plus those reaped in the last minute. RQ's record of the worker's jobs would not do: it remains
--- after a kill, but is deleted after an exception.
+-- Returns how many requests a worker held when it was last alive, and true if one of them was isolated. The number is
+-- the worker's leases plus the requests reaped from it in the last minute. RQ's record of the worker's jobs can't be
+-- used: it remains after a kill, but is deleted after an exception.
 local held = {}
 local function held_when_alive(worker)
   if not held[worker] then
@@ -22,14 +22,15 @@ local function held_when_alive(worker)
   return held[worker]
 end
 
--- Counts a crash against a request. Returns the number of its crashes alone; false if it ran beside others this time.
+-- Counts a crash against a request. Returns how often the request crashed a worker while it ran alone; false if it ran
+-- beside other requests this time.
 local function count_crash(id, owner)
   local reaped, others = reaped_key(owner.worker), held_when_alive(owner.worker)
   increment(reaped, 'num')
   if owner.alone then redis.call('HSET', reaped, 'lone', 1) end
   redis.call('EXPIRE', reaped, 60)
   if owner.alone or others.num == 1 then return increment(job_key(id), 'crashes_alone') end
-  -- If another request was isolated, the steps of this one did not run, so it did not cause the crash.
+  -- If another request was isolated, no step of this request ran: it did not cause the crash.
   if not others.had_isolated then increment(job_key(id), 'suspect') end
   return false
 end

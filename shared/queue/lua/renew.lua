@@ -8,7 +8,7 @@ local base, worker, lease_ms, held = ARGV[1], ARGV[2], tonumber(ARGV[3]), cmsgpa
 local had_lease = holds_lease(base, worker)
 redis.call('ZADD', workers_key(base), now_ms + lease_ms, worker)
 redis.call('ZREMRANGEBYSCORE', workers_key(base), '-inf', now_ms - 600000)
--- The worker is alive after all, so requests that were reaped from it during a pause must not count in a later crash.
+-- The worker is alive: requests that were reaped from it during a pause must not count as running in a later crash.
 redis.call('DEL', reaped_key(worker))
 
 local function is_orphan(id)

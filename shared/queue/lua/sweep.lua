@@ -7,8 +7,8 @@ local MAX_NUM_ENDED = 100
 local count = 0
 
 -- Repairs a claim whose owner or lease was deleted or garbled. If the owner is missing, RQ's entry for the claim is
--- removed. If the lease is missing, the request gets an expired one: its worker renews it, or, if that worker is dead,
--- another worker reaps the request.
+-- removed. If the lease is missing, the request gets an expired lease: the request's worker renews the lease, or, if
+-- that worker is dead, another worker requeues the request (reap.lua).
 local function mend_entry(queue, composite)
   local id, claim_id = composite:match('^(.*):(.*)$')
   local owner = id and guarded(id, base, nil, get_owner, id)
@@ -20,7 +20,7 @@ local function mend_entry(queue, composite)
   end
 end
 
--- Ends overdue requests at the front of a queue. claim.lua would end them too, but full workers do not claim.
+-- Ends overdue requests at the front of a queue. claim.lua ends overdue requests too, but full workers do not claim.
 local function end_overdue_heads(queue)
   for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, MAX_NUM_ENDED - 1)) do
     if not guarded(id, base, queue, end_overdue, id, base, queue) then return end

@@ -1,9 +1,10 @@
 -- Loaded between prelude.lua and scripts that change queues: the index of each queue, and the set of waiting queues.
 --
--- RQ's list tells which requests wait in a queue. The index (a sorted set, all scores 0) holds the place of each, its
--- sort key: `class|version|tenant|priority|since|sequences|id` (shared/queue/places.py). A script that removes a
--- request from the list also removes its place, a copy of which is in the job hash. Earlier releases and RQ's tools
--- change only the list. So scripts compare list and index, add missing places, and drop places without a request.
+-- RQ's list tells which requests wait in a queue. The index (a sorted set, all scores 0) holds the place of each of
+-- these requests, i.e. its sort key: `class|version|tenant|priority|since|sequences|id` (shared/queue/places.py). A
+-- script that removes a request from the list also removes its place; the job hash has a copy of the place. Earlier
+-- releases and RQ's tools change only the list. Scripts therefore compare list and index, add missing places, and drop
+-- places without a request.
 
 -- Classes: 0 ran before and lost its worker, 1 interactive, 2 batch.
 local BEGAN, BATCH = '0', '2'
@@ -11,7 +12,7 @@ local LINE_CHARS = 20
 local ORDER = '^([12])|(%x%x%x%x%x%x%x%x)|(%d%d%d%d%d%d%d%d%d%d)|(%d%d%d%d%d%d)$'
 local PLACE = '^[012]|%x%x%x%x%x%x%x%x|%x%x%x%x%x%x%x%x|%d%d%d%d%d%d%d%d%d%d|%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d%d|'
   .. '%d%d%d%d%d%d|(.*)$'
--- The `order` field for requests of an earlier release, which have none.
+-- The `order` field for requests of an earlier release, which lack this field.
 local DEFAULT_ORDER = '1|00000000|2147483648|000001'
 local NO_VERSION = '00000000'
 -- Maximum number of requests that one comparison reads from the front of a list.
@@ -31,8 +32,8 @@ local function version_part(version)
   return redis.sha1hex(version):sub(1, 8)
 end
 
--- Returns the place of a waiting job. `began`: true if the job ran before; nil means that its log tells. `since_us`:
--- its enqueue time, by default that of its job hash.
+-- Returns the place of a waiting job. `began`: true if the job ran before; if nil, the job's old place and its log tell
+-- this. `since_us`: the enqueue time of the job, by default the time in the job hash.
 local function make_place(id, began, since_us)
   local place, order, version, enqueued_ms, has_ended =
     unpack(redis.call('HMGET', job_key(id), 'place', 'order', 'version', 'enqueued_ms', 'has_ended'))
@@ -47,8 +48,8 @@ local function make_place(id, began, since_us)
   return table.concat({ class, version_part(version), tenant, priority, since, num_sequences, id }, '|')
 end
 
--- Life of an index after its last new place. Workers of earlier releases leave it behind when they empty the queue. If
--- it expires while requests wait, it is made again from the list.
+-- Life of an index after its last new place. Workers of earlier releases leave an index behind when they empty the
+-- queue. If an index expires while requests wait, it is made again from the list.
 local INDEX_TTL_S = 86400
 
 -- Adds a place to the index and to the job hash. Returns true if the index had no such place.
@@ -59,7 +60,7 @@ local function add_place(id, queue, place)
   return is_new
 end
 
--- Checks that a request of the list has its place; removes the request from the list if its job is not queued any more.
+-- Checks that a request in the list has its place; removes the request from the list if the job is not queued any more.
 -- Returns {status, enqueue time (ms), true if something was repaired}.
 local function check_place(id, queue)
   local status, enqueued_ms, place, has_ended =
@@ -78,8 +79,8 @@ local function check_place(id, queue)
   return { status, enqueued_ms, is_mended }
 end
 
--- Compares the lengths of index and list, and adds missing places: first from the back of the list, where APIs of
--- earlier releases put requests, then from its front.
+-- Compares the lengths of index and list, and adds missing places: first for requests at the back of the list, where
+-- APIs of earlier releases put requests, then for requests at its front.
 local function mend_index(base, queue)
   local num_missing = redis.call('LLEN', queue_key(queue)) - redis.call('ZCARD', order_key(queue))
   local from_back = -1
@@ -102,7 +103,7 @@ end
 -- Drops places whose requests do not wait any more, if there are more places than requests; at most 100 in a call.
 local function trim_index(queue)
   local key = order_key(queue)
-  -- Foreign entries with a score other than 0 sort to the ends. If they stayed, BYLEX searches would miss places.
+  -- Foreign entries whose score is not 0 sort to the ends. If these entries stayed, BYLEX searches would miss places.
   for _, position in ipairs({ 0, -1 }) do
     local place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
     while place and (score ~= '0' or not id_of(place)) do
@@ -137,8 +138,8 @@ end
 
 local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens":0,"completion_tokens":0}}'
 
--- Puts a running request back at the front of its queue. Its log stays, and the next worker continues after it. If the
--- request was aborted, it ends instead.
+-- Puts a running request back at the front of its queue. The request's log stays, and the next worker continues after
+-- its last event. If the request was aborted, it ends instead.
 local function requeue(id, owner)
   if redis.call('EXISTS', job_key(id)) == 0 then return drop_ownership(id, owner) end
   if owner.aborted then
@@ -147,7 +148,7 @@ local function requeue(id, owner)
   local origin, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
   if origin ~= owner.queue or base ~= owner.base then refuse('its job and its owner name two queues') end
   drop_ownership(id, owner)
-  -- The deadline is for the first start of the request, which was in time.
+  -- The deadline is for the first start of the request, and this request has started in time.
   redis.call('HDEL', job_key(id), 'deadline_ms')
   redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
   redis.call('LPUSH', queue_key(owner.queue), id)
