@@ -163,7 +163,7 @@ class QueryTile {
 #pragma omp simd
     for (int64_t column = 0; column < num_columns_; ++column) {
       const Acc top = largest_[column];
-      // Both are minus infinity as long as a query has seen no key; if they were subtracted, the result would be NaN.
+      // While a query has seen no key, the old and the new maximum are minus infinity: their difference would be NaN.
       corrections_[column] = corrections_[column] == top ? Acc(1) : exponential<Acc>(corrections_[column] - top);
       sums_[column] *= corrections_[column];
     }
@@ -184,8 +184,8 @@ class QueryTile {
     }
   }
 
-  // Hides a key from the queries that must not see it: those before the key, and those beyond its window.
-  // Columns are ordered by query, so both are ranges of columns.
+  // Hides a key from the queries that must not see it: queries before the key, and queries beyond its window.
+  // Columns are ordered by query, so that each of the two groups is a range of columns.
   void hide(int64_t key, Acc* score) const {
     const auto column_of = [&](int64_t position) {
       return std::clamp<int64_t>((position - first_position_) * group_, 0, num_columns_);

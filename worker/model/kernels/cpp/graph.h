@@ -1,5 +1,4 @@
-// A compiled forward pass. If PyTorch's own Python binding ran it, the GIL would be held meanwhile, and all other
-// threads would be blocked.
+// A compiled forward pass. PyTorch's own Python binding would hold the GIL while it runs, and block all other threads.
 #pragma once
 
 #include <ATen/core/Dict.h>

@@ -37,7 +37,7 @@ struct AdapterRows {
   bool is_empty() const { return !runs.defined() || (runs.size(0) == 0 && long_spans.size(0) == 0); }
 };
 
-// Inputs of the kernels that are not arguments. If they were arguments, a compiled graph would be valid only for
+// Inputs that the kernels do not get as arguments: with such arguments, a compiled graph would be valid only for
 // certain adapters and sequences.
 struct KernelState : torch::CustomClassHolder {
   std::vector<FusedLinears> fused;  // indexed by the number of their first Linear
