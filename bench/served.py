@@ -187,7 +187,7 @@ async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
 def without_end_tokens(extra: Mapping[str, Any], num_tokens: int) -> Mapping[str, Any]:
     """Bans the end-of-text token, through `min_tokens`, in streams that ignore it anyway.
 
-    The token has no text, so its step would look like a longer inter-token latency.
+    This token has no text: its step would look like a longer inter-token latency.
     """
     return {**extra, "min_tokens": num_tokens} if extra.get("ignore_eos") else extra
 

@@ -27,7 +27,7 @@ TextOrTokens = str | tuple[TokenId, ...]
 
 # Decoded JSON has no reference cycles. Without gc=False, Python's garbage collector would scan every message.
 class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Base class of all messages. They are immutable, and fields with their default value are not encoded."""
+    """Base class of all messages. Messages are immutable; fields with their default value are not encoded."""
 
     def encode(self) -> bytes:
         """Returns the message as UTF-8 JSON without line breaks."""

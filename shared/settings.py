@@ -266,13 +266,13 @@ class WorkerSettings(Settings):
     sweep_s: Seconds = 5
     """Interval at which a worker checks for queues that were changed with RQ's tools."""
     api_lease_s: Seconds = 6
-    """Lease of an API process, after which it counts as dead; must be the same in all processes."""
+    """Lease after which an API process counts as dead; must be equal in all API processes and workers."""
     step_limit_s: Seconds = 60
     """Maximum duration of a step; a worker whose step takes longer counts as hung and ends itself."""
     max_crashes_alone: Count = 3
     """Number of times a request may crash its worker while it runs alone, before it ends as failed."""
     drain_s: Seconds = 30
-    """Time that running requests have to finish after SIGTERM; unfinished ones are then handed back."""
+    """Time that running requests have to finish after SIGTERM; then unfinished requests are handed back."""
     step_delay_s: Annotated[float, Field(ge=0, le=MAX_DURATION)] = 0
     """Pause after each step, for tests."""
     faults: str = ""

@@ -57,7 +57,7 @@ class RqWorker(BaseWorker):
     def register_birth(self) -> None:
         """Registers this worker; may be called again after a lost reply."""
         if self.birth_date is not None:
-            # If the record of the first try stayed, RQ would take it for that of another worker.
+            # If the record of the first try stayed, RQ would take it for another worker's record.
             self.connection.delete(self.key)
         super().register_birth()  # type: ignore[no-untyped-call]
 

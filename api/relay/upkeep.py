@@ -56,7 +56,7 @@ async def watch_permissions(pool: redis.ConnectionPool, on_change: Callable[[str
         try:
             rules = await asyncio.to_thread(missing_rules, pool, API)
         except (redis.RedisError, OSError):
-            # The log reader runs into the same failure and logs it, so no line is logged here.
+            # The task that reads the logs runs into this failure too, and logs it; no second line is needed.
             await asyncio.sleep(PERMISSION_CHECK_S)
             continue
         if not rules:

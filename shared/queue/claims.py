@@ -19,7 +19,7 @@ class UnreadableRecord(GenerationFailed):
     def __init__(self, reason: str) -> None:
         super().__init__(UNREADABLE)
         self.reason = reason
-        """The reason for the log and the failed job. It names fields, and never has text of a prompt."""
+        """The reason, for the log and the failed job; it names fields, and never has text of a prompt."""
 
 
 def read_request(encoded: bytes) -> GenerationRequest:

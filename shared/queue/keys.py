@@ -27,8 +27,8 @@ def order(queue: str) -> str:
     """sorted set, all scores 0: the place (sort key) of each request that waits in a queue, see `places.py`.
 
     Written by every script that changes the queue: enqueue, abort, claim, reap, hand_back. `look` and `sweep`
-    compare it with RQ's list and repair it. It is deleted with the last waiting request of the queue, and
-    expires a day after its last new place.
+    compare the set with RQ's list and repair it. The set is deleted with the last waiting request of the
+    queue, and expires a day after its last new place.
     """
     return f"{PREFIX}:order:{queue}"
 
@@ -114,6 +114,6 @@ def events_channel(api_id: str) -> str:
     """Pub/sub channel of one API process; a string key with the same name is the lease of that process.
 
     append publishes to the channel: lines of `<id> <encoded StreamEvent>`. The API renews the key. If the key
-    has expired, renew aborts the requests that this API reads, except detached ones.
+    has expired, renew aborts the requests whose events this API reads, unless they are detached.
     """
     return f"{PREFIX}:events:{api_id}"

@@ -26,7 +26,7 @@ Lines are compared by these keys, in this order:
 5. Fairness between the tenants of an adapter: keys 3 and 4 again, without weights.
 6. Inside a line: the lower priority number, then the older request. Redis keeps each line in this order.
 
-`look.lua` reads the lines. It reads queues whose adapters run or are resident, in the order of key 3, and as
+`look.lua` reads the lines: in queues whose adapters run or are resident, in the order of key 3, and in as
 many other queues. Half of these other queues are the ones whose first requests have waited longest, and half
 are drawn at random. In each queue it reads the lines of the tenant with the oldest request, and of a few more
 tenants from a random point on. Thus the oldest request of a queue can always be chosen, and a queue with only
@@ -66,7 +66,7 @@ class Pick(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The numbers of sequences that a worker holds, and of those that it could hold in addition."""
+    """The numbers of sequences that a worker holds, and the number that it could hold in addition."""
 
     num_free: int
     per_queue: Mapping[str, int]
@@ -225,7 +225,7 @@ class _BatchAccount:
         return [line for line in lines if line.request_class == turn]
 
     def charge(self, place: Place) -> None:
-        """Credits batch with its part of a chosen request's sequences; charges batch if they are its own."""
+        """Credits batch with a part of a chosen request's sequences; charges a batch request's sequences."""
         if self.has_rival:
             self.num_due = min(BATCH_ONE_IN, self.num_due + place.num_sequences / BATCH_ONE_IN)
             if place.request_class == BATCH:

@@ -13,7 +13,7 @@ class AdapterSlots(NamedTuple):
 
 
 class SlotPlan:
-    """The predicted running and resident adapters. It evicts by LRU, as the engine's `AdapterCache` does."""
+    """The predicted running and resident adapters. The plan evicts by LRU, as the engine's `AdapterCache`."""
 
     def __init__(self, base: str, running: Mapping[str, int], slots: AdapterSlots) -> None:
         """`base`: queue of the base model, which needs no slot. `running`: number of sequences by queue."""

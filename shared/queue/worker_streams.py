@@ -35,9 +35,9 @@ class WorkerStreams(UpkeepStreams):
         """Returns the lines from which this worker may choose, and the time (ms) by the clock of Redis.
 
         `near`: queues whose adapters need no free slot; the first `num_queues` with waiting requests are
-        read. `others`: the worker's other queues, or empty for all that it serves. Of the others, too,
-        `num_queues` are read: half are the ones whose first requests have waited longest, and half are drawn
-        at random. Each returned line has up to `num_requests` requests.
+        read. `others`: the worker's other queues, or empty for all that it serves. Of these queues, too,
+        `num_queues` are read: half have the first requests that have waited longest, half are drawn at
+        random. Each returned line has up to `num_requests` requests.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
@@ -62,7 +62,7 @@ class WorkerStreams(UpkeepStreams):
         return lines, float(now_ms)
 
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
-        """Claims a request for each pick; fewer if other workers took them, or after claiming a suspect.
+        """Claims a request for each pick, unless other workers took all of its line; stops after a suspect.
 
         A call with the same ids returns the same requests. Requests whose records can't be read are failed.
         """

@@ -93,7 +93,7 @@ class BlockManager:
                 self._keys[block] = key
 
     def withdraw(self, seq: Sequence) -> None:
-        """Stops other sequences from finding a sequence's blocks; those that use some already keep them."""
+        """Stops other sequences from finding a sequence's blocks; blocks shared already stay shared."""
         for block in seq.block_table:
             self._forget(block)
 

@@ -11,11 +11,11 @@ Decode = Callable[[Sequence[int]], str]
 class Detokenizer:
     """Turns the output tokens of one sequence into text, token by token.
 
-    All text released so far is a prefix of `decode(all ids so far)`. Text that ends in `REPLACEMENT` may be
-    the start of a character, so it is held back. If the sequence ends there, that text is dropped.
+    All text released so far is a prefix of `decode(all ids so far)`. A `REPLACEMENT` at the end of the text
+    may be the start of a character and is held back; if the sequence ends with it, it is dropped.
 
-    `tokenizers.DecodeStream` does the same, but raises an error if a byte-fallback tokenizer takes a decoded
-    character back because invalid bytes follow it. This class keeps the text that it has released.
+    `tokenizers.DecodeStream` does the same, but raises an error if invalid bytes after a character make a
+    byte-fallback tokenizer replace the character. This class keeps the text that it has released.
     """
 
     def __init__(self, decode: Decode) -> None:

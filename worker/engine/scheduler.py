@@ -18,7 +18,7 @@ from worker.engine.sequence import (
 from worker.engine.step_pace import Chunk, StepPace
 
 MIN_CHUNK_TOKENS = 16
-"""Minimum size of a chunk of the longest-waiting prompt, so that it makes progress even on a slow device."""
+"""Minimum size of a chunk of the longest-waiting prompt, which thus makes progress even on a slow device."""
 
 
 class Scheduler:
@@ -45,7 +45,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._isolated: str | None = None
-        """Id of the isolated request, or None. If it is set, nothing runs until `run_isolated`."""
+        """Id of the isolated request, or None. If an id is set, no sequence runs until `run_isolated`."""
         self._may_run_isolated = False
 
     @property
@@ -98,7 +98,7 @@ class Scheduler:
             self._isolated = self._isolated if any(not self._must_wait(other) for other in others) else None
 
     def shrink(self) -> None:
-        """Lets fewer sequences run for a while, after a step ran out of memory; preempts the newest ones."""
+        """Lets fewer sequences run for a while, after a step ran out of memory; preempts the newest."""
         self._capacity.shrink(len(self._running))
         for seq in self._running[: self.max_num_sequences - 1 : -1]:
             self._preempt(seq)
@@ -175,8 +175,8 @@ class Scheduler:
     def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
         """Divides a step's prefill time: half for the longest-waiting prompt, half for the shortest prompts.
 
-        A short prompt thus soon overtakes long ones, while a long prompt takes at most twice as long as it
-        would with all of the time.
+        A short prompt thus soon overtakes long prompts, while a long prompt takes at most twice as long as
+        with all of the prefill time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:

@@ -52,7 +52,7 @@ class ServedModels:
         return self._adapters
 
     def add(self, adapter: ServedModel) -> None:
-        """Adds an adapter; it replaces an earlier one of the same name."""
+        """Adds an adapter, which replaces an earlier adapter of this name."""
         with self._lock:
             self._adapters = {**self._adapters, adapter.name: adapter}
 
@@ -94,5 +94,5 @@ class ServedModels:
         return model
 
     def weights_version(self, model: ServedModel) -> str:
-        """Returns the version of all weights behind a model: the base's, and for an adapter also its own."""
+        """Returns the version of a model's weights: the base's version, for an adapter with its own added."""
         return weights_version(self.base.version, model.version if model.adapter_name else None)

@@ -19,8 +19,8 @@ _GATHER_TOKENS = 8
 _GAIN = 0.3
 _MAX_DECODES_SURPRISE, _MAX_CHUNKS_SURPRISE = 1.2, 2.0
 """Upper limit of a measurement, as a multiple of the estimate; higher measurements count as this limit. A
-higher cost of chunks makes chunks smaller, so it is learned quickly. A higher cost of decodes makes chunks
-larger, which is wrong if another process was merely busy during one step, so it is learned slowly."""
+higher cost of chunks makes chunks smaller and is learned quickly. A higher cost of decodes makes chunks
+larger and is learned slowly, because another process may merely have been busy during one step."""
 
 
 class Chunk(NamedTuple):
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
 
 
 class StepPace:
-    """Keeps the duration of steps near `step_target_ms` by limiting the number of prompt tokens in them.
+    """Keeps the duration of steps near `step_target_ms` by limiting the number of prompt tokens per step.
 
     The cost of decodes is a fixed time plus a time per decoding sequence, measured in steps without prompt
     tokens. The cost of chunks, measured as the remaining time of steps with prompt tokens, is a fixed time

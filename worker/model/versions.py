@@ -1,4 +1,4 @@
-"""Weights versions, computed from files alone; each engine that serves the same files must report the same.
+"""Weights versions, computed from files alone; all engines that serve the same files must report one version.
 
 The registry compares the versions of all workers, and a request runs only on workers that have its version.
 """

@@ -1,4 +1,4 @@
-"""Claims requests for a worker: reads waiting ones, chooses by the order rule, takes those still there."""
+"""Claims requests for a worker: reads waiting requests, chooses some by the order rule, and takes these."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -120,7 +120,7 @@ class EngineLoop:
         return appends
 
     def _add(self, arrival: Arrival) -> list[Append]:
-        """Gives a request to the engine, unless this claim was lost while the prompts were encoded."""
+        """Gives a request to the engine, unless its claim was lost while the prompts were encoded."""
         claim, prompts = arrival
         if claim.held not in self._held:
             return []

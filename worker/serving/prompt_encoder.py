@@ -20,7 +20,7 @@ LONG_PROMPT_CHARS = 32_768
 
 
 class PromptEncoder:
-    """Encodes short and long prompts in two threads, so that short ones don't wait for long ones."""
+    """Encodes short and long prompts in two threads, so that short prompts don't wait for long ones."""
 
     def __init__(self, encode: Encode, inbox: Inbox, held: Container[Held]) -> None:
         """`inbox` gets each claim with its encoded prompts; claims that left `held` meanwhile are skipped."""

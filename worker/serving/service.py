@@ -129,7 +129,7 @@ class WorkerService:
             self._consumer.stop()
             threads[IO].join()
             try:
-                # After a crash, nothing is handed back: other workers reap the requests, counting the crash.
+                # After a crash, nothing is handed back: reap.lua requeues the requests and counts the crash.
                 if not has_crashed:
                     num_handed_back = self._consumer.hand_back(give_up_at())
             finally:
