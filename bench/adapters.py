@@ -45,7 +45,7 @@ class AdapterMaker:
         rank, generator = self._kind.rank, torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> torch.Tensor:
-            # Small weights change the text little; large ones would turn it into noise.
+            # Small weights change the text little; large weights would turn it into noise.
             return (torch.randn(shape, generator=generator) * 0.01).bfloat16()
 
         folder.mkdir(parents=True)

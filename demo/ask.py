@@ -63,7 +63,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, question: str, max_tokens:
 
 async def ask_all(base_url: str, api_key: str, max_tokens: int) -> list[str]:
     """Asks all models each question at the same time, prints the answers, and returns the models."""
-    # If the environment names a proxy, it must not be used for a local server.
+    # A proxy that the environment names must not be used for a local server.
     http_client = openai.DefaultAsyncHttpxClient(trust_env=False)
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key, http_client=http_client) as client:
         models = [model.id async for model in client.models.list()]

@@ -1,4 +1,4 @@
-"""Starts processes, restarts those that die, and stops them in order.
+"""Starts processes, restarts processes that die, and stops them all in order.
 
 The module uses one thread. `Supervisor.turn` is one round of its loop, which waits for a signal or a restart.
 """

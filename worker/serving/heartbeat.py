@@ -72,7 +72,7 @@ class Heartbeat:
                 self.outages.end("heartbeat")
 
     def turn(self) -> None:
-        """Renews leases, reaps expired leases, ends unserved requests and sweeps queues, each when it is due."""
+        """Renews leases, reaps expired leases, ends unserved requests, sweeps queues, each when it is due."""
         now = self._clock()
         connected_s = now - self._connected_since if self._connected_since is not None else 0.0
         if now - self._renewed_at >= self._settings.heartbeat_s:
