@@ -1,8 +1,5 @@
 """The routes of chat completions: create one, resume its stream, abort it."""
 
-import re
-import time
-import uuid
 from typing import Literal
 
 import msgspec
@@ -16,16 +13,14 @@ from api.contract.chat_answer import BodyWriter, ChunkWriter
 from api.contract.chat_request import ChatCompletionRequest
 from api.contract.server_events import DONE, render_resumption
 from api.contract.strict import parse
+from api.generation import check_resumable, new_request, resume_position, wants_detach
 from api.relay.relay import Relay
 from api.responses import GenerationCall, GenerationResponse
-from shared.errors import InvalidRequest, RequestNotFound
-from shared.messages import GenerationRequest, ModelCard
-from shared.queue.api_streams import FoundRequest
+from shared.errors import RequestNotFound
+from shared.messages import GenerationRequest
 from shared.settings import ApiSettings
 
 CHAT_COMPLETIONS = "/v1/chat/completions"
-DETACH = "X-Lorelay-Detach"
-LAST_EVENT_ID = "Last-Event-ID"
 
 
 class Deleted(msgspec.Struct, frozen=True):
@@ -47,8 +42,15 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
         admit_until = queue.deadline()
         card = await queue.fetch_card(body.model, admit_until)
         client = keys.client_of(request)
-        detached = _wants_detach(request)
-        generation = _to_generation_request(body, card, settings, tenant=client, detached=detached)
+        generation = new_request(
+            "chatcmpl",
+            card,
+            settings,
+            sampling=body.to_sampling(),
+            messages=[message.to_template() for message in body.messages],
+            tenant=client,
+            detached=wants_detach(request),
+        )
         writer = _writer(generation, stream=bool(body.stream), include_usage=body.include_usage)
         call = GenerationCall(generation, writer, client, admit_until)
         return GenerationResponse(relay, settings, call)
@@ -58,10 +60,10 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
         request_id: str, request: Request, include_usage: bool = False
     ) -> Response:
         """Streams the events after `Last-Event-ID`; only for requests sent with `X-Lorelay-Detach: true`."""
-        first_event_no = _first_event_no(request, request_id)
+        first_event_no = resume_position(request, request_id)
         client = keys.client_of(request)
         found = await queue.find_request(request_id, client)
-        _check_resumable(found, first_event_no)
+        check_resumable(found, first_event_no)
         if found.has_ended and first_event_no == found.num_events:
             rest = render_resumption(request_id, first_event_no) + DONE
             return Response(rest, media_type="text/event-stream")
@@ -96,52 +98,3 @@ def _stream_writer(
 
 def _heading(request: GenerationRequest) -> Heading:
     return Heading(request.request_id, request.created, request.model)
-
-
-def _to_generation_request(
-    body: ChatCompletionRequest, card: ModelCard, settings: ApiSettings, *, tenant: str, detached: bool
-) -> GenerationRequest:
-    return GenerationRequest(
-        request_id=f"chatcmpl-{uuid.uuid4().hex}",
-        model=card.name,
-        base=card.base,
-        messages=[message.to_template() for message in body.messages],
-        sampling=body.to_sampling(),
-        adapter_name=card.adapter_name,
-        adapter_version=card.version if card.adapter_name is not None else None,
-        base_version=(card.version if card.adapter_name is None else card.base_version) or None,
-        created=int(time.time()),
-        tenant=tenant,
-        wait_limit_s=None if detached else settings.queue_time_limit_s,
-        generation_limit_s=settings.generation_limit_s,
-        detached=detached,
-    )
-
-
-def _wants_detach(request: Request) -> bool:
-    value = request.headers.get(DETACH, "false").lower()
-    if value not in ("true", "false"):
-        raise InvalidRequest(f"The header {DETACH} is 'true' or 'false', not {value!r}.", param=DETACH)
-    return value == "true"
-
-
-def _first_event_no(request: Request, request_id: str) -> int:
-    """Returns the number of the first event to send: one after `Last-Event-ID`, or 0 without this header."""
-    last = request.headers.get(LAST_EVENT_ID)
-    if last is None:
-        return 0
-    of_request, _, event_no = last.rpartition(":")
-    if of_request != request_id or not re.fullmatch("[0-9]{1,9}", event_no):
-        raise InvalidRequest(
-            f"The header {LAST_EVENT_ID} is '{request_id}:' and a number, not {last!r}.", param=LAST_EVENT_ID
-        )
-    return int(event_no) + 1
-
-
-def _check_resumable(found: FoundRequest, first_event_no: int) -> None:
-    if not found.request.detached:
-        raise InvalidRequest(f"The request was sent without {DETACH}: true, so it can't be resumed.")
-    if first_event_no > found.num_events:
-        raise InvalidRequest(
-            f"The header {LAST_EVENT_ID} names an event that is still to come.", param=LAST_EVENT_ID
-        )

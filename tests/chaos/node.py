@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from api.chat_routes import LAST_EVENT_ID
+from api.generation import LAST_EVENT_ID
 from tests.chaos.readers import Read, Reading, and_back
 from tests.deployment import BIN
 

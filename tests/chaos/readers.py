@@ -13,7 +13,7 @@ import openai
 import requests
 from openai.types.chat import ChatCompletionChunk
 
-from api.chat_routes import DETACH, LAST_EVENT_ID
+from api.generation import DETACH, LAST_EVENT_ID
 from tests.chaos.checker import Reference, find_faults, find_partial_faults
 from tests.chaos.recorder import CHAT, READ_LIMIT_S, Answer, Ask, Recorder, Run, note_chunk
 from tests.decoders import DONE, by_go, by_lines

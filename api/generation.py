@@ -1,0 +1,87 @@
+"""Parts that all routes of generations share: the `GenerationRequest` of a body, and the detach headers."""
+
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.requests import Request
+
+from shared.errors import InvalidRequest
+from shared.messages import GenerationRequest, ModelCard, SamplingParams
+from shared.queue.api_streams import FoundRequest
+from shared.settings import ApiSettings
+
+DETACH = "X-Lorelay-Detach"
+LAST_EVENT_ID = "Last-Event-ID"
+
+
+def new_request(
+    id_prefix: str,
+    card: ModelCard,
+    settings: ApiSettings,
+    *,
+    sampling: SamplingParams,
+    messages: list[dict[str, Any]],
+    tenant: str,
+    detached: bool,
+) -> GenerationRequest:
+    """Returns a request for the model of `card`, with a new id and the time limits of the settings."""
+    return GenerationRequest(
+        request_id=f"{id_prefix}-{uuid.uuid4().hex}",
+        model=card.name,
+        base=card.base,
+        messages=messages,
+        sampling=sampling,
+        adapter_name=card.adapter_name,
+        adapter_version=card.version if card.adapter_name is not None else None,
+        base_version=(card.version if card.adapter_name is None else card.base_version) or None,
+        created=int(time.time()),
+        tenant=tenant,
+        wait_limit_s=None if detached else settings.queue_time_limit_s,
+        generation_limit_s=settings.generation_limit_s,
+        detached=detached,
+    )
+
+
+def wants_detach(request: Request) -> bool:
+    """True if the header `DETACH` asks for a request that continues without its client.
+
+    Raises:
+        InvalidRequest: the header is neither `true` nor `false`.
+    """
+    value = request.headers.get(DETACH, "false").lower()
+    if value not in ("true", "false"):
+        raise InvalidRequest(f"The header {DETACH} is 'true' or 'false', not {value!r}.", param=DETACH)
+    return value == "true"
+
+
+def resume_position(request: Request, request_id: str) -> int:
+    """Returns the number of the first event to send: the one after `LAST_EVENT_ID`, or 0 without the header.
+
+    Raises:
+        InvalidRequest: the header is not the id of an event of this request.
+    """
+    last = request.headers.get(LAST_EVENT_ID)
+    if last is None:
+        return 0
+    of_request, _, event_no = last.rpartition(":")
+    if of_request != request_id or not re.fullmatch("[0-9]{1,9}", event_no):
+        raise InvalidRequest(
+            f"The header {LAST_EVENT_ID} is '{request_id}:' and a number, not {last!r}.", param=LAST_EVENT_ID
+        )
+    return int(event_no) + 1
+
+
+def check_resumable(found: FoundRequest, first_event_no: int) -> None:
+    """Checks that a request's stream can be resumed at an event.
+
+    Raises:
+        InvalidRequest: the request is not detached, or the event is still to come.
+    """
+    if not found.request.detached:
+        raise InvalidRequest(f"The request was sent without {DETACH}: true, so it can't be resumed.")
+    if first_event_no > found.num_events:
+        raise InvalidRequest(
+            f"The header {LAST_EVENT_ID} names an event that is still to come.", param=LAST_EVENT_ID
+        )
