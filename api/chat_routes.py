@@ -73,7 +73,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
 
     @router.delete(CHAT_COMPLETIONS + "/{request_id}", summary="Abort a request", tags=["chat"])
     async def abort_chat_completion(request_id: str, request: Request) -> Response:
-        """Removes a queued request, or stops a running one; a client that waits for it gets an error."""
+        """Removes a queued request, or stops a running one; a client that waits for events gets an error."""
         await queue.find_request(request_id, keys.client_of(request))
         if await queue.abort(request_id) == "gone":
             raise RequestNotFound("The request has ended already.")

@@ -126,7 +126,7 @@ def _example(model: str) -> dict[str, Any]:
 
 
 def _with_models(schema: dict[str, Any], cards: list[ModelCard] | None) -> dict[str, Any]:
-    """Copies the schema, lists the served models in its description, and names one in its example."""
+    """Copies the schema, lists the served models in the description, and names one of them in the example."""
     schema = copy.deepcopy(schema)
     schema["info"]["description"] += f"\n\n{_describe(cards)}"
     if cards:

@@ -220,7 +220,7 @@ class WorkerSettings(Settings):
     model: str
     """Folder or Hugging Face id of the base model."""
     model_name: str = ""
-    """The name by which clients ask for the base; by default `model`, or only its last part for a folder."""
+    """The name by which clients ask for the base; by default `model`, or if that is a folder, its name."""
     adapters: Adapters = ()
     revision: str | None = None
     trust_remote_code: bool = False
@@ -233,7 +233,7 @@ class WorkerSettings(Settings):
     max_prefill_tokens: Count = 2048
     """Maximum number of prompt tokens in one step; `step_target_ms` may lower it."""
     step_target_ms: Annotated[float, Field(gt=0, le=MAX_DURATION)] = 100
-    """Target duration of a step with prompt tokens. Long prompts are split into chunks that keep to it."""
+    """Target duration of a step with prompt tokens; long prompts are split into chunks to meet the target."""
     cache_max_entry_count: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Share of the free device memory that the KV cache may take."""
     cache_max_bytes: Count | None = None

@@ -101,7 +101,7 @@ def retry_briefly(connection: redis.Redis) -> None:
 
 
 def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.Redis:
-    """Returns a new client for the server of `connection`, which raises if it loses its connection."""
+    """Returns a new client for the server of `connection`, without retries after a lost connection."""
     pool = connection.connection_pool
     options = pool.connection_kwargs | {"socket_timeout": socket_timeout_s, "retry": Retry(NoBackoff(), 0)}
     return NamingRedis(

@@ -26,7 +26,7 @@ TRANSIENT_REPLIES = MappingProxyType(
         "UNBLOCKED": "the server became a replica, or an operator ended a wait with CLIENT UNBLOCK",
     }
 )
-"""Error code, or code and first words, of each transient reply → its cause, and the reason why it ends.
+"""Error code, or code and first words, of each transient reply → the cause, and the reason why it passes.
 
 `tests/unit/shared/queue/test_not_now.py` lists the replies that are deliberately left out here.
 """

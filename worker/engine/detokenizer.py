@@ -12,7 +12,7 @@ class Detokenizer:
     """Turns the output tokens of one sequence into text, token by token.
 
     All text released so far is a prefix of `decode(all ids so far)`. A `REPLACEMENT` at the end of the text
-    may be the start of a character and is held back; if the sequence ends with it, it is dropped.
+    may be the start of a character and is held back; if the sequence ends there, that text is dropped.
 
     `tokenizers.DecodeStream` does the same, but raises an error if invalid bytes after a character make a
     byte-fallback tokenizer replace the character. This class keeps the text that it has released.

@@ -4,7 +4,7 @@ Adapters are added at the start only, by `worker.model.startup`. These steps wou
 
 1. `AdapterStore.read_new`, in a separate thread, because it reads the disk.
 2. `shared.queue.registry.register`, with the adapter's card. If it raises `RegistryConflict`, stop here.
-3. `AdapterCache.keep`, then `ServedModels.add`, in the engine's thread. Until then, requests for it wait.
+3. `AdapterCache.keep`, then `ServedModels.add`, in the engine's thread. Until then, its requests wait.
 4. `LoraWorker` adds the worker to RQ's set of the queue's workers; otherwise the API reports `no_worker`.
 
 Workers claim from the new queue after the next heartbeat, which writes `ServedModels` to Redis. The ports

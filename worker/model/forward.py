@@ -114,7 +114,7 @@ class CompiledForward:
         self._source.close()
 
     def _use(self, graph: Graph) -> None:
-        # The state is set before the graph: else a step could refuse the graph first, and its EAGER be lost.
+        # If the graph were set first, a step could refuse it, and COMPILED would overwrite the state EAGER.
         self.state = ForwardState.COMPILED
         self._graph = graph
 

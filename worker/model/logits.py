@@ -6,7 +6,7 @@ and `output_token_ids`, from which a matcher can be rebuilt after a resume. Poin
 * Matchers need an owner: an LRU in a new `worker/model/grammar.py`, which `ModelRunner` has and passes
   through `sample`.
 * `Intake.encode` should compile the grammar, by a new method of the `Model` port, because it runs in the
-  threads of `PromptEncoder`. In `Intake.prepare`, i.e. the engine's thread, it would stall all streams.
+  threads of `PromptEncoder`. In the engine's thread (`Intake.prepare`), compiling would stall all streams.
 * `SamplingParams.adjusts_logits` decides whether a request needs schema 2, which workers without grammars
   claim, too. A grammar needs schema 3.
 * While `min_tokens` bans the end-of-sequence tokens, a complete grammar allows no other token, and none is

@@ -80,7 +80,7 @@ class HeldRequests:
         return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """Returns true if the suspect has enough written events with these; then it is a suspect no more."""
+        """Clears the suspect, and returns true, if with these written events it has produced enough."""
         is_cleared = any(
             append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends

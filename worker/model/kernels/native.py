@@ -23,8 +23,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
 _REORDERED_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
-"""Options that let the compiler vectorise sums. Code may still rely on NaN and infinity, as it may not with
--ffast-math."""
+"""Options that let the compiler vectorise sums. Unlike -ffast-math, they leave NaN and infinity intact."""
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", *_REORDERED_SUMS)
 
 
