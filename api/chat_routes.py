@@ -21,6 +21,8 @@ from shared.messages import GenerationRequest
 from shared.settings import ApiSettings
 
 CHAT_COMPLETIONS = "/v1/chat/completions"
+RESUME = CHAT_COMPLETIONS + "/{request_id}/stream"
+ABORT = CHAT_COMPLETIONS + "/{request_id}"
 
 
 class Deleted(msgspec.Struct, frozen=True):
@@ -55,7 +57,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
         call = GenerationCall(generation, writer, client, admit_until)
         return GenerationResponse(relay, settings, call)
 
-    @router.get(CHAT_COMPLETIONS + "/{request_id}/stream", summary="Resume a stream", tags=["chat"])
+    @router.get(RESUME, summary="Resume a stream", tags=["chat"])
     async def resume_chat_completion(
         request_id: str, request: Request, include_usage: bool = False
     ) -> Response:
@@ -71,7 +73,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
         call = GenerationCall(found.request, writer, client, queue.deadline(), first_event_no)
         return GenerationResponse(relay, settings, call)
 
-    @router.delete(CHAT_COMPLETIONS + "/{request_id}", summary="Abort a request", tags=["chat"])
+    @router.delete(ABORT, summary="Abort a request", tags=["chat"])
     async def abort_chat_completion(request_id: str, request: Request) -> Response:
         """Removes a queued request, or stops a running one; a client that waits for events gets an error."""
         await queue.find_request(request_id, keys.client_of(request))

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import BaseRoute
 from starlette.staticfiles import StaticFiles
 
-from api.chat_routes import CHAT_COMPLETIONS
+from api.chat_routes import ABORT, CHAT_COMPLETIONS, RESUME, Deleted
 from api.contract.chat_answer import ChatCompletion, ChatCompletionChunk
 from api.contract.chat_request import ChatCompletionRequest
 from api.errors import ErrorEnvelope
@@ -29,6 +29,16 @@ ASSETS = "/docs-assets"
 SCHEMA = "/openapi.json"
 REFERENCE = "#/components/schemas/{}"
 KEYED_PREFIX = "/v1"
+ANSWERS: dict[str, dict[str, type]] = {
+    CHAT_COMPLETIONS: {"application/json": ChatCompletion, "text/event-stream": ChatCompletionChunk},
+    RESUME: {"text/event-stream": ChatCompletionChunk},
+    ABORT: {"application/json": Deleted},
+    "/v1/models": {"application/json": ModelList},
+    "/v1/models/{model_id}": {"application/json": Model},
+    "/health": {"application/json": Status},
+    "/ready": {"application/json": Status},
+}
+"""The answers of each path, by media type. Without its entry here, a new path has no schema."""
 
 
 def install(app: FastAPI, relay: Relay) -> None:
@@ -63,7 +73,11 @@ def install(app: FastAPI, relay: Relay) -> None:
 
 
 def build_schema(routes: list[BaseRoute]) -> dict[str, Any]:
-    """Builds the OpenAPI schema of `routes`, without the list of served models."""
+    """Builds the OpenAPI schema of `routes`, without the list of served models.
+
+    Raises:
+        KeyError: a path is missing in `ANSWERS`.
+    """
     schema = get_openapi(title=TITLE, version=VERSION, description=DESCRIPTION, routes=routes)
     components = schema.setdefault("components", {})
     components["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
@@ -86,21 +100,14 @@ def _component_schemas() -> dict[str, Any]:
     body = ChatCompletionRequest.model_json_schema(ref_template=REFERENCE.format("{model}"))
     parts = body.pop("$defs")
     _, answers = msgspec.json.schema_components(
-        [ChatCompletion, ChatCompletionChunk, ErrorEnvelope, Model, ModelList, Status],
+        [*(cls for answer in ANSWERS.values() for cls in answer.values()), ErrorEnvelope],
         ref_template=REFERENCE.format("{name}"),
     )
     return {ChatCompletionRequest.__name__: body, **parts, **answers}
 
 
 def _responses(path: str) -> dict[str, Any]:
-    answer = {
-        CHAT_COMPLETIONS: {
-            "application/json": {"schema": _reference(ChatCompletion)},
-            "text/event-stream": {"schema": _reference(ChatCompletionChunk)},
-        },
-        "/v1/models": {"application/json": {"schema": _reference(ModelList)}},
-        "/v1/models/{model_id}": {"application/json": {"schema": _reference(Model)}},
-    }.get(path, {"application/json": {"schema": _reference(Status)}})
+    answer = {media: {"schema": _reference(cls)} for media, cls in ANSWERS[path].items()}
     error = {"application/json": {"schema": _reference(ErrorEnvelope)}}
     return {
         "200": {"description": "Success", "content": answer},

@@ -7,8 +7,10 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from api.contract.chat_request import ChatCompletionRequest
+from api.docs import build_schema
 from api.main import create_app
 from shared.messages import ModelCard
 from shared.settings import ApiSettings, RedisSettings
@@ -60,6 +62,34 @@ async def test_the_schema_explains_every_field_of_a_chat_completion(client: http
                 "description" in field or name.startswith("Assistant")
                 for field in part["properties"].values()
             )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "answers"),
+    [
+        ("post", "", {"application/json": "ChatCompletion", "text/event-stream": "ChatCompletionChunk"}),
+        ("get", "/{request_id}/stream", {"text/event-stream": "ChatCompletionChunk"}),
+        ("delete", "/{request_id}", {"application/json": "Deleted"}),
+    ],
+)
+async def test_the_schema_tells_what_each_route_of_chat_completions_answers(
+    client: httpx.AsyncClient, method: str, path: str, answers: dict[str, str]
+) -> None:
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    content = paths["/v1/chat/completions" + path][method]["responses"]["200"]["content"]
+    references = {media: entry["schema"]["$ref"] for media, entry in content.items()}
+    assert references == {media: f"#/components/schemas/{name}" for media, name in answers.items()}
+
+
+def test_a_path_without_a_described_answer_has_no_schema() -> None:
+    app = FastAPI()
+
+    @app.get("/v1/undescribed")
+    async def answer() -> str:
+        return "text"
+
+    with pytest.raises(KeyError, match="/v1/undescribed"):
+        build_schema(app.routes)
 
 
 async def test_the_schema_refers_to_nothing_that_it_lacks(client: httpx.AsyncClient) -> None:
