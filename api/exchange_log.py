@@ -40,7 +40,7 @@ class ExchangeLog:
         request, total_s = self._request, time.monotonic() - self._begun_at
         first_event_s = self._first_event_s
         logger.info(
-            "chat completion %s by %s ended: %s, %d, %.3f s (first event: %s)",
+            "request %s to %s ended: %s, %d, %.3f s (first event: %s)",
             request.request_id,
             request.model,
             self._outcome,

@@ -28,7 +28,7 @@ def job_fields(
         origin=queue,
         connection=_unconnected(),
         serializer=JSONSerializer,
-        description=f"chat completion by {request.model}",
+        description=f"request to {request.model}",
         timeout=int(request.generation_limit_s) if request.generation_limit_s else None,
         result_ttl=result_ttl_s,
         failure_ttl=failure_ttl_s,

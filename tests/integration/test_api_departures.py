@@ -159,7 +159,7 @@ async def test_at_sigterm_open_streams_end_with_an_error_when_the_grace_period_i
     assert worker.is_aborted(claim)
     assert worker.is_aborted(other)
     assert "Traceback" not in log.read_text()
-    assert f"chat completion {claim.held.request_id} by base ended: server_draining" in log.read_text()
+    assert f"request {claim.held.request_id} to base ended: server_draining" in log.read_text()
 
 
 async def test_at_sigterm_open_streams_end_with_an_error_when_the_apis_own_drain_time_is_over(

@@ -128,7 +128,7 @@ def test_no_page_and_no_json_shows_a_prompt_or_an_answer(dashboard: Dashboard, l
     pages += [f"/0/view/job/{request_id}" for request_id in load.values()]
     pages += [f"/0/data/job/{request_id}.json" for request_id in load.values()]
     shown = "\n".join(dashboard.get(page) for page in pages)
-    assert "chat completion by pirate" in shown
+    assert "request to pirate" in shown
     assert SECRET not in shown
     assert "an answer word" not in shown
 
