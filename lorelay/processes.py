@@ -38,7 +38,7 @@ class ChildSpec:
 
 
 def start_process(spec: ChildSpec, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    """Starts a process in a separate group; the process ends when this process ends.
+    """Starts a process in a separate group; the new process ends when this one ends.
 
     The caller must have only one thread, because Python code runs between fork and exec. `output` receives
     stdout and stderr; if it is None, the new process shares stdout and stderr with this one.

@@ -21,7 +21,7 @@ def render_id(request_id: str, event_no: int) -> bytes:
 
 
 def render_resumption(request_id: str, first_event_no: int) -> bytes:
-    """Renders the first line of a stream that resumes at `first_event_no`: the id of the event before that.
+    """Renders the first line of a stream that resumes at `first_event_no`: the id of the previous event.
 
     Clients remember the last id that they received. Without this line, a client whose resumed stream ends at
     once, with an error, would reconnect without an id and get all events again.

@@ -2,9 +2,8 @@
 
 A line is the waiting requests of one queue, class, weights version and tenant. The worker reads the first
 requests of some lines (`Waiting`), `WaitingOrder.choose` chooses lines, and the worker claims the first
-request of each chosen line. Capacity is counted in sequences. The next request is chosen while the worker
-could hold at least one sequence more, even if the request has many: the engine starts the sequences that
-exceed its batch size later.
+request of each chosen line. Capacity is counted in sequences. A request can be chosen if the worker could
+hold at least one of its sequences: the engine starts the other sequences once its batch has room.
 
 Lines are compared by these keys, in this order:
 

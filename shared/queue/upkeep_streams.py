@@ -1,4 +1,4 @@
-"""The Redis calls of a worker's heartbeat. `worker_streams` has the calls of its I/O thread.
+"""The Redis calls of a worker's heartbeat. `worker_streams` has the calls of the worker's I/O thread.
 
 Each script is atomic and can be repeated safely: redis-py repeats a call whose reply was lost.
 """

@@ -63,7 +63,7 @@ class AdapterCache(Generic[W]):
         self._known: set[str] = set()
         self._largest_num_bytes = 0
         self.on_read: Callable[[], None] = lambda: None
-        """Called in another thread whenever an adapter was read that `settle` should copy into its slot."""
+        """Called in another thread when an adapter has been read from disk and `settle` should be called."""
         self._slots: OrderedDict[str, int] = OrderedDict()
         """Resident adapters and their slots, least recently used first."""
         self._loading: dict[str, float] = {}
@@ -128,7 +128,7 @@ class AdapterCache(Generic[W]):
         return self._slots[name]
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Makes an adapter resident; if no slot is free, evicts the least recently used that is not `in_use`.
+        """Makes an adapter resident; if no slot is free, evicts the least recently used one not in `in_use`.
 
         Returns True if the adapter is resident now. Returns False if it is still being read, if all slots are
         in use, or if copying it into a slot failed; `settle` then returns the error.

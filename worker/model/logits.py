@@ -1,7 +1,7 @@
 """Adjusts logits before sampling; no other code changes logits.
 
-A grammar per sequence would be a mask in `adjust`. `Sequence.logit_adjustments` hands `adjust` the grammar
-and `output_token_ids`, from which a matcher can be rebuilt after a resume. Points to observe:
+A grammar per sequence would be a mask in `adjust`. `Sequence.logit_adjustments` would hand `adjust` the
+grammar and `output_token_ids`, from which a matcher can be rebuilt after a resume. Points to observe:
 
 * Matchers need an owner: an LRU in a new `worker/model/grammar.py`, which `ModelRunner` has and passes
   through `sample`.
@@ -9,8 +9,8 @@ and `output_token_ids`, from which a matcher can be rebuilt after a resume. Poin
   threads of `PromptEncoder`. In the engine's thread (`Intake.prepare`), compiling would stall all streams.
 * `SamplingParams.adjusts_logits` decides whether a request needs schema 2, which workers without grammars
   claim, too. A grammar needs schema 3.
-* While `min_tokens` bans the end-of-sequence tokens, a complete grammar allows no other token, and none is
-  left: the request must end then, or the API must refuse it.
+* While `min_tokens` bans the end-of-sequence tokens, a complete grammar leaves no token to sample: the
+  request must end then, or the API must refuse it.
 """
 
 from collections import Counter

@@ -12,7 +12,7 @@ from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams
 
 MAX_NUM_NAMED = 64
-"""Maximum number of served queues of which a worker passes all names to `look`."""
+"""A worker that serves at most this number of queues passes all their names to `look`."""
 MAX_NUM_QUEUES = 32
 NUM_SPARE = 4
 """Number of queues that are read in addition to one queue per sequence that the worker could still hold."""

@@ -18,7 +18,8 @@ local MAX_LINES = 128
 
 local lines = {}
 
--- Appends to `found` the distinct prefixes of `chars` characters of the places between two texts, until it has `most`.
+-- Appends to `found` the distinct prefixes (`chars` characters) of the places between two texts, until it has `most`
+-- prefixes.
 local function distinct(key, from, to, chars, most, found)
   while #found < most do
     local place = redis.call('ZRANGE', key, from, to, 'BYLEX', 'LIMIT', 0, 1)[1]
