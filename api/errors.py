@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from api.contract.server_events import on_one_line
 from shared import errors
 from shared.errors import LorelayError
 from shared.logs import fields, log_unexpected
@@ -84,7 +85,7 @@ def mapped(error: LorelayError) -> Mapped:
 def render_error(error: LorelayError) -> bytes:
     """Returns the error envelope of an exception, as JSON."""
     body = ErrorBody(error.message, mapped(error).type, error.param, error.code)
-    return msgspec.json.encode(ErrorEnvelope(body))
+    return on_one_line(msgspec.json.encode(ErrorEnvelope(body)))
 
 
 def error_response(error: LorelayError) -> Response:
@@ -123,7 +124,7 @@ async def _handle_http(request: Request, exc: Exception) -> Response:
     message = f"{exc.detail}: {request.method} {request.url.path}"
     envelope = ErrorEnvelope(ErrorBody(message, INVALID_REQUEST_TYPE, None, code))
     headers = {**(exc.headers or {}), "x-should-retry": "false"}
-    return Response(msgspec.json.encode(envelope), exc.status_code, headers, "application/json")
+    return Response(on_one_line(msgspec.json.encode(envelope)), exc.status_code, headers, "application/json")
 
 
 async def _handle_parameter(request: Request, exc: Exception) -> Response:

@@ -7,16 +7,32 @@ ends the responses that are still open with the error `server_draining`; then th
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from api import docs, errors
+from api.layers import name_charset
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from api.routes import build_routes
 from api.termination import at_termination
 from shared import logs
 from shared.settings import ApiSettings, RedisSettings
+
+
+class Application(FastAPI):
+    """FastAPI within `api.layers`, which also see what its outermost error handler sends."""
+
+    def __init__(self, **options: Any) -> None:
+        """Creates the application with FastAPI's `options`."""
+        super().__init__(**options)
+        self._layers = name_charset(super().__call__)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one HTTP exchange, or the events of start and shutdown."""
+        await self._layers(scope, receive, send)
 
 
 def create_app(settings: ApiSettings | None = None, redis_settings: RedisSettings | None = None) -> FastAPI:
@@ -39,7 +55,7 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
             yield
         await relay.close()
 
-    app = FastAPI(title=docs.TITLE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = Application(title=docs.TITLE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
     app.include_router(build_routes(relay, settings))
     docs.install(app, relay)

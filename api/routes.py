@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from api.auth import ApiKeyCheck
 from api.chat_routes import add_chat_routes
+from api.contract.server_events import on_one_line
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from shared.errors import ModelNotFound
@@ -97,4 +98,4 @@ def _to_model(card: ModelCard) -> Model:
 
 
 def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+    return Response(on_one_line(msgspec.json.encode(value)), media_type="application/json")

@@ -10,7 +10,7 @@ import requests
 from openai.types.chat import ChatCompletionChunk
 
 DONE = "[DONE]"
-EVENT_STREAM = {"content-type": "text/event-stream"}
+EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8"}
 Decoder = Callable[[Iterable[bytes]], Iterator[str]]
 
 
@@ -54,7 +54,7 @@ def _httpx_sse(pieces: Iterable[bytes]) -> Iterator[str]:
 def _requests(pieces: Iterable[bytes]) -> requests.Response:
     response = requests.Response()
     response.raw = io.BytesIO(b"".join(pieces))
-    response.encoding = "utf-8"
+    response.encoding = requests.utils.get_encoding_from_headers(EVENT_STREAM)
     return response
 
 

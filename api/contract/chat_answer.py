@@ -153,4 +153,4 @@ class BodyWriter:
         body = ChatCompletion(
             heading.id, "chat.completion", heading.created, heading.model, choices, to_usage_body(usage)
         )
-        return _encode(body)
+        return on_one_line(_encode(body))

@@ -62,7 +62,7 @@ def decode_stream(body: str) -> list[str]:
 
 def error_in(response: httpx.Response) -> dict[str, Any]:
     """The error of an answer, which must be nothing but OpenAI's envelope."""
-    assert response.headers["content-type"] == "application/json"
+    assert response.headers["content-type"] == "application/json; charset=utf-8"
     (error,) = response.json().values()
     assert set(error) == {"message", "type", "param", "code"}
     assert isinstance(error["code"], str)

@@ -42,7 +42,7 @@ def test_an_answer_in_one_piece_has_exactly_the_shape_of_openai(
         response = httpx.post(api.url + CHAT, json=HELLO)
     body = response.json()
     assert response.status_code == 200
-    assert response.headers["content-type"] == "application/json"
+    assert response.headers["content-type"] == "application/json; charset=utf-8"
     assert response.headers["x-request-id"] == body["id"]
     assert body.pop("id").startswith("chatcmpl-")
     assert isinstance(body.pop("created"), int)
@@ -71,7 +71,7 @@ def _chunks(api: ApiServer, worker: ScriptedWorker, **fields: object) -> list[di
     with worker.answering("Hel", "", "lo"):
         response = httpx.post(api.url + CHAT, json={**HELLO, "stream": True, **fields})
     assert response.status_code == 200
-    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     *chunks, done = decode_stream(response.text)
     assert done == "[DONE]"
     decoded = [json.loads(chunk) for chunk in chunks]

@@ -8,7 +8,7 @@ import httpx_sse
 import pytest
 
 from api.contract.answer import Heading
-from api.contract.chat_answer import ChunkWriter
+from api.contract.chat_answer import BodyWriter, ChunkWriter
 from api.contract.server_events import DONE, PAUSED_COMMENT, QUEUED_COMMENT, render_data, render_resumption
 from api.errors import render_error
 from shared.errors import InvalidRequest
@@ -80,6 +80,20 @@ def test_a_resumed_stream_that_ends_at_once_leaves_its_reader_an_id_to_come_back
     response = httpx.Response(200, headers={"content-type": "text/event-stream"}, content=body)
     events = list(httpx_sse.EventSource(response).iter_sse())
     assert [event.id for event in events] == ["chatcmpl-1:8"] * 2
+
+
+@pytest.mark.parametrize(
+    "separator", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1e", "\r", "\n"]
+)
+def test_every_body_in_one_piece_is_one_line(separator: str) -> None:
+    text = f"a{separator}b"
+    event = StreamEvent(0, text=text, finish_reason=FinishReason.STOP, usage=Usage(1, 2))
+    body = BodyWriter(Heading("chatcmpl-1", 1, text), 1).render(event)
+    error = render_error(InvalidRequest(text, param=text))
+    for encoded in (body, error):
+        assert len(encoded.decode().splitlines()) == 1
+    assert json.loads(body)["choices"][0]["message"]["content"] == text
+    assert json.loads(error)["error"]["param"] == text
 
 
 def test_no_id_stands_before_the_first_event() -> None:

@@ -1,0 +1,37 @@
+"""Layers around the whole application, which see every response, also those that a library writes."""
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+CONTENT_TYPE = b"content-type"
+CHARSET = b"; charset=utf-8"
+TEXT_TYPES = (b"application/json", b"application/javascript", b"application/xml")
+TEXT_SUFFIXES = (b"+json", b"+xml")
+
+
+def name_charset(app: ASGIApp) -> ASGIApp:
+    """Returns `app` with `charset=utf-8` in the content type of every response that is text.
+
+    Without a charset, clients such as `requests` decode `text/event-stream` as Latin-1.
+    """
+
+    async def layer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_labelled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(name, _labelled(name, value)) for name, value in message.get("headers", ())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await app(scope, receive, send_labelled if scope["type"] == "http" else send)
+
+    return layer
+
+
+def _labelled(name: bytes, value: bytes) -> bytes:
+    """Returns the value of a header; that of `Content-Type` with a charset, if it is a text without one."""
+    if name.lower() != CONTENT_TYPE or b"charset=" in value.lower():
+        return value
+    media_type = value.partition(b";")[0].strip().lower()
+    is_text = (
+        media_type.startswith(b"text/") or media_type in TEXT_TYPES or media_type.endswith(TEXT_SUFFIXES)
+    )
+    return value + CHARSET if is_text else value
