@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The newest request schema that this release can decode and serve."""
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -19,6 +19,8 @@ MAX_NUM_LOGPROBS = 20
 """Maximum number of alternatives for which logprobs are reported, as at OpenAI."""
 MAX_NUM_CHOICES = 128
 MAX_NUM_PROMPTS = 2048
+TEMPLATE_HINTS = frozenset({"reasoning_effort"})
+"""Template variables that a worker of an earlier release may leave out: most templates don't know them."""
 
 TokenId = Annotated[int, Meta(ge=0, le=INT32_MAX)]
 TextOrTokens = str | tuple[TokenId, ...]
@@ -89,6 +91,26 @@ class SamplingParams(Message, frozen=True):
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
+class TemplateInputs(Message, frozen=True):
+    """Inputs of the chat template besides the messages."""
+
+    tools: list[dict[str, Any]] = []
+    """Functions that the template describes to the model, in OpenAI's format; the model can't call them."""
+    variables: dict[str, str | int | float | bool | None] = {}
+    """Variables of the template, by name; templates ignore names that they don't know."""
+    continue_final_message: bool = False
+    """True if the answer continues the last message, which is the assistant's, without a new header."""
+
+    @property
+    def are_known_to_all(self) -> bool:
+        """True if workers that know only schemas 1 and 2, and ignore these inputs, build the same prompt."""
+        return not (self.tools or self.continue_final_message or self.variables.keys() - TEMPLATE_HINTS)
+
+
+NO_INPUTS = TemplateInputs()
+"""The messages are all that the template gets."""
+
+
 def weights_version(base_version: str, adapter_version: str | None) -> str:
     """Returns a model's weights version: the base's version; for an adapter, then `+` and its own version."""
     return base_version if adapter_version is None else f"{base_version}+{adapter_version}"
@@ -125,6 +147,7 @@ class GenerationRequest(Message, frozen=True):
     """Maximum seconds from the claim to the last token; after them, the request ends with an error."""
     detached: bool = False
     """True if the request continues when its client disconnects; the client can then resume the stream."""
+    template_inputs: TemplateInputs = NO_INPUTS
 
     @property
     def num_prompts(self) -> int:
@@ -138,7 +161,12 @@ class GenerationRequest(Message, frozen=True):
 
     @property
     def schema_version(self) -> int:
-        """The oldest schema that can express the request; schema 1: one chat, n = 1, unchanged logits."""
+        """The oldest schema that can express the request.
+
+        Schema 1 has one chat, n = 1 and unchanged logits; schema 2 lacks only `template_inputs`.
+        """
+        if not self.template_inputs.are_known_to_all:
+            return 3
         is_known_to_all = self.messages and not self.prompts and self.n == 1
         return 1 if is_known_to_all and not self.sampling.adjusts_logits else 2
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from shared.errors import AdapterError, GenerationFailed, InvalidRequest, LorelayError
-from shared.messages import ForwardState, GenerationRequest
+from shared.messages import NO_INPUTS, ForwardState, GenerationRequest, TemplateInputs
 from tests.streams import BASE
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import BatchingEngine
@@ -161,7 +161,7 @@ class FakeTokenizer:
 
     eos_token_ids = frozenset({EOS})
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         text = "".join(message["content"] for message in messages)
         if text == "unsayable":
             raise InvalidRequest("the chat template refuses it", param="messages")

@@ -16,7 +16,7 @@ from collections.abc import Sequence as Items
 from typing import Any, Protocol
 
 from shared.errors import AdapterError
-from shared.messages import GenerationRequest, StreamEvent
+from shared.messages import NO_INPUTS, GenerationRequest, StreamEvent, TemplateInputs
 from worker.engine.records import Output, Prompts
 from worker.engine.sequence import Batch, Sampled
 from worker.engine.served_models import ServedModels
@@ -38,7 +38,7 @@ class Tokenizer(Protocol):
         """Ids of the tokens that end a sequence."""
         ...
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """Returns the token ids of a chat. Raises `InvalidRequest` if the template refuses the chat."""
         ...
 

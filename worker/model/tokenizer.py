@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from shared.errors import ConfigurationError, InvalidRequest
+from shared.messages import NO_INPUTS, TemplateInputs
 from worker.engine.detokenizer import Detokenizer
 
 DEVELOPER = "developer"
@@ -44,10 +45,11 @@ class Tokenizer:
         declared = [backend.eos_token_id, _generation_eos(folder_or_id, revision)]
         return cls(backend, frozenset(token_id for entry in declared for token_id in _as_list(entry)))
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """Returns the token ids of a chat: messages in the model's template, up to the assistant's turn.
 
-        Special tokens, including BOS, come only from the template; the tokenizer adds none.
+        If `inputs` continues the last message, the ids end inside of it. Special tokens, including BOS, come
+        only from the template; the tokenizer adds none.
 
         Raises:
             InvalidRequest: the template refuses the messages.
@@ -61,7 +63,13 @@ class Tokenizer:
             ]
         try:
             encoded = self._backend.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+                messages,
+                tools=inputs.tools or None,
+                add_generation_prompt=not inputs.continue_final_message,
+                continue_final_message=inputs.continue_final_message,
+                tokenize=True,
+                return_dict=True,
+                **inputs.variables,
             )
         # A template is a program and may raise any exception; only this request must fail.
         except Exception as error:

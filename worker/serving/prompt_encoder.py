@@ -17,6 +17,8 @@ Encode = Callable[[GenerationRequest], list[list[int]]]
 """Type of `Engine.encode`: returns the token ids of each prompt of a request."""
 
 LONG_PROMPT_CHARS = 32_768
+TEXT_FIELDS = ("content", "reasoning_content", "tool_calls")
+"""Fields of a message that can be long."""
 
 
 class PromptEncoder:
@@ -71,5 +73,6 @@ class PromptEncoder:
 
 
 def _num_chars(request: GenerationRequest) -> int:
-    chat = sum(len(str(message.get("content") or "")) for message in request.messages)
+    parts = [message.get(name) for message in request.messages for name in TEXT_FIELDS]
+    chat = sum(len(str(part)) for part in [*parts, *request.template_inputs.tools] if part)
     return chat + sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))

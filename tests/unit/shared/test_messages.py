@@ -19,6 +19,7 @@ from shared.messages import (
     RequestClass,
     SamplingParams,
     StreamEvent,
+    TemplateInputs,
     TokenLogprob,
     Usage,
     decode_card,
@@ -49,12 +50,21 @@ def test_an_event_reads_back_as_it_was_written(event: StreamEvent) -> None:
         msgspec.structs.replace(REQUEST, messages=[], prompts=("ä\n", (1, 2, 3)), n=2),
         msgspec.structs.replace(REQUEST, sampling=SamplingParams(logit_bias={7: -1.5}, presence_penalty=2)),
         msgspec.structs.replace(
+            REQUEST,
+            template_inputs=TemplateInputs([{"maximum": 10**30}], {"a": 2**63, "b": None, "c": 1.5}, True),
+        ),
+        msgspec.structs.replace(
             REQUEST, tenant="t", request_class=RequestClass.BATCH, priority=-7, wait_limit_s=1.5
         ),
     ],
 )
 def test_a_request_reads_back_as_it_was_written(written: GenerationRequest) -> None:
     assert decode_request(written.encode()) == written
+
+
+def test_a_request_without_template_inputs_is_written_as_earlier_releases_wrote_it() -> None:
+    assert b"template_inputs" not in REQUEST.encode()
+    assert b"template_inputs" not in decode_request(REQUEST.encode()).encode()
 
 
 def test_a_card_reads_back_as_it_was_written() -> None:
@@ -102,6 +112,10 @@ def test_a_request_out_of_range_is_refused(field: dict[str, Any]) -> None:
         ({"messages": CHAT, "sampling": SamplingParams(logit_bias={7: 1.5})}, 1, 2),
         ({"messages": CHAT, "sampling": SamplingParams(presence_penalty=0.5)}, 1, 2),
         ({"prompts": ("text", (1, 2)), "n": 3}, 6, 2),
+        ({"messages": CHAT, "template_inputs": TemplateInputs(tools=[{"type": "function"}])}, 1, 3),
+        ({"messages": CHAT, "template_inputs": TemplateInputs(variables={"enable_thinking": False})}, 1, 3),
+        ({"messages": CHAT, "template_inputs": TemplateInputs(continue_final_message=True)}, 1, 3),
+        ({"messages": CHAT, "template_inputs": TemplateInputs(variables={"reasoning_effort": "low"})}, 1, 1),
     ],
 )
 def test_a_request_that_earlier_workers_cant_serve_is_of_the_newer_schema(

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shared.messages import GenerationRequest, SamplingParams, StreamEvent
+from shared.messages import NO_INPUTS, GenerationRequest, SamplingParams, StreamEvent, TemplateInputs
 from shared.settings import WorkerSettings
 from tests.block_checks import check_blocks
 from tests.compiled import need_kernels, wait_until_compiled
@@ -128,7 +128,7 @@ class NumberTokenizer:
 
     eos_token_ids: frozenset[int] = frozenset()
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         return list(messages[0]["content"])
 
     def detokenizer(self) -> FakeDetokenizer:

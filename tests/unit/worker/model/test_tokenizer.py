@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from shared.errors import ConfigurationError, InvalidRequest
+from shared.messages import TemplateInputs
 from tests.tiny_models import EOS, build_tokenizer, change_json
 from worker.model.tokenizer import Tokenizer
 
@@ -46,6 +47,43 @@ def test_a_template_with_bos_gets_no_second_one(folder: Path, tmp_path: Path) ->
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     ids = Tokenizer.load(tmp_path).encode_chat([{"role": "user", "content": "hi"}])
     assert ids.count(backend.bos_token_id) == 1
+
+
+LISTING_TEMPLATE = (
+    "{% for tool in tools or [] %}<{{ tool.function.name }}>{% endfor %}"
+    "{% for message in messages %}{{ message.role }}:{{ message.reasoning_content or '-' }}"
+    ":{{ message.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{{ enable_thinking }}:{{ reasoning_effort }}{% endif %}"
+)
+"""A template that shows each of its inputs."""
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        (TemplateInputs(), "user:-:hi;assistant:why:he;assistant::"),
+        (
+            TemplateInputs([{"type": "function", "function": {"name": "f"}}]),
+            "<f>user:-:hi;assistant:why:he;assistant::",
+        ),
+        (
+            TemplateInputs(variables={"enable_thinking": False, "reasoning_effort": "low", "unknown": 1}),
+            "user:-:hi;assistant:why:he;assistant:False:low",
+        ),
+        (TemplateInputs(continue_final_message=True), "user:-:hi;assistant:why:he"),
+    ],
+)
+def test_the_template_gets_tools_variables_and_reasoning(
+    folder: Path, inputs: TemplateInputs, text: str
+) -> None:
+    backend = AutoTokenizer.from_pretrained(folder)
+    backend.chat_template = LISTING_TEMPLATE
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "he", "reasoning_content": "why"},
+    ]
+    ids = Tokenizer(backend, frozenset()).encode_chat(messages, inputs)
+    assert ids == backend.encode(text, add_special_tokens=False)
 
 
 def test_a_text_becomes_its_tokens_with_those_that_the_tokenizer_puts_around_every_text(

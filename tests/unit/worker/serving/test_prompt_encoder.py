@@ -1,11 +1,13 @@
 """Prompts that are encoded beside the engine."""
 
 import queue
+from typing import Any
 
+import msgspec
 import pytest
 
 from shared.errors import GenerationFailed, InvalidRequest
-from shared.messages import GenerationRequest
+from shared.messages import GenerationRequest, TemplateInputs
 from shared.queue.records import Claim, Held
 from tests.streams import make_request
 from worker.serving.commands import Arrival, Commands
@@ -80,5 +82,23 @@ def test_a_stop_leaves_what_waits() -> None:
 def test_long_prompts_have_a_lane_of_their_own() -> None:
     long = "x" * (LONG_PROMPT_CHARS + 1)
     bench = Bench(long, "stop")
+    bench.encoder.run_short()
+    assert bench.encoded == ["stop"]
+
+
+LONG = "x" * (LONG_PROMPT_CHARS + 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "assistant", "content": "", "reasoning_content": LONG}]},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"arguments": LONG}]}]},
+        {"template_inputs": TemplateInputs([{"function": {"description": LONG}}])},
+    ],
+)
+def test_all_that_the_template_writes_counts_towards_the_length_of_a_prompt(fields: dict[str, Any]) -> None:
+    bench = Bench("stop")
+    bench.encoder.take([Claim(Held("long", "x"), msgspec.structs.replace(make_request(), **fields), ())])
     bench.encoder.run_short()
     assert bench.encoded == ["stop"]
