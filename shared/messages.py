@@ -19,6 +19,7 @@ MAX_NUM_LOGPROBS = 20
 """Maximum number of alternatives for which logprobs are reported, as at OpenAI."""
 MAX_NUM_CHOICES = 128
 MAX_NUM_PROMPTS = 2048
+MAX_SALT_LENGTH = 512
 TEMPLATE_HINTS = frozenset({"reasoning_effort"})
 """Template variables that a worker of an earlier release may leave out: most templates don't know them."""
 
@@ -138,6 +139,8 @@ class GenerationRequest(Message, frozen=True):
     """Unix time in seconds by the API's clock; the client gets it as `created`."""
     tenant: Annotated[str, Meta(max_length=128)] = ""
     """The client whose fair share the request uses up: a digest of its API key; empty without keys."""
+    cache_salt: Annotated[str, Meta(max_length=MAX_SALT_LENGTH)] = ""
+    """Only requests of the same tenant with an equal salt share prefixes in the KV cache; may be empty."""
     request_class: RequestClass = RequestClass.INTERACTIVE
     priority: Annotated[int, Meta(ge=-INT32_MAX, le=INT32_MAX)] = 0
     """Rank among the waiting requests of one tenant and class: lower numbers run earlier."""
@@ -163,9 +166,10 @@ class GenerationRequest(Message, frozen=True):
     def schema_version(self) -> int:
         """The oldest schema that can express the request.
 
-        Schema 1 has one chat, n = 1 and unchanged logits; schema 2 lacks only `template_inputs`.
+        Schema 1 has one chat, n = 1 and unchanged logits; schema 2 lacks `template_inputs` and `cache_salt`.
+        A worker of schema 2 would ignore a salt, and share the prefix with all requests of the tenant.
         """
-        if not self.template_inputs.are_known_to_all:
+        if self.cache_salt or not self.template_inputs.are_known_to_all:
             return 3
         is_known_to_all = self.messages and not self.prompts and self.n == 1
         return 1 if is_known_to_all and not self.sampling.adjusts_logits else 2

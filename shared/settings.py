@@ -240,7 +240,9 @@ class WorkerSettings(Settings):
     """Maximum size of the KV cache; by default 2 GiB on a CPU, and unlimited on a GPU."""
     block_size: Count = 16
     prefix_cache: bool = True
-    """If true, requests of one model whose prompts begin with the same tokens share KV cache blocks."""
+    """If true, requests of one model and one API key share the KV cache blocks of equal beginnings."""
+    share_prefixes_between_tenants: bool = False
+    """If true, requests with different API keys share these blocks, too."""
     max_resident_adapters: Count | None = None
     """Number of adapter slots on the device.
 

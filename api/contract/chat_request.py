@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, FailFast, Field, StringConstraints, WithJs
 from api.contract.chat_messages import ChatMessage
 from api.contract.strict import StrictModel, invalid, neutral
 from api.contract.unserved import LabelFields, UnservedExtensions, UnservedOpenAIFields
-from shared.messages import SamplingParams
+from shared.messages import MAX_SALT_LENGTH, SamplingParams
 
 MAX_NUM_MESSAGES = 10_000
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
@@ -77,6 +77,8 @@ class ServedFields(StrictModel):
     """Continues after the model's end-of-text token. Default: false."""
     stop: Stop | None = None
     """One to four strings that end the answer; the text stops in front of them."""
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
+    """Shares the cache of prompts only with requests that have the same salt (and API key), as at vLLM."""
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX)] | None = None
     """The same seed gives the same samples. Default: a random one for each request."""
 

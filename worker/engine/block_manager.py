@@ -10,17 +10,27 @@ from worker.engine.sequence import Sequence
 class BlockManager:
     """Hands out the cache's blocks, `block_size` tokens each, to block tables.
 
-    Full blocks are shared between sequences that begin with the same tokens under the same adapter version.
-    A block's key is the SHA-256 of its tokens and of the previous block's key; the first block's key includes
-    the adapter's version. A key thus identifies all tokens up to the end of its block. A block that no table
-    uses any more keeps its contents and its key until it is allocated again. A published block is one that
-    other sequences can find by its key.
+    Full blocks are shared between sequences that begin with the same tokens under the same adapter version,
+    and have the same tenant and salt. Otherwise `cached_tokens`, or the time to the first token, would tell a
+    client which prompts another one has sent. A block's key is the SHA-256 of its tokens and of the previous
+    block's key; the first block's key includes adapter version, tenant and salt. A key thus identifies all
+    tokens up to the end of its block. A block that no table uses any more keeps its contents and its key until
+    it is allocated again. A published block is one that other sequences can find by its key.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, shares_prefixes: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        shares_prefixes: bool = True,
+        shares_between_tenants: bool = False,
+    ) -> None:
+        """With `shares_between_tenants`, blocks are shared whatever the tenant; salts still separate."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._shares_prefixes = shares_prefixes
+        self._shares_between_tenants = shares_between_tenants
         self._num_users = [0] * num_blocks
         """For each block, the number of block tables that contain it."""
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -108,9 +118,15 @@ class BlockManager:
         keys = seq.block_keys
         for number in range(len(keys), num_blocks):
             token_ids = seq.token_ids[number * self.block_size : (number + 1) * self.block_size]
-            before = keys[-1] if keys else sha256((seq.adapter_version or "").encode()).digest()
+            before = keys[-1] if keys else self._root_key(seq)
             keys.append(sha256(before + array("q", token_ids).tobytes()).digest())
         return keys[:num_blocks]
+
+    def _root_key(self, seq: Sequence) -> bytes:
+        """Returns the key that stands for the empty prefix of a sequence."""
+        tenant = "" if self._shares_between_tenants else seq.tenant
+        # A plain concatenation could be equal for two different triples.
+        return sha256(repr((seq.adapter_version, tenant, seq.cache_salt)).encode()).digest()
 
     def _num_missing_blocks(self, seq: Sequence, num_tokens: int) -> int:
         num_needed = -(-(seq.num_computed_tokens + num_tokens) // self.block_size)

@@ -66,6 +66,8 @@ class Intake:
             prompt_no=index // request.n,
             eos_token_ids=model.tokenizer.eos_token_ids,
             adapter_version=model.version if model.adapter_name else None,
+            tenant=request.tenant,
+            cache_salt=request.cache_salt,
         )
         return SequenceOutput(seq, model.tokenizer.detokenizer())
 

@@ -77,6 +77,9 @@ class Sequence:
     """Ids of the tokens that end the sequence."""
     adapter_version: str | None = None
     """Version of the adapter that computes the sequence's keys and values; None for the base model."""
+    tenant: str = ""
+    """The client that sent its request; see `BlockManager` for the effect of tenant and salt."""
+    cache_salt: str = ""
     block_keys: list[bytes] = field(default_factory=list)
     """Keys of the sequence's first full blocks, as far as they were computed; see `BlockManager`."""
     num_cached_tokens: int | None = None

@@ -166,7 +166,12 @@ def _claimer(
 
 def build_engine(model: Model, settings: WorkerSettings, faults: Faults) -> Engine:
     """Creates the batching engine for a model, with its block manager and scheduler."""
-    blocks = BlockManager(model.num_blocks, model.block_size, shares_prefixes=settings.prefix_cache)
+    blocks = BlockManager(
+        model.num_blocks,
+        model.block_size,
+        shares_prefixes=settings.prefix_cache,
+        shares_between_tenants=settings.share_prefixes_between_tenants,
+    )
     scheduler = Scheduler(
         blocks,
         StepPace(settings.step_target_ms),

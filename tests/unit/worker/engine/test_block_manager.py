@@ -149,3 +149,33 @@ def test_without_a_prefix_cache_nothing_is_shared() -> None:
     blocks = BlockManager(16, BLOCK_SIZE, shares_prefixes=False)
     compute_and_free(blocks, [1, 2, 3, 4, 5])
     assert compute_and_free(blocks, [1, 2, 3, 4, 5]) == 0
+
+
+def salted(**fields: str) -> Sequence:
+    seq = make_sequence([1, 2, 3, 4, 5])
+    for name, value in fields.items():
+        setattr(seq, name, value)
+    return seq
+
+
+def test_tenants_and_salts_share_nothing_with_each_other_or_with_requests_without() -> None:
+    blocks = BlockManager(32, BLOCK_SIZE)
+    owners = [
+        {},
+        {"tenant": "alice"},
+        {"tenant": "bob"},
+        {"cache_salt": "alice"},
+        {"tenant": "alice", "cache_salt": "bob"},
+        {"tenant": "alic", "cache_salt": "ebob"},
+        {"adapter_version": "alice"},
+    ]
+    assert [compute(blocks, salted(**owner)) for owner in owners] == [0] * len(owners)
+    assert [compute(blocks, salted(**owner)) for owner in owners] == [4] * len(owners)
+
+
+def test_a_cache_that_tenants_share_is_still_apart_by_salt() -> None:
+    blocks = BlockManager(32, BLOCK_SIZE, shares_between_tenants=True)
+    assert compute(blocks, salted(tenant="alice")) == 0
+    assert compute(blocks, salted(tenant="bob")) == 4
+    assert compute(blocks, salted(tenant="bob", cache_salt="mine")) == 0
+    assert compute(blocks, salted(tenant="alice", cache_salt="mine")) == 4

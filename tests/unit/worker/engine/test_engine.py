@@ -178,6 +178,21 @@ def test_the_usage_tells_how_much_of_a_prompt_was_cached() -> None:
     check_blocks(bench.blocks)
 
 
+def test_the_usage_of_one_client_does_not_tell_what_another_one_asked() -> None:
+    bench = Bench()
+    bench.add("alice", text="hello, my friend", tenant="alice")
+    bench.finish()
+    bench.add("bob", text="hello, my friend", tenant="bob")
+    bench.add("again", text="hello, my friend", tenant="alice")
+    bench.add("salted", text="hello, my friend", tenant="alice", cache_salt="of one chat")
+    usage = {name: events[-1].usage for name, events in bench.finish().items()}
+    assert {name: used.cached_tokens for name, used in usage.items() if used} == {
+        "bob": 0,
+        "again": 12,
+        "salted": 0,
+    }
+
+
 def test_the_next_turn_of_a_chat_computes_its_own_tokens_only() -> None:
     bench = Bench(FakeModel(spell("x" * 20)))
     text = "hello"
