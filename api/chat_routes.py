@@ -51,6 +51,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             sampling=body.to_sampling(),
             messages=[message.to_template() for message in body.messages],
             tenant=client,
+            cache_salt=body.cache_salt,
             detached=wants_detach(request),
         )
         writer = _writer(generation, stream=bool(body.stream), include_usage=body.include_usage)

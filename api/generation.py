@@ -24,6 +24,7 @@ def new_request(
     sampling: SamplingParams,
     messages: list[dict[str, Any]],
     tenant: str,
+    cache_salt: str | None,
     detached: bool,
 ) -> GenerationRequest:
     """Returns a request for the model of `card`, with a new id and the time limits of the settings."""
@@ -38,6 +39,7 @@ def new_request(
         base_version=(card.version if card.adapter_name is None else card.base_version) or None,
         created=int(time.time()),
         tenant=tenant,
+        cache_salt=cache_salt or "",
         wait_limit_s=None if detached else settings.queue_time_limit_s,
         generation_limit_s=settings.generation_limit_s,
         detached=detached,

@@ -184,6 +184,7 @@ async def test_a_worker_sees_all_that_the_client_asked_for(api: ApiServer, worke
         "ignore_eos": True,
         "stop": ["x", "y"],
         "seed": 11,
+        "cache_salt": "of one chat",
     }
     async with httpx.AsyncClient(base_url=api.url) as client:
         asking = asyncio.create_task(client.post(CHAT, json=body))
@@ -201,6 +202,7 @@ async def test_a_worker_sees_all_that_the_client_asked_for(api: ApiServer, worke
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 40)
     assert (sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos) == (8, 2, True)
     assert (sampling.stop, sampling.seed) == (("x", "y"), 11)
+    assert request.cache_salt == "of one chat"
     assert answer["id"] == request.request_id
     assert answer["choices"][0]["finish_reason"] == "length"
 

@@ -14,7 +14,7 @@ class BlockManager:
     and have the same tenant and salt. Otherwise `cached_tokens`, or the time to the first token, would tell a
     client which prompts another one has sent. A block's key is the SHA-256 of its tokens and of the previous
     block's key; the first block's key includes adapter version, tenant and salt. A key thus identifies all
-    tokens up to the end of its block. A block that no table uses any more keeps its contents and its key until
+    tokens up to the end of its block. A block that no table uses any more keeps its contents and key until
     it is allocated again. A published block is one that other sequences can find by its key.
     """
 
