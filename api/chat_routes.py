@@ -1,6 +1,6 @@
 """The routes of chat completions: create one, resume its stream, abort it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -10,9 +10,12 @@ from api.auth import ApiKeyCheck
 from api.body import read_body
 from api.contract.answer import AnswerWriter, Heading
 from api.contract.chat_answer import BodyWriter, ChunkWriter
+from api.contract.chat_messages import ChatMessage
 from api.contract.chat_request import ChatCompletionRequest
+from api.contract.json_body import is_long
 from api.contract.server_events import DONE, render_resumption
-from api.contract.strict import parse
+from api.contract.steps import StepRunner, Steps, each
+from api.contract.strict import parsed
 from api.generation import check_resumable, new_request, resume_position, wants_detach
 from api.relay.relay import Relay
 from api.responses import GenerationCall, GenerationResponse
@@ -35,12 +38,13 @@ class Deleted(msgspec.Struct, frozen=True):
 
 def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck) -> None:
     """Adds the routes to `router`, which checks API keys."""
-    queue = relay.queue
+    queue, runner = relay.queue, StepRunner()
 
     @router.post(CHAT_COMPLETIONS, summary="Continue a conversation", tags=["chat"])
     async def create_chat_completion(request: Request) -> Response:
         """Answers with one JSON object or, with `stream: true`, with server-sent events."""
-        body = parse(ChatCompletionRequest, await read_body(request, settings.max_body_bytes))
+        raw = await read_body(request, settings.max_body_bytes)
+        body, messages = await runner.run(parse_chat(raw), is_long=is_long(raw))
         admit_until = queue.deadline()
         card = await queue.fetch_card(body.model, admit_until)
         client = keys.client_of(request)
@@ -49,7 +53,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             card,
             settings,
             sampling=body.to_sampling(),
-            messages=[message.to_template() for message in body.messages],
+            messages=messages,
             tenant=client,
             cache_salt=body.cache_salt,
             detached=wants_detach(request),
@@ -82,6 +86,13 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             raise RequestNotFound("The request has ended already.")
         deleted = Deleted(request_id, "chat.completion.deleted", True)
         return Response(msgspec.json.encode(deleted), media_type="application/json")
+
+
+def parse_chat(raw: bytes) -> Steps[tuple[ChatCompletionRequest, list[dict[str, Any]]]]:
+    """Parses a body step by step; returns it, and its messages in the form for the chat template."""
+    body = yield from parsed(ChatCompletionRequest, raw, {"messages": ChatMessage})
+    messages = yield from each(ChatMessage.to_template, body.messages)
+    return body, messages
 
 
 def _writer(request: GenerationRequest, *, stream: bool, include_usage: bool) -> AnswerWriter:

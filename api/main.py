@@ -5,6 +5,7 @@ ends the responses that are still open with the error `server_draining`; then th
 `--timeout-graceful-shutdown` is shorter than `api_drain_s`, clients get the same error earlier.
 """
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -51,6 +52,9 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         relay.start()
+        if is_process:
+            # If a collection looked at all that the imports left, open streams would stop for 40 ms.
+            gc.freeze()
         with at_termination(relay.drain):
             yield
         await relay.close()

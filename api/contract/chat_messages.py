@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from api.contract.strict import BOUNDED, StrictModel, invalid, neutral, unsupported
 
@@ -51,7 +51,7 @@ def _content_kind(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], BOUNDED, Tag("parts")],
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Field(fail_fast=True), BOUNDED, Tag("parts")],
     Discriminator(_content_kind),
 ]
 
@@ -65,7 +65,7 @@ class ChatMessage(StrictModel):
     """A string, or an array of text parts. Null only in an assistant message that calls tools."""
     name: str | None = None
     """Name of the author; in a `function` message, name of the function that answers."""
-    tool_calls: Annotated[list[ToolCall], BOUNDED] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True), BOUNDED] | None = None
     """Calls that the assistant made."""
     tool_call_id: str | None = None
     """In a `tool` message: id of the call that it answers."""

@@ -1,15 +1,21 @@
 """Checks request bodies with strict pydantic models, and raises Lorelay's exceptions for their errors."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
+from api.contract.json_body import decoded
+from api.contract.steps import Steps, run_at_once
 from shared.errors import InvalidRequest, UnsupportedParameter
 
 UNSUPPORTED = "unsupported_parameter"
+UNKNOWN = "unknown_field"
+EXTRA = "extra_forbidden"
+"""Pydantic's own name for an unknown field."""
+TOO_LONG = "too_long"
 MAX_PARAM_LENGTH = 100
 
 
@@ -20,18 +26,40 @@ class StrictModel(BaseModel):
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: Any) -> Any:
+        """Refuses the first unknown field if there are many; pydantic would build an error for each."""
+        if isinstance(value, dict) and len(value) > MAX_NUM_FIELDS:
+            unknown = next(name for name in value if name not in cls.model_fields)
+            raise PydanticCustomError(UNKNOWN, "unknown field", {"field": unknown})
+        return value
 
+
+MAX_NUM_FIELDS = 100
+"""A number that no model's fields reach."""
 MAX_NUM_ITEMS = 1_000
 
 
-def _check_length(value: Any) -> Any:
-    if isinstance(value, list) and len(value) > MAX_NUM_ITEMS:
-        raise invalid(f"a list has at most {MAX_NUM_ITEMS} items")
-    return value
+def at_most(num_items: int) -> BeforeValidator:
+    """Creates the validator that limits the number of items of an array, or of fields of an object.
+
+    Without it, pydantic would read all of them, and build an error for each wrong one.
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > num_items:
+            kind, items = ("an object", "fields") if isinstance(value, dict) else ("a list", "items")
+            raise PydanticCustomError(
+                TOO_LONG, "{text}", {"text": f"{kind} has at most {num_items} {items} here"}
+            )
+        return value
+
+    return BeforeValidator(check)
 
 
-BOUNDED = BeforeValidator(_check_length)
-"""Limits the length of a list: pydantic would build an error for each of a million wrong items."""
+BOUNDED = at_most(MAX_NUM_ITEMS)
+"""Limits the number of items or fields to `MAX_NUM_ITEMS`."""
 
 Model = TypeVar("Model", bound=StrictModel)
 
@@ -63,18 +91,25 @@ def invalid(message: str, *, field: str | None = None) -> PydanticCustomError:
 
 
 def parse(model: type[Model], body: bytes) -> Model:
-    """Parses a request body as `model`.
+    """Parses a request body as `model` without a pause; see `parsed`."""
+    return run_at_once(parsed(model, body))
+
+
+def parsed(model: type[Model], body: bytes, items: Mapping[str, type[StrictModel]] = {}) -> Steps[Model]:
+    """Parses a request body as `model`, step by step.
+
+    `items` has the fields that are long lists, and the models of their items: each item is a step.
 
     Raises:
         UnsupportedParameter: a known field has a value that is not served.
-        InvalidRequest: the body is no JSON object, or a field is invalid; `param` names the first such field.
+        InvalidRequest: the body is no JSON object, has too many values, or a field is invalid; `param` names
+            the first such field.
     """
-    try:
-        value = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest("The request body must be a JSON object.")
+    value = yield from decoded(body, lambda beginning: _refuse_beginning(model, beginning))
+    if value.keys() <= model.model_fields.keys():
+        for field, item_model in items.items():
+            if isinstance(value.get(field), list):
+                value[field] = yield from _validated(item_model, value[field])
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -82,11 +117,33 @@ def parse(model: type[Model], body: bytes) -> Model:
         raise _to_exception(first, value) from None
 
 
+def _validated(model: type[StrictModel], items: list[Any]) -> Steps[list[Any]]:
+    """Validates items one per step; returns them with those after the first wrong one unchanged."""
+    checked: list[Any] = []
+    for item in items:
+        try:
+            checked.append(model.model_validate(item))
+        except ValidationError:
+            return checked + items[len(checked) :]
+        yield
+    return checked
+
+
+def _refuse_beginning(model: type[StrictModel], value: dict[str, Any]) -> None:
+    """Raises the error of an unknown field or a list that is too long, which no rest of the body can mend."""
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False, include_input=False):
+            if detail["type"] in (UNKNOWN, EXTRA, TOO_LONG):
+                raise _to_exception(detail, value) from None
+
+
 def _to_exception(detail: ErrorDetails, body: Any) -> InvalidRequest:
     param = _param(detail, body)[:MAX_PARAM_LENGTH]
     if detail["type"] == UNSUPPORTED:
         return UnsupportedParameter(f"Unsupported parameter: '{param}': {detail['msg']}.", param=param)
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in (UNKNOWN, EXTRA):
         return InvalidRequest(f"Unrecognized request argument supplied: {param}.", param=param)
     if detail["type"] == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)

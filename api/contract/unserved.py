@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from api.contract.strict import BOUNDED, StrictModel, neutral
+from api.contract.strict import BOUNDED, StrictModel, at_most, neutral
 
-Object = dict[str, Any]
+Object = Annotated[dict[str, Any], BOUNDED]
 Label = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -25,7 +25,7 @@ class LabelFields(StrictModel):
     """Accepted, without effect."""
     prompt_cache_key: str | None = None
     """Accepted, without effect."""
-    metadata: Annotated[dict[Label, MetadataValue], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Label, MetadataValue], at_most(16)] | None = None
     """Accepted, without effect: at most 16 pairs."""
     store: Annotated[bool | None, neutral(False)] = None
     """Accepted when false: nothing is stored."""
