@@ -62,10 +62,10 @@ def install(app: FastAPI, relay: Relay) -> None:
     @app.get(SCHEMA, include_in_schema=False)
     async def schema() -> JSONResponse:
         try:
-            cards: list[ModelCard] | None = await relay.queue.fetch_cards()
+            models: list[tuple[ModelCard, bool]] | None = await relay.queue.fetch_models()
         except QueueUnavailable:
-            cards = None
-        return JSONResponse(_with_models(static_schema(), cards))
+            models = None
+        return JSONResponse(_with_models(static_schema(), models))
 
     @cache
     def static_schema() -> dict[str, Any]:
@@ -132,23 +132,31 @@ def _example(model: str) -> dict[str, Any]:
     }
 
 
-def _with_models(schema: dict[str, Any], cards: list[ModelCard] | None) -> dict[str, Any]:
-    """Copies the schema, lists the served models in the description, and names one of them in the example."""
+def _with_models(schema: dict[str, Any], models: list[tuple[ModelCard, bool]] | None) -> dict[str, Any]:
+    """Copies the schema, lists the models in its description, and names one in its example.
+
+    `models` has each model's card, with True if a live worker serves the model; None if Redis can't be read.
+    """
     schema = copy.deepcopy(schema)
-    schema["info"]["description"] += f"\n\n{_describe(cards)}"
-    if cards:
+    schema["info"]["description"] += f"\n\n{_describe(models)}"
+    if models:
         content = schema["paths"][CHAT_COMPLETIONS]["post"]["requestBody"]["content"]["application/json"]
-        content["example"] = _example(cards[0].name)
+        named = [card.name for card, served in models if served] or [models[0][0].name]
+        content["example"] = _example(named[0])
     return schema
 
 
-def _describe(cards: list[ModelCard] | None) -> str:
-    if cards is None:
+def _describe(models: list[tuple[ModelCard, bool]] | None) -> str:
+    if models is None:
         return "The list of models can't be read at the moment."
-    if not cards:
+    if not models:
         return "No model is served yet: start a worker."
-    lines = [f"* `{card.name}`{_parentage(card)}" for card in cards]
-    return "\n".join(["Models served now:", "", *lines])
+    lines = [f"* `{card.name}`{_parentage(card)}{_absence(served)}" for card, served in models]
+    return "\n".join(["Models:", "", *lines])
+
+
+def _absence(served: bool) -> str:
+    return "" if served else " (no live worker serves it now)"
 
 
 def _parentage(card: ModelCard) -> str:

@@ -29,7 +29,7 @@ class Mapped(NamedTuple):
     type: str
     retry_after_s: int | None = None
     permanent: bool = False
-    """True if a retry would fail as well: then a header tells the official clients not to retry."""
+    """True if a retry would fail as well, or was waited for already; a header tells the official clients."""
     headers: Mapping[str, str] = {}
 
 
@@ -44,11 +44,13 @@ MAPPING: dict[type[LorelayError], Mapped] = {
     errors.ContextLengthExceeded: _refused(400),
     errors.InvalidApiKey: _refused(401, **{"WWW-Authenticate": "Bearer"}),
     errors.ModelNotFound: _refused(404),
+    errors.NotServedYet: Mapped(503, SERVER_TYPE, retry_after_s=5),
     errors.RequestNotFound: _refused(404),
     errors.RequestTooLarge: _refused(413),
     errors.QueueFull: Mapped(429, "rate_limit_error", retry_after_s=1),
     errors.QueueTimeout: Mapped(503, SERVER_TYPE, retry_after_s=5),
-    errors.NoWorker: Mapped(503, SERVER_TYPE, retry_after_s=5),
+    # If the official clients retried, a request would wait several times as long as the setting says.
+    errors.NoWorker: Mapped(503, SERVER_TYPE, retry_after_s=5, permanent=True),
     errors.QueueUnavailable: Mapped(503, SERVER_TYPE, retry_after_s=1),
     errors.QueueOutOfMemory: Mapped(503, SERVER_TYPE, retry_after_s=5),
     errors.AdapterError: Mapped(500, SERVER_TYPE, permanent=True),

@@ -92,7 +92,7 @@ class GenerationResponse(Response):
 
     async def _run(self, inbox: Inbox, send: Send) -> None:
         call = self._call
-        source = EventSource(self._relay.queue, inbox, call.request, self._settings.queue_time_limit_s)
+        source = EventSource(self._relay.queue, inbox, call.request, self._settings)
         with self._abort_at_exit(source):
             if call.resume_from is None:
                 await source.enqueue(call.client, call.admit_until)

@@ -28,6 +28,8 @@ class Model(msgspec.Struct, frozen=True):
     parent: str | None
     """Name of the base model if this is an adapter, else None."""
     max_model_len: int
+    served: bool
+    """True if a live worker serves the model now. Requests for other models wait for a worker."""
 
 
 class ModelList(msgspec.Struct, frozen=True):
@@ -59,15 +61,15 @@ def _add_model_routes(router: APIRouter, queue: QueueClient) -> None:
     @router.get("/v1/models", summary="List the models", tags=["models"])
     async def list_models() -> Response:
         """Lists the base models and their adapters."""
-        cards = await queue.fetch_cards()
-        return _json(ModelList("list", [_to_model(card) for card in cards]))
+        models = await queue.fetch_models()
+        return _json(ModelList("list", [_to_model(card, served) for card, served in models]))
 
     @router.get("/v1/models/{model_id:path}", summary="Describe one model", tags=["models"])
     async def retrieve_model(model_id: str) -> Response:
         """Describes one model, whose name may contain slashes."""
         if not model_id:
             raise ModelNotFound
-        return _json(_to_model(await queue.fetch_card(model_id, queue.deadline())))
+        return _json(_to_model(*await queue.fetch_model(model_id)))
 
 
 def _add_probes(router: APIRouter, queue: QueueClient) -> None:
@@ -80,12 +82,19 @@ def _add_probes(router: APIRouter, queue: QueueClient) -> None:
     @router.head("/ready", include_in_schema=False)
     @router.get("/ready", summary="Can it take requests?", tags=["probes"])
     async def ready() -> Response:
-        """Answers 503 while Redis can't be reached or refuses writes."""
+        """Answers 503 while Redis can't be reached or refuses writes; needs no worker."""
         await queue.ping()
         return _json(Status("ok"))
 
+    @router.head("/ready/{model_id:path}", include_in_schema=False)
+    @router.get("/ready/{model_id:path}", summary="Can this model answer?", tags=["probes"])
+    async def model_ready(model_id: str) -> Response:
+        """Answers 503 while no live worker serves the model, and whenever `/ready` does."""
+        await queue.ping_model(model_id)
+        return _json(Status("ok"))
 
-def _to_model(card: ModelCard) -> Model:
+
+def _to_model(card: ModelCard, served: bool) -> Model:
     return Model(
         id=card.name,
         object="model",
@@ -94,6 +103,7 @@ def _to_model(card: ModelCard) -> Model:
         root=card.source,
         parent=card.base if card.adapter_name is not None else None,
         max_model_len=card.max_model_len,
+        served=served,
     )
 
 

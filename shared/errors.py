@@ -6,6 +6,7 @@ LorelayError
 │   └── ContextLengthExceeded
 ├── InvalidApiKey
 ├── ModelNotFound
+├── NotServedYet
 ├── RequestNotFound
 ├── RequestTooLarge
 ├── QueueFull
@@ -74,6 +75,13 @@ class ModelNotFound(LorelayError):
     """The model does not exist."""
 
     code = "model_not_found"
+    param = "model"
+
+
+class NotServedYet(LorelayError):
+    """No worker has registered this model yet; try again later."""
+
+    code = "not_served_yet"
     param = "model"
 
 

@@ -196,6 +196,8 @@ class ApiSettings(Settings):
     max_queue_depth: Count = 1_000
     max_total_queue_depth: Count = 10_000
     queue_time_limit_s: Seconds = 60
+    no_worker_wait_s: Seconds = 5
+    """Maximum wait of a request, within its queue time limit, for a model that no live worker serves."""
     generation_limit_s: Seconds = 600
     first_event_wait_s: Seconds = 10
     """Maximum wait for the first token before a stream's headers are sent without it."""

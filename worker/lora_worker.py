@@ -46,6 +46,7 @@ class LoraWorker(RqWorker):
         self._service: WorkerService | None = None
         self._stop_asked = False
         self._has_all_queues = True
+        self._model_names: list[str] = []
 
     def work(
         self,
@@ -76,6 +77,7 @@ class LoraWorker(RqWorker):
             _log_to_streams(level, date_format, log_format)
             self._patience.call(lambda: mend(self.connection, self._rq_keys()))
             self.bootstrap(level, date_format, log_format)
+            self._patience.call(lambda: registry.begin_loading(self.connection, self._model_names, self.name))
             return self._work(settings, burst)
         except LorelayError as error:
             self.log.error("%s", error.message)
@@ -120,6 +122,9 @@ class LoraWorker(RqWorker):
         settings = WorkerSettings.load()
         self._has_all_queues = self.queue_names() == [ALL_QUEUES]
         adapter_names = [source.name for source in settings.adapters]
+        self._model_names = (
+            [settings.base_name, *adapter_names] if self._has_all_queues else self.queue_names()
+        )
         self.queues = [
             Queue(name, connection=self.connection, serializer=JSONSerializer)
             for name in queues_of(settings.base_name, adapter_names, self.queue_names())
@@ -174,6 +179,7 @@ class LoraWorker(RqWorker):
         """Takes the lease, then registers the models: a registered model must never lack a live worker."""
         self._patience.call(service.take_lease)
         self._patience.call(lambda: registry.register(self.connection, queues.cards()))
+        self._patience.call(lambda: registry.end_loading(self.connection, self._model_names))
         self._patience.call(lambda: self.set_state(WorkerStatus.IDLE))
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
 

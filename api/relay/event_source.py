@@ -1,4 +1,4 @@
-"""Enqueues or resumes one request, returns its events, and enforces its queue time limit."""
+"""Enqueues or resumes one request, returns its events, and enforces the limits of its wait in the queue."""
 
 import asyncio
 import math
@@ -16,7 +16,10 @@ from shared.errors import (
     from_info,
 )
 from shared.messages import FinishReason, GenerationRequest, StreamEvent
+from shared.settings import ApiSettings
 
+NUM_ABSENCES = 2
+"""Number of successive checks without a live worker after which a request that waits ends."""
 RETRY_S = 1.0
 """Pause before the next check of the queue, if Redis did not answer the previous check."""
 GONE_WAIT_S = 5.0
@@ -27,14 +30,16 @@ class EventSource:
     """The source of one request's events."""
 
     def __init__(
-        self, queue: QueueClient, inbox: Inbox, request: GenerationRequest, queue_time_limit_s: float
+        self, queue: QueueClient, inbox: Inbox, request: GenerationRequest, settings: ApiSettings
     ) -> None:
         self._queue = queue
         self._inbox = inbox
         self._request = request
-        self._queue_time_limit_s = queue_time_limit_s
+        self._queue_time_limit_s = settings.queue_time_limit_s
+        self._no_worker_wait_s = settings.no_worker_wait_s
         self._loop = asyncio.get_running_loop()
-        self._check_at = math.inf
+        self._check_at = self._limit_at = math.inf
+        self._num_absences = 0
         self._was_gone = False
         self.has_ended = False
         """True once the request has ended: nothing is queued or runs under its id."""
@@ -51,19 +56,30 @@ class EventSource:
         except (QueueFull, ServerDraining):
             self.has_ended = True
             raise
-        self._check_at = self._loop.time() + self._queue_time_limit_s
+        self._begin_wait()
 
     async def resume(self, first_event_no: int) -> None:
         """Makes `next` return the events of an already enqueued request, from `first_event_no` on."""
         await self._queue.attach(self._request.request_id)
         self._inbox.start_at(first_event_no)
-        self._check_at = self._loop.time() + self._queue_time_limit_s
+        self._begin_wait()
+        if first_event_no > 0:
+            # The request has begun. If its worker is lost, it may wait longer for another one to continue it.
+            self._check_at = self._limit_at
+
+    def _begin_wait(self) -> None:
+        self._limit_at = self._loop.time() + self._queue_time_limit_s
+        self._check_soon()
+
+    def _check_soon(self) -> None:
+        self._check_at = min(self._limit_at, self._loop.time() + self._no_worker_wait_s / NUM_ABSENCES)
 
     async def next(self, until: float) -> list[StreamEvent]:
         """Returns the next events, at least one; none if `until` (event loop's time) passes first.
 
         Raises:
             QueueTimeout: no worker claimed the request in time; the request will never run.
+            NoWorker: no live worker serves the model; the request will never run.
             GenerationFailed: the request was removed by somebody else.
         """
         while True:
@@ -78,8 +94,11 @@ class EventSource:
                 return []
 
     async def _check_queue(self) -> None:
-        """Removes the request from its queue after its queue time limit, unless a worker has claimed it."""
+        """Removes the request from its queue if its wait is over, unless a worker has claimed it."""
         try:
+            if self._loop.time() < self._limit_at and not await self._is_without_worker():
+                self._check_soon()
+                return
             state = await self._queue.abort_queued(self._request.request_id)
         except QueueUnavailable:
             self._check_at = self._loop.time() + RETRY_S
@@ -97,15 +116,24 @@ class EventSource:
         self._check_at = self._loop.time() + GONE_WAIT_S
         self._inbox.fall_behind()
 
+    async def _is_without_worker(self) -> bool:
+        """Returns True after `NUM_ABSENCES` successive checks that found no live worker for the model."""
+        has_worker = await self._queue.has_live_worker(self._request)
+        self._num_absences = 0 if has_worker else self._num_absences + 1
+        return self._num_absences >= NUM_ABSENCES
+
     async def _queue_timeout(self) -> QueueTimeout:
+        is_over = self._loop.time() >= self._limit_at
         try:
-            has_worker = await self._queue.has_live_worker(self._request)
+            has_worker = is_over and await self._queue.has_live_worker(self._request)
         except QueueUnavailable:
             has_worker = True
-        waited = f"within the queue time limit of {self._queue_time_limit_s:g} s"
+        limit_s = self._queue_time_limit_s if is_over else self._no_worker_wait_s
         if has_worker:
-            return QueueTimeout(f"The request was not started {waited}; try again later.")
-        return NoWorker(f"No worker serves '{self._request.model}' at the moment: none came {waited}.")
+            return QueueTimeout(f"The request was not started within {limit_s:g} s; try again later.")
+        return NoWorker(
+            f"No worker serves '{self._request.model}' at the moment: none came within {limit_s:g} s."
+        )
 
 
 def error_of(event: StreamEvent) -> LorelayError | None:

@@ -7,15 +7,23 @@ from contextlib import asynccontextmanager
 
 import redis
 
-from shared.errors import GenerationFailed, QueueOutOfMemory, QueueUnavailable, ServerDraining
+from api.relay.live_workers import LiveWorkers
+from shared.errors import (
+    GenerationFailed,
+    NoWorker,
+    QueueOutOfMemory,
+    QueueUnavailable,
+    ServerDraining,
+)
 from shared.messages import GenerationRequest, ModelCard, StreamEvent
-from shared.queue import keys, registry
+from shared.queue import keys, presence, registry
 from shared.queue.api_streams import ApiStreams, FoundRequest
 from shared.queue.connections import connect_async
 from shared.queue.not_now import code_of
 from shared.settings import ApiSettings, RedisSettings
 
 NUM_CONNECTIONS = 32
+MAX_PRESENCE_AGE_S = 0.5
 LOG_MARGIN_S = 60
 """Lifetime of a request's log beyond its queue time limit plus its generation time limit."""
 
@@ -54,6 +62,9 @@ class QueueClient:
             redis_settings, socket_timeout_s=settings.redis_timeout_s, max_num_connections=NUM_CONNECTIONS
         )
         self._streams = ApiStreams(self._connection, self.channel)
+        self._live_workers = LiveWorkers(
+            self._is_served, max_age_s=min(MAX_PRESENCE_AGE_S, settings.no_worker_wait_s / 4)
+        )
         self._is_draining = False
 
     @property
@@ -97,19 +108,42 @@ class QueueClient:
 
         Raises:
             ModelNotFound: no model has this name.
+            NotServedYet: no worker has registered a model yet, or one is loading this model.
         """
         async with queue_errors(until):
             return await registry.fetch_card(self._connection, model)
 
-    async def fetch_cards(self) -> list[ModelCard]:
-        """Returns the cards of all models."""
+    async def fetch_models(self) -> list[tuple[ModelCard, bool]]:
+        """Returns the cards of all models, each with True if a live worker serves the model."""
         async with queue_errors(self.deadline()):
-            return await registry.fetch_cards(self._connection)
+            cards = await registry.fetch_cards(self._connection)
+            return list(zip(cards, await presence.find_served(self._connection, cards), strict=True))
+
+    async def fetch_model(self, name: str) -> tuple[ModelCard, bool]:
+        """Returns a model's card, with True if a live worker serves the model; raises as `fetch_card`."""
+        card = await self.fetch_card(name, self.deadline())
+        return card, await self._is_served(card)
 
     async def has_live_worker(self, request: GenerationRequest) -> bool:
-        """Returns True if a live worker serves the request's model."""
+        """Returns True if a live worker serves the request's model; the answer may be half a second old."""
+        return await self._live_workers.serve(request)
+
+    async def _is_served(self, model: ModelCard | GenerationRequest) -> bool:
         async with queue_errors(self.deadline()):
-            return await registry.has_live_worker(self._connection, request.base, request.adapter_name)
+            return (await presence.find_served(self._connection, [model]))[0]
+
+    async def ping_model(self, name: str) -> None:
+        """Checks whether a request for a model can be answered.
+
+        Raises:
+            ModelNotFound, NotServedYet: no model has this name.
+            NoWorker: no live worker serves the model.
+            ServerDraining, QueueUnavailable: as in `ping`.
+        """
+        await self.ping()
+        _, is_served = await self.fetch_model(name)
+        if not is_served:
+            raise NoWorker
 
     async def enqueue(self, request: GenerationRequest, client: str, until: float) -> None:
         """Puts a client's request on the queue of its model.

@@ -14,6 +14,11 @@ MODELS = f"{PREFIX}:models"
 """hash, model name → ModelCard. Written by workers when they start, read by every API. It never expires."""
 
 
+LOADING = f"{PREFIX}:loading"
+"""hash, model name → worker that loads it. Written and removed by workers that start; read by an API that is
+asked for a model that is not in the registry. It expires an hour after the last worker began to load."""
+
+
 def waiting(base: str) -> str:
     """sorted set of the queues with waiting requests, queue → enqueue time (ms) of its first request.
 

@@ -78,6 +78,7 @@ _SCRIPTS_OF_BOTH = (
 )
 _KEYS_OF_BOTH = (
     _KEY,
+    keys.LOADING,
     keys.waiting(PROBE),
     keys.order(PROBE),
     keys.doorbell(PROBE),
@@ -138,7 +139,6 @@ API = Needs(
         *_SCRIPTS_OF_BOTH,
         f"LRANGE {_KEY} 0 -1",
         "PING",
-        f"SMISMEMBER {_KEY} m",
         f"ZRANGEBYSCORE {_KEY} 0 1",
     ),
     keys=_KEYS_OF_BOTH,

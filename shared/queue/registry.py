@@ -1,7 +1,7 @@
 """The registry of models in Redis: workers write it when they start, APIs read it.
 
-Cards (`ModelCard`) outlive the workers that wrote them. A request for a model therefore waits in its queue
-even while no worker of that model is running.
+Cards (`ModelCard`) outlive the workers that wrote them. So a request for a model can wait in its queue while no worker of
+that model is running. `presence.py` tells which models live workers serve.
 """
 
 import logging
@@ -13,16 +13,18 @@ import redis
 import redis.asyncio
 from rq.defaults import RQ_KEY_PREFIX
 
-from shared.errors import LorelayError, ModelNotFound, RegistryConflict
+from shared.errors import LorelayError, ModelNotFound, NotServedYet, RegistryConflict
 from shared.logs import fields
 from shared.messages import ModelCard, decode_card
 from shared.queue import keys
-from shared.queue.names import queue_name, slug
+from shared.queue.names import queue_name
 from shared.queue.scripts import mend
 
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN_LENGTH = 100
+LOADING_TTL_S = 3600
+"""Time to live of the notes about models that are being loaded, after the last one was written."""
 UNREADABLE_TTL_MS = 86_400_000
 """Time to live of a key that was renamed because it had a wrong type; `prelude.lua` has the same number."""
 
@@ -94,27 +96,45 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
 
     Raises:
         ModelNotFound: no model has this name.
+        NotServedYet: no model has this name yet, and the registry is empty or a worker is loading the model.
         LorelayError: the registry's entry for this name can't be read.
     """
     value = await connection.hget(keys.MODELS, name)
     if value is None:
         shown = name if len(name) <= MAX_SHOWN_LENGTH else f"{name[:MAX_SHOWN_LENGTH]}…"
+        if not await connection.exists(keys.MODELS):
+            raise NotServedYet("No worker has registered a model yet; try again later.")
+        if await _is_loading(connection, name):
+            raise NotServedYet(f"A worker is loading the model '{shown}'; try again later.")
         raise ModelNotFound(f"The model '{shown}' does not exist.")
     if (card := _read(name, value)) is None:
         raise LorelayError("The registry's entry of this model can't be read; a worker's start replaces it.")
     return card
 
 
-async def has_live_worker(connection: redis.asyncio.Redis, base: str, adapter_name: str | None) -> bool:
-    """True if any worker that serves this model has a lease that has not expired, by the clock of Redis."""
-    seconds, _ = await connection.time()
-    live = cast(
-        "list[bytes]", await connection.zrangebyscore(keys.workers(slug(base)), seconds * 1000, "+inf")
-    )
-    # RQ's set of the queue's workers is checked too, because a worker of the base may lack this adapter.
-    serving = f"{RQ_KEY_PREFIX}:workers:{queue_name(base, adapter_name)}"
-    names = [f"{RQ_KEY_PREFIX}:worker:".encode() + name for name in live]
-    return bool(names) and any(await connection.smismember(serving, names))
+def begin_loading(connection: redis.Redis, names: Iterable[str], worker_name: str) -> None:
+    """Notes that a worker loads these models, so that requests for them are told to come back.
+
+    The note of a worker that has ended is ignored, see `_is_loading`.
+    """
+    mend(connection, {keys.LOADING: "hash"})
+    connection.hset(keys.LOADING, mapping=dict.fromkeys(names, worker_name))
+    connection.expire(keys.LOADING, LOADING_TTL_S)
+
+
+def end_loading(connection: redis.Redis, names: Iterable[str]) -> None:
+    """Removes the notes of `begin_loading`."""
+    connection.hdel(keys.LOADING, *names)
+
+
+async def _is_loading(connection: redis.asyncio.Redis, name: str) -> bool:
+    """True if the worker that last began to load this model has neither ended nor lost its record in RQ."""
+    worker = cast("bytes | None", await connection.hget(keys.LOADING, name))
+    if worker is None:
+        return False
+    record = f"{RQ_KEY_PREFIX}:worker:{worker.decode(errors='replace')}"
+    birth, death = await connection.hmget(record, ["birth", "death"])
+    return birth is not None and death is None
 
 
 def _read(name: str, encoded: bytes | str) -> ModelCard | None:

@@ -50,6 +50,7 @@ TIMERS = {
     "failure_ttl_s": str(TTL_S),
     "stream_ttl_s": "60",
     "queue_time_limit_s": "60",
+    "no_worker_wait_s": "60",
     "generation_limit_s": "60",
 }
 

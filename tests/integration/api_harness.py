@@ -74,7 +74,8 @@ class ApiServer:
     """The application under uvicorn, in a thread of this process."""
 
     def __init__(self, redis_url: str, **settings: Any) -> None:
-        values = {"max_silence_s": 0.1, "queue_time_limit_s": 30, "generation_limit_s": 30, **settings}
+        waits = {"queue_time_limit_s": 30, "no_worker_wait_s": 30, "generation_limit_s": 30}
+        values = {"max_silence_s": 0.1, **waits, **settings}
         self.app = create_app(ApiSettings(**values), RedisSettings(redis_url=redis_url))
         config = uvicorn.Config(
             self.app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1

@@ -155,6 +155,7 @@ def test_openais_client_lists_and_describes_the_models(api: ApiServer) -> None:
             "root": "/models/base",
             "parent": None,
             "max_model_len": 99,
+            "served": False,
         },
         {
             "id": "org/pirate",
@@ -164,6 +165,7 @@ def test_openais_client_lists_and_describes_the_models(api: ApiServer) -> None:
             "root": "/adapters/pirate",
             "parent": "base",
             "max_model_len": 99,
+            "served": False,
         },
     ]
 

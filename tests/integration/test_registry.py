@@ -1,13 +1,15 @@
 """The registry on a real server."""
 
+from collections.abc import Sequence
+
 import msgspec
 import pytest
 import redis
 import redis.asyncio
 
-from shared.errors import ConfigurationError, ModelNotFound, RegistryConflict
+from shared.errors import ConfigurationError, ModelNotFound, NotServedYet, RegistryConflict
 from shared.messages import ModelCard
-from shared.queue import keys, registry
+from shared.queue import keys, presence, registry
 from shared.queue.connections import check_server, connect_like, same_server
 from tests.redis_server import RedisServer
 from tests.streams import worker_streams
@@ -109,29 +111,75 @@ async def test_the_api_reads_what_workers_wrote(redis_server: RedisServer, conne
             await registry.fetch_card(client, "x" * 101)
 
 
-async def test_a_model_has_a_live_worker_while_one_that_serves_it_renews(
+MODELS = [BASE, adapter("a"), adapter("b"), adapter("c", base="other")]
+
+
+async def served(client: redis.asyncio.Redis, models: Sequence[ModelCard] = MODELS) -> list[str]:
+    """The names of the models that live workers serve."""
+    found = await presence.find_served(client, models)
+    return [model.name for model, is_served in zip(models, found, strict=True) if is_served]
+
+
+async def test_a_model_is_served_while_a_live_worker_has_its_queue(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    workers = {
+        name: worker_streams(connection, name, served=queues)
+        for name, queues in {"w1": ("tiny", "tiny-a"), "w2": ("tiny-b",)}.items()
+    }
+    async with redis.asyncio.Redis.from_url(redis_server.url) as client:
+        assert await served(client) == []
+        workers["w1"].renew([])
+        assert await served(client) == ["tiny", "a"]
+        workers["w2"].renew([])
+        assert await served(client) == ["tiny", "a", "b"]
+        workers["w2"].serve({})
+        assert await served(client) == ["tiny", "a"]
+        worker_streams(connection, "w1", lease_s=-1, served=("tiny",)).renew([])
+        assert await served(client) == []
+
+
+async def test_a_model_is_served_only_in_the_version_that_a_live_worker_has(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    old, new = (msgspec.structs.replace(BASE, version=version) for version in ("v1", "v2"))
+    worker_streams(connection, "w1", served={"tiny": "v1"}).renew([])
+    async with redis.asyncio.Redis.from_url(redis_server.url) as client:
+        assert await presence.find_served(client, [old, new]) == [True, False]
+        worker_streams(connection, "w2", served={"tiny": ""}).renew([])
+        assert await presence.find_served(client, [old, new]) == [True, True]
+
+
+async def test_keys_of_a_wrong_type_count_as_no_worker(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    worker_streams(connection, "w1", served=("tiny",)).renew([])
+    connection.set(keys.workers("other"), "garbage")
+    async with redis.asyncio.Redis.from_url(redis_server.url) as client:
+        assert await served(client) == ["tiny"]
+        connection.set(keys.served("w1"), "garbage")
+        assert await served(client) == []
+
+
+async def test_a_model_that_a_worker_loads_is_not_refused_as_unknown(
     redis_server: RedisServer, connection: redis.Redis
 ) -> None:
     async with redis.asyncio.Redis.from_url(redis_server.url) as client:
-
-        async def served() -> list[str]:
-            models = [("tiny", None), ("tiny", "a"), ("tiny", "b"), ("other", None)]
-            return [
-                f"{base} {name}"
-                for base, name in models
-                if await registry.has_live_worker(client, base, name)
-            ]
-
-        for worker_name, queues in {"w1": ("tiny", "tiny-a"), "w2": ("tiny-b",)}.items():
-            for queue in queues:
-                connection.sadd(f"rq:workers:{queue}", f"rq:worker:{worker_name}")
-        assert await served() == []
-        worker_streams(connection, "w1").renew([])
-        assert await served() == ["tiny None", "tiny a"]
-        worker_streams(connection, "w2").renew([])
-        assert await served() == ["tiny None", "tiny a", "tiny b"]
-        worker_streams(connection, "w1", lease_s=-1).renew([])
-        assert await served() == ["tiny b"]
+        with pytest.raises(NotServedYet, match="No worker has registered a model yet"):
+            await registry.fetch_card(client, "tiny")
+        registry.register(connection, [BASE])
+        registry.begin_loading(connection, ["other", "a"], "w1")
+        connection.hset("rq:worker:w1", "birth", "now")
+        for name in ("other", "a"):
+            with pytest.raises(NotServedYet, match=f"A worker is loading the model '{name}'"):
+                await registry.fetch_card(client, name)
+        assert await registry.fetch_card(client, "tiny") == BASE
+        registry.end_loading(connection, ["other"])
+        with pytest.raises(ModelNotFound):
+            await registry.fetch_card(client, "other")
+        connection.hset("rq:worker:w1", "death", "now")
+        with pytest.raises(ModelNotFound):
+            await registry.fetch_card(client, "a")
 
 
 def test_a_server_without_the_commands_of_6_2_is_refused(

@@ -104,7 +104,7 @@ async def test_the_schema_asks_for_a_key_where_one_is_needed(client: httpx.Async
     paths = (await client.get("/openapi.json")).json()["paths"]
     keyed = {path for path, operations in paths.items() for o in operations.values() if o.get("security")}
     assert keyed == {path for path in paths if path.startswith("/v1/")}
-    assert {"/health", "/ready"} == set(paths) - keyed
+    assert {"/health", "/ready", "/ready/{model_id}"} == set(paths) - keyed
 
 
 async def test_the_schema_survives_a_redis_that_is_away(client: httpx.AsyncClient) -> None:
@@ -116,22 +116,24 @@ def card(name: str, adapter_name: str | None = None) -> ModelCard:
 
 
 @pytest.mark.parametrize(
-    ("cards", "text"),
+    ("models", "text"),
     [
         ([], "No model is served yet: start a worker."),
         (
-            [card("base"), card("pirate", "pirate")],
-            "Models served now:\n\n* `base`\n* `pirate`: adapter of `base`",
+            [(card("base"), True), (card("pirate", "pirate"), False)],
+            "Models:\n\n* `base`\n* `pirate`: adapter of `base` (no live worker serves it now)",
         ),
     ],
 )
-async def test_the_models_that_are_served_now_stand_in_the_text(cards: list[ModelCard], text: str) -> None:
+async def test_the_models_and_whether_they_are_served_now_stand_in_the_text(
+    models: list[tuple[ModelCard, bool]], text: str
+) -> None:
     app = create_app(ApiSettings(), RedisSettings(redis_url="redis://127.0.0.1:1"))
 
-    async def fetch_cards() -> list[ModelCard]:
-        return cards
+    async def fetch_models() -> list[tuple[ModelCard, bool]]:
+        return models
 
-    app.state.relay.queue.fetch_cards = fetch_cards
+    app.state.relay.queue.fetch_models = fetch_models
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://host") as client:
         first: dict[str, Any] = (await client.get("/openapi.json")).json()
         assert (await client.get("/openapi.json")).json() == first

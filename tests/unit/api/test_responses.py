@@ -13,6 +13,7 @@ from api.contract.answer import Heading
 from api.contract.chat_answer import BodyWriter, ChunkWriter
 from api.relay import event_source
 from api.relay.inbox import Inbox
+from api.relay.live_workers import LiveWorkers
 from api.responses import GenerationCall, GenerationResponse
 from shared.errors import (
     GenerationFailed,
@@ -39,6 +40,7 @@ class FakeQueue:
         self.enqueue_error: Exception | None = None
         self.queue_states: list[str | Exception] = []
         self.live_worker: bool | Exception = True
+        self.workers_seen: list[bool] = []
 
     async def enqueue(self, request: GenerationRequest, client: str, until: float) -> None:
         if self.enqueue_error is not None:
@@ -51,6 +53,8 @@ class FakeQueue:
         return state
 
     async def has_live_worker(self, request: GenerationRequest) -> bool:
+        if self.workers_seen:
+            self.live_worker = self.workers_seen.pop(0)
         if isinstance(self.live_worker, Exception):
             raise self.live_worker
         return self.live_worker
@@ -287,6 +291,59 @@ async def test_the_queue_time_limit_is_checked_until_redis_answers(
     assert type(caught.value) is cls
     assert not relay.queue.queue_states
     assert not relay.given_up
+
+
+async def test_a_request_whose_model_no_live_worker_serves_waits_for_one_and_then_ends(
+    relay: FakeRelay, client: FakeClient
+) -> None:
+    relay.queue.queue_states = ["queued"]
+    relay.queue.live_worker = False
+    with pytest.raises(NoWorker, match=r"none came within 0\.02 s"):
+        await exchange(relay, client, no_worker_wait_s=0.02)
+    assert not relay.queue.queue_states
+
+
+async def test_a_worker_that_leaves_for_a_moment_does_not_end_requests(
+    relay: FakeRelay, client: FakeClient
+) -> None:
+    relay.queue.workers_seen = [True, False, True, False, False]
+    relay.queue.queue_states = ["queued"]
+    with pytest.raises(NoWorker):
+        await exchange(relay, client, no_worker_wait_s=0.02)
+    assert not relay.queue.workers_seen
+
+
+async def test_a_request_that_a_worker_claims_at_the_last_moment_goes_on(
+    relay: FakeRelay, client: FakeClient
+) -> None:
+    relay.queue.queue_states = ["running"]
+    relay.queue.live_worker = False
+    task = exchange(relay, client, no_worker_wait_s=0.02)
+    while relay.queue.queue_states:
+        await asyncio.sleep(0)
+    relay.inbox.put(StreamEvent(0, text="a"))
+    relay.inbox.put(END)
+    await task
+    assert not client.errors
+
+
+async def test_many_waiting_requests_ask_redis_for_live_workers_once() -> None:
+    asked: list[str] = []
+
+    async def ask(request: GenerationRequest) -> bool:
+        asked.append(request.model)
+        if request.model == "unknown":
+            raise QueueUnavailable
+        return request.model == "served"
+
+    workers = LiveWorkers(ask, max_age_s=1_000)
+    for model, answer in {"served": True, "unserved": False}.items():
+        request = GenerationRequest("id", model, model, SamplingParams())
+        assert await asyncio.gather(workers.serve(request), workers.serve(request)) == [answer] * 2
+    for _ in range(2):
+        with pytest.raises(QueueUnavailable):
+            await workers.serve(GenerationRequest("id", "unknown", "unknown", SamplingParams()))
+    assert asked == ["served", "unserved", "unknown"]
 
 
 async def test_a_request_that_was_gone_for_a_moment_only_goes_on(

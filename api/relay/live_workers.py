@@ -1,0 +1,45 @@
+"""Remembers for a moment which models live workers serve: many waiting requests then need few calls."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from shared.errors import QueueUnavailable
+from shared.messages import GenerationRequest
+
+MAX_NUM_KNOWN = 1000
+"""Number of models after which all answers are forgotten, so that the memory for them is bounded."""
+
+
+class LiveWorkers:
+    """Answers whether a live worker serves the model of a waiting request."""
+
+    def __init__(self, ask: Callable[[GenerationRequest], Awaitable[bool]], max_age_s: float) -> None:
+        """`ask` asks Redis; its answer, or its `QueueUnavailable`, holds for `max_age_s`."""
+        self._ask = ask
+        self._max_age_s = max_age_s
+        self._lock = asyncio.Lock()
+        self._known: dict[tuple[str, str | None, str], tuple[float, bool | QueueUnavailable]] = {}
+
+    async def serve(self, request: GenerationRequest) -> bool:
+        """Returns True if a live worker serves the request's model in its version.
+
+        Raises:
+            QueueUnavailable: Redis did not answer.
+        """
+        model = (request.base, request.adapter_name, request.weights_version)
+        async with self._lock:
+            asked_at, answer = self._known.get(model, (float("-inf"), False))
+            if asyncio.get_running_loop().time() - asked_at > self._max_age_s:
+                answer = await self._fetch(request)
+                if len(self._known) >= MAX_NUM_KNOWN:
+                    self._known.clear()
+                self._known[model] = (asyncio.get_running_loop().time(), answer)
+        if isinstance(answer, QueueUnavailable):
+            raise QueueUnavailable from answer
+        return answer
+
+    async def _fetch(self, request: GenerationRequest) -> bool | QueueUnavailable:
+        try:
+            return await self._ask(request)
+        except QueueUnavailable as error:
+            return error
