@@ -37,6 +37,7 @@ ANSWERS: dict[str, dict[str, type]] = {
     "/v1/models/{model_id}": {"application/json": Model},
     "/health": {"application/json": Status},
     "/ready": {"application/json": Status},
+    "/ready/{model_id}": {"application/json": Status},
 }
 """The answers of each path, by media type. Without its entry here, a new path has no schema."""
 

@@ -1,7 +1,7 @@
 """The registry of models in Redis: workers write it when they start, APIs read it.
 
-Cards (`ModelCard`) outlive the workers that wrote them. So a request for a model can wait in its queue while no worker of
-that model is running. `presence.py` tells which models live workers serve.
+Cards (`ModelCard`) outlive the workers that wrote them. A request for a model can therefore wait in its queue
+while no worker of that model is running. `presence.py` tells which models live workers serve.
 """
 
 import logging

@@ -26,3 +26,11 @@ class StoppedWhileRegistering(LoraWorker):
 
     def subscribe(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+class HeldWhileLoading(LoraWorker):
+    """Says that it loads, and is killed there."""
+
+    def load_model(self, settings: WorkerSettings) -> Any:
+        self.log.info("Worker %s: loading", self.name)
+        signal.pause()
