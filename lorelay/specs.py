@@ -50,6 +50,9 @@ def api_spec(plan: ServePlan, redis_url: str) -> ChildSpec:
     command = [sys.executable, "-m", "uvicorn", "--factory", "api.main:create_app"]
     command += ["--host", plan.serve.server_name, "--port", str(plan.serve.server_port)]
     command += ["--timeout-graceful-shutdown", str(limit_s)]
+    # With uvicorn's default of 5 s, clients and proxies that keep connections longer would send requests on
+    # connections that are just being closed.
+    command += ["--timeout-keep-alive", str(plan.serve.keep_alive_s)]
     if plan.ssl_files is not None:
         command += [
             "--ssl-keyfile",

@@ -183,6 +183,8 @@ class ServeSettings(Settings):
     server_port: Annotated[int, Field(ge=1, le=65535)] = 23333
     redis_url: str | None = None
     """The Redis server to use; None starts an embedded Valkey."""
+    keep_alive_s: Count = 75
+    """Seconds for which an idle connection of a client stays open after a response."""
     state_dir: Path = Field(default_factory=default_state_dir)
     workers: Count = 1
 

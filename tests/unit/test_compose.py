@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
+from uvicorn import main as uvicorn_command
 
 from lorelay.embedded import StateFolder
 from shared.settings import ApiSettings, WorkerSettings
@@ -37,6 +38,15 @@ RUN_BY_TESTS = {
 @pytest.fixture(scope="module")
 def services() -> Any:
     return YAML(typ="safe").load(ROOT / "docker-compose.yml")["services"]
+
+
+def test_idle_connections_of_the_image_and_the_service_outlive_uvicorns_default(services: Any) -> None:
+    variable = "UVICORN_TIMEOUT_KEEP_ALIVE"
+    assert services["api"]["environment"][variable] == "${LORELAY_KEEP_ALIVE_S:-75}"
+    assert f"ENV {variable}=75" in (ROOT / "api" / "Dockerfile").read_text()
+    envvar_prefix = uvicorn_command.context_settings["auto_envvar_prefix"]
+    (option,) = [option for option in uvicorn_command.params if option.name == "timeout_keep_alive"]
+    assert f"{envvar_prefix}_{option.name}".upper() == variable
 
 
 def without_values(command: str) -> str:

@@ -194,6 +194,16 @@ def test_the_api_is_started_as_the_readme_starts_it(model: Path) -> None:
     assert spec.stop_limit_s > plan.api.api_drain_s
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "75"), ("620", "620")])
+def test_idle_connections_outlive_those_of_proxies_and_pools(
+    model: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    if given is not None:
+        monkeypatch.setenv("LORELAY_KEEP_ALIVE_S", given)
+    command = api_spec(plan_for("smol"), "unix:///s").command
+    assert command[command.index("--timeout-keep-alive") + 1] == expected
+
+
 def test_ssl_files_reach_the_api(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KEYFILE", "CERTFILE"):
         (model / name).touch()
