@@ -1,7 +1,7 @@
 """Doubles of the device and the tokenizer, for tests of the control path without a model."""
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from shared.errors import AdapterError, GenerationFailed, InvalidRequest, LorelayError
@@ -160,6 +160,7 @@ class FakeTokenizer:
     """Tokenizes each character to one token; 0 ends a sequence."""
 
     eos_token_ids = frozenset({EOS})
+    special_tokens: Mapping[int, str] = {EOS: "<eos>"}
 
     def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         text = "".join(message["content"] for message in messages)

@@ -76,7 +76,7 @@ class ServedFields(StrictModel):
     ignore_eos: bool | None = None
     """Continues after the model's end-of-text token. Default: false."""
     stop: Stop | None = None
-    """One to four strings that end the answer; the text stops in front of them."""
+    """One to four strings that end the answer; the text stops in front of them. Special tokens count, too."""
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
     """Shares the cache of prompts only with requests that have the same salt (and API key), as at vLLM."""
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX)] | None = None

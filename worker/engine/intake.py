@@ -1,7 +1,7 @@
 """Turns a new or resumed request into sequences, or into the error that says why it can't run."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from shared.errors import ContextLengthExceeded, GenerationFailed, InvalidRequest, LorelayError
 from shared.messages import GenerationRequest, StreamEvent
@@ -69,7 +69,8 @@ class Intake:
             tenant=request.tenant,
             cache_salt=request.cache_salt,
         )
-        return SequenceOutput(seq, model.tokenizer.detokenizer())
+        tokenizer = model.tokenizer
+        return SequenceOutput(seq, tokenizer.detokenizer(), _marks(tokenizer.special_tokens, request))
 
     def _check_tokens(self, request: GenerationRequest, prompts: list[list[int]]) -> None:
         """Refuses token ids outside the vocabulary, which would make a step of all running requests fail.
@@ -107,6 +108,12 @@ class Intake:
         if num_prompt_tokens + (asked or 1) > context:
             raise _too_long(num_prompt_tokens, request, context)
         return sampling.max_tokens or context - num_prompt_tokens
+
+
+def _marks(special_tokens: Mapping[int, str], request: GenerationRequest) -> Mapping[int, str]:
+    """Returns the special tokens that the request's stop strings contain."""
+    stop = request.sampling.stop
+    return {token_id: text for token_id, text in special_tokens.items() if any(text in word for word in stop)}
 
 
 def _too_long(num_prompt_tokens: int, request: GenerationRequest, context: int) -> ContextLengthExceeded:

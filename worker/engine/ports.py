@@ -11,7 +11,7 @@ A second engine is a folder beside `worker.model` with a class that has the meth
 A second model has the methods of `Model`.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
 from typing import Any, Protocol
 
@@ -36,6 +36,11 @@ class Tokenizer(Protocol):
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a sequence."""
+        ...
+
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The text of each special token by its id; detokenizers return no text for these tokens."""
         ...
 
     def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:

@@ -1,6 +1,7 @@
 """Turns the tokens of one request into the events of its log, and decides when the request ends."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from shared.errors import GenerationFailed, LorelayError
@@ -11,13 +12,16 @@ from worker.engine.records import Output
 from worker.engine.sequence import Sampled, SampledToken, Sequence, SequenceStatus
 
 Clock = Callable[[], float]
+NO_MARKS: Mapping[int, str] = MappingProxyType({})
 
 
 class SequenceOutput:
     """Turns the tokens of one sequence into text, and decides at which token the sequence ends."""
 
-    def __init__(self, seq: Sequence, detokenizer: Detokenizer) -> None:
+    def __init__(self, seq: Sequence, detokenizer: Detokenizer, marks: Mapping[int, str] = NO_MARKS) -> None:
+        """`marks`: the text of each special token that a stop string contains, by its id."""
         self.seq = seq
+        self._marks = marks
         self._detokenizer = detokenizer
         self._stop_checker = StopChecker(seq.sampling.stop)
 
@@ -29,7 +33,7 @@ class SequenceOutput:
             self.seq.token_ids.append(token_id)
             text = self._detokenizer.add(token_id)
             if self.seq.num_output_tokens > self.seq.sampling.min_tokens:
-                self._stop_checker.add(text)
+                self._stop_checker.add(text, self._marks.get(token_id, ""))
 
     def add(self, token_id: int) -> str:
         """Returns the text that a token completes; if the token ends the sequence, sets the finish reason.
@@ -40,7 +44,7 @@ class SequenceOutput:
         num_tokens = seq.num_output_tokens
         may_end = num_tokens > seq.sampling.min_tokens
         if may_end:
-            text, stopped = self._stop_checker.add(text)
+            text, stopped = self._stop_checker.add(text, self._marks.get(token_id, ""))
             if stopped:
                 seq.finish_reason = FinishReason.STOP
                 return text

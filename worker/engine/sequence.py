@@ -1,6 +1,7 @@
 """Sequences, the batch of one forward pass, and the tokens sampled from its logits. No tensors."""
 
-from collections.abc import Collection, Mapping
+from array import array
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
@@ -28,6 +29,34 @@ Sampled = SampledToken | LorelayError
 """A step's result for one sequence: the next token, or an error."""
 
 
+class TokenCounts:
+    """Counts how often each token occurs; a further token takes the same time however many were counted."""
+
+    def __init__(self, token_ids: Iterable[int] = ()) -> None:
+        self.token_ids = array("q")
+        """The distinct tokens, in the order in which they first occurred."""
+        self.counts = array("q")
+        """The number of occurrences of each entry of `token_ids`."""
+        self.num_counted = 0
+        """The sum of `counts`."""
+        self._index: dict[int, int] = {}
+        self.add(token_ids)
+
+    def add(self, token_ids: Iterable[int]) -> None:
+        """Counts further tokens."""
+        for token_id in token_ids:
+            index = self._index.setdefault(token_id, len(self.token_ids))
+            if index == len(self.token_ids):
+                self.token_ids.append(token_id)
+                self.counts.append(0)
+            self.counts[index] += 1
+            self.num_counted += 1
+
+    def find(self, token_id: int) -> int | None:
+        """Returns the token's index in `token_ids`, or None if it does not occur."""
+        return self._index.get(token_id)
+
+
 class LogitAdjustments(NamedTuple):
     """Logit adjustments for a sequence's next token, as plain data; `worker.model.logits` applies them."""
 
@@ -39,8 +68,8 @@ class LogitAdjustments(NamedTuple):
     """Number subtracted from the logit of each token that occurs in the output."""
     frequency_penalty: float = 0.0
     """Number subtracted from a token's logit for each occurrence of the token in the output."""
-    output_token_ids: Items[int] = ()
-    """The sequence's output so far; the penalties apply to the tokens in it."""
+    output_counts: TokenCounts | None = None
+    """The tokens of the sequence's output so far, to which the penalties apply; None without penalties."""
 
 
 class SequenceStatus(Enum):
@@ -84,6 +113,8 @@ class Sequence:
     """Keys of the sequence's first full blocks, as far as they were computed; see `BlockManager`."""
     num_cached_tokens: int | None = None
     """Number of prompt tokens found in the prefix cache when the sequence first ran; None before that."""
+    output_counts: TokenCounts = field(default_factory=TokenCounts)
+    """Counts of the first output tokens; if there are penalties, `logit_adjustments` counts the others."""
 
     @property
     def prompt_key(self) -> tuple[str, int]:
@@ -113,15 +144,18 @@ class Sequence:
     @property
     def logit_adjustments(self) -> LogitAdjustments | None:
         """Logit adjustments for the next token, or None if there are none."""
-        sampling = self.sampling
+        sampling, counts = self.sampling, None
         if not (self.may_not_end or sampling.adjusts_logits):
             return None
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            counts = self.output_counts
+            counts.add(self.token_ids[self.num_prompt_tokens + counts.num_counted :])
         return LogitAdjustments(
             banned=self.eos_token_ids if self.may_not_end else (),
             bias=sampling.logit_bias,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
-            output_token_ids=self.output_token_ids,
+            output_counts=counts,
         )
 
 

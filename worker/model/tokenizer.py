@@ -1,6 +1,6 @@
 """The model's tokenizer and chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,13 @@ class Tokenizer:
         self._fast = getattr(backend, "backend_tokenizer", None)
         self.eos_token_ids = eos_token_ids
         """Ids of the tokens that end a sequence, from the tokenizer and the model's generation config."""
+        self.special_tokens: Mapping[int, str] = {
+            token_id: token.content
+            for token_id, token in backend.added_tokens_decoder.items()
+            if token.special
+        }
+        """The text of each special token by its id; `decode` skips these tokens."""
+        self._silent: dict[int, bool] = {}
 
     @classmethod
     def load(
@@ -102,7 +109,15 @@ class Tokenizer:
 
     def detokenizer(self) -> Detokenizer:
         """Returns a new detokenizer for one sequence."""
-        return Detokenizer(self.decode)
+        return Detokenizer(self.decode, self._is_silent)
+
+    def _is_silent(self, token_id: int) -> bool:
+        """True for a token that `decode` skips wherever it stands: special, or beyond the vocabulary."""
+        silent = self._silent.get(token_id)
+        if silent is None:
+            is_unknown = self._fast is not None and self._fast.id_to_token(token_id) is None
+            silent = self._silent[token_id] = is_unknown or token_id in self.special_tokens
+        return silent
 
 
 def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:

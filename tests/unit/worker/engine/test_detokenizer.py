@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import pytest
@@ -138,3 +138,83 @@ def test_no_byte_sequence_of_a_fallback_tokenizer_takes_text_back_or_fails(ids: 
     text = "".join(released("byte fallback", [vocab[word] for word in words]))
     assert text.startswith("a")
     assert text.endswith("a")
+
+
+class CountingDecoder:
+    """A decoder that counts the tokens which it decodes."""
+
+    def __init__(self, kind: str) -> None:
+        self._decode = decoder(kind)
+        self.num_tokens = 0
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        self.num_tokens += len(ids)
+        return self._decode(ids)
+
+
+def silent(kind: str) -> Callable[[int], bool]:
+    return lambda token_id: KINDS[kind]().id_to_token(token_id) in (None, SPECIAL)
+
+
+def ids_of(kind: str, words: str) -> list[int]:
+    """Ids of words; `UNKNOWN` is an id beyond the vocabulary."""
+    vocab = KINDS[kind]().get_vocab()
+    return [vocab.get(word, 99_999) for word in words.split()]
+
+
+REPEATED = [
+    ("byte level", SPECIAL),
+    ("byte level", "UNKNOWN"),
+    ("byte level", "Ģ"),  # a lone continuation byte
+    ("byte level", "ð"),  # the first of four bytes
+    ("byte level", "ðŁ"),
+    ("byte level", "ðŁ ĺ"),
+    ("byte level", f"Ģ {SPECIAL}"),
+    ("byte level", "ÿ Ģ ð"),
+    ("byte fallback", SPECIAL),
+    ("byte fallback", "UNKNOWN"),
+    ("byte fallback", "<0x80>"),
+    ("byte fallback", "<0xF0>"),
+    ("byte fallback", "<0xE4> <0xBD>"),
+    ("byte fallback", "<0xFF> <0xE4> <0xBD> <0xA0>"),
+    ("byte fallback", REPLACEMENT),
+    ("metaspace", SPECIAL),
+    ("metaspace", REPLACEMENT),
+]
+
+
+@pytest.mark.parametrize("tells_silent", [True, False])
+@pytest.mark.parametrize("before", ["", "a"])
+@pytest.mark.parametrize(("kind", "words"), REPEATED, ids=str)
+def test_tokens_that_never_become_text_cost_the_same_at_any_length(
+    kind: str, words: str, before: str, tells_silent: bool
+) -> None:
+    ids = [*ids_of(kind, before), *ids_of(kind, words) * 200]
+    count = CountingDecoder(kind)
+    detokenizer = Detokenizer(count, silent(kind)) if tells_silent else Detokenizer(count)
+    text = "".join(detokenizer.add(token_id) for token_id in ids)
+    assert count.num_tokens <= 50 * len(ids)
+    assert text == decoder(kind)(ids).rstrip(REPLACEMENT)
+    last = ids_of(kind, "a")
+    assert text + detokenizer.add(*last) == decoder(kind)([*ids, *last])
+
+
+@calmly
+@given(st.data(), st.sampled_from(["byte level", "metaspace"]))
+def test_long_runs_without_text_change_nothing_in_the_text_after_them(data: st.DataObject, kind: str) -> None:
+    few = data.draw(st.lists(st.integers(0, KINDS[kind]().get_vocab_size() - 1), min_size=1, max_size=4))
+    runs = data.draw(st.lists(st.tuples(st.sampled_from(few), st.sampled_from([1, 2, 3, 30])), max_size=12))
+    ids = [token_id for token_id, length in runs for _ in range(length)]
+    detokenizer = Detokenizer(decoder(kind))
+    text = "".join(detokenizer.add(token_id) for token_id in ids)
+    assert text == decoder(kind)(ids).rstrip(REPLACEMENT)
+
+
+@calmly
+@given(st.lists(st.tuples(st.integers(0, 255), st.sampled_from([1, 2, 30])), max_size=10))
+def test_a_run_of_bytes_that_begins_invalid_stays_so_however_long_it_is(
+    runs: list[tuple[int, int]],
+) -> None:
+    ids = [0x80, *(byte for byte, length in runs for _ in range(length)), *ids_of("byte fallback", "a")]
+    detokenizer = Detokenizer(decoder("byte fallback"))
+    assert "".join(map(detokenizer.add, ids)) == decoder("byte fallback")(ids)

@@ -116,6 +116,29 @@ def test_text_held_back_for_a_stop_string_is_released_at_the_end() -> None:
     assert text_of(bench.finish()["r"]) == "one STO"
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "num_tokens"), [("<eos>", "hi", 3), ("i<eos>", "h", 3), ("<eos>\n<eos>", "hi", 5)]
+)
+@pytest.mark.parametrize("num_written", [0, 1, 2])
+def test_a_stop_string_with_special_tokens_stops_there_also_after_a_resume(
+    stop: str, text: str, num_tokens: int, num_written: int
+) -> None:
+    params = sampling(ignore_eos=True, stop=(stop,))
+    benches = [Bench(FakeModel(spell("hi\0\n"))) for _ in range(2)]
+    benches[0].add(sampling=params)
+    whole = benches[0].finish()["r"]
+    assert (text_of(whole), whole[-1].finish_reason) == (text, FinishReason.STOP)
+    assert whole[-1].usage.completion_tokens == num_tokens
+    benches[1].add(events=tuple(whole[:num_written]), sampling=params)
+    assert text_of([*whole[:num_written], *benches[1].finish()["r"]]) == text
+
+
+def test_a_special_token_that_no_stop_string_contains_stops_nothing() -> None:
+    bench = Bench(FakeModel(spell("hi\0.<e>")))
+    bench.add(sampling=sampling(ignore_eos=True, stop=("eos", "."), min_tokens=4))
+    assert text_of(bench.finish()["r"]) == "hi.<e>"
+
+
 def test_min_tokens_keeps_the_end_of_sequence_token_from_ending() -> None:
     bench = Bench(FakeModel(lambda seq: 0 if seq.num_output_tokens in (1, 4) else ord("x")))
     bench.add(sampling=sampling(min_tokens=3))

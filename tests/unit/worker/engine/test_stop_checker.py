@@ -85,3 +85,50 @@ def test_nothing_is_held_that_starts_no_stop_string(stop: tuple[str, ...], piece
             return
         held = "".join(pieces[: n + 1])[len(shown) :]
         assert not held or any(word.startswith(held) for word in stop)
+
+
+MARK = "<|end|>"
+marked_texts = st.lists(
+    st.tuples(st.text(alphabet="ab", max_size=3), st.sampled_from(["", "", MARK])), max_size=8
+)
+marked_stops = st.lists(
+    st.lists(st.sampled_from(["a", "b", MARK]), min_size=1, max_size=3).map("".join), max_size=3
+).map(tuple)
+
+
+def run_marked(stop: tuple[str, ...], pieces: list[tuple[str, str]]) -> tuple[str, bool]:
+    checker = StopChecker(stop)
+    shown = ""
+    for text, mark in pieces:
+        released, stopped = checker.add(text, mark)
+        shown += released
+        if stopped:
+            return shown, True
+    return shown + checker.flush(), False
+
+
+def test_a_special_token_that_is_a_stop_string_ends_the_text_before_it() -> None:
+    assert run_marked((MARK,), [("hi", ""), (" there", MARK), ("more", "")]) == ("hi there", True)
+
+
+def test_a_special_token_within_a_stop_string_counts_like_text() -> None:
+    pieces = [("x", MARK), ("ab", MARK), ("a", ""), ("b", "")]
+    assert run_marked((f"b{MARK}a",), pieces) == ("xa", True)
+    assert run_marked((f"{MARK}b",), pieces) == ("xabab", False)
+
+
+def test_text_is_held_back_behind_a_special_token_but_the_token_is_never_shown() -> None:
+    checker = StopChecker((f"a{MARK}{MARK}b",))
+    assert checker.add("xa", MARK) == ("x", False)
+    assert checker.add("", MARK) == ("", False)
+    assert checker.add("a") == ("a", False)
+    assert checker.flush() == "a"
+
+
+@calmly
+@given(marked_stops, marked_texts)
+def test_the_cut_among_special_tokens_is_that_of_the_text_with_them(
+    stop: tuple[str, ...], pieces: list[tuple[str, str]]
+) -> None:
+    text, stopped = first_completion(stop, "".join(text + mark for text, mark in pieces))
+    assert run_marked(stop, pieces) == (text.replace(MARK, ""), stopped)

@@ -127,6 +127,7 @@ class NumberTokenizer:
     """Messages are lists of token ids; nothing ends a sequence but its length."""
 
     eos_token_ids: frozenset[int] = frozenset()
+    special_tokens: Mapping[int, str] = {}
 
     def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         return list(messages[0]["content"])

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from shared.messages import SamplingParams
-from worker.engine.sequence import LogitAdjustments, SampledToken
+from worker.engine.sequence import LogitAdjustments, SampledToken, TokenCounts
 from worker.model import sampler
+from worker.model.logits import adjust
 from worker.model.sampler import SamplingRow, philox, uniforms
 
 torch.set_num_threads(1)
@@ -146,14 +147,31 @@ def test_a_bias_makes_a_token_more_or_less_likely_but_does_not_lift_a_ban() -> N
 
 def test_penalties_count_the_tokens_of_the_output_so_far() -> None:
     logits = torch.tensor([[1.0, 0.9, 0.5, 0.0]]).expand(4, -1)
-    output = (0, 0, 1, 2)
+    output = TokenCounts((0, 0, 1, 2))
     adjustments = [
         LogitAdjustments(presence_penalty=0.2),
-        LogitAdjustments(presence_penalty=1.1, output_token_ids=output),
-        LogitAdjustments(frequency_penalty=0.2, output_token_ids=output),
-        LogitAdjustments(frequency_penalty=-0.2, output_token_ids=output),
+        LogitAdjustments(presence_penalty=1.1, output_counts=output),
+        LogitAdjustments(frequency_penalty=0.2, output_counts=output),
+        LogitAdjustments(frequency_penalty=-0.2, output_counts=output),
     ]
     assert sample(logits, [row(temperature=0, adjustments=one) for one in adjustments]) == [0, 3, 1, 0]
+
+
+def test_a_penalty_a_bias_and_a_ban_of_one_token_add_up() -> None:
+    logits = torch.zeros(3, 4)
+    output = TokenCounts((0, 0, 1))
+    adjustments = [
+        LogitAdjustments(
+            bias={0: 2.0, 3: 0.5}, presence_penalty=0.25, frequency_penalty=0.5, output_counts=output
+        ),
+        None,
+        LogitAdjustments(bias={0: 2.0}, banned=(0, 2), frequency_penalty=-1.0, output_counts=output),
+    ]
+    assert adjust(logits, adjustments).tolist() == [
+        [0.75, -0.75, 0.0, 0.5],
+        [0.0, 0.0, 0.0, 0.0],
+        [float("-inf"), 1.0, float("-inf"), 0.0],
+    ]
 
 
 def test_the_callers_logits_stay_as_they_are() -> None:

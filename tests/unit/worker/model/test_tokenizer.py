@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from shared.errors import ConfigurationError, InvalidRequest
 from shared.messages import TemplateInputs
-from tests.tiny_models import EOS, build_tokenizer, change_json
+from tests.tiny_models import EOS, SPECIAL_TOKENS, build_tokenizer, change_json
 from worker.model.tokenizer import Tokenizer
 
 
@@ -110,6 +110,20 @@ def test_the_detokenizer_gives_the_same_text_piece_by_piece(tokenizer: Tokenizer
     ids = tokenizer.encode_chat([{"role": "user", "content": "the né 😀 in"}])
     detokenizer = tokenizer.detokenizer()
     assert "".join(detokenizer.add(token_id) for token_id in ids) == tokenizer.decode(ids)
+
+
+def test_special_tokens_are_those_that_decode_skips(tokenizer: Tokenizer) -> None:
+    assert set(tokenizer.special_tokens.values()) == set(SPECIAL_TOKENS)
+    for token_id in [*tokenizer.special_tokens, 10_000_000]:
+        assert tokenizer.decode([token_id]) == ""
+        assert tokenizer.detokenizer().add(token_id) == ""
+
+
+def test_a_special_token_or_an_unknown_id_leaves_the_text_around_it_whole(tokenizer: Tokenizer) -> None:
+    silent = [*tokenizer.special_tokens, 10_000_000] * 9
+    ids = [other for token_id in tokenizer.encode_text("né 😀") for other in (token_id, *silent)]
+    detokenizer = tokenizer.detokenizer()
+    assert "".join(detokenizer.add(token_id) for token_id in ids) == "né 😀"
 
 
 def test_every_declared_end_token_ends_a_sequence(folder: Path, tmp_path: Path) -> None:
