@@ -1,42 +1,40 @@
 """Checks the API keys of requests."""
 
-import hashlib
-import hmac
-from collections.abc import Sequence
-
 from starlette.requests import Request
 
+from api.keyring import Keyring
+from shared.api_keys import NOBODY, Client
 from shared.errors import InvalidApiKey
 
 
 class ApiKeyCheck:
-    """FastAPI dependency of the `/v1` routes: if `keys` are set, requires one of them as a bearer token."""
+    """FastAPI dependency of the `/v1` routes: if there are keys, requires one of them as a bearer token."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._keys = tuple(key.encode() for key in keys)
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
 
-    def client_of(self, request: Request) -> str:
-        """Returns the client's id: the SHA-256 of a checked request's API key; "" if no key is required."""
-        return hashlib.sha256(_bearer(request).encode()).hexdigest() if self._keys else ""
+    def client_of(self, request: Request) -> Client:
+        """Returns the client that sent a checked request; `NOBODY` if no key is required."""
+        client = request.state.client
+        assert isinstance(client, Client)
+        return client
 
     async def __call__(self, request: Request) -> None:
-        """Checks the API key of one request.
+        """Checks the API key of one request, and notes its client for `client_of`.
 
         Raises:
             InvalidApiKey: the request has no key, or an unknown key.
         """
-        if not self._keys:
-            return
-        if not (given := _bearer(request)):
-            raise InvalidApiKey("You didn't provide an API key: send 'Authorization: Bearer YOUR_KEY'.")
-        if not self._is_known(given):
-            raise InvalidApiKey
+        # The client is found here once. If the file of keys changed in the middle of a request, a second
+        # search could fail.
+        request.state.client = NOBODY if self._keyring.is_empty else self._find(_bearer(request))
 
-    def _is_known(self, given: str) -> bool:
-        # If the comparison ended at the first difference, its duration would tell how much of a key is right.
-        # Each key is therefore compared in constant time, and no key is skipped.
-        candidate = given.encode("latin-1")
-        return sum(hmac.compare_digest(candidate, key) for key in self._keys) > 0
+    def _find(self, given: str) -> Client:
+        if not given:
+            raise InvalidApiKey("You didn't provide an API key: send 'Authorization: Bearer YOUR_KEY'.")
+        if (client := self._keyring.find(given.encode("latin-1"))) is None:
+            raise InvalidApiKey
+        return client
 
 
 def _bearer(request: Request) -> str:

@@ -54,12 +54,12 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             settings,
             sampling=body.to_sampling(),
             messages=messages,
-            tenant=client,
+            tenant=client.tenant,
             cache_salt=body.cache_salt,
             detached=wants_detach(request),
         )
         writer = _writer(generation, stream=bool(body.stream), include_usage=body.include_usage)
-        call = GenerationCall(generation, writer, client, admit_until)
+        call = GenerationCall(generation, writer, client.tenant, admit_until)
         return GenerationResponse(relay, settings, call)
 
     @router.get(RESUME, summary="Resume a stream", tags=["chat"])
@@ -75,7 +75,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             rest = render_resumption(request_id, first_event_no) + DONE
             return Response(rest, media_type="text/event-stream")
         writer = _stream_writer(found.request, include_usage, is_resumed=first_event_no > 0)
-        call = GenerationCall(found.request, writer, client, queue.deadline(), first_event_no)
+        call = GenerationCall(found.request, writer, client.tenant, queue.deadline(), first_event_no)
         return GenerationResponse(relay, settings, call)
 
     @router.delete(ABORT, summary="Abort a request", tags=["chat"])

@@ -3,6 +3,7 @@
 import logging
 import time
 
+from shared.api_keys import shown
 from shared.logs import fields
 from shared.messages import GenerationRequest, StreamEvent
 
@@ -40,9 +41,10 @@ class ExchangeLog:
         request, total_s = self._request, time.monotonic() - self._begun_at
         first_event_s = self._first_event_s
         logger.info(
-            "request %s to %s ended: %s, %d, %.3f s (first event: %s)",
+            "request %s to %s%s ended: %s, %d, %.3f s (first event: %s)",
             request.request_id,
             request.model,
+            f" for {shown(request.tenant)}" if request.tenant else "",
             self._outcome,
             self._status,
             total_s,
@@ -52,6 +54,7 @@ class ExchangeLog:
                 request_id=request.request_id,
                 model=request.model,
                 adapter_name=request.adapter_name,
+                tenant=shown(request.tenant),
                 outcome=self._outcome,
                 status=self._status,
                 total_s=total_s,

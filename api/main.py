@@ -5,6 +5,7 @@ ends the responses that are still open with the error `server_draining`; then th
 `--timeout-graceful-shutdown` is shorter than `api_drain_s`, clients get the same error earlier.
 """
 
+import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from api import docs, errors
+from api.keyring import Keyring
 from api.layers import name_charset
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
@@ -47,21 +49,24 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
     if is_process:
         logs.configure(settings.log_level)
     redis_settings = redis_settings or RedisSettings.load()
+    keyring = Keyring(settings)
     relay = Relay(QueueClient(redis_settings, settings), redis_settings, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         relay.start()
+        watch = asyncio.create_task(keyring.watch(), name="API keys")
         if is_process:
             # If a collection looked at all that the imports left, open streams would stop for 40 ms.
             gc.freeze()
         with at_termination(relay.drain):
             yield
+        watch.cancel()
         await relay.close()
 
     app = Application(title=docs.TITLE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    app.include_router(build_routes(relay, settings))
+    app.include_router(build_routes(relay, settings, keyring))
     docs.install(app, relay)
     app.state.relay = relay
     return app

@@ -43,7 +43,7 @@ class GenerationCall:
     request: GenerationRequest
     writer: AnswerWriter
     client: str
-    """Id of the client: a digest of its API key."""
+    """The tenant: the name of the client's API key, or the digest of a key without a name."""
     admit_until: float
     """Deadline (event loop's time) by which Redis must have accepted the request."""
     resume_from: int | None = None

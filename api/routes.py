@@ -9,6 +9,7 @@ from starlette.responses import Response
 from api.auth import ApiKeyCheck
 from api.chat_routes import add_chat_routes
 from api.contract.server_events import on_one_line
+from api.keyring import Keyring
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from shared.errors import ModelNotFound
@@ -45,10 +46,10 @@ class Status(msgspec.Struct, frozen=True):
     status: Literal["ok"]
 
 
-def build_routes(relay: Relay, settings: ApiSettings) -> APIRouter:
+def build_routes(relay: Relay, settings: ApiSettings, keyring: Keyring) -> APIRouter:
     """Builds all routes; the routes under `/v1` require an API key if the settings name keys."""
     router = APIRouter()
-    keys = ApiKeyCheck(settings.api_keys)
+    keys = ApiKeyCheck(keyring)
     keyed = APIRouter(dependencies=[Depends(keys)])
     add_chat_routes(keyed, relay, settings, keys)
     _add_model_routes(keyed, relay.queue)

@@ -67,10 +67,17 @@ SERVE_FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             ApiSettings,
             "api_keys",
-            "keys that clients may use as bearer tokens; better given by the variable, since every user of "
-            "this machine can read command lines",
+            "keys that clients may use as bearer tokens, as name:key or key; better given by the variable "
+            "or the file, since every user of this machine can read command lines",
             "KEY",
             "no key needed",
+        ),
+        Flag(
+            ApiSettings,
+            "api_keys_file",
+            "file with further keys, which is read again when it changes",
+            "FILE",
+            "none",
         ),
     ),
     "the queue": (

@@ -77,6 +77,9 @@ def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ss
         "LORELAY_MODEL_NAME": worker.base_name,
         "LORELAY_ADAPTERS": adapters,
     }
+    if api.api_keys_file is not None:
+        # An API process runs in another working directory, so it would not find a relative path.
+        resolved["LORELAY_API_KEYS_FILE"] = str(api.api_keys_file)
     return ServePlan(serve, api, worker, files, {**variables, **resolved}, tuple(worker_variables))
 
 

@@ -138,7 +138,7 @@ class GenerationRequest(Message, frozen=True):
     created: int = 0
     """Unix time in seconds by the API's clock; the client gets it as `created`."""
     tenant: Annotated[str, Meta(max_length=128)] = ""
-    """The client whose fair share the request uses up: a digest of its API key; empty without keys."""
+    """The client whose fair share the request uses up: the name of its API key; empty without keys."""
     cache_salt: Annotated[str, Meta(max_length=MAX_SALT_LENGTH)] = ""
     """Only requests of the same tenant with an equal salt share prefixes in the KV cache; may be empty."""
     request_class: RequestClass = RequestClass.INTERACTIVE

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from shared.api_keys import entries_of_file, parse_keys, read_keys_file, split_keys
 from shared.errors import ConfigurationError
 
 ENV_PREFIX = "LORELAY_"
@@ -129,13 +130,25 @@ def default_state_dir() -> Path:
     return (Path(home) if home else Path.home() / ".local" / "state") / "lorelay"
 
 
-def _split_words(value: Any) -> Any:
-    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+def _check_keys(value: Any) -> Any:
+    entries = split_keys(value) if isinstance(value, str) else value
+    parse_keys(entries)
+    return entries
+
+
+def _check_keys_file(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    try:
+        parse_keys(entries_of_file(read_keys_file(path)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return path
 
 
 Adapters = Annotated[tuple[AdapterSource, ...], NoDecode, BeforeValidator(parse_adapters)]
 Weights = Annotated[Mapping[str, float], NoDecode, BeforeValidator(parse_weights)]
-Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_words)]
+KeyEntries = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_check_keys), Field(repr=False)]
+KeysFile = Annotated[Path, AfterValidator(_check_keys_file)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -144,7 +157,7 @@ class Settings(BaseSettings):
     """Base class of all settings."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
+        env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True, hide_input_in_errors=True
     )
 
     @classmethod
@@ -193,8 +206,10 @@ class ApiSettings(Settings):
     """Settings of an API process."""
 
     log_level: LogLevel = "INFO"
-    api_keys: Words = ()
-    """API keys that are accepted; if empty, requests need no key."""
+    api_keys: KeyEntries = ()
+    """API keys that are accepted, as `name:key` or `key`; if there are none, requests need no key."""
+    api_keys_file: KeysFile | None = None
+    """File with further API keys, which is read again while the process runs."""
     max_queue_depth: Count = 1_000
     max_total_queue_depth: Count = 10_000
     queue_time_limit_s: Seconds = 60

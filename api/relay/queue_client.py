@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import redis
 
 from api.relay.live_workers import LiveWorkers
+from shared.api_keys import Client
 from shared.errors import (
     GenerationFailed,
     NoWorker,
@@ -166,14 +167,14 @@ class QueueClient:
                 client=client,
             )
 
-    async def find_request(self, request_id: str, client: str) -> FoundRequest:
+    async def find_request(self, request_id: str, client: Client) -> FoundRequest:
         """Returns a request that this client sent.
 
         Raises:
             RequestNotFound: no request has this id, or another client sent it.
         """
         async with queue_errors(self.deadline()):
-            return await self._streams.find_request(request_id, client)
+            return await self._streams.find_request(request_id, client.ids)
 
     async def attach(self, request_id: str) -> None:
         """Routes the events of an already enqueued request to this process."""

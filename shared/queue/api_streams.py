@@ -1,7 +1,7 @@
 """The API's access to the queue and the token logs; `worker_streams` has the workers' access."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -55,7 +55,7 @@ class ApiStreams:
     ) -> None:
         """Checks the queue limits and enqueues a request in one atomic step.
 
-        `client` is a digest of the API key. Only HTTP requests with this key may resume or abort the request.
+        `client` is the id of the sender; see `Client.tenant`. Only its keys may resume or abort the request.
 
         Raises:
             QueueFull: the queue, or the total of the base's queues, is at its limit.
@@ -91,8 +91,10 @@ class ApiStreams:
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
 
-    async def find_request(self, request_id: str, client: str) -> FoundRequest:
+    async def find_request(self, request_id: str, clients: Collection[str]) -> FoundRequest:
         """Finds a request that this client sent; RQ's job must still be in Redis.
+
+        `clients`: the ids under which requests of this client may be stored; see `shared.api_keys.Client`.
 
         Raises:
             RequestNotFound: no request has this id, or another client sent it.
@@ -105,7 +107,7 @@ class ApiStreams:
         if is_wrong_type(job) or is_wrong_type(num_events):
             raise UnreadableRecord("a key of another type")
         encoded, sender, has_ended = job
-        if encoded is None or sender != client.encode():
+        if encoded is None or sender is None or sender.decode(errors="replace") not in clients:
             raise RequestNotFound
         return FoundRequest(read_request(encoded), num_events, has_ended is not None)
 

@@ -1,8 +1,10 @@
 """Requests that outlive their connection: detach, resume at another API, abort on purpose."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import httpx_sse
@@ -285,3 +287,37 @@ def test_an_api_renews_its_lease_and_lets_it_run_out_when_it_ends(
         worker.connection.delete(key)
         wait_until(lambda: worker.connection.exists(key), what="the renewed lease")
     wait_until(lambda: not worker.connection.exists(key), what="the end of the lease")
+
+
+def test_a_request_is_resumed_with_the_next_key_of_its_client_and_with_no_key_of_another(
+    redis_server: RedisServer, worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("team-a:old team-b:other")
+    with running_api(redis_server.url, api_keys_file=file, first_event_wait_s=0.05) as api:
+        with client_of(api, "old") as client, stream(client) as lines:
+            claim = worker.claim()
+            worker.emit(claim, "one ", "two ")
+            last = read_until(lines, "two ")
+        worker.finish(claim, "three")
+        assert claim.request.tenant == "team-a"
+        file.write_text("team-a:new team-b:other")
+        wait_until(lambda: resume(api, claim, last, "old").status_code == 401, what="the new keys")
+        assert resume(api, claim, last, "other").status_code == 404
+        assert "three" in resume(api, claim, last, "new").text
+
+
+def test_a_request_that_the_release_before_stored_belongs_to_the_name_of_its_key(
+    redis_server: RedisServer, worker: ScriptedWorker
+) -> None:
+    with running_api(redis_server.url, api_keys=("alice",)) as old, client_of(old) as client:
+        with stream(client) as lines:
+            claim = worker.claim()
+            worker.emit(claim, "one ")
+            last = read_until(lines, "one ")
+        worker.finish(claim, "two")
+    stored = worker.connection.hget(f"rq:job:{claim.held.request_id}", "client")
+    assert stored == hashlib.sha256(b"alice").hexdigest().encode()
+    with running_api(redis_server.url, api_keys=("team-a:alice", "team-a:next", "team-b:other")) as api:
+        assert resume(api, claim, last, "other").status_code == 404
+        assert "two" in resume(api, claim, last, "next").text
