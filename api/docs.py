@@ -43,7 +43,7 @@ ANSWERS: dict[str, dict[str, type]] = {
 
 
 def install(app: FastAPI, relay: Relay) -> None:
-    """Adds the documentation page at `/` and `/docs`, its assets, and the schema to an application."""
+    """Adds to an application the documentation page (`/` and `/docs`), the page's assets, and the schema."""
     app.mount(ASSETS, StaticFiles(directory=str(resources.files("fastapi_offline") / "static")))
 
     @app.get("/", include_in_schema=False)
@@ -75,6 +75,9 @@ def install(app: FastAPI, relay: Relay) -> None:
 
 def build_schema(routes: list[BaseRoute]) -> dict[str, Any]:
     """Builds the OpenAPI schema of `routes`, without the list of served models.
+
+    The only route whose request body is described is the one of chat completions: another route that takes a
+    body, such as `/v1/completions`, must be added to this function.
 
     Raises:
         KeyError: a path is missing in `ANSWERS`.

@@ -11,7 +11,11 @@ logger = logging.getLogger(__name__)
 
 
 class ExchangeLog:
-    """Collects the outcome and the times of one HTTP exchange, and logs them once, at its end."""
+    """Collects the outcome and the times of one HTTP exchange, and logs them once, at its end.
+
+    Metrics that are counted here would differ between API processes: a monitoring system must collect them
+    from every process, unlike numbers in Redis, which are the same for all processes.
+    """
 
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request

@@ -155,7 +155,7 @@ class Client:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Yields the body's lines; httpx's `aiter_lines` would take more CPU time from the server."""
+    """Yields the body's lines; httpx's `aiter_lines` would take more CPU time, which the server needs."""
     rest = b""
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")

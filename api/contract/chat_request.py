@@ -51,7 +51,11 @@ class StreamOptions(StrictModel):
 
 
 class ServedFields(StrictModel):
-    """The fields of a chat completion that Lorelay serves."""
+    """The fields of a chat completion that Lorelay serves.
+
+    `/v1/completions` has most of them, but not `messages`: for its request class, the fields that both
+    endpoints have must move to a base class in a separate module.
+    """
 
     model: Annotated[str, StringConstraints(min_length=1)]
     """The base model or one of the adapters of `GET /v1/models`."""

@@ -8,6 +8,9 @@ A Batch API would add a loop here, which runs at one API process at a time and e
   queue, and interactive clients would get 429: batch requests need a separate, lower limit.
 * A batch request that loses its worker becomes `BEGAN` (`make_place` in `shared/queue/lua/waiting.lua`), and
   then ranks above interactive requests. The rank `BEGAN` is meant for streams.
+* `new_request` in `api/generation.py` has no parameter for the class.
+* The `reader` key, which tells workers the API process that gets a request's events, expires
+  `QueueClient.exchange_limit_s` after the enqueue: by default 12 minutes, less than a batch may wait.
 """
 
 import asyncio

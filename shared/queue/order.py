@@ -30,6 +30,9 @@ many other queues. Half of these other queues are the ones whose first requests 
 are drawn at random. In each queue it reads the lines of the tenant with the oldest request, and of a few more
 tenants from a random point on. Thus the oldest request of a queue can always be chosen, and a queue with only
 young requests is soon read, however many queues have older requests.
+
+A new rule for tenants, such as weights, would only compare the tenants that were read: of a queue at most 8
+for each class and version (`some_lines` in `look.lua`), and the tenant with the oldest request.
 """
 
 from collections import Counter, OrderedDict, deque

@@ -147,7 +147,7 @@ class RequestOutput:
         )
 
     def _meta(self, finish_reason: FinishReason | None) -> dict[str, Any]:
-        """Facts about a finished request for dashboards; never prompts or answers."""
+        """Returns facts about a finished request for the job's field `meta`; never prompts or answers."""
         now = self._clock()
         first_token_s = None if self._first_token_s is None else self._first_token_s - self._started_s
         usage = self._usage()

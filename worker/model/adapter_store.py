@@ -8,7 +8,12 @@ Adapters are added at the start only, by `worker.model.startup`. These steps wou
 4. `LoraWorker` adds the worker to RQ's set of the queue's workers; otherwise the API reports `no_worker`.
 
 Workers claim from the new queue after the next heartbeat, which writes `ServedModels` to Redis. The ports
-`Model` and `Adapters` (`worker.engine.ports`) lack methods for the steps 1 and 3.
+`Model` and `Adapters` (`worker.engine.ports`) lack methods for the steps 1 and 3. Also missing are:
+
+* A sender. It would publish a command on RQ's channel `rq:pubsub:<worker>` of each worker, which
+  `LoraWorker.handle_payload` receives. If API processes send it, their Redis user needs the permission to
+  publish there (`API` in `shared.queue.permissions`).
+* Persistence. A worker that starts later reads only `settings.adapters`, so it would not serve the adapter.
 """
 
 import contextlib

@@ -9,8 +9,8 @@ A grammar per sequence would be a mask in `adjust`, which would get the sequence
   threads of `PromptEncoder`. In the engine's thread (`Intake.prepare`), compiling would stall all streams.
 * After a resume, a matcher is rebuilt from `Sequence.output_token_ids`. If it were rebuilt for each token, a
   token would take the longer, the longer the output is.
-* `SamplingParams.adjusts_logits` decides whether a request needs schema 2, which workers without grammars
-  claim, too. A grammar needs schema 3.
+* A request with a grammar needs a new schema, one more than the current `SCHEMA_VERSION`. The schema that
+  `SamplingParams.adjusts_logits` asks for is not enough: workers without grammars claim it, too.
 * While `min_tokens` bans the end-of-sequence tokens, a complete grammar leaves no token to sample: the
   request must end then, or the API must refuse it.
 """

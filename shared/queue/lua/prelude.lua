@@ -181,7 +181,9 @@ local function count_job(owner, status, working_s)
   redis.call('SET', drained, to_number(redis.call('GET', drained), 0) + 1, 'EX', 60)
 end
 
--- Ends the job of a request. outcome = {status, meta, return value, exception text, ttl (s)}; see append.lua.
+-- Ends the job of a request. outcome = {status, meta, return value, exception text, ttl (s)}; see append.lua. Metrics
+-- counted here would miss requests that are aborted while they wait (abort.lua) and jobs that an operator deletes, and
+-- would count a requeued job again.
 local function finish(id, owner, outcome)
   local status, meta, return_value, exc_text, ttl = unpack(outcome)
   local REGISTRY = { stopped = 'failed' }
