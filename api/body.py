@@ -11,7 +11,7 @@ async def read_body(request: Request, max_num_bytes: int) -> bytes:
     """Returns the whole body of a request.
 
     Raises:
-        RequestTooLarge: the body is longer than `max_num_bytes`; no more of it is read.
+        RequestTooLarge: the body is longer than `max_num_bytes`; its rest is not read.
         ClientDisconnect: the client disconnected before it had sent the whole body.
     """
     announced = request.headers.get("content-length", "")

@@ -37,7 +37,7 @@ class Deleted(msgspec.Struct, frozen=True):
 
 
 def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck) -> None:
-    """Adds the routes to `router`, which checks API keys."""
+    """Adds the routes of this module to `router`, whose dependency checks the API keys."""
     queue, runner = relay.queue, StepRunner()
 
     @router.post(CHAT_COMPLETIONS, summary="Continue a conversation", tags=["chat"])
@@ -89,7 +89,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
 
 
 def parse_chat(raw: bytes) -> Steps[tuple[ChatCompletionRequest, list[dict[str, Any]]]]:
-    """Parses a body step by step; returns it, and its messages in the form for the chat template."""
+    """Parses a request body step by step; returns the parsed body, and its messages for the chat template."""
     body = yield from parsed(ChatCompletionRequest, raw, {"messages": ChatMessage})
     messages = yield from each(ChatMessage.to_template, body.messages)
     return body, messages

@@ -29,7 +29,7 @@ class Mapped(NamedTuple):
     type: str
     retry_after_s: int | None = None
     permanent: bool = False
-    """True if a retry would fail as well, or was waited for already; a header tells the official clients."""
+    """True if a retry would fail or wait as long again; a header then tells the official clients not to."""
     headers: Mapping[str, str] = {}
 
 

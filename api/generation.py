@@ -1,4 +1,4 @@
-"""Parts that all routes of generations share: the `GenerationRequest` of a body, and the detach headers."""
+"""Functions for all routes that generate: they build the `GenerationRequest` and read the detach headers."""
 
 import re
 import time

@@ -13,14 +13,14 @@ from shared.settings import ApiSettings
 logger = logging.getLogger(__name__)
 
 REREAD_S = 1.0
-"""Pause between two reads of the file of keys. A change counts once two reads in a row found the same."""
+"""Pause between two reads of the file of keys. A change takes effect once two reads in a row find the same content."""
 
 
 class Keyring:
     """The accepted keys: those of the settings, and those in the file that the settings name."""
 
     def __init__(self, settings: ApiSettings) -> None:
-        """Reads the file.
+        """Reads the file of keys, if the settings name one.
 
         Raises:
             ConfigurationError: the file can't be read, or is malformed.

@@ -27,7 +27,7 @@ def name_charset(app: ASGIApp) -> ASGIApp:
 
 
 def _labelled(name: bytes, value: bytes) -> bytes:
-    """Returns the value of a header; that of `Content-Type` with a charset, if it is a text without one."""
+    """Returns the value of a header; adds the charset if it is the content type of a text and has none."""
     if name.lower() != CONTENT_TYPE or b"charset=" in value.lower():
         return value
     media_type = value.partition(b";")[0].strip().lower()

@@ -26,7 +26,7 @@ from shared.settings import ApiSettings, RedisSettings
 
 
 class Application(FastAPI):
-    """FastAPI within `api.layers`, which also see what its outermost error handler sends."""
+    """FastAPI inside the layers of `api.layers`, which thus see even what FastAPI's error handler sends."""
 
     def __init__(self, **options: Any) -> None:
         """Creates the application with FastAPI's `options`."""

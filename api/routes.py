@@ -90,7 +90,7 @@ def _add_probes(router: APIRouter, queue: QueueClient) -> None:
     @router.head("/ready/{model_id:path}", include_in_schema=False)
     @router.get("/ready/{model_id:path}", summary="Can this model answer?", tags=["probes"])
     async def model_ready(model_id: str) -> Response:
-        """Answers 503 while no live worker serves the model, and whenever `/ready` does."""
+        """Answers 503 while no live worker serves the model, or while `/ready` answers 503."""
         await queue.ping_model(model_id)
         return _json(Status("ok"))
 

@@ -72,14 +72,17 @@ _MARK = "text"
 
 
 class ChunkWriter:
-    """Writes the events of one request as server-sent events."""
+    """Renders the `StreamEvent`s of one request as server-sent events."""
 
     is_stream = True
 
     def __init__(
         self, heading: Heading, *, include_usage: bool, with_ids: bool = False, begun: Iterable[int] = ()
     ) -> None:
-        """`with_ids`: adds lines `id: <request id>:<event_no>`; `begun`: choices whose role has been sent."""
+        """Expects in `begun` the choices whose role the client has got already.
+
+        If `with_ids` is true, each event gets a line `id: <request id>:<event_no>`.
+        """
         self._heading = heading
         self._include_usage = include_usage
         self._with_ids = with_ids

@@ -1,4 +1,4 @@
-"""Decodes the JSON of a request body, and refuses one of so many values that reading it would take long."""
+"""Decodes the JSON of a request body; refuses a body with so many values that reading it would take long."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,17 +17,18 @@ _PIECE_BYTES = 64 * 1024
 
 
 def is_long(body: bytes) -> bool:
-    """True if reading the body may take long, so that `StepRunner` reads one such body at a time."""
+    """True if reading the body may take long; `StepRunner` reads only one such body at a time."""
     return len(body) > LONG_BODY_BYTES
 
 
 def decoded(body: bytes, refuse_beginning: Callable[[dict[str, Any]], None]) -> Steps[dict[str, Any]]:
     """Decodes a body as a JSON object.
 
-    If it has too many values, `refuse_beginning` gets those in its first bytes, to raise a better error.
+    If the body has too many values, `refuse_beginning` is called with the values in the body's first bytes,
+    and may raise an error that tells more.
 
     Raises:
-        InvalidRequest: the body is not valid JSON, no object, or has more than `MAX_NUM_VALUES` values.
+        InvalidRequest: the body is not valid JSON, is no object, or has more than `MAX_NUM_VALUES` values.
     """
     if (yield from _has_too_many_values(body)):
         refuse_beginning(_decode_beginning(body))
@@ -60,8 +61,8 @@ def _decode(body: bytes) -> dict[str, Any]:
 def _has_too_many_values(body: bytes) -> Steps[bool]:
     """Returns True if the body has more values than allowed, without decoding it.
 
-    Every value follows a comma or an opening bracket. Those in texts count only if there are so many that the
-    texts must be told apart.
+    Every value follows a comma or an opening bracket, so these characters are counted. At first, those inside
+    strings are counted too; if the sum exceeds the limit, a second count leaves the strings out.
     """
     if _num_separators(body) <= MAX_NUM_VALUES:
         return False

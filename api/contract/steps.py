@@ -1,6 +1,6 @@
 """Computations that run step by step, so that the event loop can serve other requests in between.
 
-A generator that yields is such a computation; a step should take less than `STEP_S`, or about as long.
+Such a computation is a generator, and each `yield` ends a step. A step should take `STEP_S` or less.
 """
 
 import asyncio
@@ -35,9 +35,9 @@ def run_at_once(steps: Steps[Value]) -> Value:
 
 
 class StepRunner:
-    """Runs the computations of one event loop; of those that take longer than `STEP_S`, one at a time.
+    """Runs the computations of one event loop; at any time, only one of those that take longer than `STEP_S`.
 
-    If several ran at once, the event loop would be busy with a step of each before it served other requests.
+    If several ran at once, the event loop would run each for `STEP_S` before it served other requests again.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -47,7 +47,7 @@ class StepRunner:
     async def run(self, steps: Steps[Value], *, is_long: bool) -> Value:
         """Runs a computation to its end, and pauses whenever it has run for `STEP_S`.
 
-        If `is_long` is true, even its first step waits until no other long computation runs.
+        If `is_long` is true, the first step, too, waits until no other long computation runs.
         """
         if not is_long:
             ends, value = self._run_for_a_while(steps)
@@ -61,7 +61,7 @@ class StepRunner:
                     return value  # type: ignore[return-value]
 
     def _run_for_a_while(self, steps: Steps[Value]) -> tuple[bool, Value | None]:
-        """Runs steps for `STEP_S`; returns whether the computation has ended, and then its value."""
+        """Runs steps for `STEP_S`; returns (True, value) if the computation has ended, else (False, None)."""
         until = self._clock() + STEP_S
         try:
             next(steps)

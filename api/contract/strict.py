@@ -29,7 +29,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _has_few_fields(cls, value: Any) -> Any:
-        """Refuses the first unknown field if there are many; pydantic would build an error for each."""
+        """Refuses an object with too many fields before pydantic builds an error for each unknown field."""
         if isinstance(value, dict) and len(value) > MAX_NUM_FIELDS:
             unknown = next(name for name in value if name not in cls.model_fields)
             raise PydanticCustomError(UNKNOWN, "unknown field", {"field": unknown})
@@ -44,7 +44,7 @@ MAX_NUM_ITEMS = 1_000
 def at_most(num_items: int) -> BeforeValidator:
     """Creates the validator that limits the number of items of an array, or of fields of an object.
 
-    Without it, pydantic would read all of them, and build an error for each wrong one.
+    Without this limit, pydantic would check all items, and build an error for each wrong item.
     """
 
     def check(value: Any) -> Any:
@@ -86,7 +86,10 @@ def unsupported(message: str) -> PydanticCustomError:
 
 
 def invalid(message: str, *, field: str | None = None) -> PydanticCustomError:
-    """Creates the error that a validator raises for a wrong value; model validators name the `field`."""
+    """Creates the error that a validator raises for a wrong value.
+
+    A validator of a whole model names the wrong field in `field`; pydantic knows the field of all others.
+    """
     return PydanticCustomError("invalid", "{text}", {"text": message, "field": field})
 
 
@@ -98,7 +101,7 @@ def parse(model: type[Model], body: bytes) -> Model:
 def parsed(model: type[Model], body: bytes, items: Mapping[str, type[StrictModel]] = {}) -> Steps[Model]:
     """Parses a request body as `model`, step by step.
 
-    `items` has the fields that are long lists, and the models of their items: each item is a step.
+    `items` maps each field that may be a long list to the model of the list's items. One item is one step.
 
     Raises:
         UnsupportedParameter: a known field has a value that is not served.
@@ -118,7 +121,7 @@ def parsed(model: type[Model], body: bytes, items: Mapping[str, type[StrictModel
 
 
 def _validated(model: type[StrictModel], items: list[Any]) -> Steps[list[Any]]:
-    """Validates items one per step; returns them with those after the first wrong one unchanged."""
+    """Validates one item per step; returns the first wrong item and all items after it unchanged."""
     checked: list[Any] = []
     for item in items:
         try:
@@ -130,7 +133,7 @@ def _validated(model: type[StrictModel], items: list[Any]) -> Steps[list[Any]]:
 
 
 def _refuse_beginning(model: type[StrictModel], value: dict[str, Any]) -> None:
-    """Raises the error of an unknown field or a list that is too long, which no rest of the body can mend."""
+    """Raises an error if the first values of a body include an unknown field or a list that is too long."""
     try:
         model.model_validate(value)
     except ValidationError as error:

@@ -75,7 +75,7 @@ class EventSource:
         self._check_at = min(self._limit_at, self._loop.time() + self._no_worker_wait_s / NUM_ABSENCES)
 
     async def next(self, until: float) -> list[StreamEvent]:
-        """Returns the next events, at least one; none if `until` (event loop's time) passes first.
+        """Returns the next events, or an empty list if none comes by `until` (event loop's time).
 
         Raises:
             QueueTimeout: no worker claimed the request in time; the request will never run.

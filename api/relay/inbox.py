@@ -78,7 +78,7 @@ class Inbox:
         self._wake()
 
     def wants_log(self, now: float) -> bool:
-        """True if the log must be read: all events are taken, and one is missing or none came for a while."""
+        """True if the log must be read: the inbox is empty, and an event is missing or none came lately."""
         if self._events or self._error is not None:
             return False
         return self._behind or now - self._last_heard >= self._silence_s
@@ -91,7 +91,7 @@ class Inbox:
         self._silence_s = min(self._silence_s * 2, self._max_silence_s * MAX_SILENCE_FACTOR)
 
     async def get(self, until: float) -> list[StreamEvent]:
-        """Returns the next events, at least one; none if `until` (event loop's time) passes first.
+        """Returns the next events, or an empty list if none comes by `until` (event loop's time).
 
         Raises:
             Exception: the error that was passed to `fail`.

@@ -1,4 +1,4 @@
-"""Remembers for a moment which models live workers serve: many waiting requests then need few calls."""
+"""Remembers for a moment which models have a live worker, so that many requests cause few calls of Redis."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -14,14 +14,14 @@ class LiveWorkers:
     """Answers whether a live worker serves the model of a waiting request."""
 
     def __init__(self, ask: Callable[[GenerationRequest], Awaitable[bool]], max_age_s: float) -> None:
-        """`ask` asks Redis; its answer, or its `QueueUnavailable`, holds for `max_age_s`."""
+        """Expects in `ask` a call of Redis; its answer or error is then reused for `max_age_s`."""
         self._ask = ask
         self._max_age_s = max_age_s
         self._lock = asyncio.Lock()
         self._known: dict[tuple[str, str | None, str], tuple[float, bool | QueueUnavailable]] = {}
 
     async def serve(self, request: GenerationRequest) -> bool:
-        """Returns True if a live worker serves the request's model in its version.
+        """Returns True if a live worker serves the weights that the request names.
 
         Raises:
             QueueUnavailable: Redis did not answer.

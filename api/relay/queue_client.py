@@ -70,7 +70,7 @@ class QueueClient:
 
     @property
     def exchange_limit_s(self) -> float:
-        """Maximum time from the enqueue of a request to the end of its response; also the life of its log."""
+        """Maximum time from the enqueue of a request to the end of its response; its log lives as long."""
         return self._settings.queue_time_limit_s + self._settings.generation_limit_s + LOG_MARGIN_S
 
     def deadline(self) -> float:
@@ -115,13 +115,13 @@ class QueueClient:
             return await registry.fetch_card(self._connection, model)
 
     async def fetch_models(self) -> list[tuple[ModelCard, bool]]:
-        """Returns the cards of all models, each with True if a live worker serves the model."""
+        """Returns the cards of all models, and for each model True if a live worker serves it."""
         async with queue_errors(self.deadline()):
             cards = await registry.fetch_cards(self._connection)
             return list(zip(cards, await presence.find_served(self._connection, cards), strict=True))
 
     async def fetch_model(self, name: str) -> tuple[ModelCard, bool]:
-        """Returns a model's card, with True if a live worker serves the model; raises as `fetch_card`."""
+        """Returns a model's card, and True if a live worker serves it; raises the errors of `fetch_card`."""
         card = await self.fetch_card(name, self.deadline())
         return card, await self._is_served(card)
 

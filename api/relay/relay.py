@@ -1,4 +1,4 @@
-"""Brings the events of an API process's requests from its subscription and the token logs to inboxes."""
+"""Takes events from the API process's subscription and from logs, and puts them into inboxes."""
 
 import asyncio
 import contextlib
@@ -144,7 +144,7 @@ class Relay:
                 inbox.fall_behind()
 
     def _on_subscribed(self) -> None:
-        """Makes all inboxes read their logs: only the logs have events published before the subscription."""
+        """Asks for all logs to be read: only there are the events published before the subscription."""
         for inbox in self._inboxes.values():
             inbox.fall_behind()
 

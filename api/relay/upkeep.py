@@ -1,13 +1,13 @@
 """The periodic background tasks of an API process, which `Relay.start` in `api/relay/relay.py` starts.
 
-A Batch API would add a loop here, which runs at one API process at a time and enqueues detached requests of
-`RequestClass.BATCH` through `QueueClient.enqueue` as their queues have room. Points to observe:
+A Batch API would add a loop here. It would run in only one API process at a time, and enqueue detached
+requests of `RequestClass.BATCH` with `QueueClient.enqueue` whenever their queues have room. Traps:
 
-* `api.relay` must not import `api.contract`: the route turns the lines of a batch into `GenerationRequest`s.
+* `api.relay` must not import `api.contract`: the route must turn a client's file into `GenerationRequest`s.
 * `enqueue` has the same limits for interactive and batch requests. With these limits, a batch could fill a
   queue, and interactive clients would get 429: batch requests need a separate, lower limit.
-* A batch request that loses its worker becomes `BEGAN` (`make_place` in `shared/queue/lua/waiting.lua`), and
-  then ranks above interactive requests. The rank `BEGAN` is meant for streams.
+* A batch request that loses its worker gets the rank `BEGAN` (`make_place` in
+  `shared/queue/lua/waiting.lua`), above interactive requests. This rank is meant for streams.
 * `new_request` in `api/generation.py` has no parameter for the class.
 * The `reader` key, which tells workers the API process that gets a request's events, expires
   `QueueClient.exchange_limit_s` after the enqueue: by default 12 minutes, less than a batch may wait.
