@@ -13,7 +13,7 @@ from shared.settings import ApiSettings
 logger = logging.getLogger(__name__)
 
 REREAD_S = 1.0
-"""Pause between two reads of the file of keys. A change takes effect once two reads in a row find the same content."""
+"""Pause between two reads of the file of keys. A change counts once two reads in a row find it."""
 
 
 class Keyring:
