@@ -1,7 +1,12 @@
 """Layers around the whole application, which see every response, also those that a library writes."""
 
+from collections.abc import Sequence
+
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+EXPOSED_HEADERS = ("x-request-id", "x-should-retry", "retry-after")
+"""Response headers that scripts of other origins may read, beyond those that every script may read."""
 CONTENT_TYPE = b"content-type"
 CHARSET = b"; charset=utf-8"
 TEXT_TYPES = (b"application/json", b"application/javascript", b"application/xml")
@@ -24,6 +29,22 @@ def name_charset(app: ASGIApp) -> ASGIApp:
         await app(scope, receive, send_labelled if scope["type"] == "http" else send)
 
     return layer
+
+
+def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Returns `app` with CORS headers for web pages of these origins; `app` itself if there are none.
+
+    A browser's question in advance (preflight) is answered here, because it never has an API key.
+    """
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=EXPOSED_HEADERS,
+    )
 
 
 def _labelled(name: bytes, value: bytes) -> bytes:

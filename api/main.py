@@ -7,7 +7,7 @@ ends the responses that are still open with the error `server_draining`; then th
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from api import docs, errors
 from api.keyring import Keyring
-from api.layers import name_charset
+from api.layers import allow_origins, name_charset
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from api.routes import build_routes
@@ -28,10 +28,10 @@ from shared.settings import ApiSettings, RedisSettings
 class Application(FastAPI):
     """FastAPI inside the layers of `api.layers`, which thus see even what FastAPI's error handler sends."""
 
-    def __init__(self, **options: Any) -> None:
-        """Creates the application with FastAPI's `options`."""
+    def __init__(self, cors_origins: Sequence[str], **options: Any) -> None:
+        """Creates the application with FastAPI's `options`; web pages of `cors_origins` may call it."""
         super().__init__(**options)
-        self._layers = name_charset(super().__call__)
+        self._layers = name_charset(allow_origins(super().__call__, cors_origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one HTTP exchange, or the events of start and shutdown."""
@@ -64,7 +64,14 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
         watch.cancel()
         await relay.close()
 
-    app = Application(title=docs.TITLE, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = Application(
+        settings.cors_origins,
+        title=docs.TITLE,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
     errors.install(app)
     app.include_router(build_routes(relay, settings, keyring))
     docs.install(app, relay)

@@ -9,6 +9,7 @@ LorelayError
 ├── NotServedYet
 ├── RequestNotFound
 ├── RequestTooLarge
+├── UnsupportedMediaType
 ├── QueueFull
 ├── QueueTimeout
 │   └── NoWorker
@@ -95,6 +96,13 @@ class RequestTooLarge(LorelayError):
     """The request body is too large."""
 
     code = "request_too_large"
+
+
+class UnsupportedMediaType(LorelayError):
+    """The request body is not declared as JSON."""
+
+    code = "unsupported_media_type"
+    param = "Content-Type"
 
 
 class QueueFull(LorelayError):

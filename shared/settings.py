@@ -6,6 +6,7 @@ same variables.
 
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -145,10 +146,23 @@ def _check_keys_file(path: Path) -> Path:
     return path
 
 
+def _check_origins(value: Any) -> Any:
+    """Splits a text into origins, and refuses what browsers never send as `Origin`, such as a path."""
+    origins = tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+    for origin in origins:
+        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):
+            raise ValueError(
+                f"{origin!r} is not an origin, that is scheme and host in lower case without a final slash, "
+                "such as https://chat.example.com or http://localhost:3000; or * for all"
+            )
+    return origins
+
+
 Adapters = Annotated[tuple[AdapterSource, ...], NoDecode, BeforeValidator(parse_adapters)]
 Weights = Annotated[Mapping[str, float], NoDecode, BeforeValidator(parse_weights)]
 KeyEntries = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_check_keys), Field(repr=False)]
 KeysFile = Annotated[Path, AfterValidator(_check_keys_file)]
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_check_origins)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "float64"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
@@ -210,6 +224,8 @@ class ApiSettings(Settings):
     """API keys that are accepted, as `name:key` or `key`; if there are none, requests need no key."""
     api_keys_file: KeysFile | None = None
     """File with further API keys, which is read again while the process runs."""
+    cors_origins: Origins = ()
+    """Origins of web pages whose scripts may call the API from a browser; `*` stands for all."""
     max_queue_depth: Count = 1_000
     max_total_queue_depth: Count = 10_000
     queue_time_limit_s: Seconds = 60

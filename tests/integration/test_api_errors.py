@@ -29,6 +29,7 @@ from tests.integration.api_harness import (
 from tests.redis_server import BINARIES, RedisServer, free_port, server_binary
 
 KEY = "sk-one"
+JSON = {"Content-Type": "application/json"}
 NO_REDIS_LIMIT_S = 3.0
 """Longest time in which an API without Redis must answer 503."""
 
@@ -83,7 +84,7 @@ def test_a_bad_request_is_refused_and_the_fault_is_named(
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"model": NaN}', b'"text"', b"[" * 9_999])
 def test_a_body_that_is_no_json_object_is_refused(api: ApiServer, body: bytes) -> None:
-    assert_refused(httpx.post(api.url + CHAT, content=body), 400, "invalid_request_error")
+    assert_refused(httpx.post(api.url + CHAT, content=body, headers=JSON), 400, "invalid_request_error")
 
 
 def test_a_model_that_does_not_exist_is_refused(api: ApiServer) -> None:
@@ -108,12 +109,12 @@ def test_openais_client_raises_its_own_exceptions_and_does_not_repeat(api: ApiSe
 
 
 def test_a_body_over_the_limit_is_refused_by_its_announced_length(api: ApiServer) -> None:
-    assert_refused(httpx.post(api.url + CHAT, content=b"x" * 10_001), 413, "request_too_large")
+    assert_refused(httpx.post(api.url + CHAT, content=b"x" * 10_001, headers=JSON), 413, "request_too_large")
 
 
 def test_a_body_over_the_limit_is_refused_without_a_length(api: ApiServer) -> None:
     pieces = (b"x" * 1_000 for _ in range(11))
-    assert_refused(httpx.post(api.url + CHAT, content=pieces), 413, "request_too_large")
+    assert_refused(httpx.post(api.url + CHAT, content=pieces, headers=JSON), 413, "request_too_large")
 
 
 def test_unknown_paths_and_methods_are_refused_in_the_same_form(api: ApiServer) -> None:
