@@ -1,4 +1,4 @@
-"""A Starlette app that only streams chunks, for comparison with the API's CPU time per token.
+"""A Starlette app that only streams chunks; its CPU time per token is compared with that of the API.
 
 `uvicorn --factory bench.bare:create_app`
 """

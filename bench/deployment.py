@@ -41,7 +41,7 @@ class Uvicorn:
     def __init__(
         self, app: str, log: Path, variables: Mapping[str, str] | None = None, tree: Path = ROOT
     ) -> None:
-        """`app` is `module:function`; it needs a route `/ready`. `tree`: see `Deployment`."""
+        """Expects `app` as `module:function`, with a route `/ready`; `tree` as in `Deployment`."""
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
@@ -88,7 +88,7 @@ class Deployment:
         worker_class: str = "worker.LoraWorker",
         tree: Path = ROOT,
     ) -> None:
-        """`settings`: names (without `LORELAY_`) and values of settings.
+        """Expects the values of `settings` under their names without `LORELAY_`.
 
         `tree` is the checkout whose code runs: this one, or a checkout of another release.
         """
@@ -196,7 +196,7 @@ def wait_until(
     needed: Mapping[Path, subprocess.Popen[bytes]],
     limit_s: float = START_LIMIT_S,
 ) -> None:
-    """Waits for a condition; `needed`: the processes on which the condition depends, by log file.
+    """Waits for a condition; `needed` has the processes on which it depends, each under its log file.
 
     Raises:
         StartFailed: one of the processes has ended, or `limit_s` is over.

@@ -51,7 +51,7 @@ def requests(load: Load, base: str) -> Iterator[GenerationRequest]:
 
 
 def run(engine: Engine, load: Load, base: str) -> DirectResult:
-    """Keeps `concurrency` requests in the engine until all have ended."""
+    """Keeps `load.concurrency` requests in the engine until all requests of the load have ended."""
     waiting = requests(load, base)
     num_tokens, started_s = 0, time.perf_counter()
 

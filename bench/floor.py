@@ -2,7 +2,7 @@
 
 F(B) is the speed of a decode step that runs only the matmuls of the model's Linears: each weight is
 multiplied once by a batch of B rows, in bfloat16. q/k/v and gate/up are fused, and weights are packed by
-oneDNN if torch has it. Attention, norms, sampling and adapters are left out: no real step is faster.
+oneDNN if torch has it. A real step also has attention, norms, sampling and adapters, so it is never faster.
 
 `python -m bench.floor --model FOLDER --batch 16` prints F(16) as one JSON line.
 """
@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 
 
 class Floor(msgspec.Struct, frozen=True):
-    """Result: the time that one decode step's matmuls take."""
+    """The measured duration of one decode step's matmuls, and the conditions of the measurement."""
 
     batch: int
     how: str
@@ -89,7 +89,7 @@ def fuse(named: Iterable[tuple[str, Shape]]) -> list[Shape]:
 
 
 def _pack(weights: list[Any], inputs: dict[int, Any]) -> tuple[str, Callable[[], object]]:
-    """Returns the name of the fastest matmul on this machine, and a function that runs all matmuls once."""
+    """Returns the name of the matmul to use (oneDNN's if torch has it), and a function that runs all once."""
     import torch
 
     batch = next(iter(inputs.values())).shape[0]

@@ -1,4 +1,4 @@
-"""A benchmark load of streaming requests, which any OpenAI-compatible server can get.
+"""Sends a benchmark load of streaming requests to any OpenAI-compatible server.
 
 `python -m bench.load --base-url URL --models m1,m2 --concurrency 16` prints one JSON line.
 """
@@ -64,7 +64,7 @@ class Stream:
 
     @property
     def gaps_s(self) -> list[float]:
-        """Times (s) from each chunk with text to the next such chunk, usually the inter-token latencies."""
+        """Times (s) between successive chunks with text, which usually are the inter-token latencies."""
         return [later - earlier for earlier, later in itertools.pairwise(self.text_at_s)]
 
 
@@ -121,7 +121,7 @@ class Client:
     async def stream(
         self, model: str, prompt: str, max_tokens: int, extra: Mapping[str, Any], into: Stream | None = None
     ) -> Stream:
-        """Runs one request to its end; a caller that passes `into` can observe it meanwhile."""
+        """Runs one request to its end; fills `into` meanwhile, which the caller can watch."""
         stream = into or Stream(model, 0.0)
         stream.started_s = time.perf_counter()
         body = {

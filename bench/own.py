@@ -237,7 +237,8 @@ def _added_by_loads(
 ) -> Figure:
     """Measures the time to first token that an adapter load adds.
 
-    Two adapters evict each other from the only slot; each adapter gets two requests, after one for the base.
+    Two adapters take turns and evict each other from the only slot. In each turn, the base gets one request,
+    then the adapter gets two: one that loads it, and one that finds it in the slot.
 
     Raises:
         LoadFailed: a request failed, or the number of adapters read from disk is not `num_reads`.

@@ -142,7 +142,7 @@ def _measure(context: Context, stages: Iterable[Stage], all_goals: Mapping[str, 
 
 
 def _heading(words: Sequence[str], weights: str, context: Context) -> list[str]:
-    """Returns the lines above the table; `weights`: model and device with which F was measured."""
+    """Returns the lines above the table; `weights` names the model and device with which F was measured."""
     now = datetime.datetime.now().astimezone()
     floors = sorted(context.floors.items())
     facts = [weights, ", ".join(f"F({batch}) = {_range(speeds)} tokens/s" for batch, speeds in floors)]

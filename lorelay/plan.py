@@ -53,7 +53,8 @@ class ServePlan:
 def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ssl: bool) -> ServePlan:
     """Checks flags and environment.
 
-    `values` has the given flags by the name of the setting, `variables` the same flags by `LORELAY_*` name.
+    Both `values` and `variables` have the values of the given flags: `values` by the name of the setting,
+    `variables` by the name of the environment variable.
 
     Raises:
         ConfigurationError: a value is missing or malformed, a path is no folder, the port is in use,

@@ -1,8 +1,8 @@
 """Starts child processes and receives signals, for `lorelay serve`.
 
 Every child leads a separate process group, so that a Ctrl-C in the terminal reaches only `lorelay serve`. On
-Linux, a child gets SIGTERM when its parent dies. `Signals.wait` returns the received signals; the signal
-handlers do nothing.
+Linux, a child gets SIGTERM when its parent dies. The signal handlers do nothing; `Signals.wait` returns the
+signals that were received.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def _end_with_parent(libc: ctypes.CDLL | None, parent_pid: int) -> None:
-    """Asks the kernel for a SIGTERM when the parent dies; runs in the new process, before its program."""
+    """Asks the kernel for a SIGTERM when the parent dies; runs in the child, before the child's program."""
     if libc is None:
         return
     libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -1,6 +1,7 @@
 """Starts processes, restarts processes that die, and stops them all in order.
 
-The module uses one thread. `Supervisor.turn` is one round of its loop, which waits for a signal or a restart.
+All of this runs in one thread, in a loop. Each round of the loop, `Supervisor.turn`, waits for a signal or
+for the time of the next restart.
 """
 
 import contextlib
@@ -28,7 +29,11 @@ class ChildFailed(Exception):
 
 
 class Backoff:
-    """The delay before restarts: doubles from `first_s` to `max_s`; reset if a child lived `reset_s`."""
+    """The delay before a restart.
+
+    It begins with `first_s` and doubles with each restart, up to `max_s`. After a child that lived for
+    `reset_s`, it begins again.
+    """
 
     def __init__(self, first_s: float = 0.5, max_s: float = 30.0, reset_s: float = 60.0) -> None:
         self._first_s = first_s
@@ -229,7 +234,7 @@ class _Stop:
         return was_clean
 
     def _wait(self, running: list[_Child]) -> None:
-        """Waits up to `POLL_S`; passes a further request to stop on to the children."""
+        """Waits up to `POLL_S`; once the user has asked to stop again, tells the children to end sooner."""
         received = self._signals.wait(POLL_S)
         num_new = sum(number in STOP_SIGNALS for number in received)
         if num_new and self._hurried_at is None:
