@@ -60,7 +60,7 @@ class UnsupportedParameter(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt and the tokens asked for exceed the model's context length."""
+    """The prompt and the requested tokens together exceed the model's context length."""
 
     code = "context_length_exceeded"
     param = "messages"
@@ -148,7 +148,7 @@ class AdapterError(LorelayError):
 
 
 class AdapterVersionGone(LorelayError):
-    """The weights that the request was accepted for were replaced or removed; send it again."""
+    """The weights for which the request was accepted were replaced or removed; send the request again."""
 
     code = "adapter_version_gone"
 

@@ -17,5 +17,5 @@ def fields(action: str, **values: Any) -> dict[str, Any]:
 
 
 def log_unexpected(logger: logging.Logger, error: BaseException) -> None:
-    """Logs an exception that is no `LorelayError` (a bug) with its traceback."""
+    """Logs a bug, i.e. an exception other than a `LorelayError`, with its traceback."""
     logger.error("internal error: %r", error, exc_info=error, extra=fields("internal_error"))

@@ -88,7 +88,7 @@ class SamplingParams(Message, frozen=True):
 
     @property
     def adjusts_logits(self) -> bool:
-        """True if a bias or a penalty changes the logits, which workers that know only schema 1 can't do."""
+        """True if a bias or a penalty changes the logits; workers that know only schema 1 apply neither."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
@@ -104,7 +104,7 @@ class TemplateInputs(Message, frozen=True):
 
     @property
     def are_known_to_all(self) -> bool:
-        """True if workers that know only schemas 1 and 2, and ignore these inputs, build the same prompt."""
+        """True if workers that know only schemas 1 and 2, which ignore the inputs, build the right prompt."""
         return not (self.tools or self.continue_final_message or self.variables.keys() - TEMPLATE_HINTS)
 
 
@@ -113,14 +113,15 @@ NO_INPUTS = TemplateInputs()
 
 
 def weights_version(base_version: str, adapter_version: str | None) -> str:
-    """Returns a model's weights version: the base's version; for an adapter, then `+` and its own version."""
+    """Returns a model's weights version: for the base `base_version`, else `base_version+adapter_version`."""
     return base_version if adapter_version is None else f"{base_version}+{adapter_version}"
 
 
 class GenerationRequest(Message, frozen=True):
-    """The request that one job of the queue carries. It asks for `n` sequences per prompt.
+    """The request that one job of the queue carries.
 
-    A request has either one chat (`messages`) or `prompts`. Sequence j of prompt i has the index i * n + j.
+    A request has either one chat (`messages`) or `prompts`, and asks for `n` sequences per prompt. Sequence j
+    of prompt i has the index i * n + j.
     """
 
     request_id: str
@@ -166,8 +167,9 @@ class GenerationRequest(Message, frozen=True):
     def schema_version(self) -> int:
         """The oldest schema that can express the request.
 
-        Schema 1 has one chat, n = 1 and unchanged logits; schema 2 lacks `template_inputs` and `cache_salt`.
-        A worker of schema 2 would ignore a salt, and share the prefix with all requests of the tenant.
+        Schema 1 can express only one chat with n = 1 and unchanged logits. Schema 2 can express all requests
+        without `template_inputs` and `cache_salt`: a worker that knows only schema 2 would ignore a salt, and
+        would share the prefix with all requests of the tenant.
         """
         if self.cache_salt or not self.template_inputs.are_known_to_all:
             return 3

@@ -77,7 +77,7 @@ def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
 
 
 def _beside(folder: Path, path: str) -> str:
-    """Makes a path relative to `folder` absolute; leaves a Hugging Face id unchanged."""
+    """Returns a path that is relative to `folder` in absolute form; returns a Hugging Face id unchanged."""
     named = folder / Path(path).expanduser()
     return str(named) if named.is_dir() or path.startswith((".", "~")) else path
 

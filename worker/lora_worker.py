@@ -137,7 +137,7 @@ class LoraWorker(RqWorker):
         check_server(self.connection)
 
     def load_engine(self, settings: WorkerSettings, faults: Faults) -> Engine:
-        """Creates the engine: the one place that chooses which `Engine` this worker runs."""
+        """Creates the engine. No other place chooses which `Engine` this worker runs."""
         return build_engine(self.load_model(settings), settings, faults)
 
     def load_model(self, settings: WorkerSettings) -> Model:
@@ -176,7 +176,7 @@ class LoraWorker(RqWorker):
             return service.num_claimed > 0
 
     def _announce(self, service: WorkerService, queues: ServedQueues) -> None:
-        """Takes the lease, then registers the models: a registered model must never lack a live worker."""
+        """Takes the lease before it registers the models, so that these have a live worker from the first."""
         self._patience.call(service.take_lease)
         self._patience.call(lambda: registry.register(self.connection, queues.cards()))
         self._patience.call(lambda: registry.end_loading(self.connection, self._model_names))

@@ -25,7 +25,7 @@ SHUTDOWN_WAIT_S = 4.0
 class RqWorker(BaseWorker):
     """RQ's worker class, changed to retry transient errors of Redis (such as BUSY).
 
-    RQ's own class would end the process, and the loaded model would be lost.
+    At such an error, RQ's own class would end the process, and the loaded model would be lost.
     """
 
     shutdown_wait_s = SHUTDOWN_WAIT_S
@@ -74,7 +74,7 @@ class RqWorker(BaseWorker):
     def shutdown_deadline(self) -> float:
         """Returns the time (`time.monotonic()`) until which calls to Redis may be retried during shutdown.
 
-        The first call sets it.
+        The first call sets this time.
         """
         if self._shutdown_deadline is None:
             self._shutdown_deadline = time.monotonic() + self.shutdown_wait_s

@@ -1,4 +1,4 @@
-"""The API's access to the queue and the token logs; `worker_streams` has the workers' access."""
+"""The API's calls to Redis for the queues and the token logs; `worker_streams` has the workers' calls."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -161,7 +161,7 @@ def _unless_fatal(replies: list[Any]) -> list[Any]:
 
 
 def _why_vanished(reply: Any) -> GenerationFailed | None:
-    """Returns the error for a client by the status of its job; None if the job may still get events."""
+    """Returns the error that a request's client gets, by the job's status; None if events may still come."""
     if is_wrong_type(reply):
         return UnreadableRecord("job: a key of another type")
     status, unreadable = reply
@@ -187,9 +187,9 @@ def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
 def _retry_after_s(num_ended: int, over_s: float) -> int:
     """Returns the seconds (1 to 60) after which a client of a full queue should retry.
 
-    The result is the time in which `NUM_ENDS_TO_AWAIT` requests will end, at the rate of `num_ended` in
-    `over_s`. If no request has ended, it is `over_s`, the time since the oldest request was enqueued: short
-    in a sudden burst, longer and longer if nothing moves.
+    If `num_ended` requests ended in the last `over_s` seconds, the result is the time in which, at this rate,
+    `NUM_ENDS_TO_AWAIT` requests will end. If no request has ended, the result is `over_s`, the time since the
+    oldest request was enqueued. This time is short in a sudden burst, and grows while no request ends.
     """
     wait_s = NUM_ENDS_TO_AWAIT * over_s / num_ended if num_ended else over_s
     return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s)))

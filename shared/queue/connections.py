@@ -21,9 +21,9 @@ SOCKET_TIMEOUT_S = 5.0
 
 
 class _ClosedMeansLost(AbstractConnection):
-    """Raises redis-py's `ConnectionError` for a closed socket, so that redis-py reconnects.
+    """A connection that raises redis-py's `ConnectionError` for a closed socket, so that redis-py reconnects.
 
-    uvloop raises a RuntimeError at the next write instead; redis-py does not handle a RuntimeError.
+    At a write to a closed socket, uvloop raises a RuntimeError, which redis-py does not handle.
     """
 
     async def send_packed_command(
@@ -62,10 +62,10 @@ def connect_async(
     max_num_retries: int = 1,
     max_num_connections: int = 32,
 ) -> redis.asyncio.Redis:
-    """Returns an asyncio client with few retries, because an HTTP client waits for its results.
+    """Returns an asyncio client of Redis with few retries, because HTTP requests wait for the replies.
 
-    The client opens at most `max_num_connections`. If all are in use, a command waits up to
-    `socket_timeout_s`.
+    The Redis client opens at most `max_num_connections` connections. If all are in use, a command waits up to
+    `socket_timeout_s` for one.
     """
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         settings.redis_url,
@@ -110,7 +110,7 @@ def connect_like(connection: redis.Redis, *, socket_timeout_s: float) -> redis.R
 
 
 def is_transient(error: redis.RedisError) -> bool:
-    """True if the error is due to the server's present state: then a retry may succeed."""
+    """True if the error is due to the server's present state, so that a retry may succeed."""
     is_lost = isinstance(error, redis.ConnectionError | redis.TimeoutError)
     return is_transient_reply(error) or (is_lost and not isinstance(error, redis.AuthenticationError))
 

@@ -1,45 +1,50 @@
-"""Lorelay's Redis keys. Each docstring gives type, content, the scripts that write and read it, and its TTL.
+"""Lorelay's Redis keys. Each docstring gives a key's type and content, its writers and readers, and its TTL.
 
-Keys that RQ defines (job hashes, queues, registries, workers) are not listed here; the scripts in
-`shared/queue/lua/` build their names from RQ's prefix. `<id>` is a request id, `<base>` a base model's slug.
-`lua/prelude.lua` repeats the names; a test compares both files.
+The writers and readers are mostly scripts in `shared/queue/lua/`. `lua/prelude.lua` repeats the names of the
+keys; a test compares both files. Keys that RQ defines (job hashes, queues, registries, workers) are not
+listed here: the scripts build the names of these keys from RQ's prefix.
+
+In the docstrings, `<id>` is a request id. `base` is a base model's slug (`names.slug`).
 """
 
 PREFIX = "lorelay"
 
 FORWARD_FIELD = "forward"
-"""The field for a worker's `ForwardState`, which the worker adds to RQ's hash of this worker."""
+"""The name of a field in RQ's hash of a worker; in this field, the worker stores its `ForwardState`."""
 
 MODELS = f"{PREFIX}:models"
-"""hash, model name → ModelCard. Written by workers when they start, read by every API. It never expires."""
-
+"""hash, model name → `ModelCard`. Written by workers when they start, read by every API. Never expires."""
 
 LOADING = f"{PREFIX}:loading"
-"""hash, model name → worker that loads it. Written and removed by workers that start; read by an API that is
-asked for a model that is not in the registry. It expires an hour after the last worker began to load."""
+"""hash, model name → name of a worker that is loading this model.
+
+The worker adds the entry when it starts to load, and removes the entry when it has registered the model. Read
+by an API that gets a request for a model that is not in `MODELS`. Expires an hour after a worker last began
+to load.
+"""
 
 
 def waiting(base: str) -> str:
-    """sorted set of the queues with waiting requests, queue → enqueue time (ms) of its first request.
+    """sorted set, queue with waiting requests → time (ms) at which its first request was enqueued.
 
-    If only batch requests wait in a queue, 2^50 is added to its score: it then sorts behind all queues with
-    interactive requests. Written by enqueue, claim, abort, reap, hand_back, sweep; read by look.
+    If only batch requests wait in a queue, 2^50 is added to its score, so that the queue sorts behind all
+    queues with interactive requests. Written by enqueue, claim, abort, reap, hand_back, sweep; read by look.
     """
     return f"{PREFIX}:waiting:{base}"
 
 
 def order(queue: str) -> str:
-    """sorted set, all scores 0: the place (sort key) of each request that waits in a queue, see `places.py`.
+    """sorted set of the places (sort keys, see `places.py`) of a queue's waiting requests; all scores are 0.
 
-    Written by every script that changes the queue: enqueue, abort, claim, reap, hand_back. `look` and `sweep`
-    compare the set with RQ's list and repair it. The set is deleted with the last waiting request of the
-    queue, and expires a day after its last new place.
+    Written by every script that changes the queue: enqueue, abort, claim, reap, hand_back. look and sweep
+    compare the set with RQ's list of the queue, and repair the set. The set is deleted when no request waits
+    in the queue, and expires a day after a place was last added.
     """
     return f"{PREFIX}:order:{queue}"
 
 
 def doorbell(base: str) -> str:
-    """list on which idle workers block (BLPOP). Written by enqueue, reap, hand_back; at most 64 entries."""
+    """list of at most 64 entries; idle workers wait for one (BLPOP). Written by enqueue, reap, hand_back."""
     return f"{PREFIX}:doorbell:{base}"
 
 
@@ -49,68 +54,87 @@ def leases(base: str) -> str:
 
 
 def workers(base: str) -> str:
-    """sorted set, worker name → lease expiry (ms). Written by renew; read by API and `lorelay status`."""
+    """sorted set, worker name → lease expiry (ms).
+
+    Written by renew; read by renew, reap, end_unserved, the API and `lorelay status`.
+    """
     return f"{PREFIX}:workers:{base}"
 
 
 def served(worker_name: str) -> str:
-    """hash, queue → weights version that a worker has for it; plus one field with an empty name.
+    """hash, queue that a worker serves → weights version that this worker has for the queue.
 
-    Written by the worker's heartbeat; read by look and claim, and by end_unserved, which finds the requests
-    whose weights no live worker serves. Expires 10 min after the last renewal.
+    A field with an empty name keeps the hash in Redis while the worker serves no queue. Written by the
+    worker's heartbeat; read by look, by claim, by the API, and by end_unserved, which ends the requests whose
+    weights no live worker serves. Expires 10 min after the last renewal.
     """
     return f"{PREFIX}:served:{worker_name}"
 
 
 def judged(base: str) -> str:
-    """string, time (ms) at which a worker last ran end_unserved for this base. Expires after `reap_s`."""
+    """string, time (ms) at which a worker last ran end_unserved for this base. Expires `reap_s` later."""
     return f"{PREFIX}:judged:{base}"
 
 
 def unreadable(key: str) -> str:
-    """The new name of a key that had a wrong type and was renamed by a script. Expires after a day."""
+    """any type: a key that had a wrong type, and that a script renamed to this name. Expires after a day."""
     return f"{PREFIX}:unreadable:{key}"
 
 
 def owner(request_id: str) -> str:
-    """hash of a running request: execution (the claim id), worker, base, queue, aborted, watched_from, alone.
+    """hash about a running request. Deleted when the request ends, is handed back or is reaped.
 
-    Written by claim; deleted when the request ends, is handed back or is reaped.
+    `execution`: claim id.
+    `worker`, `base`, `queue`: the worker that claimed the request, and the base and queue of the request.
+    `aborted`: 1 if the worker must end the request.
+    `alone`: 1 once the request is isolated, so that a crash counts against this request only.
+    `watched_from`: number of events in the log at the claim; only if the request ran during earlier crashes.
+
+    Written by claim, abort (`aborted`) and append. Once append has written `NUM_EVENTS_TO_CLEAR` events more
+    than `watched_from`, it deletes `alone` and `watched_from`, and forgets the earlier crashes.
     """
     return f"{PREFIX}:owner:{request_id}"
 
 
 def reader(request_id: str) -> str:
-    """string, channel of the API that reads the request's events. Written by enqueue, read by append."""
+    """string, `events_channel` of the API process that reads the request's events.
+
+    Written by enqueue, and by an API process whose client resumes the stream; read by append and renew.
+    """
     return f"{PREFIX}:reader:{request_id}"
 
 
 def log(request_id: str) -> str:
-    """list of encoded StreamEvents; the index is `event_no`. Written by append, read by the API and claim."""
+    """list of encoded `StreamEvent`s; the index of an event is its `event_no`.
+
+    Written by append, and by each script that ends a request itself; read by claim and the API.
+    """
     return f"{PREFIX}:log:{request_id}"
 
 
 def reaped(worker_name: str) -> str:
-    """hash: number of requests reaped from a worker (num), 1 if one of them ran alone (lone).
+    """hash about a worker whose requests were reaped.
 
-    Written by reap. Expires after a minute; deleted when that worker renews its lease.
+    `num`: number of requests that were reaped from the worker. `lone`: 1 if one of them was isolated.
+    Written and read by reap. Expires after a minute; renew deletes it when the worker is alive after all.
     """
     return f"{PREFIX}:reaped:{worker_name}"
 
 
 def drained(base: str, ten_seconds: int) -> str:
-    """string, number of requests that ended in a slice of 10 s; enqueue derives `Retry-After` from it.
+    """string, number of a base's requests that ended in one slice of 10 s.
 
-    Written by append. Expires after 60 s.
+    `ten_seconds`: number of the slice, i.e. Unix time divided by 10 s. Written by append and by every other
+    script that ends requests; read by enqueue, which derives `Retry-After` from it. Expires after 60 s.
     """
     return f"{PREFIX}:drained:{base}:{ten_seconds}"
 
 
 def depth(base: str) -> str:
-    """string, number of waiting requests of a base.
+    """string, approximate number of waiting requests in all queues of a base.
 
-    enqueue counts the requests, then adds those that it enqueues; requests that leave the queues after the
-    count are not subtracted. Expires 1 s after the count.
+    enqueue counts the requests, and until the key expires adds 1 for each request that it enqueues. Requests
+    that leave the queues after the count are not subtracted. Expires 1 s after the count.
     """
     return f"{PREFIX}:depth:{base}"
 
@@ -118,7 +142,7 @@ def depth(base: str) -> str:
 def events_channel(api_id: str) -> str:
     """Pub/sub channel of one API process; a string key with the same name is the lease of that process.
 
-    append publishes to the channel: lines of `<id> <encoded StreamEvent>`. The API renews the key. If the key
-    has expired, renew aborts the requests whose events this API reads, unless they are detached.
+    append publishes lines of `<id> <encoded StreamEvent>` to the channel. The API process renews the key. If
+    the key has expired, renew aborts the requests whose events this process reads, unless they are detached.
     """
     return f"{PREFIX}:events:{api_id}"

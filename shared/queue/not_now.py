@@ -1,7 +1,8 @@
 """Transient error replies of Redis and Valkey ("not now"): workers retry, APIs answer 503.
 
-Replies are recognized by their error code. redis-py removes the code if it has an exception class for it, and
-prefixes errors of a pipeline; Redis 6.2 wraps errors of a script. `reply_of` restores the original reply.
+Replies are recognized by their error code, the first word. An exception's text does not always begin with the
+code: redis-py removes a code for which it has an exception class, and puts text before an error in a
+pipeline; Redis 6.2 puts text before an error in a script. `reply_of` restores the original reply.
 """
 
 import re

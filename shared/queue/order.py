@@ -12,24 +12,25 @@ Lines are compared by these keys, in this order:
    `BATCH_ONE_IN` of the claimed sequences. A batch request counts as interactive if its deadline is less than
    `BATCH_URGENT_S` away.
 2. Residency. Adapters that are resident, or find an empty slot, come before adapters that would evict another
-   one. An adapter is overdue, and ranks like a resident one, once its oldest request has waited for
+   adapter. An adapter is overdue, and ranks like a resident one, once its oldest request has waited for
    `max_wait_s` (batch: `BATCH_PATIENCE` times that). If all slots are in use then, the running adapter with
    the fewest sequences is closed: no more of its requests are chosen until its running requests have ended
    and its slot is free. A request thus waits for a slot at most `max_wait_s` plus the longest run of one
    adapter.
-3. Fairness between adapters: the fewest running sequences on this worker divided by weight, then the earliest
-   virtual time in `Shares`, which charges an adapter, per claim, the number of sequences divided by weight.
-   Thus even a worker that holds one sequence at a time serves two waiting adapters by their shares: neither
-   gets ahead by more than one request of each.
-4. Age: the queue whose request has waited longest.
+3. Fairness between adapters. First comes the adapter with the fewest sequences on this worker, divided by the
+   adapter's weight; among equals, the one with the earliest virtual start time in `Shares`. Each claim adds
+   its number of sequences, divided by the weight, to the adapter's virtual time. Thus even a worker that
+   holds one sequence at a time serves two waiting adapters by their weights: neither gets ahead by more than
+   one request of each.
+4. Age: the queue whose first request has waited longest.
 5. Fairness between the tenants of an adapter: keys 3 and 4 again, without weights.
 6. Inside a line: the lower priority number, then the older request. Redis keeps each line in this order.
 
-`look.lua` reads the lines: in queues whose adapters run or are resident, in the order of key 3, and in as
-many other queues. Half of these other queues are the ones whose first requests have waited longest, and half
-are drawn at random. In each queue it reads the lines of the tenant with the oldest request, and of a few more
-tenants from a random point on. Thus the oldest request of a queue can always be chosen, and a queue with only
-young requests is soon read, however many queues have older requests.
+`look.lua` reads lines from a limited number of queues: first from queues whose adapters run or are resident,
+in the order of key 3, then from as many other queues. Half of these other queues are those whose first
+requests have waited longest, and half are drawn at random. From each queue, `look.lua` reads the line of the
+oldest request, and lines of a few tenants drawn at random. Thus the oldest request of such a queue can always
+be chosen, and a queue with only young requests is soon read, however many queues have older requests.
 
 A new rule for tenants, such as weights, would only compare the tenants that were read: of a queue at most 8
 for each class and version (`some_lines` in `look.lua`), and the tenant with the oldest request.
@@ -68,7 +69,7 @@ class Pick(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The numbers of sequences that a worker holds, and the number that it could hold in addition."""
+    """The numbers of sequences that a worker holds, and how many further sequences it could hold."""
 
     num_free: int
     per_queue: Mapping[str, int]
@@ -77,10 +78,10 @@ class Running(NamedTuple):
 
 
 class WaitingOrder:
-    """Applies the rule on one worker; remembers shares, closed adapters and the sequences due to batch."""
+    """Applies the order rule on one worker; remembers shares, closed adapters and the batch class's due."""
 
     def __init__(self, base: str, *, max_wait_s: float, weights: Mapping[str, float] | None = None) -> None:
-        """`base`: queue of the base model, which needs no slot. `weights`: by queue; the default is 1."""
+        """`base`: queue of the base model, which needs no slot. `weights`: weight by queue, by default 1."""
         self._base = base
         self._max_wait_ms = max_wait_s * 1000
         self._weights = dict(weights or {})
@@ -206,7 +207,7 @@ class _Line:
 
 @dataclass
 class _BatchAccount:
-    """Counts how many claimed sequences are due to batch while requests of other classes wait too."""
+    """Counts the sequences that batch requests are owed while requests of other classes wait, too."""
 
     num_due: float = 0.0
     """Number of batch sequences that may run now; negative after a batch request of many sequences."""
@@ -227,7 +228,7 @@ class _BatchAccount:
         return [line for line in lines if line.request_class == turn]
 
     def charge(self, place: Place) -> None:
-        """Credits batch with a part of a chosen request's sequences; charges a batch request's sequences."""
+        """Adds a part of a chosen request's sequences to `num_due`; subtracts a batch request's sequences."""
         if self.has_rival:
             self.num_due = min(BATCH_ONE_IN, self.num_due + place.num_sequences / BATCH_ONE_IN)
             if place.request_class == BATCH:

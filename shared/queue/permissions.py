@@ -1,7 +1,8 @@
 """The Redis permissions that workers, APIs and `lorelay status` need, and a check for missing ones.
 
-A server checks permissions already when a command is queued in a transaction. The check therefore queues
-every command with example arguments, and closes the connection without EXEC: nothing is executed.
+A server checks the permission for a command when the command is queued in a transaction. The check here
+therefore queues every command with example arguments, and closes the connection without EXEC, so that nothing
+is executed.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -230,7 +231,7 @@ def _name(words: Sequence[str]) -> str:
 
 
 def _pattern(name: str) -> str:
-    """Returns the pattern for all keys or channels with the prefix of `name`: Lorelay's or RQ's."""
+    """Returns the ACL pattern for all names with the prefix of `name`, which is Lorelay's or RQ's."""
     return f"{name.partition(':')[0]}:*"
 
 

@@ -1,9 +1,9 @@
 """Places: the sort keys of waiting requests, stored in one sorted set per queue.
 
-A place is the text `class|version|tenant|priority|since|sequences|id`. Each part has a fixed width, so that
-sorting the texts sorts the requests. Requests of one class, version and tenant form a line. The order rule
-(`order.py`) chooses among lines; inside a line the lower priority number goes first, then the older request.
-`lua/waiting.lua` writes the same format.
+A place is the text `class|version|tenant|priority|since|sequences|id`. All parts before the id have a fixed
+width, so that sorting the texts sorts the requests. Requests of one class, version and tenant form a line.
+The order rule (`order.py`) chooses among lines; inside a line the lower priority number goes first, then the
+older request. `lua/waiting.lua` writes the same format.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
     @property
     def request_class(self) -> int:
-        """`BEGAN`, `INTERACTIVE` or `BATCH`."""
+        """The class: `BEGAN`, `INTERACTIVE` or `BATCH`."""
         return int(self.line[0])
 
     @property
@@ -42,13 +42,13 @@ class Place(NamedTuple):
 
 
 def read_place(text: str) -> Place:
-    """Parses a place without validating it: scripts return only well-formed places."""
+    """Parses a place. The text is not validated, because scripts return only well-formed places."""
     since_us, num_sequences = text[31:47], text[48:54]
     return Place(text[:LINE_CHARS], int(since_us) / 1000, int(num_sequences))
 
 
 def place_of(request: GenerationRequest) -> Place:
-    """Returns a request's place without version and time, enough for charging its tenant and class."""
+    """Returns a request's place without version and time, for `WaitingOrder.charge`, which needs neither."""
     line = f"{_CLASSES[request.request_class]}|{NO_VERSION}|{tenant_key(request.tenant)}|"
     return Place(line, 0.0, request.num_sequences)
 

@@ -1,7 +1,7 @@
-"""Which models live workers serve: those for which a request can get an answer now.
+"""Finds out which models are served by a live worker; only a request for such a model can get an answer now.
 
-A worker is live while its lease has not expired, by the clock of Redis. It serves the queues in its `served`
-hash, each with the weights version there. A worker that drains serves none.
+A worker is live while its lease has not expired, by the clock of Redis. A live worker serves the queues in
+its `served` hash, each with the weights version that the hash gives. A worker that drains serves no queue.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from shared.queue.names import queue_name, slug
 
 
 class Weights(Protocol):
-    """A base model or an adapter of it, in one version: a `ModelCard` or a `GenerationRequest`."""
+    """A base model or an adapter, in one version, as named by a `ModelCard` or a `GenerationRequest`."""
 
     @property
     def base(self) -> str: ...
@@ -23,7 +23,7 @@ class Weights(Protocol):
     def adapter_name(self) -> str | None: ...
     @property
     def weights_version(self) -> str:
-        """Empty if any version will do."""
+        """The version of the weights; empty if any version will do."""
 
 
 async def find_served(connection: redis.asyncio.Redis, models: Sequence[Weights]) -> list[bool]:
@@ -49,7 +49,7 @@ async def find_served(connection: redis.asyncio.Redis, models: Sequence[Weights]
 
 
 def _is_served(model: Weights, versions: set[str]) -> bool:
-    """True if one of the live workers' versions answers; the empty version matches any."""
+    """True if one of the live workers' `versions` is the model's; an empty version matches any other."""
     if not model.weights_version:
         return bool(versions)
     return not versions.isdisjoint(("", model.weights_version))

@@ -52,7 +52,7 @@ class News(NamedTuple):
 
 
 class Reaped(NamedTuple):
-    """Ids of requests whose leases expired; they were put back on their queues or (`dead`) failed."""
+    """Ids of the requests whose leases expired: `requeued` are back on their queues, `dead` have failed."""
 
     requeued: list[str]
     dead: list[str]

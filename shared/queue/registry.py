@@ -82,7 +82,7 @@ def drop(connection: redis.Redis, names: Iterable[str]) -> None:
 
 
 def list_cards(connection: redis.Redis) -> list[ModelCard]:
-    """Returns all readable cards, sorted by base; each base is before its adapters, the oldest first."""
+    """Returns all readable cards: each base, followed by its adapters from the oldest to the newest."""
     return _sorted(connection.hgetall(keys.MODELS))
 
 
@@ -113,7 +113,7 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
 
 
 def begin_loading(connection: redis.Redis, names: Iterable[str], worker_name: str) -> None:
-    """Notes that a worker loads these models, so that requests for them are told to come back.
+    """Notes that a worker loads these models, so that requests for them are answered with `NotServedYet`.
 
     The note of a worker that has ended is ignored, see `_is_loading`.
     """

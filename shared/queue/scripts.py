@@ -32,7 +32,7 @@ Redis runs these files, too, at each call of the script, so scripts load only wh
 
 @cache
 def script_source(name: str) -> str:
-    """Returns the text of a script, after the files that it needs, with RQ's key prefix filled in."""
+    """Returns the text of the files that a script needs, then of the script, with all `@WORDS@` filled in."""
     folder = resources.files("shared.queue") / "lua"
     parts = ("prelude", *_PARTS.get(name, ("waiting",)), name)
     source = "".join((folder / f"{part}.lua").read_text() for part in parts)

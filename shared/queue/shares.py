@@ -8,7 +8,7 @@ MAX_NUM_NAMES = 4096
 
 
 class Shares(Generic[K]):
-    """The virtual start time of each name; of the waiting names, the one with the earliest is served next.
+    """The virtual start time of each name; the waiting name with the earliest start time is served next.
 
     Each time a name is served, its start time grows by cost divided by weight. A name that is new or was idle
     starts at the current virtual time, so that idle time earns no credit. While two names both wait, neither

@@ -1,4 +1,4 @@
-"""Predicts which adapters a worker's slots will hold after the requests that were chosen so far."""
+"""Predicts which adapters a worker's slots will hold once the worker runs the requests chosen so far."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class AdapterSlots(NamedTuple):
 
 
 class SlotPlan:
-    """The predicted running and resident adapters. The plan evicts by LRU, as the engine's `AdapterCache`."""
+    """The predicted running and resident adapters. Evicts by LRU, like the engine's `AdapterCache`."""
 
     def __init__(self, base: str, running: Mapping[str, int], slots: AdapterSlots) -> None:
         """`base`: queue of the base model, which needs no slot. `running`: number of sequences by queue."""

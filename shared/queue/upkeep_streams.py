@@ -1,6 +1,6 @@
 """The Redis calls of a worker's heartbeat. `worker_streams` has the calls of the worker's I/O thread.
 
-Each script is atomic and can be repeated safely: redis-py repeats a call whose reply was lost.
+Each script is atomic, and a repeated call does no harm. redis-py repeats a call whose reply was lost.
 """
 
 from collections.abc import Iterable, Mapping
@@ -72,8 +72,8 @@ class UpkeepStreams:
     def renew(self, held: Iterable[Held], *, abort_unread: bool = False) -> News:
         """Renews the leases of this worker and of all requests that it holds.
 
-        `abort_unread`: requests are reported as aborted if the lease of their API process has expired and
-        they are not detached. If this worker's own lease had expired too, no request is reported.
+        With `abort_unread`, requests that are not detached are also reported as aborted if the lease of their
+        API process has expired, unless this worker's own lease had expired, too.
         """
         reply = self._scripts["renew"](
             args=[

@@ -1,7 +1,7 @@
-"""The worker's access to the queue and the token logs; `api_streams` has the API's access.
+"""The worker's calls to Redis for the queues and the token logs; `api_streams` has the API's calls.
 
-Each script in `shared/queue/lua/` is atomic and can be repeated safely: redis-py repeats a call whose reply
-was lost.
+Each script in `shared/queue/lua/` is atomic, and a repeated call does no harm. redis-py repeats a call whose
+reply was lost.
 """
 
 import base64
@@ -35,9 +35,9 @@ class WorkerStreams(UpkeepStreams):
         """Returns the lines from which this worker may choose, and the time (ms) by the clock of Redis.
 
         `near`: queues whose adapters need no free slot; the first `num_queues` with waiting requests are
-        read. `others`: the worker's other queues, or empty for all that it serves. Of these queues, too,
-        `num_queues` are read: half have the first requests that have waited longest, half are drawn at
-        random. Each returned line has up to `num_requests` requests.
+        read. `others`: the worker's other queues, or empty for all that it serves; `num_queues` of these are
+        read, too. Half of them are the queues whose first requests have waited longest, and half are drawn
+        at random. Each returned line has up to `num_requests` requests.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
@@ -62,9 +62,9 @@ class WorkerStreams(UpkeepStreams):
         return lines, float(now_ms)
 
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
-        """Claims a request for each pick, unless other workers took all of its line; stops after a suspect.
+        """Claims the first request of each picked line that other workers left; stops after a suspect.
 
-        A call with the same ids returns the same requests. Requests whose records can't be read are failed.
+        A call with the same claim ids returns the same requests. Requests with unreadable records are failed.
         """
         claimed, unreadable = self._scripts["claim"](
             args=[
@@ -92,7 +92,7 @@ class WorkerStreams(UpkeepStreams):
         return claims
 
     def append(self, held: Iterable[Held], appends: Iterable[Append], isolated: str = "") -> News:
-        """Writes events to the logs and publishes them; a terminal event ends its job in the same step.
+        """Writes events to the logs and publishes them; a terminal event ends the request's job, too.
 
         `isolated`: id of the request whose steps run alone from now on, so that Redis counts a crash against
         this request only; empty if there is none.
@@ -138,7 +138,7 @@ class WorkerStreams(UpkeepStreams):
             return True
 
     def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
-        """Returns the end of a job for `append.lua`, with result and exception encoded as in RQ's results."""
+        """Returns how a job ends, as `append.lua` expects it; result and exception are encoded as RQ does."""
         event, meta = append.event, json.dumps(dict(append.meta or {}))
         if event.error is not None:
             error = from_info(event.error)

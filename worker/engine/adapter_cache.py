@@ -23,7 +23,7 @@ class Store(Protocol[W]):
         ...
 
     def put(self, name: str, weights: W, slot: int) -> None:
-        """Replaces a slot's contents. Raises `AdapterError`, after which the contents are undefined."""
+        """Replaces a slot's contents. After an `AdapterError`, the slot's contents are undefined."""
         ...
 
     def clear(self, slot: int) -> None:
@@ -51,9 +51,9 @@ class AdapterCache(Generic[W]):
         """Starts with empty slots. `num_slots` is the maximum number of slots.
 
         There are fewer slots if `num_slots` adapters of the largest known size would take more than
-        `max_num_slot_bytes`; None sets no such limit. If a larger adapter is added while others run, the
-        number of slots drops at once, and slots are given up as their sequences end. A larger adapter is not
-        refused, because after a restart the same adapters would be served.
+        `max_num_slot_bytes`; None sets no such limit. If a larger adapter is added while other adapters run,
+        the number of slots drops at once; a surplus slot is given up once the sequences of its adapter have
+        ended. The larger adapter is not refused, because a worker that starts with it would serve it, too.
         """
         self._store = store
         self._executor = executor
@@ -99,7 +99,7 @@ class AdapterCache(Generic[W]):
         )
 
     def keep(self, name: str, weights: W) -> None:
-        """Makes an adapter known, and caches it if host memory has room without an eviction.
+        """Adds an adapter, and caches it if host memory has room without an eviction.
 
         The weights replace earlier weights of this name, which no request may still use. While requests run,
         call this only in the engine's thread.
@@ -185,7 +185,10 @@ class AdapterCache(Generic[W]):
         return self.num_slots - len(self._slots) - len(self._loading)
 
     def _fit_slots(self, num_bytes: int) -> None:
-        """Reduces the number of slots so that each can hold the largest adapter, maybe one of `num_bytes`."""
+        """Limits the number of slots after an adapter of `num_bytes` was added.
+
+        If all slots held adapters of the largest known size, they must not exceed `max_num_slot_bytes`.
+        """
         self._largest_num_bytes = max(self._largest_num_bytes, num_bytes)
         if self._max_num_slot_bytes is not None and self._largest_num_bytes:
             num_affordable = max(1, self._max_num_slot_bytes // self._largest_num_bytes)

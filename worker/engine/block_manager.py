@@ -11,11 +11,13 @@ class BlockManager:
     """Hands out the cache's blocks, `block_size` tokens each, to block tables.
 
     Full blocks are shared between sequences that begin with the same tokens under the same adapter version,
-    and have the same tenant and salt. Otherwise `cached_tokens`, or the time to the first token, would tell a
-    client which prompts another one has sent. A block's key is the SHA-256 of its tokens and of the previous
-    block's key; the first block's key includes adapter version, tenant and salt. A key thus identifies all
-    tokens up to the end of its block. A block that no table uses any more keeps its contents and key until
-    it is allocated again. A published block is one that other sequences can find by its key.
+    and have the same tenant and salt. If tenants shared blocks, `cached_tokens` or the time to the first
+    token would tell a client which prompts another client has sent.
+
+    A block's key is the SHA-256 of its tokens and of the previous block's key; the first block's key includes
+    adapter version, tenant and salt. A key thus identifies all tokens up to the end of its block. A published
+    block is one that other sequences can find by its key. A block that no table uses any more keeps its
+    contents and key until it is allocated again.
     """
 
     def __init__(
@@ -26,7 +28,7 @@ class BlockManager:
         shares_prefixes: bool = True,
         shares_between_tenants: bool = False,
     ) -> None:
-        """With `shares_between_tenants`, blocks are shared whatever the tenant; salts still separate."""
+        """With `shares_between_tenants`, sequences share blocks if their salts are equal, for all tenants."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._shares_prefixes = shares_prefixes
@@ -58,8 +60,8 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Frees all blocks of a sequence; published blocks can be found until they are allocated again.
 
-        The end of a prefix is allocated before its beginning, because a block can be found only if all blocks
-        before it can be found, too.
+        Of the published blocks, the sequence's last block is the first to be allocated again, because a block
+        can be found only if all blocks before it can be found, too.
         """
         for block in reversed(seq.block_table):
             self._num_users[block] -= 1
@@ -114,7 +116,7 @@ class BlockManager:
             self._keys[block] = None
 
     def _block_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
-        """Returns the keys of a sequence's first `num_blocks` blocks; the sequence keeps computed keys."""
+        """Returns the keys of a sequence's first `num_blocks` blocks; stores them in it for later calls."""
         keys = seq.block_keys
         for number in range(len(keys), num_blocks):
             token_ids = seq.token_ids[number * self.block_size : (number + 1) * self.block_size]
@@ -123,7 +125,7 @@ class BlockManager:
         return keys[:num_blocks]
 
     def _root_key(self, seq: Sequence) -> bytes:
-        """Returns the key that stands for the empty prefix of a sequence."""
+        """Returns the key of a sequence's empty prefix, which takes the place of the key before block 0."""
         tenant = "" if self._shares_between_tenants else seq.tenant
         # A plain concatenation could be equal for two different triples.
         return sha256(repr((seq.adapter_version, tenant, seq.cache_salt)).encode()).digest()

@@ -29,7 +29,8 @@ class Detokenizer:
     the start of a character, so it is held back. If the sequence ends there, that text is dropped.
 
     `tokenizers.DecodeStream` does the same, but raises an error if a byte-fallback tokenizer takes a decoded
-    character back because invalid bytes follow it. This class keeps the text that it has released.
+    character back because invalid bytes follow it. In this case, this class keeps the text that it has
+    released.
     """
 
     def __init__(self, decode: Decode, is_silent: Callable[[int], bool] = _is_never_silent) -> None:
@@ -101,7 +102,8 @@ class StopChecker:
     def add(self, text: str, mark: str = "") -> tuple[str, bool]:
         """Returns the text that may be released now, and True if a stop string was found, which ends it.
 
-        A piece of text that may be the start of a stop string is held back until the text after it decides.
+        A piece of text that may be the start of a stop string is held back until the following text shows
+        whether it is.
         `mark` is the text of a special token that follows `text`, or empty.
         """
         if not self._stop:

@@ -49,7 +49,7 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs, or one waits whose adapter is not being read. A step may run nothing."""
+        """True if a sequence runs, or waits while its adapter is not being read. A step may run nothing."""
         return self._scheduler.has_work
 
     @property
@@ -98,7 +98,7 @@ class BatchingEngine:
         *,
         alone: bool = False,
     ) -> list[Output]:
-        """Adds a request, or returns the error with which it ends at once; see `Engine`."""
+        """Adds a request, or returns the error with which the request ends at once; see `Engine`."""
         self.drop_request(request.request_id)
         events = tuple(events)
         try:
@@ -139,7 +139,7 @@ class BatchingEngine:
         return [output.fail(GenerationStopped())] if output else []
 
     def drop_request(self, request_id: str) -> None:
-        """Removes a request that another worker has claimed, without an event."""
+        """Removes, without an event, a request that another worker has claimed."""
         self._remove(request_id)
 
     def shed(self) -> tuple[str | None, list[Output]]:

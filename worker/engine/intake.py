@@ -16,7 +16,7 @@ class Intake:
     """Checks requests against the limits of a model, and creates their sequences."""
 
     def __init__(self, model: Model, clock: Callable[[], float] = time.monotonic) -> None:
-        """Checks against `model`; `clock` returns seconds, for the generation limit of requests."""
+        """`model`: the model whose limits apply. `clock`: returns seconds; measures generation limits."""
         self._model = model
         self._clock = clock
 
@@ -87,7 +87,7 @@ class Intake:
             raise InvalidRequest("'logit_bias' names a token id that the model lacks.", param="logit_bias")
 
     def _check_log(self, output: RequestOutput) -> None:
-        """Refuses a log that can't be continued: no worker writes such a log.
+        """Refuses a log that can't be continued; other programs may have written it, but no worker.
 
         Raises:
             GenerationFailed: the log has more tokens than requested, or ids outside the vocabulary.
@@ -117,7 +117,7 @@ def _marks(special_tokens: Mapping[int, str], request: GenerationRequest) -> Map
 
 
 def _too_long(num_prompt_tokens: int, request: GenerationRequest, context: int) -> ContextLengthExceeded:
-    """Returns the error for a request longer than the context; it names the field to change."""
+    """Returns the error for a request longer than the context; the error names the field to change."""
     sampling = request.sampling
     asked = sampling.max_tokens or sampling.min_tokens
     completion = f" and {asked} for the completion" if asked else ""

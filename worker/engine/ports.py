@@ -1,14 +1,16 @@
 """The ports (interfaces) of an engine: `Engine`, which serving calls, and the ports that an engine calls.
 
-A second engine is a folder beside `worker.model` with a class that has the methods of `Engine`. Besides:
+To add a second engine, write a class with the methods of `Engine` in a new folder beside `worker.model`,
+then:
 
-* `LoraWorker.load_engine` (`worker/lora_worker.py`) chooses the engine, by a setting in `shared/settings.py`.
-* `pyproject.toml` lists the engine's package, and the imports that this package may have.
-* The engine computes weights versions with `worker/model/versions.py`, which needs no torch. With other
-  versions, the registry would refuse its models, and no request could move between the engines.
-* The engine must pass `tests/unit/worker/engine/test_engine_contract.py`.
+* let `LoraWorker.load_engine` (`worker/lora_worker.py`) choose the engine, by a setting in
+`shared/settings.py`
+* list the engine's package in `pyproject.toml`, with the imports that this package may have
+* compute weights versions with `worker/model/versions.py`, which needs no torch: with other versions, the
+  registry would refuse the engine's models, and no request could move between the engines
+* pass `tests/unit/worker/engine/test_engine_contract.py`
 
-A second model has the methods of `Model`.
+To run `BatchingEngine` on another kind of model, write a class with the methods of `Model`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -178,7 +180,7 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs, or one waits whose adapter is not being read. A step may run nothing."""
+        """True if a sequence runs, or waits while its adapter is not being read. A step may run nothing."""
         ...
 
     @property
@@ -188,7 +190,7 @@ class Engine(Protocol):
 
     @property
     def remains(self) -> str:
-        """Text for a log line: the number of requests and cache blocks held; zeros once all have ended."""
+        """Text for a log line: the numbers of requests and cache blocks held, both 0 once all have ended."""
         ...
 
     def call_when_ready(self, wake: Callable[[], None]) -> None:
@@ -220,11 +222,11 @@ class Engine(Protocol):
         ...
 
     def run_isolated(self) -> None:
-        """Lets the isolated request run. First record in Redis that a crash counts against this request."""
+        """Lets the isolated request run. Before the call, record in Redis that a crash counts against it."""
         ...
 
     def end_isolation(self) -> None:
-        """Lets all requests run together again; for when the isolated one has run enough without a crash."""
+        """Lets all requests run together again; call it once the isolated request has proved harmless."""
         ...
 
     def holds(self, request_id: str) -> bool:
@@ -240,15 +242,15 @@ class Engine(Protocol):
         ...
 
     def drop_request(self, request_id: str) -> None:
-        """Removes a request that another worker has claimed, without an event."""
+        """Removes, without an event, a request that another worker has claimed."""
         ...
 
     def shed(self) -> tuple[str | None, list[Output]]:
         """Reduces the load after a step ran out of memory; then the step can be repeated.
 
         If the step ran several requests, the newest is removed, and its id returned. If the step ran one
-        request with several sequences, fewer sequences run at once from now on, and the id is None. If the
-        step ran a single sequence, its request ends with the returned error event; the id is None, too.
+        request with several sequences, fewer of them run at once for a while, and the returned id is None. If
+        the step ran a single sequence, its request ends with the returned error event; the id is None, too.
         """
         ...
 

@@ -58,7 +58,7 @@ class SequenceOutput:
 
 
 class RequestOutput:
-    """Creates the events of a request from the tokens of all its sequences, and its usage at the end."""
+    """Creates the events of a request from the tokens of all its sequences; the last event has the usage."""
 
     def __init__(self, request: GenerationRequest, outputs: list[SequenceOutput], clock: Clock) -> None:
         """Expects `outputs` in the order of `seq.index`. Does not keep `request`, which may be megabytes."""

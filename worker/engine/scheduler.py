@@ -55,7 +55,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence is running, or if one waits whose adapter is not being read from disk."""
+        """True if a sequence is running, or waits while its adapter is not being read from disk."""
         is_loading = self._adapters.is_loading
         return bool(self._running) or any(not is_loading(seq.adapter_name) for seq in self._waiting)
 
@@ -75,7 +75,7 @@ class Scheduler:
         )
 
     def isolate(self, request_id: str | None) -> None:
-        """Isolates a request: none runs until `run_isolated`, then only it; `None` ends the isolation."""
+        """Isolates a request: until `run_isolated`, no request runs, then only this one. None ends this."""
         self._isolated = request_id
         self._may_run_isolated = False
 
@@ -98,7 +98,7 @@ class Scheduler:
             self._isolated = self._isolated if any(not self._must_wait(other) for other in others) else None
 
     def shrink(self) -> None:
-        """Lets fewer sequences run for a while, after a step ran out of memory; preempts the newest."""
+        """Lets fewer sequences run for a while, after a step ran out of memory; preempts the newest ones."""
         self._capacity.shrink(len(self._running))
         for seq in self._running[: self.max_num_sequences - 1 : -1]:
             self._preempt(seq)
@@ -151,7 +151,7 @@ class Scheduler:
         """Returns the waiting sequences that may run now. `prompts`: the running sequences in prefill.
 
         Adapters that are not resident are read if a slot can be freed, and their sequences wait. While a
-        prompt is not in the cache, only its first choice may run; the other choices wait until it is.
+        prompt is not in the cache, only its first choice may run, and the other choices wait.
         """
         in_use = {seq.adapter_name for seq in self._running}
         computed = {seq.prompt_key for seq in prompts}
@@ -168,15 +168,15 @@ class Scheduler:
         return ready
 
     def _fit(self, seq: Sequence, num_ms: float, max_num_tokens: int, min_num_tokens: int = 0) -> int:
-        """Returns how many of its next tokens a sequence can compute in `num_ms`, within the two limits."""
+        """Returns the number of tokens that a sequence can compute next in `num_ms`, within both limits."""
         num_tokens = max(min_num_tokens, self._pace.num_tokens(num_ms, seq.num_computed_tokens))
         return int(min(seq.num_uncomputed_tokens, max_num_tokens, num_tokens))
 
     def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
         """Divides a step's prefill time: half for the longest-waiting prompt, half for the shortest prompts.
 
-        A short prompt thus soon overtakes long prompts, while a long prompt takes at most twice as long as
-        with all of the prefill time.
+        A short prompt thus soon overtakes long prompts, while a long prompt takes at most twice as long as if
+        it got all of the prefill time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:

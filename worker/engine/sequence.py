@@ -73,7 +73,7 @@ class LogitAdjustments(NamedTuple):
 
 
 class SequenceStatus(Enum):
-    """WAITING for blocks, an adapter or its turn; RUNNING in the batch; or FINISHED."""
+    """The status of a sequence; a sequence waits for blocks, an adapter or its turn."""
 
     WAITING = "waiting"
     RUNNING = "running"

@@ -33,8 +33,8 @@ class ServedModel:
 class ServedModels:
     """The base model and the adapters that this worker serves now.
 
-    `add` and `remove` are safe while requests run, though nothing calls them after the start yet. Any thread
-    may read: a reader sees the models before a change or after it.
+    `add` and `remove` are safe while requests run, though today they are only called when a worker starts.
+    Any thread may read: a reader sees the models before a change or after it.
     """
 
     def __init__(self, base: ServedModel) -> None:
@@ -75,12 +75,12 @@ class ServedModels:
         return model
 
     def model_of(self, request: GenerationRequest) -> ServedModel:
-        """Returns the model that answers a request, after checking that its version is the one requested.
+        """Returns the model that answers a request, after a check that the model has the requested version.
 
         Raises:
             AdapterError: this worker does not serve the adapter.
-            AdapterVersionGone: this worker serves other weights under the requested name. Workers only claim
-                requests for weights that they serve: these weights were replaced after the claim.
+            AdapterVersionGone: this worker serves other weights under the requested name. The weights were
+                replaced after the claim, because a worker claims only requests for weights that it serves.
         """
         model = self.find(request.adapter_name)
         adapter_version = model.version if model.adapter_name else None
@@ -94,5 +94,5 @@ class ServedModels:
         return model
 
     def weights_version(self, model: ServedModel) -> str:
-        """Returns the version of a model's weights: the base's version, for an adapter with its own added."""
+        """Returns a model's weights version; the one of an adapter includes the base's version."""
         return weights_version(self.base.version, model.version if model.adapter_name else None)

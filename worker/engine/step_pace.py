@@ -70,11 +70,11 @@ class StepPace:
         return max(1e-6, target_ms - decodes_ms - self._chunks.ms((1, 0, 0)))
 
     def chunk_ms(self, chunk: Chunk) -> float:
-        """Returns the milliseconds of `prefill_ms` that a chunk takes."""
+        """Returns how many of the milliseconds that `prefill_ms` allows a chunk takes."""
         return self._chunks.ms((0, chunk.num_tokens, chunk.num_pairs))
 
     def num_tokens(self, num_ms: float, num_tokens_before: int) -> float:
-        """Returns the number of tokens that a chunk can compute in `num_ms`; below 1 if one takes longer."""
+        """Returns how many tokens a chunk can compute in `num_ms`; below 1 if even one token takes longer."""
         per_token, per_pair = self._chunks.ms((0, 1, 0)), self._chunks.ms((0, 0, 1))
         # Solves chunk_ms = num_ms for the number of tokens n: the positive root of q n² + p n = left.
         q = per_pair / 2
@@ -101,7 +101,7 @@ class _Cost:
     """A linear cost model: milliseconds = sum of amount x price. Least mean squares learns the prices."""
 
     def __init__(self, units: Sequence[float], guess_ms: Sequence[float], max_surprise: float) -> None:
-        """Starts with `guess_ms`, the cost of each of the typical amounts `units`."""
+        """`units`: typical amounts. `guess_ms`: the costs of these amounts, before any is measured."""
         self._units = units
         self._unit_ms = list(guess_ms)
         self._max_surprise = max_surprise
