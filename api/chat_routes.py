@@ -16,10 +16,11 @@ from api.contract.json_body import is_long
 from api.contract.server_events import DONE, render_resumption
 from api.contract.steps import StepRunner, Steps, each
 from api.contract.strict import parsed
-from api.generation import check_resumable, new_request, resume_position, wants_detach
+from api.exchange_log import exchange_of
+from api.generation import check_resumable, model_in, new_request, resume_position, wants_detach
 from api.relay.relay import Relay
 from api.responses import GenerationCall, GenerationResponse
-from shared.errors import RequestNotFound
+from shared.errors import InvalidRequest, RequestNotFound
 from shared.messages import GenerationRequest
 from shared.settings import ApiSettings
 
@@ -43,8 +44,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
     @router.post(CHAT_COMPLETIONS, summary="Continue a conversation", tags=["chat"])
     async def create_chat_completion(request: Request) -> Response:
         """Answers with one JSON object or, with `stream: true`, with server-sent events."""
-        raw = await read_body(request, settings.max_body_bytes)
-        body, messages = await runner.run(parse_chat(raw), is_long=is_long(raw))
+        body, messages = await _read_chat(request, settings.max_body_bytes, runner)
         admit_until = queue.deadline()
         card = await queue.fetch_card(body.model, admit_until)
         client = keys.client_of(request)
@@ -86,6 +86,21 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             raise RequestNotFound("The request has ended already.")
         deleted = Deleted(request_id, "chat.completion.deleted", True)
         return Response(msgspec.json.encode(deleted), media_type="application/json")
+
+
+async def _read_chat(
+    request: Request, max_num_bytes: int, runner: StepRunner
+) -> tuple[ChatCompletionRequest, list[dict[str, Any]]]:
+    """Reads and parses the body of a request, and records for the log line which model it names."""
+    raw = await read_body(request, max_num_bytes)
+    exchange = exchange_of(request.scope)
+    try:
+        body, messages = await runner.run(parse_chat(raw), is_long=is_long(raw))
+    except InvalidRequest:
+        exchange.note_model(model_in(raw))
+        raise
+    exchange.note_model(body.model)
+    return body, messages
 
 
 def parse_chat(raw: bytes) -> Steps[tuple[ChatCompletionRequest, list[dict[str, Any]]]]:

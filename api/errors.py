@@ -12,9 +12,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from api.contract.server_events import on_one_line
+from api.exchange_log import CLIENT_CLOSED_REQUEST, exchange_of
 from shared import errors
 from shared.errors import LorelayError
-from shared.logs import fields, log_unexpected
+from shared.logs import log_unexpected
 
 logger = logging.getLogger(__name__)
 
@@ -114,10 +115,7 @@ def install(app: FastAPI) -> None:
 
 async def _handle_ours(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, LorelayError)
-    if mapped(exc).status >= 500:
-        reason = f": {exc.__cause__!r}" if exc.__cause__ else ""
-        logger.warning("%s: %s%s", exc.code, exc.message, reason, extra=fields("error", code=exc.code))
-    return error_response(exc)
+    return _report(request, exc)
 
 
 async def _handle_http(request: Request, exc: Exception) -> Response:
@@ -125,6 +123,7 @@ async def _handle_http(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, INVALID_REQUEST_TYPE)
     message = f"{exc.detail}: {request.method} {request.url.path}"
+    exchange_of(request.scope).note_refusal(code, None, message)
     envelope = ErrorEnvelope(ErrorBody(message, INVALID_REQUEST_TYPE, None, code))
     headers = {**(exc.headers or {}), "x-should-retry": "false"}
     return Response(on_one_line(msgspec.json.encode(envelope)), exc.status_code, headers, "application/json")
@@ -135,14 +134,21 @@ async def _handle_parameter(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
     name = str(first["loc"][-1])
-    return error_response(errors.InvalidRequest(f"Invalid value for '{name}': {first['msg']}.", param=name))
+    return _report(request, errors.InvalidRequest(f"Invalid value for '{name}': {first['msg']}.", param=name))
 
 
 async def _handle_disconnect(request: Request, exc: Exception) -> Response:
     """Ends a request whose client disconnected while sending; nobody receives this response."""
+    exchange_of(request.scope).note_client_gone(CLIENT_CLOSED_REQUEST)
     return Response(status_code=400)
 
 
 async def _handle_unexpected(request: Request, exc: Exception) -> Response:
     log_unexpected(logger, exc)
-    return error_response(LorelayError())
+    return _report(request, LorelayError())
+
+
+def _report(request: Request, error: LorelayError) -> Response:
+    """Returns the response for an error, and records the error for the exchange's log line."""
+    exchange_of(request.scope).note_error(error, mapped(error).status)
+    return error_response(error)

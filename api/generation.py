@@ -5,6 +5,7 @@ import time
 import uuid
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 
 from shared.errors import InvalidRequest
@@ -44,6 +45,20 @@ def new_request(
         generation_limit_s=settings.generation_limit_s,
         detached=detached,
     )
+
+
+class _Named(msgspec.Struct):
+    """The one field of a body that its log line needs."""
+
+    model: str | None = None
+
+
+def model_in(raw: bytes) -> str | None:
+    """Returns the model that a refused body names, for the log; None if it can't be read."""
+    try:
+        return msgspec.json.decode(raw, type=_Named).model
+    except (msgspec.DecodeError, RecursionError):
+        return None
 
 
 def wants_detach(request: Request) -> bool:

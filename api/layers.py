@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-EXPOSED_HEADERS = ("x-request-id", "x-should-retry", "retry-after")
+from api.exchange_log import REQUEST_ID, exchange_of
+
+EXPOSED_HEADERS = ("x-request-id", "x-lorelay-request-id", "x-should-retry", "retry-after")
 """Response headers that scripts of other origins may read, beyond those that every script may read."""
 CONTENT_TYPE = b"content-type"
 CHARSET = b"; charset=utf-8"
@@ -45,6 +47,30 @@ def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
         allow_headers=("*",),
         expose_headers=EXPOSED_HEADERS,
     )
+
+
+def log_exchange(app: ASGIApp) -> ASGIApp:
+    """Returns `app` with the header `x-request-id` in every response, and a log line for every exchange."""
+
+    async def layer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        log = exchange_of(scope)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                log.note_status(message["status"])
+                headers = [*message.get("headers", ()), (REQUEST_ID, log.request_id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            await app(scope, receive, send_with_id)
+        finally:
+            log.write()
+
+    return layer
 
 
 def _labelled(name: bytes, value: bytes) -> bytes:

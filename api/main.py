@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from api import docs, errors
 from api.keyring import Keyring
-from api.layers import allow_origins, name_charset
+from api.layers import allow_origins, log_exchange, name_charset
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from api.routes import build_routes
@@ -31,7 +31,7 @@ class Application(FastAPI):
     def __init__(self, cors_origins: Sequence[str], **options: Any) -> None:
         """Creates the application with FastAPI's `options`; web pages of `cors_origins` may call it."""
         super().__init__(**options)
-        self._layers = name_charset(allow_origins(super().__call__, cors_origins))
+        self._layers = log_exchange(name_charset(allow_origins(super().__call__, cors_origins)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one HTTP exchange, or the events of start and shutdown."""

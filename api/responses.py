@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from api.contract.answer import AnswerWriter
 from api.contract.server_events import DONE, PAUSED_COMMENT, QUEUED_COMMENT, render_data, render_resumption
 from api.errors import mapped, render_error
-from api.exchange_log import ExchangeLog
+from api.exchange_log import CLIENT_CLOSED_REQUEST, ExchangeLog, exchange_of
 from api.relay.event_source import EventSource, error_of
 from api.relay.inbox import Inbox
 from api.relay.relay import Relay
@@ -28,8 +28,6 @@ KEEP_ALIVE_S = 10.0
 """Time without events after which an open stream gets a comment line, which keeps its connection alive."""
 LAST_WORDS_S = 1.0
 """Maximum time for sending the error that ends a stream to a client that reads slowly."""
-CLIENT_CLOSED_REQUEST = 499
-"""The status that nginx logs for a client that disconnects before its response; used in log lines only."""
 
 
 class ClientGone(Exception):
@@ -64,17 +62,19 @@ class GenerationResponse(Response):
         self._settings = settings
         self._call = call
         self._writer = call.writer
-        self._log = ExchangeLog(call.request)
+        self._log: ExchangeLog
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._log = exchange_of(scope)
+        self._log.note_request(self._call.request)
         request_id = self._call.request.request_id
         with self._relay.open_inbox(request_id) as inbox:
             watcher = asyncio.create_task(_watch(receive, inbox), name=f"watch {request_id}")
             try:
                 await self._run(inbox, send)
             except ClientGone:
-                self._log.note_failure("client_gone", 200 if self._is_started else CLIENT_CLOSED_REQUEST)
+                self._log.note_client_gone(CLIENT_CLOSED_REQUEST)
             except asyncio.CancelledError:
                 # uvicorn cancels this task after --timeout-graceful-shutdown, without waiting for its end.
                 await self._end_with(ServerDraining(), send)
@@ -82,13 +82,11 @@ class GenerationResponse(Response):
                 await self._end_with(error, send)
             except Exception as error:
                 if not self._is_started:
-                    self._log.note_failure(LorelayError.code, mapped(LorelayError()).status)
                     raise
                 log_unexpected(logger, error)
                 await self._end_with(LorelayError(), send)
             finally:
                 watcher.cancel()
-                self._log.write()
 
     async def _run(self, inbox: Inbox, send: Send) -> None:
         call = self._call
@@ -150,7 +148,7 @@ class GenerationResponse(Response):
 
     async def _start(self, send: Send, num_bytes: int | None) -> None:
         """Sends the response headers: of a stream if `num_bytes` is None, else of a body of `num_bytes`."""
-        headers = [(b"x-request-id", self._call.request.request_id.encode())]
+        headers = [(b"x-lorelay-request-id", self._call.request.request_id.encode())]
         if num_bytes is None:
             headers += [
                 (b"content-type", b"text/event-stream"),
@@ -165,9 +163,8 @@ class GenerationResponse(Response):
     async def _end_with(self, error: LorelayError, send: Send) -> None:
         """Reports an error to the client: as HTTP status before the first byte, later as the last event."""
         if not self._is_started:
-            self._log.note_failure(error.code, mapped(error).status)
             raise error
-        self._log.note_failure(error.code, 200)
+        self._log.note_error(error, mapped(error).status)
         body = render_data(render_error(error)) + DONE
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):

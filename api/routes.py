@@ -3,12 +3,13 @@
 from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from api.auth import ApiKeyCheck
 from api.chat_routes import add_chat_routes
 from api.contract.server_events import on_one_line
+from api.exchange_log import exchange_of
 from api.keyring import Keyring
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
@@ -66,8 +67,9 @@ def _add_model_routes(router: APIRouter, queue: QueueClient) -> None:
         return _json(ModelList("list", [_to_model(card, served) for card, served in models]))
 
     @router.get("/v1/models/{model_id:path}", summary="Describe one model", tags=["models"])
-    async def retrieve_model(model_id: str) -> Response:
+    async def retrieve_model(model_id: str, request: Request) -> Response:
         """Describes one model, whose name may contain slashes."""
+        exchange_of(request.scope).note_model(model_id)
         if not model_id:
             raise ModelNotFound
         return _json(_to_model(*await queue.fetch_model(model_id)))
@@ -89,8 +91,9 @@ def _add_probes(router: APIRouter, queue: QueueClient) -> None:
 
     @router.head("/ready/{model_id:path}", include_in_schema=False)
     @router.get("/ready/{model_id:path}", summary="Can this model answer?", tags=["probes"])
-    async def model_ready(model_id: str) -> Response:
+    async def model_ready(model_id: str, request: Request) -> Response:
         """Answers 503 while no live worker serves the model, or while `/ready` answers 503."""
+        exchange_of(request.scope).note_model(model_id)
         await queue.ping_model(model_id)
         return _json(Status("ok"))
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -238,6 +239,33 @@ def test_a_request_leaves_one_line_in_the_log_and_never_its_prompt(
     ]
     assert secret not in caplog.text
     assert not any(secret in str(record.__dict__) for record in caplog.records)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_id_of_the_client_is_in_response_and_log_beside_that_of_the_request(
+    redis_server: RedisServer, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    with running_api(redis_server.url) as api:
+        async with httpx.AsyncClient(base_url=api.url, headers={"X-Request-Id": "trace-7"}) as client:
+            for is_good in (True, False):
+                task = asyncio.create_task(client.post(CHAT, json={**HELLO, "stream": stream}))
+                claim = await eventually(worker.try_claim, "the request")
+                if is_good:
+                    worker.finish(claim, "Paris")
+                else:
+                    worker.fail(claim, "context_length_exceeded", "too long", "messages")
+                response = await task
+                assert response.headers.get_list("x-request-id") == ["trace-7"]
+                if is_good:
+                    assert response.headers["x-lorelay-request-id"] == claim.held.request_id
+    ends = [record for record in caplog.records if getattr(record, "action", "") == "request_end"]
+    lines = [end.getMessage() for end in ends]
+    assert re.match(
+        r"request chatcmpl-\w+ to base ended: stop, 200, .* id=trace-7 model=base code=-", lines[0]
+    )
+    assert "id=trace-7 model=base code=context_length_exceeded param=messages" in lines[1]
+    assert (ends[1].request_id, ends[1].status) == (claim.held.request_id, 400)  # type: ignore[attr-defined]
 
 
 async def test_many_streams_at_once_each_get_their_own_text(api: ApiServer, worker: ScriptedWorker) -> None:
