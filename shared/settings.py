@@ -259,6 +259,8 @@ class WorkerSettings(Settings):
     adapters: Adapters = ()
     revision: str | None = None
     trust_remote_code: bool = False
+    control_tokens_in_text: bool = False
+    """If true, the text of a control token in a message or prompt becomes that token."""
     device: str = "auto"
     """`auto` takes the first GPU, or the CPU if there is none."""
     dtype: Dtype = "auto"

@@ -40,7 +40,11 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
         torch.set_num_threads(settings.num_threads)
     device = loading.find_device(settings.device)
     folder = loading.find_model(settings)
-    tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
+    tokenizer = Tokenizer.load(
+        folder,
+        trust_remote_code=settings.trust_remote_code,
+        parses_control_tokens=settings.control_tokens_in_text,
+    )
     model, kernels = load_with_kernels(folder, settings, device)
     prepared = prepare(model, settings, kernels)
     version, created = model_version(folder), int(time.time())

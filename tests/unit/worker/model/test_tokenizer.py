@@ -141,7 +141,7 @@ def test_every_declared_end_token_ends_a_sequence(folder: Path, tmp_path: Path) 
         [{"role": "judge", "content": "hi"}],
         [{"role": "user"}],
         [{"role": "user", "content": None}],
-        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        [{"role": "user", "content": [{"type": "image_url"}]}],
         [{"content": "hi"}],
     ],
 )
@@ -163,6 +163,13 @@ def test_a_model_without_chat_template_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     change_json(tmp_path / "tokenizer_config.json", chat_template=None)
     with pytest.raises(ConfigurationError, match=r"LORELAY_MODEL: .* has no chat template"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_chat_template_with_a_wrong_syntax_is_refused(tmp_path: Path) -> None:
+    build_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(ConfigurationError, match=r"LORELAY_MODEL: .* chat template that can't be compiled"):
         Tokenizer.load(tmp_path)
 
 

@@ -1,0 +1,179 @@
+"""A model's chat template: turns messages into text, and tells which of it a client wrote."""
+
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shared.errors import InvalidRequest
+from shared.messages import TemplateInputs
+from worker.model.marked_template import Rendered, compile_template, render
+
+Messages = list[dict[str, Any]]
+Render = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Rendered]
+"""Type of `marked_template.render`."""
+
+DEVELOPER = "developer"
+_PROBE = "lorelay probe"
+_PROBED_CALL = {"name": "look", "arguments": '{"probe": "lorelay"}'}
+_CUT = f"CUT{secrets.token_hex(8)} "
+"""Marks the end of the last message, if the answer continues it. The space tells if the template strips."""
+
+
+class ChatTemplate:
+    """A chat template in jinja2's language, and the form of messages that it reads."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, Any], render: Render = render) -> None:
+        """Finds out how the template reads content and the arguments of tool calls, by rendering it.
+
+        Raises:
+            TemplateError: the template has a wrong syntax.
+        """
+        compile_template(source)
+        self.source = source
+        self._special_tokens = special_tokens
+        self._render = render
+        self._reads_parts = not self._shows(_PROBE, parts=False) and self._shows(_PROBE, parts=True)
+        self._reads_arguments_as_text = self._wants_text()
+
+    def render(self, messages: Messages, inputs: TemplateInputs) -> Rendered:
+        """Returns the text of a chat, up to the header of the answer, or to the end of the last message.
+
+        Raises:
+            InvalidRequest: the template refuses the chat.
+        """
+        try:
+            # With a copy of the last message that ends in `_CUT`, its end can be found in the text.
+            shown = _with_cut(messages) if inputs.continue_final_message else messages
+            rendered = self._call(self._prepare(shown), inputs)
+        except InvalidRequest:
+            raise
+        # A template is a program and may raise any exception; only this request must fail.
+        except Exception as error:
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return _cut(rendered) if inputs.continue_final_message else rendered
+
+    def _call(self, messages: Messages, inputs: TemplateInputs) -> Rendered:
+        own = {"add_generation_prompt": not inputs.continue_final_message, **self._special_tokens}
+        client = {**inputs.variables, "messages": messages, "tools": inputs.tools or None, "documents": None}
+        return self._render(self.source, own, client)
+
+    def _prepare(self, messages: Messages) -> Messages:
+        """Returns messages in the form that this template reads."""
+        return [self._prepare_message(message) for message in messages]
+
+    def _prepare_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        prepared = {name: value for name, value in message.items() if value is not None}
+        if prepared.get("role") == DEVELOPER and DEVELOPER not in self.source:
+            # Most templates know only `system`, the older name of the role, and would refuse `developer`.
+            prepared["role"] = "system"
+        if "content" in prepared:
+            prepared["content"] = self._content(prepared["content"])
+        if "tool_calls" in prepared:
+            prepared["tool_calls"] = [
+                {**call, "function": self._call_of(call["function"])} for call in prepared["tool_calls"]
+            ]
+        if "function_call" in prepared:
+            prepared["function_call"] = self._call_of(prepared["function_call"])
+        if reasoning := prepared.get("reasoning_content"):
+            prepared |= {name: prepared.get(name, reasoning) for name in ("thinking", "reasoning")}
+        return prepared
+
+    def _content(self, content: Any) -> Any:
+        if isinstance(content, list) and not self._reads_parts:
+            return "".join(part["text"] for part in content)
+        if isinstance(content, str) and self._reads_parts:
+            return [{"type": "text", "text": content}]
+        return content
+
+    def _call_of(self, function: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = function.get("arguments")
+        if not self._reads_arguments_as_text:
+            arguments = decode_arguments(arguments)
+        return {**function, "arguments": arguments}
+
+    def _shows(self, text: str, *, parts: bool) -> bool:
+        content = [{"type": "text", "text": text}] if parts else text
+        user = {"role": "user", "content": content}
+        # Some templates refuse chats without instructions, and others chats with instructions.
+        return any(text in self._try(chat) for chat in ([user], [{**user, "role": "system"}, user]))
+
+    def _wants_text(self) -> bool:
+        """True if the template concatenates arguments with text, as DeepSeek's do, or prints them."""
+        text = _PROBED_CALL["arguments"]
+        shown = []
+        for arguments in (decode_arguments(text), text):
+            call = {
+                "id": "call00000",
+                "type": "function",
+                "function": {**_PROBED_CALL, "arguments": arguments},
+            }
+            user = {"role": "user", "content": self._content(_PROBE)}
+            messages: Messages = [
+                user,
+                {"role": "assistant", "content": self._content(""), "tool_calls": [call]},
+                {
+                    "role": "tool",
+                    "content": self._content(_PROBE),
+                    "tool_call_id": "call00000",
+                    "name": "look",
+                },
+            ]
+            shown.append(self._try(messages))
+        as_mapping, as_text = shown
+        return text in as_text and (not as_mapping or str(decode_arguments(text)) in as_mapping)
+
+    def _try(self, messages: Messages) -> str:
+        """Renders a chat; returns nothing if the template refuses it."""
+        try:
+            return self._call(messages, TemplateInputs()).text
+        except Exception:  # whatever a template raises, it doesn't read this form
+            return ""
+
+
+def decode_arguments(arguments: Any) -> Any:
+    """Decodes the arguments of a tool call: a JSON object becomes a dict, null or nothing an empty one.
+
+    Any other text stays as it is.
+    """
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, str):
+        return arguments
+    if not arguments.strip():
+        return {}
+    try:
+        decoded = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    if decoded is None:
+        return {}
+    return decoded if isinstance(decoded, dict) else arguments
+
+
+def _with_cut(messages: Messages) -> Messages:
+    *earlier, last = messages
+    content = last.get("content")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    if last.get("role") != "assistant" or not content:
+        raise InvalidRequest(
+            "There is nothing to continue: the last message must be the assistant's, with content.",
+            param="continue_final_message",
+        )
+    return [*earlier, {**last, "content": content + _CUT}]
+
+
+def _cut(rendered: Rendered) -> Rendered:
+    end = rendered.text.rfind(_CUT.strip())
+    if end < 0:
+        raise InvalidRequest(
+            "The model's chat template leaves out the end of the last message, so it can't be continued.",
+            param="continue_final_message",
+        )
+    if not rendered.text.startswith(_CUT, end):
+        # The template strips messages: without this, spaces at the message's end would stay.
+        end = len(rendered.text[:end].rstrip())
+    return Rendered(rendered.text[:end], rendered.mask[:end])
