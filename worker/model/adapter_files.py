@@ -41,7 +41,7 @@ _KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])(?
 
 
 class LayerWeights(NamedTuple):
-    """An adapter's weights for one Linear, to whose output scaling · b (a x) is added."""
+    """An adapter's weights for one Linear; the adapter adds scaling · b (a x) to the Linear's output."""
 
     a: Tensor
     """Shape (rank, in)."""
@@ -62,7 +62,7 @@ class LoadedAdapter:
 
 
 class _Problem(Exception):
-    """A reason to refuse an adapter, to which `load_adapter` adds the adapter's name and path."""
+    """A reason to refuse an adapter; `load_adapter` puts the adapter's name and path before the reason."""
 
 
 def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") -> LoadedAdapter:
@@ -118,7 +118,7 @@ def _find(path: str) -> Path:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Returns the contents of `adapter_config.json`, after checking that all of its features are served."""
+    """Returns the contents of `adapter_config.json`; refuses a config with features that are not served."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except FileNotFoundError as error:
@@ -215,7 +215,7 @@ def _by_layer(weights: Mapping[str, Tensor], model: nn.Module) -> dict[tuple[str
 
 
 def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    """True if the tensor equals the model's weight: PEFT saves a copy of an LM head that it adapts."""
+    """True if the tensor is a copy of the model's weight; PEFT saves such a copy of an LM head it adapts."""
     own = model.state_dict().get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
     return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
 
@@ -234,7 +234,7 @@ _layers_by_config: WeakKeyDictionary[nn.Module, dict[str, dict[str, _ExpectedLay
 
 
 def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """Returns `_expected_layers`, cached by config, because it takes most of an adapter's reading time."""
+    """Returns the result of `_expected_layers`, cached by config: this call takes most of a read's time."""
     known = _layers_by_config.setdefault(model, {})
     # PEFT writes sets as lists in random order; without sorting, equal configs would have different keys.
     relevant = {
@@ -278,7 +278,7 @@ def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer
 
 
 def _stamps(folder: Path) -> list[tuple[int, int, int]]:
-    """Returns inode, size and modification time of each file, which change if it is written or replaced."""
+    """Returns inode, size and modification time of each file; all changes of a file show in these."""
     files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
     found = [file.stat() for file in files if file.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]

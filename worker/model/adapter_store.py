@@ -4,7 +4,8 @@ Adapters are added at the start only, by `worker.model.startup`. These steps wou
 
 1. `AdapterStore.read_new`, in a separate thread, because it reads the disk.
 2. `shared.queue.registry.register`, with the adapter's card. If it raises `RegistryConflict`, stop here.
-3. `AdapterCache.keep`, then `ServedModels.add`, in the engine's thread. Until then, its requests wait.
+3. `AdapterCache.keep`, then `ServedModels.add`, in the engine's thread. Until then, the adapter's requests
+wait.
 4. `LoraWorker` adds the worker to RQ's set of the queue's workers; otherwise the API reports `no_worker`.
 
 Workers claim from the new queue after the next heartbeat, which writes `ServedModels` to Redis. The ports
@@ -39,7 +40,7 @@ class AdapterStore:
     """Reads adapters from disk into host memory, and copies them from host memory into slots."""
 
     def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
-        """Finds paths and versions in `served`; compares `base_name` with the bases that adapters declare."""
+        """`served`: has the adapters' paths and versions. `base_name`: the base that they should declare."""
         self._model = model
         self._base_name = base_name
         self._lora = lora

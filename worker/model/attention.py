@@ -207,7 +207,7 @@ def _attend_for_kernel(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Calls `_attend`; has the eight arguments of the operator's schema in C++."""
+    """Calls `_attend`; takes the eight arguments that the operator has in C++."""
     options = AttentionOptions(scaling, window, softcap, sinks)
     return _attend(_step.state, layer, query, key, value, options)
 

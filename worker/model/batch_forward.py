@@ -22,7 +22,7 @@ class BatchForward:
         device: torch.device,
         slot_of: Callable[[str], int],
     ) -> None:
-        """Runs `forward` on batches; `slot_of` returns an adapter's slot, or raises `AdapterError`."""
+        """`forward`: runs for each batch. `slot_of`: returns an adapter's slot, or raises `AdapterError`."""
         self._forward = forward
         self._state = state
         self._lora = lora

@@ -1,4 +1,4 @@
-"""Compiles a model's forward pass; run in a separate process by `python -m worker.model.compile_graph`.
+"""Compiles a model's forward pass, in a process of its own: `python -m worker.model.compile_graph`.
 
 The graph is transformers' model, in which Linears and attention call the kernels of `kernels.native`. The
 kernels read weights, adapters and KV cache from the `KernelState` of the calling worker. The graph therefore
@@ -100,7 +100,7 @@ def compile_graph(job: Job) -> None:
 
 
 class _ForwardPass(nn.Module):
-    """The model as a module, whose arguments are the inputs that differ between steps."""
+    """A module that calls the model, and that takes only the inputs that differ between steps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -46,7 +46,10 @@ class GraphSource(Protocol):
     """The folder of the graph's files."""
 
     def start(self, use: Callable[[Graph], None], give_up: Callable[[str], None]) -> None:
-        """Starts compiling. Later calls `use` with the graph, or `give_up` with an error, from any thread."""
+        """Starts compiling, which ends with a call of `use` with the graph, or of `give_up` with an error.
+
+        The call may come from any thread.
+        """
 
     def wait(self) -> None:
         """Waits until nothing is being compiled."""
@@ -63,17 +66,17 @@ class EagerForward:
         self._model = model
 
     def __call__(self, token_ids: Tensor, positions: Tensor, sampled_rows: Tensor) -> Tensor:
-        """Logits (n, vocab) of the sampled rows."""
+        """Returns logits (n, vocab) of the sampled rows."""
         output = self._model(
             input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=sampled_rows
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
     def wait(self) -> None:
-        """Returns at once: nothing is compiled."""
+        """Returns at once, because nothing is compiled."""
 
     def close(self) -> None:
-        """Does nothing: nothing is compiled."""
+        """Does nothing, because nothing is compiled."""
 
 
 class CompiledForward:
@@ -96,7 +99,7 @@ class CompiledForward:
         source.start(self._use, self._stay_eager)
 
     def __call__(self, token_ids: Tensor, positions: Tensor, sampled_rows: Tensor) -> Tensor:
-        """Logits (n, vocab) of the sampled rows."""
+        """Returns logits (n, vocab) of the sampled rows."""
         inputs = token_ids, positions, sampled_rows
         graph, is_single = self._graph, token_ids.shape[1] == 1
         if graph is not None and self._is_checked[is_single]:
@@ -140,7 +143,7 @@ class CompiledForward:
         return expected
 
     def _judge(self, errors: list[float], is_single: bool, dtype: torch.dtype) -> None:
-        """Judges the graph by the errors of a step: one per row with finite eager logits, possibly none."""
+        """Judges the graph by a step's errors, one for each row with finite eager logits; may be empty."""
         differing = [error for error in errors if not error <= TOLERANCES[dtype]]  # NaN differs, too
         if not differing:
             self._is_checked[is_single] = bool(errors)
@@ -153,7 +156,7 @@ class CompiledForward:
             )
 
     def _refuse(self, problem: str) -> None:
-        """Stays eager. Keeps the graph's files: without them, the next start would compile it again."""
+        """Stays eager. Keeps the graph's files: without them, the next start would compile the same graph."""
         self._stay_eager(f"the graph {problem}; remove {self._source.folder} to compile it again")
 
     def _stay_eager(self, reason: str) -> None:

@@ -37,12 +37,12 @@ LOCK_POLL_S = 0.2
 class GraphBuilder:
     """Provides the graph of one model: a separate process compiles it, and a thread of the worker loads it.
 
-    The graph's files are in a subfolder of the cache folder; its name is a digest of all that the graph
-    depends on.
+    The graph's files are in a subfolder of the cache folder. The subfolder's name has a digest of all that
+    the graph depends on.
     """
 
     def __init__(self, model: nn.Module, job: Job) -> None:
-        """Takes the loaded `model`, whose tensors the graph will read, and the job that compiles it."""
+        """`model`: the loaded model, whose tensors the graph will read. `job`: compiles the graph."""
         self.folder = Path(job.output)
         self._model = model
         self._job = job

@@ -1,16 +1,17 @@
 """Adjusts logits before sampling; no other code changes logits.
 
-A grammar per sequence would be a mask in `adjust`, which would get the sequence's matcher from
-`Sequence.logit_adjustments`. Points to observe:
+Grammars (for structured output) would be added here: `adjust` would ban the tokens that a sequence's grammar
+does not allow next. A matcher, the object that follows one sequence through its grammar, would tell which;
+`adjust` would get it from `Sequence.logit_adjustments`. Points to observe:
 
 * Matchers need an owner: an LRU in a new `worker/model/grammar.py`, which `ModelRunner` has and passes
   through `sample`.
 * `Intake.encode` should compile the grammar, by a new method of the `Model` port, because it runs in the
   threads of `PromptEncoder`. In the engine's thread (`Intake.prepare`), compiling would stall all streams.
 * After a resume, a matcher is rebuilt from `Sequence.output_token_ids`. If it were rebuilt for each token, a
-  token would take the longer, the longer the output is.
+  token would take longer and longer as the output grows.
 * A request with a grammar needs a new schema, one more than the current `SCHEMA_VERSION`. The schema that
-  `SamplingParams.adjusts_logits` asks for is not enough: workers without grammars claim it, too.
+  `SamplingParams.adjusts_logits` asks for is not enough: workers that know no grammars claim such requests.
 * While `min_tokens` bans the end-of-sequence tokens, a complete grammar leaves no token to sample: the
   request must end then, or the API must refuse it.
 """

@@ -41,7 +41,7 @@ class StepRows:
     """The adapter slot of each row of a layer's input, in one forward pass."""
 
     def __init__(self, spans: Iterable[tuple[int, int]], device: torch.device) -> None:
-        """Takes (slot, number of rows) of each sequence, in the order of the rows."""
+        """`spans`: (slot, number of rows) of each sequence, in the order of the rows."""
         self.long_spans: list[Span] = []
         """Spans of at least `MIN_LONG_ROWS` rows that have an adapter."""
         self._short_rows: list[int] = []
@@ -75,7 +75,7 @@ class StepRows:
         return _integers(numbers).to(self._device)
 
     def foreign_columns(self, column_slots: tuple[int, ...]) -> Tensor:
-        """Returns (number of short rows, number of columns): true where column and row have different slots.
+        """Returns a mask (num_short_rows, num_columns): true where column and row belong to different slots.
 
         Layers whose adapters have the same ranks share one tensor.
         """
@@ -116,7 +116,7 @@ class _Part(NamedTuple):
 
 
 class LoraLayer:
-    """The adapters of one Linear; a forward hook or the C++ kernels add their results to its output."""
+    """The adapters of one Linear; a forward hook or a C++ kernel adds their results to that of the Linear."""
 
     def __init__(
         self, linear: nn.Linear, number: int, dtype: torch.dtype, kernels: KernelState | None
@@ -224,7 +224,7 @@ class SlotWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Number of bytes of the weights, in host memory as in a slot."""
+        """Number of bytes of the weights, which is the same in host memory and in a slot."""
         return sum(a.nbytes + b.nbytes for a, b in self.layers.values())
 
 

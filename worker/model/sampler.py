@@ -138,8 +138,8 @@ def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Samples a token per row, (num_rows,), after top-k and then top-p.
 
-    Only the `_NUM_CANDIDATES` most likely tokens are looked at; if they may not be enough for a row, its
-    result is `UNDECIDED`.
+    Only the `_NUM_CANDIDATES` most likely tokens are looked at. A row for which these may be too few gets the
+    result `UNDECIDED`.
     """
     vocab = scaled.shape[-1]
     likeliest, tokens = _largest(scaled, min(_NUM_CANDIDATES, vocab))
@@ -171,7 +171,8 @@ def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the largest entries and their indices, (num_rows, count) each; equal entries by index."""
+    """Returns the largest entries, sorted, and their indices: (num_rows, count) each; lower indices first
+    among equal entries."""
     values, indices = scaled.topk(count, dim=-1)
     indices, order = indices.sort(dim=-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)

@@ -164,7 +164,7 @@ class SelfCheck:
 
 
 def _sequences(block_size: int) -> list[Sequence]:
-    """Returns empty sequences whose block tables are interleaved, from the cache's last block down."""
+    """Returns empty sequences that get the cache's blocks in turn, beginning with the last block."""
     free = list(range(num_blocks_needed(block_size)))
     sequences = [Sequence("self-check", n, None, SamplingParams(), [], 0, 1) for n in range(len(LENGTHS))]
     while free:
@@ -177,7 +177,10 @@ def _sequences(block_size: int) -> list[Sequence]:
 def _schedule(
     sequences: list[Sequence], ids: list[list[int]], counts: tuple[int, ...]
 ) -> list[ScheduledSequence]:
-    """Returns a batch in which each sequence ends with its scheduled tokens and therefore gets logits."""
+    """Returns a batch with the next `counts` tokens of the sequences.
+
+    Each sequence is cut after these tokens, so that the last of them gets logits.
+    """
     batch = []
     for seq, sequence_ids, count in zip(sequences, ids, counts, strict=True):
         if count:
@@ -199,7 +202,7 @@ def _plain_logits(model: Any, token_ids: list[int]) -> Tensor:
 
 @contextmanager
 def _watched(model: nn.Module, num_tokens: int, num_sampled: int, calls: LinearCalls) -> Iterator[None]:
-    """Records all calls of Linears in one step in `calls`."""
+    """Records in `calls` how one step calls the model's Linears."""
     handles = []
     rows: list[tuple[str, Tensor]] = []
     for name, module in linears(model).items():
@@ -245,7 +248,7 @@ def _call_problem(model: Any, state: AttentionState) -> str | None:
 
 
 def logits_problem(errors: list[float], dtype: torch.dtype) -> str | None:
-    """Describes the rows that differ too much, or returns None; `errors` are their `relative_error`s."""
+    """Describes the fault if too many rows have a large relative error (`errors`); else returns None."""
     differing = [error for error in errors if not error <= TOLERANCES.get(dtype, 1e-3)]  # NaN differs, too
     if len(differing) <= (MAX_NUM_NOISY_ROWS if dtype.itemsize == 2 else 0):
         return None

@@ -60,7 +60,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
 def load_with_kernels(
     folder: Path, settings: WorkerSettings, device: torch.device
 ) -> tuple[Any, KernelState | None]:
-    """Loads the model and, in parallel, the C++ kernels, whose first build takes as long.
+    """Loads the model and, in parallel, the C++ kernels, whose first build takes as long as the model.
 
     The kernels are None if they can't be used.
     """

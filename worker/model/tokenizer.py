@@ -86,8 +86,8 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """Returns the token ids of a chat: messages in the model's template, up to the assistant's turn.
 
-        If `inputs` continues the last message, the ids end inside of it. Special tokens, including BOS, come
-        only from the template; the tokenizer adds none.
+        If `inputs` continues the last message, the ids end inside of this message. Special tokens, including
+        BOS, come only from the template; the tokenizer adds none.
 
         Raises:
             InvalidRequest: the template refuses the messages.
@@ -157,7 +157,7 @@ class Tokenizer:
 
 
 def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:
-    """Returns the EOS ids in the model's `generation_config.json`, or in `config.json` if that is missing."""
+    """Returns the EOS ids in the model's `generation_config.json`, else in its `config.json`."""
     from transformers import GenerationConfig, PreTrainedConfig
 
     try:

@@ -36,7 +36,7 @@ class Claimer:
         slots: Callable[[], AdapterSlots],
         names_if_few: Callable[[int], Sequence[str]],
     ) -> None:
-        """`slots` returns the current adapter slots; `names_if_few` is the method of `ServedQueues`."""
+        """`slots`: returns the current adapter slots. `names_if_few`: `ServedQueues.names_if_few`."""
         self._streams = streams
         self._order = order
         self._slots = slots

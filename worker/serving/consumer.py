@@ -80,7 +80,7 @@ class HeldRequests:
         return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """Clears the suspect, and returns true, if with these written events it has produced enough."""
+        """Clears the suspect and returns true if it has produced enough events with the written `appends`."""
         is_cleared = any(
             append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends
@@ -184,7 +184,7 @@ class Consumer:
         self._encoder.stop()
 
     def run(self) -> None:
-        """Takes turns until `stop`. While Redis is down, it retries and keeps the unsent events."""
+        """Calls `turn` again and again until `stop`. While Redis is down, retries and keeps unsent events."""
         while not self._stopped.is_set():
             try:
                 self.turn()
@@ -272,7 +272,8 @@ class Consumer:
     def _pass_on(self, news: News, ended: set[str]) -> None:
         """Tells the engine which requests to abort and to drop.
 
-        `ended`: ids of requests that this append ended; a repeated append reports them as lost.
+        `ended`: ids of requests that this append ended. `news` may report them as lost: if the first reply to
+        an append was lost, the reply to its repetition finds that these requests have no owner any more.
         """
         lost = [request_id for request_id in news.lost if request_id not in ended]
         for request_id in lost:

@@ -144,7 +144,7 @@ class EngineLoop:
         return self._to_appends(self._engine.stop_request(request_id))
 
     def _to_appends(self, outputs: list[Output]) -> list[Append]:
-        """Adds to each of the engine's outputs the claim of its request; a terminal event ends the claim."""
+        """Returns the outputs with the claims of their requests; forgets a claim at its terminal event."""
         appends = []
         for request_id, event, meta in outputs:
             held = self._owned.pop(request_id) if event.is_terminal else self._owned[request_id]

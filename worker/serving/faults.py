@@ -111,7 +111,7 @@ class FaultyModel:
         return getattr(self._model, name)
 
     def run(self, batch: Batch) -> Sequence[Sampled]:
-        """Runs one step, after any fault that is due."""
+        """Injects the fault that is due, if any, then runs one step."""
         self._faults.before_step([item.seq.request_id for item in batch])
         return self._model.run(batch)
 

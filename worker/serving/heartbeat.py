@@ -58,7 +58,7 @@ class Heartbeat:
         self._stopped.set()
 
     def run(self) -> None:
-        """Takes turns until `stop`; work that fails because Redis is down is done in a later turn."""
+        """Calls `turn` again and again until `stop`; a later turn does what failed while Redis was down."""
         while not self._stopped.wait(min(self._settings.heartbeat_s, self._settings.reap_s)):
             self._watch_engine()
             try:

@@ -1,4 +1,4 @@
-"""Retries calls while Redis is down or reports transient errors; for threads that may block that long."""
+"""Retries calls while Redis is down or reports transient errors; for threads that may block meanwhile."""
 
 import logging
 import threading
@@ -94,7 +94,7 @@ class _PatientRetry(Retry):
         self._pool = pool
 
     def __deepcopy__(self, memo: object) -> Self:
-        """Returns this object itself: redis-py copies it per connection, but its pool can't be copied."""
+        """Returns this object itself: redis-py makes a copy for each connection, but can't copy `_pool`."""
         return self
 
     def call_with_retry(self, do: Callable[[], T], *args: Any, **kwargs: Any) -> T:

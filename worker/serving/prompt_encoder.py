@@ -25,7 +25,7 @@ class PromptEncoder:
     """Encodes short and long prompts in two threads, so that short prompts don't wait for long ones."""
 
     def __init__(self, encode: Encode, inbox: Inbox, held: Container[Held]) -> None:
-        """`inbox` gets each claim with its encoded prompts; claims that left `held` meanwhile are skipped."""
+        """`inbox`: gets each claim with its encoded prompts. `held`: only claims still in it are encoded."""
         self._encode = encode
         self._inbox = inbox
         self._held = held

@@ -27,7 +27,7 @@ class ServedQueues:
         return queue_name(self._models.base.name, adapter_name)
 
     def versions(self) -> dict[str, str]:
-        """Returns the queues to claim from now, each with the version of the weights that serve it."""
+        """Returns the queues from which the worker may claim at present, each with its weights version."""
         versions = {
             self.name_of(model.adapter_name): self._models.weights_version(model) for model in self._models
         }
@@ -36,7 +36,7 @@ class ServedQueues:
         return {queue: version for queue, version in versions.items() if queue in self._only}
 
     def names_if_few(self, most: int) -> list[str]:
-        """Returns the queues to claim from; if there are more than `most`, [] without listing them."""
+        """Returns the queues from which the worker may claim; [], in constant time, if more than `most`."""
         num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
         return list(self.versions()) if num_queues <= most else []
 

@@ -73,7 +73,7 @@ class KernelState(Protocol):
         """
 
     def set_adapters(self, number: int, a: Tensor, b: Tensor, ranks: Tensor) -> None:
-        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out), which has the scale.
+        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out), scaled already.
 
         The rows `ranks[s]` = (first, count) of `a` and `b` belong to slot s.
         """
@@ -111,7 +111,7 @@ class CompiledGraph(Protocol):
     """A compiled forward pass, which releases Python's global lock while it runs."""
 
     def tensor_paths(self) -> dict[str, str]:
-        """Returns the tensors that the graph reads: name in the graph to path in the exported model."""
+        """Returns, for each tensor that the graph reads: name in the graph → path in the exported model."""
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Sets all tensors, by their names in the graph; the graph reads them without copying them."""
@@ -131,7 +131,7 @@ def load_graph(library: Path) -> CompiledGraph:
 
 
 def linear(number: int, num_outputs: int, rows: Tensor) -> Tensor:
-    """Computes W x + b, plus B (A x) of each row's adapter, for the fused Linears whose first is `number`.
+    """Computes W x + b, plus B (A x) of each row's adapter, for the fused Linears from `number` on.
 
     `rows` is (..., in); the output is (..., num_outputs).
     """

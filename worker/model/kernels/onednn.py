@@ -1,4 +1,4 @@
-"""Limits the sizes of oneDNN's caches. Torch reads the limits when it is loaded; do not import it here."""
+"""Limits the sizes of oneDNN's caches. Do not import torch here: it reads the limits when it is loaded."""
 
 import os
 from collections.abc import MutableMapping

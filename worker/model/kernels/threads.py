@@ -1,4 +1,4 @@
-"""Settings of OpenMP, PyTorch's thread pool. Torch reads them when it is loaded; do not import it here."""
+"""Settings of OpenMP, PyTorch's thread pool. Do not import torch here: it reads them when it is loaded."""
 
 import os
 import shutil
