@@ -15,10 +15,11 @@ import psutil  # type: ignore[import-untyped]
 import redis
 
 from lorelay import embedded
-from lorelay.devices import num_usable_cores, visible_gpus, worker_environments
+from lorelay.devices import visible_gpus, worker_environments
 from lorelay.probes import is_http_ready
 from lorelay.processes import ChildSpec, start_process
 from lorelay.status import live_workers
+from shared.control_groups import num_usable_cores
 from shared.messages import ForwardState
 from shared.queue.connections import SOCKET_TIMEOUT_S
 from shared.settings import WorkerSettings

@@ -20,7 +20,7 @@ from bench.load import IGNORE_EOS, LoadFailed
 from bench.own import STAGES, Context, OwnSizes, Stage
 from bench.report import draw, to_text
 from bench.yardstick import Figure, Goal, Row, goals
-from lorelay.devices import num_usable_cores
+from shared.control_groups import num_usable_cores
 from shared.settings import parse_adapters
 from worker.model.kernels.threads import COMPILER
 

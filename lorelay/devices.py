@@ -1,6 +1,5 @@
 """Assigns a GPU or a number of CPU threads to each worker of this machine, without importing torch."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -39,13 +38,6 @@ def worker_environments(
         return [{} for _ in range(num_workers)]
     num_threads = max(1, num_cores // num_workers)
     return [{"LORELAY_NUM_THREADS": str(num_threads)} for _ in range(num_workers)]
-
-
-def num_usable_cores() -> int:
-    """Returns the number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _one_gpu_each(settings: WorkerSettings, num_workers: int, gpus: list[str]) -> list[dict[str, str]]:

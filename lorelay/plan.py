@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorelay.devices import num_usable_cores, visible_gpus, worker_environments
+from lorelay.devices import visible_gpus, worker_environments
+from shared.control_groups import num_usable_cores
 from shared.errors import ConfigurationError
 from shared.settings import ENV_PREFIX, ApiSettings, RedisSettings, ServeSettings, WorkerSettings
 

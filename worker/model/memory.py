@@ -2,6 +2,7 @@
 
 import torch
 
+from shared.control_groups import MemoryLimit, cpu_quota, memory_limit
 from shared.errors import ConfigurationError
 from shared.settings import WorkerSettings
 
@@ -14,10 +15,33 @@ DEFAULT_ADAPTER_SHARE = 0.1
 
 
 def num_free_bytes(device: torch.device) -> int:
-    """Returns the free memory of the device; for the CPU, the machine's available memory."""
+    """Returns the free memory of the device.
+
+    For the CPU, it is the memory that is available on the machine, or less if the control group has a limit.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
+    limit = _binding_limit()
+    return limit.num_free_bytes if limit else _num_available_bytes()
+
+
+def describe_limits() -> str:
+    """Describes for the log how much memory and how many threads this process may use, and why no more."""
+    limit, quota = _binding_limit(), cpu_quota()
+    by = f"by the control group's limit of {limit.num_bytes >> 20} MiB" if limit else "on the machine"
+    of_quota = f", control group's quota: {quota:g} CPUs" if quota else ""
+    num_free_mib = num_free_bytes(torch.device("cpu")) >> 20
+    return f"{num_free_mib} MiB of memory free {by}; {torch.get_num_threads()} CPU threads{of_quota}"
+
+
+def _binding_limit() -> MemoryLimit | None:
+    """Returns the control group's limit if it leaves less memory than the machine has available."""
+    limit = memory_limit()
+    return limit if limit and limit.num_free_bytes < _num_available_bytes() else None
+
+
+def _num_available_bytes() -> int:
     import psutil  # type: ignore[import-untyped]  # installed with accelerate, which peft needs
 
     return int(psutil.virtual_memory().available)
@@ -45,10 +69,13 @@ def num_cache_blocks(
     per_sequence = -(-max_model_len // settings.block_size)
     num_blocks = num_bytes // num_block_bytes
     if num_blocks < per_sequence:
+        group = _binding_limit() if device.type == "cpu" else None
+        of_group = f", or raise the control group's limit of {group.num_bytes >> 20} MiB" if group else ""
         raise ConfigurationError(
             f"LORELAY_SESSION_LEN: the KV cache of one sequence of {max_model_len} tokens needs "
             f"{per_sequence * num_block_bytes / 2**20:.1f} MiB and may take {num_bytes / 2**20:.1f}; set a "
             "shorter one, or give the cache more: LORELAY_CACHE_MAX_BYTES, LORELAY_CACHE_MAX_ENTRY_COUNT"
+            f"{of_group}"
         )
     num_batches = 1 + NUM_PREFIX_BATCHES * settings.prefix_cache
     return min(num_blocks, num_batches * settings.max_batch_size * per_sequence)

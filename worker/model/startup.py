@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from shared.control_groups import num_usable_cores
 from shared.errors import AdapterError, ConfigurationError
 from shared.logs import fields
 from shared.settings import AdapterSource, WorkerSettings
@@ -36,8 +37,9 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     Raises:
         ConfigurationError: something can't be loaded; the message names the setting and the reason.
     """
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+    # Torch counts the machine's cores, whatever share of their time the control group gets.
+    torch.set_num_threads(settings.num_threads or min(torch.get_num_threads(), num_usable_cores()))
+    logger.info("limits: %s", memory.describe_limits(), extra=fields("limits"))
     device = loading.find_device(settings.device)
     folder = loading.find_model(settings)
     tokenizer = Tokenizer.load(

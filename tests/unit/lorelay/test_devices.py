@@ -75,7 +75,3 @@ def test_without_nvidia_smi_the_device_files_are_counted(
         (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}")
     assert devices.visible_gpus({}, dev=tmp_path) == ["0", "1"]
-
-
-def test_there_is_at_least_one_core() -> None:
-    assert devices.num_usable_cores() >= 1
