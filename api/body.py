@@ -33,7 +33,9 @@ async def read_body(request: Request, max_num_bytes: int) -> bytes:
 
 
 def _check_declared_as_json(request: Request) -> None:
-    """Refuses bodies that any web page could send; before a browser sends JSON, it asks the server.
+    """Refuses a body that is not declared as JSON.
+
+    A browser sends such a body for any web page. Before it sends JSON to another origin, it asks the server.
 
     Raises:
         UnsupportedMediaType: `Content-Type` is missing, or one of its values is not JSON in UTF-8.

@@ -39,7 +39,7 @@ ANSWERS: dict[str, dict[str, type]] = {
     "/ready": {"application/json": Status},
     "/ready/{model_id}": {"application/json": Status},
 }
-"""The answers of each path, by media type. Without its entry here, a new path has no schema."""
+"""The answers of each path, by media type. A new path needs an entry: without it, there is no schema."""
 
 
 def install(app: FastAPI, relay: Relay) -> None:
@@ -76,8 +76,8 @@ def install(app: FastAPI, relay: Relay) -> None:
 def build_schema(routes: list[BaseRoute]) -> dict[str, Any]:
     """Builds the OpenAPI schema of `routes`, without the list of served models.
 
-    The only route whose request body is described is the one of chat completions: another route that takes a
-    body, such as `/v1/completions`, must be added to this function.
+    Only the request body of chat completions is described. Another route that takes a body, such as
+    `/v1/completions`, must be added to this function.
 
     Raises:
         KeyError: a path is missing in `ANSWERS`.

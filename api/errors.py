@@ -30,7 +30,7 @@ class Mapped(NamedTuple):
     type: str
     retry_after_s: int | None = None
     permanent: bool = False
-    """True if a retry would fail or wait as long again; a header then tells the official clients not to."""
+    """True if a retry would fail or wait as long again; a header then tells clients not to retry."""
     headers: Mapping[str, str] = {}
 
 

@@ -31,8 +31,8 @@ QUIET_STATUS = 400
 class ExchangeLog:
     """Collects the facts about one HTTP exchange, and logs them once, at its end.
 
-    Metrics that are counted here would differ between API processes: a monitoring system must collect them
-    from every process, unlike numbers in Redis, which are the same for all processes.
+    Metrics that are counted here would be those of one API process: a monitoring system must collect them
+    from each process. Numbers in Redis, in contrast, are the same for all processes.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -52,7 +52,7 @@ class ExchangeLog:
 
     @property
     def request_id(self) -> str:
-        """The id for the header `x-request-id`: the client's if it sent one, or the generation request's."""
+        """The id for the header `x-request-id`: the client's, or the generation request's, or a new one."""
         return self._client_id or (self._request.request_id if self._request else self._own_id)
 
     @property
@@ -82,13 +82,13 @@ class ExchangeLog:
     def note_error(self, error: LorelayError, status: int) -> None:
         """Records the error that the client gets in place of the answer, or at the end of a stream.
 
-        `status` is that of the error, which a stream that has begun can't have any more.
+        `status` is the status of the error; a stream that has begun was sent with 200 already.
         """
         cause = f": {error.__cause__!r}" if error.__cause__ else ""
         self.note_refusal(error.code, error.param, f"{error.message}{cause}", is_fault=status >= FAULT_STATUS)
 
     def note_refusal(self, code: str, param: str | None, reason: str, *, is_fault: bool = False) -> None:
-        """Records the code, parameter and message of an error; `is_fault` if it is not the client's."""
+        """Records code, parameter and message of an error; `is_fault` is False if the client caused it."""
         self._outcome = self._code = code
         self._param, self._reason, self._is_fault = param, reason, is_fault
 
@@ -97,7 +97,7 @@ class ExchangeLog:
         self._outcome, self._status = "client_gone", self._status or status
 
     def write(self) -> None:
-        """Writes the log line: a warning with the reason if the error is not the client's."""
+        """Writes the log line, as a warning with the reason if an error was not caused by the client."""
         level = logging.WARNING if self._is_fault else logging.INFO
         if self._status < QUIET_STATUS and not self._path.startswith("/v1"):
             level = logging.DEBUG
@@ -148,14 +148,14 @@ def exchange_of(scope: Scope) -> ExchangeLog:
 
 
 def _id_from_client(scope: Scope) -> str:
-    """Returns the client's `X-Request-Id`, cut and with `_` for characters that could forge a log line."""
+    """Returns the client's `X-Request-Id`, shortened, with `_` for characters that could forge a log line."""
     given = next((value for name, value in scope.get("headers", ()) if name.lower() == REQUEST_ID), b"")
     cut = given.strip()[:MAX_ID_LENGTH].decode("latin-1")
     return re.sub(r"[^A-Za-z0-9._:/@+=-]", "_", cut)
 
 
 def _shown(value: str | None) -> str:
-    """Returns a value as one word of the log line: cut, and as a JSON text unless it is a plain word."""
+    """Returns a value for the log line, shortened, and as a JSON string unless it is a plain word."""
     if value is None:
         return "-"
     cut = value if len(value) <= MAX_SHOWN_LENGTH else f"{value[:MAX_SHOWN_LENGTH]}…"

@@ -48,7 +48,7 @@ def new_request(
 
 
 class _Named(msgspec.Struct):
-    """The one field of a body that its log line needs."""
+    """The only field of a refused body that the log line needs."""
 
     model: str | None = None
 

@@ -50,7 +50,7 @@ class Keyring:
         return equal[0] if equal else None
 
     async def watch(self) -> None:
-        """Reads the file again every `REREAD_S`, until it is cancelled; returns at once without a file."""
+        """Reads the file every `REREAD_S` until this task is cancelled; returns at once without a file."""
         while self._file is not None:
             await asyncio.sleep(REREAD_S)
             try:
@@ -60,9 +60,9 @@ class Keyring:
                 log_unexpected(logger, error)
 
     def reread(self) -> None:
-        """Reads the file once; takes changed keys over if the previous call found the same content.
+        """Reads the file once; if the previous call found the same new content, accepts the keys in it.
 
-        A file that is being written is thus not read half. A file that is malformed or gone changes nothing,
+        Thus a file that is only half written has no effect. A file that is malformed or gone changes nothing,
         and is logged. May be called in any thread.
         """
         assert self._file is not None

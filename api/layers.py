@@ -36,7 +36,7 @@ def name_charset(app: ASGIApp) -> ASGIApp:
 def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
     """Returns `app` with CORS headers for web pages of these origins; `app` itself if there are none.
 
-    A browser's question in advance (preflight) is answered here, because it never has an API key.
+    A browser's preflight request is answered here, before keys are checked: it never has an API key.
     """
     if not origins:
         return app

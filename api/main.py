@@ -57,7 +57,7 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
         relay.start()
         watch = asyncio.create_task(keyring.watch(), name="API keys")
         if is_process:
-            # If a collection looked at all that the imports left, open streams would stop for 40 ms.
+            # If garbage collections scanned all objects of the imports, open streams would pause for 40 ms.
             gc.freeze()
         with at_termination(relay.drain):
             yield

@@ -12,8 +12,8 @@ from types import FrameType
 def at_termination(callback: Callable[[], None]) -> Iterator[None]:
     """Schedules `callback` in the running event loop at SIGTERM or SIGINT, then calls the previous handler.
 
-    Does nothing outside the main thread, and ignores a signal that has no handler. Under uvicorn both signals
-    have one.
+    Does nothing outside the main thread, and leaves a signal that has no handler as it is. Under uvicorn,
+    both signals have one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

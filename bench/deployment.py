@@ -89,7 +89,7 @@ class Deployment:
         worker_class: str = "worker.LoraWorker",
         tree: Path = ROOT,
     ) -> None:
-        """Expects the values of `settings` under their names without `LORELAY_`.
+        """Expects values in `settings` by the name of the setting, without `LORELAY_`.
 
         `tree` is the checkout whose code runs: this one, or a checkout of another release.
         """

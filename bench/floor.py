@@ -22,7 +22,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MIN_NUM_STEPS = 25
 NUM_WARM_UP_STEPS = 5
 DURATION_S = 2.0
-"""Minimum duration of a measurement; other processes use memory bandwidth, which varies within a second."""
+"""Minimum duration of a measurement: within a second, other processes take more or less memory bandwidth."""
 
 Shape = tuple[int, int]
 """(out, in) of a weight."""
@@ -89,7 +89,7 @@ def fuse(named: Iterable[tuple[str, Shape]]) -> list[Shape]:
 
 
 def _pack(weights: list[Any], inputs: dict[int, Any]) -> tuple[str, Callable[[], object]]:
-    """Returns the name of the matmul to use (oneDNN's if torch has it), and a function that runs all once."""
+    """Returns the name of the matmul that is used, oneDNN's if torch has it, and a function that runs all."""
     import torch
 
     batch = next(iter(inputs.values())).shape[0]

@@ -121,7 +121,7 @@ class Client:
     async def stream(
         self, model: str, prompt: str, max_tokens: int, extra: Mapping[str, Any], into: Stream | None = None
     ) -> Stream:
-        """Runs one request to its end; fills `into` meanwhile, which the caller can watch."""
+        """Runs one request to its end; a caller that passes `into` can watch how it is filled."""
         stream = into or Stream(model, 0.0)
         stream.started_s = time.perf_counter()
         body = {

@@ -175,7 +175,7 @@ def _last_words(log: Path) -> str:
 
 
 def judge(course: Course, watch: Watch, ended: str) -> MemoryResult:
-    """Judges a run of at least two samples; `ended` is what the worker held at its end, by its log."""
+    """Judges a run of at least two samples; `ended` tells what the worker still held at its end."""
     samples = course.samples
     later = samples[(len(samples) - 1) // 2 :]
     growth = statistics.linear_regression([s.at_s / 60 for s in later], [s.worker_mib for s in later])

@@ -251,7 +251,7 @@ def _added_by_loads(
     ) as deployment:
         server = Server(deployment.url, deployment.base_name)
         served.warm_up(server, [server.base], sizes)
-        # The slot holds the first adapter since the start, so requests for the second adapter begin.
+        # At the start, the first adapter was put into the slot, so the turns begin with the second.
         turns = itertools.islice(itertools.cycle(reversed(list(adapters))), sizes.num_loads)
         models = [model for adapter in turns for model in (server.base, adapter, adapter)]
         streams = asyncio.run(measure_idle(server, models, sizes))

@@ -31,8 +31,8 @@ class ChildFailed(Exception):
 class Backoff:
     """The delay before a restart.
 
-    It begins with `first_s` and doubles with each restart, up to `max_s`. After a child that lived for
-    `reset_s`, it begins again.
+    The delay begins with `first_s` and doubles with each restart, up to `max_s`. If the child lived for
+    `reset_s`, the delay begins with `first_s` again.
     """
 
     def __init__(self, first_s: float = 0.5, max_s: float = 30.0, reset_s: float = 60.0) -> None:

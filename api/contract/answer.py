@@ -46,7 +46,7 @@ class AnswerWriter(Protocol):
         """True if each event is sent as it arrives; False if the body is sent as a whole at the end."""
 
     def render(self, event: StreamEvent) -> bytes:
-        """Returns the bytes that an event adds to the body, possibly none. Not for events with an error."""
+        """Returns the bytes that an event adds to the body, possibly none; the event must have no error."""
 
 
 def to_usage_body(usage: Usage) -> UsageBody:

@@ -68,7 +68,7 @@ def _has_too_many_values(body: bytes) -> Steps[bool]:
         return False
     num_found, is_in_text, rest = 0, False, b""
     for begin in range(0, len(body), _PIECE_BYTES):
-        # The first of a pair decides: in \\" the quote ends the text, in \" it does not.
+        # Escaped backslashes are removed first: in \\" the quote ends the text, in \" it does not.
         piece = (rest + body[begin : begin + _PIECE_BYTES]).replace(b"\\\\", b"").replace(b'\\"', b"")
         rest = b"\\" if piece.endswith(b"\\") else b""
         parts = piece.split(b'"')

@@ -37,7 +37,7 @@ class StrictModel(BaseModel):
 
 
 MAX_NUM_FIELDS = 100
-"""A number that no model's fields reach."""
+"""A limit above the number of fields of every model."""
 MAX_NUM_ITEMS = 1_000
 
 
@@ -88,7 +88,7 @@ def unsupported(message: str) -> PydanticCustomError:
 def invalid(message: str, *, field: str | None = None) -> PydanticCustomError:
     """Creates the error that a validator raises for a wrong value.
 
-    A validator of a whole model names the wrong field in `field`; pydantic knows the field of all others.
+    A validator of a whole model must pass the name of the wrong field; for others, pydantic adds the name.
     """
     return PydanticCustomError("invalid", "{text}", {"text": message, "field": field})
 

@@ -64,7 +64,7 @@ class EventSource:
         self._inbox.start_at(first_event_no)
         self._begin_wait()
         if first_event_no > 0:
-            # The request has begun. If its worker is lost, it may wait longer for another one to continue it.
+            # The request has begun. If its worker is lost, the request may wait longer for another worker.
             self._check_at = self._limit_at
 
     def _begin_wait(self) -> None:

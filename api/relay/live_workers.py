@@ -14,7 +14,7 @@ class LiveWorkers:
     """Answers whether a live worker serves the model of a waiting request."""
 
     def __init__(self, ask: Callable[[GenerationRequest], Awaitable[bool]], max_age_s: float) -> None:
-        """Expects in `ask` a call of Redis; its answer or error is then reused for `max_age_s`."""
+        """Uses each answer of `ask`, which asks Redis, or its `QueueUnavailable` for `max_age_s`."""
         self._ask = ask
         self._max_age_s = max_age_s
         self._lock = asyncio.Lock()

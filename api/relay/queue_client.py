@@ -70,7 +70,7 @@ class QueueClient:
 
     @property
     def exchange_limit_s(self) -> float:
-        """Maximum time from the enqueue of a request to the end of its response; its log lives as long."""
+        """Maximum time from the enqueue of a request to the end of its response; also the life of the log."""
         return self._settings.queue_time_limit_s + self._settings.generation_limit_s + LOG_MARGIN_S
 
     def deadline(self) -> float:

@@ -144,7 +144,7 @@ class Relay:
                 inbox.fall_behind()
 
     def _on_subscribed(self) -> None:
-        """Asks for all logs to be read: only there are the events published before the subscription."""
+        """Asks for a read of all logs, which alone have the events published before the subscription."""
         for inbox in self._inboxes.values():
             inbox.fall_behind()
 
