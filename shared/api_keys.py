@@ -1,8 +1,8 @@
 """API keys and their names, as `LORELAY_API_KEYS` and the file of keys give them.
 
-The name stands for the client (the tenant): its requests, its share of the queue and of the bytes that wait,
-its cached prefixes and its log lines go by the name. Two keys may have the same name, so that a client can
-change from one key to the next without losing anything.
+A key's name stands for the client (the tenant) in the client's requests, shares of the queue and of the
+waiting bytes, cached prefixes and log lines. Two keys may have the same name, so that a client can change
+from one key to the next without losing anything.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class ApiKey(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 (hex) of the secret: the id that the release before stored with each request."""
+        """The SHA-256 (hex) of the secret: the id that the previous release stored with each request."""
         return digest(self.secret)
 
     def __repr__(self) -> str:
@@ -38,18 +38,18 @@ class Client(NamedTuple):
     """The sender of a request."""
 
     tenant: str
-    """The name of its key; the digest of a key without a name; empty if requests need no key."""
+    """The name of the sender's key; the digest of a key without a name; empty if requests need no key."""
     ids: frozenset[str]
     """The ids that its requests may have in Redis: `tenant`, and the digests that older releases stored."""
 
 
 NOBODY = Client("", frozenset({""}))
-"""The sender of each request if requests need no key."""
+"""The sender of all requests, if requests need no key."""
 
 
 def digest(secret: str) -> str:
     """Returns the SHA-256 (hex) of a key, which stands for it where the key itself must not be seen."""
-    # The release before decoded headers as Latin-1 before it hashed a key; its digests stay valid.
+    # The previous release decoded headers as Latin-1, then hashed the key; its digests stay valid.
     return hashlib.sha256(secret.encode().decode("latin-1").encode()).hexdigest()
 
 

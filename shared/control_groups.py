@@ -1,6 +1,6 @@
-"""Limits of the control group (cgroup, versions 1 and 2), which is where containers and systemd set theirs.
+"""Limits that containers and systemd set for a process, by its control groups (cgroups, versions 1 and 2).
 
-The kernel's own numbers, such as the free memory in `/proc/meminfo`, are those of the whole machine.
+Other numbers of the kernel, such as the free memory in `/proc/meminfo`, are those of the whole machine.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 _Result = TypeVar("_Result")
 
 NO_LIMIT = 1 << 60
-"""Limits from this number on mean none: version 1 shows the largest number of pages in bytes."""
+"""A limit of this many bytes or more means none: version 1 then gives the largest number of pages."""
 MAX_DEPTH = 64
 """Maximum number of nested control groups that are read."""
 
@@ -110,7 +110,7 @@ def _groups(root: Path, controller: str | None) -> Iterator[Path]:
 
 
 def _group_path(root: Path, controller: str | None) -> str | None:
-    """Returns the path of this process's group: a line of `/proc/self/cgroup` is `ID:CONTROLLERS:PATH`."""
+    """Returns the path of this process's group; a line of `/proc/self/cgroup` is `ID:CONTROLLERS:PATH`."""
 
     def is_wanted(controllers: str) -> bool:
         return controllers == "" if controller is None else controller in controllers.split(",")

@@ -109,7 +109,7 @@ class TemplateInputs(Message, frozen=True):
 
 
 NO_INPUTS = TemplateInputs()
-"""The messages are all that the template gets."""
+"""No inputs: the template gets only the messages."""
 
 
 def weights_version(base_version: str, adapter_version: str | None) -> str:

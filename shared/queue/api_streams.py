@@ -55,7 +55,8 @@ class ApiStreams:
     ) -> None:
         """Checks the queue limits and enqueues a request in one atomic step.
 
-        `client` is the id of the sender; see `Client.tenant`. Only its keys may resume or abort the request.
+        `client` is the id of the sender; see `Client.tenant`. Only a request with one of the sender's keys
+        may resume or abort this request.
 
         Raises:
             QueueFull: the queue, or the total of the base's queues, is at its limit.

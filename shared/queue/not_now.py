@@ -55,7 +55,7 @@ _IN_SCRIPT = re.compile(
 )
 _DISCARDED = "Transaction discarded because of: "
 _CODE = re.compile(r"(?!ACL )[A-Z][A-Z0-9]*(?=\s|$)")
-"""Matches an error code. `ACL failure in script` is excluded: redis-py removes the `ERR` before it."""
+"""Matches an error code. `ACL failure in script` is excluded: its code was `ERR`, which redis-py removed."""
 
 
 def reply_of(error: redis.RedisError) -> str:

@@ -187,7 +187,7 @@ class AdapterCache(Generic[W]):
     def _fit_slots(self, num_bytes: int) -> None:
         """Limits the number of slots after an adapter of `num_bytes` was added.
 
-        If all slots held adapters of the largest known size, they must not exceed `max_num_slot_bytes`.
+        Even if all slots held adapters of the largest known size, they would not exceed `max_num_slot_bytes`.
         """
         self._largest_num_bytes = max(self._largest_num_bytes, num_bytes)
         if self._max_num_slot_bytes is not None and self._largest_num_bytes:

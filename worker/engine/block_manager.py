@@ -28,7 +28,7 @@ class BlockManager:
         shares_prefixes: bool = True,
         shares_between_tenants: bool = False,
     ) -> None:
-        """With `shares_between_tenants`, sequences share blocks if their salts are equal, for all tenants."""
+        """With `shares_between_tenants`, all tenants share blocks, if the sequences have the same salt."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._shares_prefixes = shares_prefixes

@@ -15,7 +15,7 @@ if one is invalid. If no character was complete before, the invalid byte is amon
 NUM_OPEN_TOKENS = 3
 """Number of tokens at the end of a text that may still become a part of a character."""
 MAX_NUM_PENDING = 16
-"""Number of unreleased tokens from which on those in their middle are dropped from the window."""
+"""Number of unreleased tokens; if there are more, those in the middle are dropped from the window."""
 
 
 def _is_never_silent(token_id: int) -> bool:
@@ -34,7 +34,7 @@ class Detokenizer:
     """
 
     def __init__(self, decode: Decode, is_silent: Callable[[int], bool] = _is_never_silent) -> None:
-        """`is_silent` tells the tokens that `decode` skips, such as special tokens and unknown ids."""
+        """`is_silent`: true for tokens that `decode` skips, such as special tokens and unknown ids."""
         self._decode = decode
         self._is_silent = is_silent
         # The window starts with tokens whose text was released already: decoders strip the leading space of a
@@ -71,9 +71,9 @@ class Detokenizer:
         self._num_released = len(self._decode(self._window))
 
     def _shorten(self, text: str, whole: str) -> None:
-        """Drops tokens from the middle of the window, whose text is `whole` and then only `REPLACEMENT`.
+        """Drops tokens from the middle of the window. The window's text is `whole`, then only `REPLACEMENT`.
 
-        If the window kept all tokens without a character, each further token would take longer than the last.
+        If the window kept all tokens without a character, decoding would take longer with each further token.
         """
         num_first = self._num_old_tokens + NUM_DECISIVE_TOKENS
         window = self._window[:num_first] + self._window[-NUM_OPEN_TOKENS:]
@@ -89,7 +89,7 @@ class StopChecker:
 
     The result does not depend on the pieces in which the text arrives. If two stop strings end at the same
     character, the text is cut before the longer one, which starts earlier. A stop string may contain special
-    tokens: their text, a mark, is compared with the stop strings, but never released.
+    tokens. The text of a special token, called a mark, is compared with the stop strings, but never released.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -100,11 +100,10 @@ class StopChecker:
         """Start and end of each mark within the held text."""
 
     def add(self, text: str, mark: str = "") -> tuple[str, bool]:
-        """Returns the text that may be released now, and True if a stop string was found, which ends it.
+        """Returns the text that may be released now, and True if a stop string was found and ends the text.
 
         A piece of text that may be the start of a stop string is held back until the following text shows
-        whether it is.
-        `mark` is the text of a special token that follows `text`, or empty.
+        whether it is. `mark` is the text of a special token that follows `text`, or empty.
         """
         if not self._stop:
             return text, False
@@ -122,7 +121,7 @@ class StopChecker:
         return self._release(self._held, len(self._held), keeps=False)
 
     def _release(self, text: str, num_released: int, *, keeps: bool) -> str:
-        """Returns the first characters of `text` without marks; holds the others back if it `keeps` them."""
+        """Returns the first characters of `text` without marks; with `keeps`, holds the others back."""
         self._held = text[num_released:] if keeps else ""
         if not self._marks:
             return text[:num_released]

@@ -49,7 +49,7 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs, or waits while its adapter is not being read. A step may run nothing."""
+        """False if there is no sequence, or if all wait while their adapters are read; see `Engine`."""
         return self._scheduler.has_work
 
     @property

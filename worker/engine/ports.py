@@ -8,7 +8,7 @@ then:
 * list the engine's package in `pyproject.toml`, with the imports that this package may have
 * compute weights versions with `worker/model/versions.py`, which needs no torch: with other versions, the
   registry would refuse the engine's models, and no request could move between the engines
-* pass `tests/unit/worker/engine/test_engine_contract.py`
+* let the engine pass `tests/unit/worker/engine/test_engine_contract.py`
 
 To run `BatchingEngine` on another kind of model, write a class with the methods of `Model`.
 """
@@ -180,7 +180,10 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence runs, or waits while its adapter is not being read. A step may run nothing."""
+        """False if there is no sequence, or if all sequences wait while their adapters are read from disk.
+
+        Even if this is true, a step may run nothing; see `is_stalled`.
+        """
         ...
 
     @property

@@ -55,7 +55,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True if a sequence is running, or waits while its adapter is not being read from disk."""
+        """False if there is no sequence, or if all sequences wait while their adapters are read from disk."""
         is_loading = self._adapters.is_loading
         return bool(self._running) or any(not is_loading(seq.adapter_name) for seq in self._waiting)
 
@@ -75,7 +75,7 @@ class Scheduler:
         )
 
     def isolate(self, request_id: str | None) -> None:
-        """Isolates a request: until `run_isolated`, no request runs, then only this one. None ends this."""
+        """Isolates a request: until `run_isolated`, no request runs, then only this one. None: ends that."""
         self._isolated = request_id
         self._may_run_isolated = False
 

@@ -114,7 +114,7 @@ class Sequence:
     num_cached_tokens: int | None = None
     """Number of prompt tokens found in the prefix cache when the sequence first ran; None before that."""
     output_counts: TokenCounts = field(default_factory=TokenCounts)
-    """Counts of the first output tokens; if there are penalties, `logit_adjustments` counts the others."""
+    """Counts of the output tokens that `logit_adjustments` has counted so far; empty without penalties."""
 
     @property
     def prompt_key(self) -> tuple[str, int]:

@@ -58,7 +58,7 @@ class LoadedAdapter:
     version: str
     """SHA-256 (hex) of the adapter's config and weights."""
     layers: Mapping[str, LayerWeights]
-    """The weights, by the name of the Linear in the model that they change."""
+    """The weights for each Linear that the adapter changes, by the Linear's name in the model."""
 
 
 class _Problem(Exception):
@@ -234,7 +234,10 @@ _layers_by_config: WeakKeyDictionary[nn.Module, dict[str, dict[str, _ExpectedLay
 
 
 def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """Returns the result of `_expected_layers`, cached by config: this call takes most of a read's time."""
+    """Returns the result of `_expected_layers`, cached by config.
+
+    Without the cache, `_expected_layers` would take most of the time of reading an adapter.
+    """
     known = _layers_by_config.setdefault(model, {})
     # PEFT writes sets as lists in random order; without sorting, equal configs would have different keys.
     relevant = {
@@ -252,7 +255,7 @@ def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> 
 
 
 def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """Returns the layers that PEFT changes when it applies the config to a copy of the model on `meta`."""
+    """Returns the layers that PEFT changes if it applies the config to the model (a copy on `meta`)."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear, LoraLayer
 

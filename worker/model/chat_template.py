@@ -1,4 +1,4 @@
-"""A model's chat template: turns messages into text, and tells which of it a client wrote."""
+"""A model's chat template: turns messages into text, and tells which characters a client wrote."""
 
 import json
 import secrets
@@ -17,14 +17,15 @@ DEVELOPER = "developer"
 _PROBE = "lorelay probe"
 _PROBED_CALL = {"name": "look", "arguments": '{"probe": "lorelay"}'}
 _CUT = f"CUT{secrets.token_hex(8)} "
-"""Marks the end of the last message, if the answer continues it. The space tells if the template strips."""
+"""Text put at the end of the last message if the answer continues this message; in the rendered chat, it
+shows where the message ends. If its last character, a space, is missing, the template strips messages."""
 
 
 class ChatTemplate:
     """A chat template in jinja2's language, and the form of messages that it reads."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any], render: Render = render) -> None:
-        """Finds out how the template reads content and the arguments of tool calls, by rendering it.
+        """Renders probes, to find out in which form the template reads content and tool calls' arguments.
 
         Raises:
             TemplateError: the template has a wrong syntax.
@@ -37,13 +38,13 @@ class ChatTemplate:
         self._reads_arguments_as_text = self._wants_text()
 
     def render(self, messages: Messages, inputs: TemplateInputs) -> Rendered:
-        """Returns the text of a chat, up to the header of the answer, or to the end of the last message.
+        """Returns the text of a chat, up to the header of the answer or the end of the message to continue.
 
         Raises:
             InvalidRequest: the template refuses the chat.
         """
         try:
-            # With a copy of the last message that ends in `_CUT`, its end can be found in the text.
+            # The last message gets `_CUT` at its end, by which `_cut` finds this end in the rendered text.
             shown = _with_cut(messages) if inputs.continue_final_message else messages
             rendered = self._call(self._prepare(shown), inputs)
         except InvalidRequest:
@@ -97,11 +98,14 @@ class ChatTemplate:
     def _shows(self, text: str, *, parts: bool) -> bool:
         content = [{"type": "text", "text": text}] if parts else text
         user = {"role": "user", "content": content}
-        # Some templates refuse chats without instructions, and others chats with instructions.
+        # Some templates refuse chats without a system message, and others chats with one.
         return any(text in self._try(chat) for chat in ([user], [{**user, "role": "system"}, user]))
 
     def _wants_text(self) -> bool:
-        """True if the template concatenates arguments with text, as DeepSeek's do, or prints them."""
+        """True if the template expects a tool call's arguments as JSON text, as DeepSeek's templates do.
+
+        With a mapping, such a template fails, or prints the mapping as Python does.
+        """
         text = _PROBED_CALL["arguments"]
         shown = []
         for arguments in (decode_arguments(text), text):
@@ -126,7 +130,7 @@ class ChatTemplate:
         return text in as_text and (not as_mapping or str(decode_arguments(text)) in as_mapping)
 
     def _try(self, messages: Messages) -> str:
-        """Renders a chat; returns nothing if the template refuses it."""
+        """Returns the text of a chat; an empty text if the template refuses the chat."""
         try:
             return self._call(messages, TemplateInputs()).text
         except Exception:  # whatever a template raises, it doesn't read this form
@@ -134,9 +138,9 @@ class ChatTemplate:
 
 
 def decode_arguments(arguments: Any) -> Any:
-    """Decodes the arguments of a tool call: a JSON object becomes a dict, null or nothing an empty one.
+    """Decodes the arguments of a tool call. Text with a JSON object becomes a dict.
 
-    Any other text stays as it is.
+    None, `null` and blank text become an empty dict. Any other text stays as it is.
     """
     if arguments is None:
         return {}

@@ -1,4 +1,4 @@
-"""Encodes rendered chats so that only the chat template's own control tokens become tokens."""
+"""Encodes rendered chats so that only the chat template's control tokens become tokens, not a client's."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _IN_BRACKETS = re.compile(r"<[^ ]+>|\[[^ ]+\]|\{[^ ]+\}")
 _HTML = re.compile(
     r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|ul|ol|li|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|a|p|br|div|span)>"
 )
-"""Elements of HTML, which are words of Gemma's vocabulary."""
+"""HTML tags that are ordinary words of Gemma's vocabulary."""
 _NO_COPY = "it contains a control token, which this model's tokenizer can't encode as text; leave it out"
 _NO_WORDS = {
     "model": {"type": "WordLevel", "vocab": {"\ue002": 0}, "unk_token": "\ue002"},
@@ -25,14 +25,14 @@ _NO_WORDS = {
     "post_processor": None,
     "decoder": None,
 }
-"""The parts of a tokenizer that only finds added tokens."""
+"""Replaced parts of a tokenizer's state, with which the tokenizer finds only added tokens."""
 
 
 def control_tokens(backend: FastTokenizer, template: str) -> dict[int, str]:
     """Returns ids and texts of a tokenizer's control tokens.
 
-    These are all special tokens, and of the other added tokens those that the template contains or that stand
-    in brackets. The rest, such as runs of spaces or words, are ordinary vocabulary.
+    All special tokens are control tokens, and so is any other added token that stands in brackets or that the
+    template contains. The remaining added tokens, such as runs of spaces or words, are ordinary vocabulary.
     """
     return {
         token_id: token.content
@@ -51,7 +51,7 @@ class ControlTokens:
     """Encodes text of which a client wrote a part. Methods may be called from any thread."""
 
     def __init__(self, backend: FastTokenizer, template: str) -> None:
-        """Takes a tokenizer, which must not change any more."""
+        """`backend`: a tokenizer that does not change any more. `template`: text of its chat templates."""
         self._backend = backend
         self._texts = control_tokens(backend, template)
         known = backend.get_added_tokens_decoder()
@@ -62,8 +62,8 @@ class ControlTokens:
     def encode(self, text: str, mask: bytes, *, add_special_tokens: bool = False) -> list[int]:
         """Returns the token ids of a text.
 
-        A control token that has a character of the client's is encoded as the text that it is. If there is
-        none, the ids are those of the tokenizer itself.
+        `mask` tells which characters a client wrote. A control token of which a client wrote any character is
+        encoded as ordinary text. If there is no such token, the ids are the tokenizer's own.
 
         Raises:
             ValueError: the text has such a token, but this tokenizer can't encode it as text.
@@ -86,7 +86,7 @@ class ControlTokens:
                 yield token_id, start, end
 
     def _copied(self) -> "_Copy":
-        """Returns the copy; it is made for the first text that needs it, as it takes a second and memory."""
+        """Returns the copy, which is made when a text first needs it: it takes a second, and memory."""
         with self._lock:
             if self._copy is None:
                 self._copy = _make_copy(self._backend, self._texts)
@@ -94,15 +94,15 @@ class ControlTokens:
 
 
 class _Copy(NamedTuple):
-    """A tokenizer that knows control tokens only by texts that no client can guess."""
+    """A tokenizer that finds control tokens only by their stand-ins, texts that no client can guess."""
 
     backend: FastTokenizer
     own_ids: dict[int, int]
-    """The copied tokenizer's ids of added tokens, mapped to the original tokenizer's."""
+    """Id of each added token in the copy → its id in the original tokenizer."""
     finder: FastTokenizer
     """A tokenizer with the original's added tokens, and no words: it finds control tokens quickly."""
     by_found: dict[int, str]
-    """The stand-ins by the ids of the finder."""
+    """Id of each control token in `finder` → its stand-in."""
 
     def with_stand_ins(self, text: str, mask: bytes) -> str:
         """Replaces the control tokens that the template wrote by their stand-ins."""
@@ -121,7 +121,7 @@ class _Copy(NamedTuple):
 
 
 def _make_copy(backend: FastTokenizer, texts: dict[int, str]) -> _Copy:
-    """Copies a tokenizer, with stand-ins for these control tokens, whose texts it then encodes as any text.
+    """Copies a tokenizer; the copy knows stand-ins for control tokens, and encodes their `texts` as any text.
 
     Raises:
         ValueError: the tokenizer can't be copied.
@@ -162,13 +162,13 @@ def _make_copy(backend: FastTokenizer, texts: dict[int, str]) -> _Copy:
 
 
 def _rename(model: dict[str, Any], removed: set[str]) -> None:
-    """Gives control tokens that are in a model's vocabulary names that no text contains."""
+    """Renames the `removed` control tokens in a tokenizer model's vocabulary, so that no text has them."""
 
     def other(word: str) -> str:
         return f"\ue000{word}\ue001" if word in removed else word
 
     if isinstance(model["vocab"], list):
-        # Unigram: any word of the vocabulary is found in text, and the words of control tokens are likely.
+        # Unigram: any word of the vocabulary can be found in text, and words of control tokens are likely.
         model["vocab"] = [[other(word), score] for word, score in model["vocab"]]
         return
     model["vocab"] = {other(word): token_id for word, token_id in model["vocab"].items()}

@@ -1,8 +1,8 @@
-"""Chat templates rendered so that the result tells which of its characters a client wrote.
+"""Renders chat templates so that marks in the result tell which of its characters a client wrote.
 
-The sandbox of transformers is kept: filters, functions and extensions are those of its own environment. All
-that a template can do to a string goes through an operator, a method, a filter or the output, and each of
-these is covered here. An operation whose effect on the marks is not known gives text of the client's.
+A template runs in a sandbox as in transformers, with the filters, functions and extensions of transformers.
+It can change a string only by operators, methods, filters and its output, and all of these are covered here.
+If the effect of an operation on the marks is not known, all of its result counts as the client's.
 """
 
 import functools
@@ -30,7 +30,7 @@ class Rendered(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def compile_template(source: str) -> Any:
-    """Compiles a chat template; raises jinja2's errors if it has a wrong syntax."""
+    """Compiles a chat template; raises jinja2's errors if the template has a wrong syntax."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     theirs = _compile_jinja_template(source).environment
@@ -48,9 +48,9 @@ def compile_template(source: str) -> Any:
 
 
 def render(source: str, own: Mapping[str, Any], client: Mapping[str, Any]) -> Rendered:
-    """Renders a chat template with variables of its own, and with those whose text a client wrote.
+    """Renders a chat template; it is a program, and may raise any exception.
 
-    A template is a program, and may raise any exception.
+    `own`: variables whose text counts as the template's. `client`: variables whose text a client wrote.
     """
     text = compile_template(source).render({**{name: mark(value) for name, value in client.items()}, **own})
     return Rendered(str.__add__("", text), mask_of(text))
@@ -82,14 +82,14 @@ class _MarkingEnvironment(ImmutableSandboxedEnvironment):
         return join(map(_finalize, values))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Calls a function, a macro, or a method."""
+        """Calls a function, a macro or a method, and marks the result."""
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if type(owner) is str and name in _OWN_STRING_METHODS:
             __obj = getattr(MarkedText(owner, mask_of(owner)), name)
         return _mark_result(super().call, (__context, __obj, *args), kwargs, owner, __obj)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Returns a function that does the same as `str.format`, in the sandbox."""
+        """Returns a function that does the same as `str.format`, but in the sandbox, and keeps marks."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None or isinstance(value.__self__, MarkedText):
             return wrapped
@@ -98,7 +98,7 @@ class _MarkingEnvironment(ImmutableSandboxedEnvironment):
         )
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Applies `%`: to strings, it formats."""
+        """Applies the operator `%`, which formats a string if `left` is one."""
         operation = self.binop_table[operator]
         if type(left) is str and is_marked(right):
             return keep_marks(operation, left, right)
@@ -114,7 +114,7 @@ def _mark_result(
 
 
 def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a filter, so that its result is the client's if an argument is."""
+    """Wraps a filter, so that its result counts as the client's if an argument has text of the client."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _mark_plain(result: Any, sources: Any) -> Any:
-    """Marks a plain string, or a list of them, if any of the values that it was made from is marked."""
+    """Marks a result, a plain string or a list of them, as the client's if any of its `sources` is marked."""
     if isinstance(result, str):
         is_plain = not isinstance(result, MarkedText)
         return MarkedText(str.__add__("", result)) if is_plain and is_marked(sources) else result

@@ -9,7 +9,7 @@ OWN, CLIENT = b"\0", b"\1"
 """The two values in a mask: a character of the chat template, and one that a client wrote."""
 
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
-"""The roles that a request can name; none of them is a client's own text."""
+"""The roles that a message can have; they do not count as text of the client."""
 
 
 class MarkedText(str):
@@ -22,7 +22,7 @@ class MarkedText(str):
     mask: bytes
 
     def __new__(cls, text: str, mask: bytes | None = None) -> Self:
-        """Marks `text` with `mask`, or all of it as the client's."""
+        """Marks `text` with `mask`; without a mask, all of the text is the client's."""
         marked = super().__new__(cls, text)
         marked.mask = CLIENT * len(text) if mask is None else mask
         return marked
@@ -118,7 +118,7 @@ class MarkedText(str):
         return tuple(found)
 
     def _find(self, pieces: Iterable[str], separator_length: int) -> list["MarkedText"]:
-        """Marks pieces with separators of this length between them, or with white space if it is 0."""
+        """Marks pieces between which there are separators of this length; 0 means any white space."""
         found: list[MarkedText] = []
         position = 0
         for piece in pieces:
@@ -129,7 +129,7 @@ class MarkedText(str):
 
 
 def mask_of(text: str) -> bytes:
-    """Returns the mask of a string; a plain one is the template's."""
+    """Returns the mask of a string; a plain string is the template's."""
     return text.mask if isinstance(text, MarkedText) else OWN * len(text)
 
 
@@ -141,9 +141,9 @@ def join(pieces: Iterable[str], separator: str = "") -> MarkedText:
 
 
 def mark(value: Any) -> Any:
-    """Returns a copy of JSON data in which all strings, also the keys of objects, are the client's.
+    """Returns a copy of JSON data in which all strings are marked as the client's, except messages' roles.
 
-    Roles are none of a client's text.
+    The keys of objects are marked, too.
     """
     if isinstance(value, str):
         return MarkedText(value)
@@ -155,7 +155,7 @@ def mark(value: Any) -> Any:
 
 
 def _is_role(key: str, value: Any) -> bool:
-    """True for the role of a message: some templates make a control token of it."""
+    """True for the role of a message, of which some templates make a control token."""
     return key == "role" and value in ROLES
 
 
@@ -171,7 +171,7 @@ def is_marked(value: Any) -> bool:
 
 
 def keep_marks(operation: Callable[..., Any], template: str, *args: Any, **kwargs: Any) -> Any:
-    """Formats `template` with arguments, and marks these where the result contains them unchanged."""
+    """Formats `template` with arguments, whose marks stay where the result contains them unchanged."""
     nonce = secrets.token_hex(8)
     texts: list[MarkedText] = []
 

@@ -171,8 +171,10 @@ def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Returns the largest entries, sorted, and their indices: (num_rows, count) each; lower indices first
-    among equal entries."""
+    """Returns the largest entries in descending order, and their indices: (num_rows, count) each.
+
+    Equal entries are in the order of their indices.
+    """
     values, indices = scaled.topk(count, dim=-1)
     indices, order = indices.sort(dim=-1)
     values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)

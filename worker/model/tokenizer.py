@@ -23,7 +23,7 @@ class Tokenizer:
     ) -> None:
         """Wraps `backend`, a transformers tokenizer with a chat template.
 
-        With `parses_control_tokens`, the text of a control token in a message or prompt is that token.
+        With `parses_control_tokens`, the text of a control token in a message or prompt becomes that token.
 
         Raises:
             TemplateError: the chat template has a wrong syntax.

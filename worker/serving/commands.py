@@ -26,9 +26,9 @@ class Commands(NamedTuple):
     drop: Sequence[str] = ()
     """Ids of requests that this worker does not own any more; they end without an event."""
     run_isolated: bool = False
-    """True if Redis has recorded that the isolated request runs alone: then its steps may begin."""
+    """True if Redis has recorded that the isolated request runs alone, so that its steps may begin."""
     end_isolation: bool = False
-    """True if the isolated request ran enough steps without a crash: then others may run again, too."""
+    """True if the isolated request ran enough steps without a crash, so that others may run again, too."""
 
 
 Inbox = queue.SimpleQueue[Commands]

@@ -19,7 +19,7 @@ class Failure:
 
     @property
     def is_crash(self) -> bool:
-        """True if the error counts as a crash, because a request may have caused it: any but Redis errors."""
+        """True if the error may be due to a request, and counts as a crash: any error that is not Redis's."""
         return self.error is not None and not isinstance(self.error, redis.RedisError)
 
     def report(self, error: BaseException) -> None:

@@ -82,7 +82,7 @@ class Heartbeat:
             self._connected_since = now
         if connected_s >= self._settings.lease_s:
             self._reap()
-        # One heartbeat suffices here instead of a lease: live workers then have written their models again.
+        # One heartbeat suffices here, not a whole lease: in that time, live workers write their models again.
         if connected_s >= self._settings.heartbeat_s:
             self._end_unserved()
         if now - self._swept_at >= self._settings.sweep_s:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import MutableMapping
 
 COMPILER = "g++"
-"""The kernels' compiler. It has PyTorch's OpenMP; the threads of another one would compete for the cores."""
+"""The kernels' compiler. It has PyTorch's OpenMP; threads of a second OpenMP would compete for the cores."""
 
 _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _SPIN_COUNT = 1000
