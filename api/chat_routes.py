@@ -17,7 +17,7 @@ from api.contract.server_events import DONE, render_resumption
 from api.contract.steps import StepRunner, Steps, each
 from api.contract.strict import parsed
 from api.exchange_log import exchange_of
-from api.generation import check_resumable, model_in, new_request, resume_position, wants_detach
+from api.generation import Chat, check_resumable, model_in, new_request, resume_position, wants_detach
 from api.relay.relay import Relay
 from api.responses import GenerationCall, GenerationResponse
 from shared.errors import InvalidRequest, RequestNotFound
@@ -53,7 +53,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             card,
             settings,
             sampling=body.to_sampling(),
-            messages=messages,
+            chat=Chat(messages, body.to_template_inputs()),
             tenant=client.tenant,
             cache_salt=body.cache_salt,
             detached=wants_detach(request),

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute
 from starlette.staticfiles import StaticFiles
 
 from api.chat_routes import ABORT, CHAT_COMPLETIONS, RESUME, Deleted
+from api.contract import field_table
 from api.contract.chat_answer import ChatCompletion, ChatCompletionChunk
 from api.contract.chat_request import ChatCompletionRequest
 from api.errors import ErrorEnvelope
@@ -103,6 +104,10 @@ def build_schema(routes: list[BaseRoute]) -> dict[str, Any]:
 def _component_schemas() -> dict[str, Any]:
     body = ChatCompletionRequest.model_json_schema(ref_template=REFERENCE.format("{model}"))
     parts = body.pop("$defs")
+    for model in field_table.MODELS.values():
+        properties = (body if model is ChatCompletionRequest else parts[model.__name__])["properties"]
+        for row in field_table.rows(model):
+            properties[row.name]["description"] = row.text
     _, answers = msgspec.json.schema_components(
         [*(cls for answer in ANSWERS.values() for cls in answer.values()), ErrorEnvelope],
         ref_template=REFERENCE.format("{name}"),

@@ -3,18 +3,25 @@
 import re
 import time
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request
 
 from shared.errors import InvalidRequest
-from shared.messages import GenerationRequest, ModelCard, SamplingParams
+from shared.messages import GenerationRequest, ModelCard, SamplingParams, TemplateInputs
 from shared.queue.api_streams import FoundRequest
 from shared.settings import ApiSettings
 
 DETACH = "X-Lorelay-Detach"
 LAST_EVENT_ID = "Last-Event-ID"
+
+
+class Chat(NamedTuple):
+    """All that the chat template gets of a request."""
+
+    messages: list[dict[str, Any]]
+    inputs: TemplateInputs
 
 
 def new_request(
@@ -23,7 +30,7 @@ def new_request(
     settings: ApiSettings,
     *,
     sampling: SamplingParams,
-    messages: list[dict[str, Any]],
+    chat: Chat,
     tenant: str,
     cache_salt: str | None,
     detached: bool,
@@ -33,7 +40,8 @@ def new_request(
         request_id=f"{id_prefix}-{uuid.uuid4().hex}",
         model=card.name,
         base=card.base,
-        messages=messages,
+        messages=chat.messages,
+        template_inputs=chat.inputs,
         sampling=sampling,
         adapter_name=card.adapter_name,
         adapter_version=card.version if card.adapter_name is not None else None,

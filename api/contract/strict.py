@@ -1,10 +1,9 @@
 """Checks request bodies with strict pydantic models, and raises Lorelay's exceptions for their errors."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from api.contract.json_body import decoded
@@ -20,7 +19,7 @@ MAX_PARAM_LENGTH = 100
 
 
 class StrictModel(BaseModel):
-    """Base class of request models: no coercion (`true` and `1.0` are no ints), no unknown fields, no NaN."""
+    """Base class of request models: no coercion (`true` and `"1"` are no ints), no unknown fields, no NaN."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
@@ -36,7 +35,7 @@ class StrictModel(BaseModel):
         return value
 
 
-MAX_NUM_FIELDS = 100
+MAX_NUM_FIELDS = 250
 """A limit above the number of fields of every model."""
 MAX_NUM_ITEMS = 1_000
 
@@ -64,25 +63,9 @@ BOUNDED = at_most(MAX_NUM_ITEMS)
 Model = TypeVar("Model", bound=StrictModel)
 
 
-def neutral(*values: Any) -> AfterValidator:
-    """Creates the validator of a field that OpenAI, lmdeploy or vLLM has and Lorelay does not serve.
-
-    None and `values` are accepted, because they mean the same as leaving the field out. Any other value of
-    the right type is refused as unsupported. To serve a field, remove its validator.
-    """
-    served = " or ".join(json.dumps(value) for value in values or (None,))
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in values:
-            raise unsupported(f"only {served} is served here")
-        return value
-
-    return AfterValidator(check)
-
-
-def unsupported(message: str) -> PydanticCustomError:
-    """Creates the error that a validator raises for a value that OpenAI allows and Lorelay does not serve."""
-    return PydanticCustomError(UNSUPPORTED, "{text}", {"text": message})
+def unsupported(message: str, *, field: str | None = None) -> PydanticCustomError:
+    """Creates the error for a value that OpenAI allows and Lorelay does not serve; see `invalid`."""
+    return PydanticCustomError(UNSUPPORTED, "{text}", {"text": message, "field": field})
 
 
 def invalid(message: str, *, field: str | None = None) -> PydanticCustomError:

@@ -11,7 +11,7 @@ import openai
 import pytest
 import redis
 
-from shared.messages import FinishReason
+from shared.messages import FinishReason, TemplateInputs
 from tests.integration.api_harness import (
     ADAPTER,
     CHAT,
@@ -188,6 +188,9 @@ async def test_a_worker_sees_all_that_the_client_asked_for(api: ApiServer, worke
         "stop": ["x", "y"],
         "seed": 11,
         "cache_salt": "of one chat",
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": "none",
+        "chat_template_kwargs": {"enable_thinking": False},
     }
     async with httpx.AsyncClient(base_url=api.url) as client:
         asking = asyncio.create_task(client.post(CHAT, json=body))
@@ -206,6 +209,8 @@ async def test_a_worker_sees_all_that_the_client_asked_for(api: ApiServer, worke
     assert (sampling.max_tokens, sampling.min_tokens, sampling.ignore_eos) == (8, 2, True)
     assert (sampling.stop, sampling.seed) == (("x", "y"), 11)
     assert request.cache_salt == "of one chat"
+    tools: list[dict[str, object]] = [{"type": "function", "function": {"name": "f"}}]
+    assert request.template_inputs == TemplateInputs(tools, {"enable_thinking": False})
     assert answer["id"] == request.request_id
     assert answer["choices"][0]["finish_reason"] == "length"
 

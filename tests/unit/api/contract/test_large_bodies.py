@@ -1,8 +1,10 @@
 """Bodies that take long to read: of many values, of many wrong ones, of long texts."""
 
 import asyncio
+import gc
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +24,18 @@ MANY = {f"k{number}": 1 for number in range(100_000)}
 FEW = dict.fromkeys(list(MANY)[:10_000], 1)
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
 PART = {"type": "text", "text": ""}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {name: {"a": [1, 2.5]} for name in list(MANY)[:60]}},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_old_objects() -> Iterator[None]:
+    """Keeps garbage collection away from the objects of other tests, as an API process does."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -53,6 +67,7 @@ REFUSED = {
 ACCEPTED = {
     "many messages": chat(*[{"content": "x" * 300}] * 10_000),
     "many calls": chat(*[{"role": "assistant", "tool_calls": [CALL] * 5}] * 1_000),
+    "large tools": body(tool_choice="none", tools=[TOOL] * 128),
     "a text of commas": chat({"content": ",[{" * 1_000_000}),
     "a text of escapes": chat({"content": '\\",' * 600_000}),
     "texts that end in a backslash": chat(*[{"content": "\\"}, {"content": ',\\"' * 20}] * 5_000),
@@ -104,14 +119,14 @@ async def test_a_long_valid_body_is_read_in_steps(name: str) -> None:
 @pytest.mark.parametrize(
     "value", [[0] * 10_000, FEW, [FEW], [[0] * 10_000]], ids=["0s", "{}", "[{}]", "[[]]"]
 )
-@pytest.mark.parametrize("field", [*ChatCompletionRequest.model_fields, "unknown"])
-def test_no_field_builds_an_error_for_each_of_many_values(field: str, value: Any) -> None:
-    num_errors = 0
-    try:
-        ChatCompletionRequest.model_validate(body(**{field: value}))
-    except ValidationError as error:
-        num_errors = error.error_count()
-    assert num_errors <= 1_001
+def test_no_field_builds_an_error_for_each_of_many_values(value: Any) -> None:
+    for field in [*ChatCompletionRequest.model_fields, "unknown"]:
+        num_errors = 0
+        try:
+            ChatCompletionRequest.model_validate(body(**{field: value}))
+        except ValidationError as error:
+            num_errors = error.error_count()
+        assert num_errors <= 1_001, field
 
 
 def test_the_number_of_values_that_a_body_may_have_is_exact() -> None:

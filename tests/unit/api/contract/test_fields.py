@@ -1,0 +1,295 @@
+"""Every field that a client may send is known: served, without effect, or refused by name."""
+
+import json
+import re
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from openai.resources.chat.completions import Completions
+from openai.types import chat
+from openai.types.chat import completion_create_params as params
+from pydantic import BaseModel
+
+from api.contract.chat_messages import ChatMessage, FunctionCall, TextPart, ToolCall
+from api.contract.chat_request import ChatCompletionRequest, StreamOptions
+from api.contract.chat_tools import FunctionDefinition, Tool
+from api.contract.field_table import MODELS, as_markdown, rows
+from api.contract.fields import Only
+from api.contract.strict import StrictModel, parse
+from api.contract.unserved import CacheOptions
+from shared.errors import InvalidRequest, UnsupportedParameter
+
+DOCS = Path(__file__).parents[4] / "docs/fields.md"
+NOT_IN_A_BODY = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def body_with(model: type[StrictModel], fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns a valid body to which `fields` are added at the place of `model`."""
+    message: dict[str, Any] = {"role": "assistant", "content": "hi"}
+    body: dict[str, Any] = {"model": "m", "stream": True, "tool_choice": "none", "messages": [message]}
+    if model is ChatCompletionRequest:
+        body |= fields
+    elif model is StreamOptions:
+        body["stream_options"] = fields
+    elif model is CacheOptions:
+        body["prompt_cache_options"] = fields
+    elif model is ChatMessage:
+        message |= fields
+    elif model is TextPart:
+        message["content"] = [{"type": "text", "text": "hi"} | fields]
+    elif model is ToolCall:
+        message["tool_calls"] = [CALL | fields]
+    elif model is FunctionCall:
+        message["function_call"] = {"name": "f", "arguments": "{}"} | fields
+    elif model is Tool:
+        body["tools"] = [TOOL | fields]
+    elif model is FunctionDefinition:
+        body["tools"] = [{"type": "function", "function": {"name": "f"} | fields}]
+    return body
+
+
+def parse_body(body: dict[str, Any]) -> ChatCompletionRequest:
+    return parse(ChatCompletionRequest, json.dumps(body).encode())
+
+
+def parse_text(name: str, written: str) -> ChatCompletionRequest:
+    """Parses a body with a field whose value is written so."""
+    body = json.dumps(body_with(ChatCompletionRequest, {name: "VALUE"}))
+    return parse(ChatCompletionRequest, body.replace('"VALUE"', written).encode())
+
+
+def refusal(model: type[StrictModel], fields: dict[str, Any]) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_body(body_with(model, fields))
+    return caught.value
+
+
+def fields_of_client(*types: Any) -> set[str]:
+    """Returns the names of the fields of OpenAI's types for a place in the body."""
+    names: set[str] = set()
+    for one in types:
+        fields = one.model_fields if isinstance(one, type) and issubclass(one, BaseModel) else None
+        names |= set(get_type_hints(one) if fields is None else fields)
+    return names
+
+
+OFFICIAL = {
+    ChatCompletionRequest: fields_of_client(
+        params.CompletionCreateParamsNonStreaming, params.CompletionCreateParamsStreaming
+    )
+    | set(signature(Completions.create).parameters) - NOT_IN_A_BODY,
+    StreamOptions: fields_of_client(chat.ChatCompletionStreamOptionsParam),
+    CacheOptions: fields_of_client(params.PromptCacheOptions),
+    ChatMessage: fields_of_client(
+        *get_args(chat.ChatCompletionMessageParam),
+        chat.ChatCompletionMessage,
+        chat.ParsedChatCompletionMessage,
+    ),
+    TextPart: fields_of_client(chat.ChatCompletionContentPartTextParam),
+    ToolCall: fields_of_client(
+        chat.ChatCompletionMessageFunctionToolCallParam, chat.chat_completion_chunk.ChoiceDeltaToolCall
+    ),
+    FunctionCall: fields_of_client(
+        chat.chat_completion_message_function_tool_call_param.Function, chat.ParsedFunction
+    ),
+    Tool: fields_of_client(chat.ChatCompletionFunctionToolParam),
+    FunctionDefinition: fields_of_client(
+        chat.completion_create_params.Function,
+        get_type_hints(chat.ChatCompletionFunctionToolParam)["function"],
+    ),
+}
+"""The fields of the installed official client, by the model that must know them."""
+
+
+@pytest.mark.parametrize("model", list(MODELS.values()))
+def test_each_field_of_the_official_client_is_known(model: type[StrictModel]) -> None:
+    unknown = OFFICIAL[model] - {row.name for row in rows(model)}
+    assert not unknown, f"add a row for each of {sorted(unknown)} to {model.__name__}, and to docs/fields.md"
+
+
+def test_the_docs_have_the_table_of_the_code() -> None:
+    written = DOCS.read_text().partition("<!-- table -->\n\n")[2]
+    assert written == as_markdown(), "replace the tables by field_table.as_markdown()"
+
+
+def refused_fields(model: type[StrictModel]) -> Iterator[tuple[str, Only]]:
+    for name, field in model.model_fields.items():
+        for marker in field.metadata:
+            if isinstance(marker, Only):
+                yield name, marker
+
+
+@pytest.mark.parametrize("model", list(MODELS.values()))
+def test_a_refused_field_passes_with_the_values_that_mean_the_same_as_none(model: type[StrictModel]) -> None:
+    for name, marker in refused_fields(model):
+        for value in (None, *marker.values):
+            parse_body(body_with(model, {name: value}))
+
+
+@pytest.mark.parametrize("model", list(MODELS.values()))
+def test_a_refused_field_is_named_with_any_other_value(model: type[StrictModel]) -> None:
+    for name, marker in refused_fields(model):
+        for value in ("x y", True, False, 7, 0.5, ["x"], {"x": 1}):
+            if value not in marker.values:
+                error = refusal(model, {name: value})
+                assert name in re.split(r"[.\[]", str(error.param)), (value, error.param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"priority": False},
+        {"best_of": True},
+        {"repeat_penalty": "1"},
+        {"echo": 0},
+        {"lora": {}},
+        {"grammar": []},
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_than_the_accepted_one_is_refused(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    error = refusal(ChatCompletionRequest, fields)
+    assert (type(error), error.param) == (UnsupportedParameter, name)
+
+
+def test_a_null_within_an_accepted_object_is_as_good_as_none() -> None:
+    parse_body(body_with(ChatCompletionRequest, {"response_format": {"type": "text", "json_schema": None}}))
+
+
+@pytest.mark.parametrize("model", list(MODELS.values()))
+def test_null_is_as_good_as_none_at_every_place(model: type[StrictModel]) -> None:
+    for name, field in model.model_fields.items():
+        if not field.is_required():
+            parse_body(body_with(model, {name: None}))
+
+
+@pytest.mark.parametrize("model", list(MODELS.values()))
+def test_an_unknown_field_is_refused_by_name_at_every_place(model: type[StrictModel]) -> None:
+    error = refusal(model, {"colour": None})
+    assert type(error) is InvalidRequest
+    assert str(error.param).split(".")[-1] == "colour"
+
+
+def integer_fields() -> Iterator[Any]:
+    for model in MODELS.values():
+        for name, schema in model.model_json_schema()["properties"].items():
+            kinds = [schema, *schema.get("anyOf", ())]
+            if any(kind.get("type") == "integer" for kind in kinds):
+                yield pytest.param(model, name, id=f"{model.__name__}.{name}")
+
+
+@pytest.mark.parametrize(("model", "name"), list(integer_fields()))
+def test_an_integer_may_be_written_with_a_point(model: type[StrictModel], name: str) -> None:
+    value = {"top_logprobs": 0, "min_new_tokens": 0, "session_id": -1}.get(name, 1)
+    assert parse_body(body_with(model, {name: float(value)})) == parse_body(body_with(model, {name: value}))
+    for wrong in (1.5, True, "1", 1e300, [1], {}):
+        assert name in str(refusal(model, {name: wrong}).param)
+
+
+def test_the_integers_are_those_that_clients_send_as_floats() -> None:
+    found = {param.values[1] for param in integer_fields()}
+    assert found >= {
+        "n",
+        "seed",
+        "max_tokens",
+        "max_completion_tokens",
+        "min_tokens",
+        "top_k",
+        "top_logprobs",
+    }
+
+
+@pytest.mark.parametrize("written", ["150.0", "1.5e2", "150"])
+def test_all_spellings_of_an_integer_are_the_same(written: str) -> None:
+    assert parse_text("max_tokens", written).max_output_tokens == 150
+
+
+@pytest.mark.parametrize(
+    "name", ["max_tokens", "seed", "top_k", "temperature", "min_p", "repetition_penalty"]
+)
+@pytest.mark.parametrize("written", ["1e400", "-1e400", "9" * 400, "NaN", "Infinity"])
+def test_a_number_that_no_float_holds_is_refused(name: str, written: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_text(name, written)
+
+
+def test_the_last_of_two_fields_with_one_name_counts() -> None:
+    assert parse_text("seed", '1, "seed": 2').seed == 2
+
+
+USER = [{"role": "user", "content": "hi"}]
+HISTORY = [
+    {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]},
+    {
+        **{"role": "assistant", "content": "ho", "refusal": None, "annotations": [], "audio": None},
+        **{"function_call": None, "tool_calls": None, "reasoning_content": None, "parsed": None},
+        **{"provider_specific_fields": {"refusal": None}, "thinking_blocks": None, "images": []},
+    },
+    {"role": "user", "content": "hi"},
+]
+BODIES: dict[str, dict[str, Any]] = {
+    "GuideLLM": {
+        **{"messages": USER, "stream": True, "max_completion_tokens": 9, "stop": None, "ignore_eos": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": False},
+    },
+    "vLLM's benchmark": {
+        **{"messages": USER, "temperature": 0.0, "repetition_penalty": 1.0, "stream": True, "top_p": 1.0},
+        **{"max_completion_tokens": 9, "top_k": -1, "min_p": 0.0, "use_beam_search": False, "best_of": 1},
+        **{"stop": [], "stop_token_ids": [], "bad_words": [], "length_penalty": 1.0, "priority": 0},
+        **{"skip_special_tokens": True, "spaces_between_special_tokens": True, "logprobs": False},
+    },
+    "SGLang": {
+        **{
+            "messages": USER,
+            "separate_reasoning": True,
+            "stream_reasoning": True,
+            "rid": None,
+            "min_tokens": 0,
+        },
+        **{"no_stop_trim": False, "lora_path": None, "session_params": None, "return_hidden_states": False},
+    },
+    "lmdeploy": {
+        **{"messages": USER, "session_id": -1, "do_preprocess": True, "ignore_eos": False, "top_k": 40},
+        **{"repetition_penalty": 1.0, "skip_special_tokens": True, "min_new_tokens": None, "stream": False},
+        **{"enable_thinking": None, "return_token_ids": False, "include_stop_str_in_output": False},
+    },
+    "llama.cpp's web page": {
+        **{"messages": USER, "stream": True, "return_progress": True, "reasoning_format": "auto"},
+        **{"max_tokens": -1, "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95},
+        **{"min_p": 0, "xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1, "repeat_last_n": 64},
+        **{"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0},
+        **{"dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1, "samplers": []},
+        **{"timings_per_token": True, "cache_prompt": True},
+    },
+    "LiteLLM": {"messages": HISTORY, "extra_body": {}, "stream": False, "reasoning_effort": "low"},
+    "LangChain": {
+        **{"messages": USER, "n": 1, "stream": False, "temperature": 0.7, "parallel_tool_calls": False},
+        **{"logit_bias": None, "stream_options": None},
+    },
+    "Open WebUI": {
+        **{"messages": USER, "stream": True, "stop": ["END"], "frequency_penalty": 0.0, "seed": 0.0},
+        **{"logit_bias": {}, "max_tokens": 150.0, "min_p": 0.0},
+    },
+    "an agent of OpenAI's": {
+        **{"messages": USER, "prompt_cache_retention": "24h", "prompt_cache_key": "k", "store": False},
+        **{"prompt_cache_options": {"mode": "implicit", "ttl": "30m"}, "verbosity": "low"},
+        **{"reasoning_effort": "xhigh", "safety_identifier": "s", "service_tier": "auto"},
+    },
+}
+
+
+@pytest.mark.parametrize("client", BODIES)
+def test_the_body_that_a_client_always_sends_is_accepted(client: str) -> None:
+    parse_body({"model": "m", **BODIES[client]})
+
+
+def test_an_argument_of_the_client_that_ends_up_in_a_body_is_refused_with_the_way_out() -> None:
+    error = refusal(ChatCompletionRequest, {"extra_body": {"top_k": 5}})
+    assert (type(error), error.param) == (UnsupportedParameter, "extra_body")
+    assert re.search("send its fields themselves", error.message)
