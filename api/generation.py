@@ -18,7 +18,7 @@ LAST_EVENT_ID = "Last-Event-ID"
 
 
 class Chat(NamedTuple):
-    """All that the chat template gets of a request."""
+    """The parts of a request that the chat template gets."""
 
     messages: list[dict[str, Any]]
     inputs: TemplateInputs

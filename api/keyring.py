@@ -17,7 +17,7 @@ REREAD_S = 1.0
 
 
 class Keyring:
-    """The accepted keys: those of the settings, and those in the file that the settings name."""
+    """The accepted keys: keys in the settings, and keys in the file that the settings name."""
 
     def __init__(self, settings: ApiSettings) -> None:
         """Reads the file of keys, if the settings name one.

@@ -1,4 +1,4 @@
-"""Layers around the whole application, which see every response, also those that a library writes."""
+"""Layers around the whole application. They see every response, even one that a library writes."""
 
 from collections.abc import Sequence
 

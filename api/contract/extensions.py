@@ -16,7 +16,7 @@ ONCE_HERE = "send its fields themselves: OpenAI's Python client does so with thi
 
 
 class VllmFields(StrictModel):
-    """Fields of vLLM, also those of its earlier releases."""
+    """Fields of vLLM, including its earlier releases."""
 
     min_p: Annotated[float | None, Field(ge=0, le=1), Only(0)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0), Only(1)] = None

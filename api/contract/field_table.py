@@ -36,7 +36,7 @@ class Row:
     name: str
     state: State
     accepted: str
-    """The values with which a refused field is accepted, as JSON; empty if the state is another."""
+    """The values with which a refused field is accepted, as JSON; empty in any other state."""
     text: str
     """The sentences of docs and schema about the field."""
 

@@ -25,12 +25,12 @@ class Only:
     """Marks a field that is refused, except with null or a value that means the same as leaving it out."""
 
     def __init__(self, *values: Any, instead: str = "") -> None:
-        """`values` are the accepted ones besides null; `instead` tells what to send in place of others."""
+        """Accepts `values` besides null; `instead` tells clients what to send in place of other values."""
         self.values = values
         self._message = f"{instead}; " * bool(instead) + f"only {either(values)} is served here"
 
     def check(self, value: Any) -> Any:
-        """Returns the value. Raises the error of an unsupported parameter if it is not accepted."""
+        """Returns the value; raises the error of an unsupported parameter if the value is not accepted."""
         plain = _without_nulls(value)
         if value is not None and not any(_is_same(plain, accepted) for accepted in self.values):
             raise unsupported(self._message)
@@ -47,14 +47,14 @@ def _is_same(value: Any, accepted: Any) -> bool:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Leaves out the null fields of an object: clients write their optional fields so."""
+    """Leaves out the null fields of an object, because clients write optional fields as null."""
     if isinstance(value, dict):
         return {name: field for name, field in value.items() if field is not None}
     return value
 
 
 def either(values: tuple[Any, ...]) -> str:
-    """Returns the values as JSON in a sentence; null if there are none."""
+    """Returns the values as JSON, joined by `or`; null if there are none."""
     return " or ".join(json.dumps(value) for value in values or (None,))
 
 
@@ -63,4 +63,4 @@ def _to_integer(value: Any) -> Any:
 
 
 INTEGRAL = BeforeValidator(_to_integer)
-"""Lets an integer be written as 150.0, as clients do whose only type of numbers is float."""
+"""Lets an integer be written as 150.0, because some clients write all numbers as floats."""

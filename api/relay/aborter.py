@@ -25,7 +25,7 @@ class Aborter:
         return bool(self._until)
 
     def abort(self, request_id: str, until: float) -> None:
-        """Schedules the abort of a request; it is retried until `until` (event loop's time)."""
+        """Schedules the abort of a request, which is retried until `until` (event loop's time)."""
         self._until[request_id] = until
         self._wanted.set()
 

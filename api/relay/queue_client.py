@@ -78,7 +78,7 @@ class QueueClient:
         return asyncio.get_running_loop().time() + self._settings.redis_timeout_s
 
     def drain(self) -> None:
-        """Refuses new requests from now on."""
+        """Makes this client refuse all further requests."""
         self._is_draining = True
 
     async def close(self) -> None:
