@@ -17,7 +17,7 @@ from api.exchange_log import CLIENT_CLOSED_REQUEST, ExchangeLog, exchange_of
 from api.relay.event_source import EventSource, error_of
 from api.relay.inbox import Inbox
 from api.relay.relay import Relay
-from shared.errors import GenerationTimeout, LorelayError, ServerDraining
+from shared.errors import GenerationTimeout, InvalidRequest, LorelayError, ServerDraining
 from shared.logs import log_unexpected
 from shared.messages import GenerationRequest
 from shared.settings import ApiSettings
@@ -101,6 +101,10 @@ class GenerationResponse(Response):
                     await self._forward(source, send)
             except TimeoutError:
                 raise GenerationTimeout from None
+            except InvalidRequest:
+                if not call.request.detached:
+                    await self._relay.queue.forget(call.request.request_id)
+                raise
 
     @contextlib.contextmanager
     def _abort_at_exit(self, source: EventSource) -> Iterator[None]:

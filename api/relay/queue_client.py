@@ -1,6 +1,7 @@
 """The Redis commands of an API process; each call returns within a deadline or raises a `LorelayError`."""
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -175,6 +176,12 @@ class QueueClient:
         """
         async with queue_errors(self.deadline()):
             return await self._streams.find_request(request_id, client.ids)
+
+    async def forget(self, request_id: str) -> None:
+        """Deletes what is left of a request that has ended; without an answer of Redis, it expires."""
+        with contextlib.suppress(QueueUnavailable):
+            async with queue_errors(self.deadline()):
+                await self._streams.forget(request_id)
 
     async def attach(self, request_id: str) -> None:
         """Routes the events of an already enqueued request to this process."""

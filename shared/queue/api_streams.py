@@ -93,7 +93,9 @@ class ApiStreams:
         return reply.decode()  # type: ignore[no-any-return]
 
     async def find_request(self, request_id: str, clients: Collection[str]) -> FoundRequest:
-        """Finds a request that this client sent; RQ's job must still be in Redis.
+        """Finds a request that this client sent, without the prompt of a detached one.
+
+        RQ's job must still be in Redis.
 
         `clients`: the ids under which requests of this client may be stored; see `shared.api_keys.Client`.
 
@@ -102,13 +104,16 @@ class ApiStreams:
             UnreadableRecord: the job or the log of the request can't be read.
         """
         pipeline = self._connection.pipeline()
-        pipeline.hmget(Job.key_for(request_id), ["request", "client", "has_ended"])
+        pipeline.hmget(Job.key_for(request_id), ["outline", "client", "has_ended"])
         pipeline.llen(keys.log(request_id))
         job, num_events = _unless_fatal(await pipeline.execute(raise_on_error=False))
         if is_wrong_type(job) or is_wrong_type(num_events):
             raise UnreadableRecord("a key of another type")
         encoded, sender, has_ended = job
-        if encoded is None or sender is None or sender.decode(errors="replace") not in clients:
+        if not encoded:
+            # The request is not detached, or an API of an earlier release enqueued it.
+            encoded = await self._connection.hget(Job.key_for(request_id), "request")
+        if not encoded or sender is None or sender.decode(errors="replace") not in clients:
             raise RequestNotFound
         return FoundRequest(read_request(encoded), num_events, has_ended is not None)
 
@@ -120,6 +125,10 @@ class ApiStreams:
         pipeline.set(key, self._channel, xx=True, keepttl=True)
         pipeline.set(key, self._channel, nx=True, px=int(stream_ttl_s * 1000))
         await pipeline.execute()
+
+    async def forget(self, request_id: str) -> None:
+        """Deletes what is left of a request that has ended."""
+        await self._connection.delete(Job.key_for(request_id), keys.log(request_id), keys.reader(request_id))
 
     async def renew_lease(self, lease_s: float) -> None:
         """Renews this API process's lease: for `lease_s` seconds, workers treat its clients as connected."""

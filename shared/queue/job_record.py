@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import msgspec
 from redis import Redis
 from rq.job import Job
 from rq.serializers import JSONSerializer
@@ -21,7 +22,7 @@ def _unconnected() -> Redis:
 def job_fields(
     request: GenerationRequest, queue: str, client: str, result_ttl_s: int, failure_ttl_s: int
 ) -> dict[str, bytes | str | int | float]:
-    """Returns the fields of a request's job hash: RQ's own fields, and seven that Lorelay adds."""
+    """Returns the fields of a request's job hash: RQ's own fields, and those that Lorelay adds."""
     job = Job.create(
         FUNCTION,
         id=request.request_id,
@@ -34,12 +35,21 @@ def job_fields(
         failure_ttl=failure_ttl_s,
     )
     fields = {name: value for name, value in job.to_dict().items() if value is not None}
-    return fields | {
-        "request": request.encode(),
-        "client": client,
-        "schema_version": request.schema_version,
-        "model": request.model,
-        "version": request.weights_version,
-        "detached": int(request.detached),
-        "order": order_field(request),
-    }
+    return (
+        fields
+        | {
+            "request": request.encode(),
+            "client": client,
+            "schema_version": request.schema_version,
+            "model": request.model,
+            "version": request.weights_version,
+            "detached": int(request.detached),
+            "order": order_field(request),
+        }
+        | ({"outline": outline(request)} if request.detached else {})
+    )
+
+
+def outline(request: GenerationRequest) -> bytes:
+    """Returns the encoded request without its prompt: what an API needs to resume a request."""
+    return msgspec.structs.replace(request, messages=[], prompts=()).encode()

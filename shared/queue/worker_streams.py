@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import redis
 
-from shared.errors import GenerationStopped, from_info
+from shared.errors import GenerationStopped, InvalidRequest, from_info
 from shared.messages import SCHEMA_VERSION, FinishReason, StreamEvent
 from shared.queue import keys
 from shared.queue.claims import UnreadableRecord, read_claim
@@ -142,6 +142,8 @@ class WorkerStreams(UpkeepStreams):
         event, meta = append.event, json.dumps(dict(append.meta or {}))
         if event.error is not None:
             error = from_info(event.error)
+            if isinstance(error, InvalidRequest):
+                return "refused", meta, "", "", self._result_ttl_s
             status = "stopped" if isinstance(error, GenerationStopped) else "failed"
             return status, meta, "", exception_text(error), self._failure_ttl_s
         status = "canceled" if event.finish_reason == "abort" else "finished"

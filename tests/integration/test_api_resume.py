@@ -321,3 +321,13 @@ def test_a_request_that_the_release_before_stored_belongs_to_the_name_of_its_key
     with running_api(redis_server.url, api_keys=("team-a:alice", "team-a:next", "team-b:other")) as api:
         assert resume(api, claim, last, "other").status_code == 404
         assert "two" in resume(api, claim, last, "next").text
+
+
+def test_a_detached_request_that_its_client_has_to_correct_still_tells_the_reason_without_its_prompt(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    claim, last = begin(apis[0], worker)
+    worker.fail(claim, "context_length_exceeded", "so it is", "messages")
+    assert "so it is" in resume(apis[1], claim, last).text
+    job = worker.connection.hgetall(f"rq:job:{claim.held.request_id}")
+    assert b'"content"' not in job[b"request"] + job[b"outline"]

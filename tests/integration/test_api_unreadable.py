@@ -43,10 +43,10 @@ LOGS: dict[str, Break] = {
 JOBS: dict[str, Break] = {
     "another type": lambda connection, request_id: as_string(connection, f"rq:job:{request_id}"),
     "request no JSON": lambda connection, request_id: connection.hset(
-        f"rq:job:{request_id}", "request", "no JSON"
+        f"rq:job:{request_id}", "outline", "no JSON"
     ),
     "request of another shape": lambda connection, request_id: connection.hset(
-        f"rq:job:{request_id}", "request", '{"request_id": 5}'
+        f"rq:job:{request_id}", "outline", '{"request_id": 5}'
     ),
 }
 

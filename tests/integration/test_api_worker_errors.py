@@ -60,6 +60,17 @@ async def test_an_error_before_the_first_token_has_its_own_status(
     assert response.headers.get("x-should-retry") == should_retry
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_nothing_is_left_in_redis_of_a_request_that_its_client_has_to_correct(
+    api: ApiServer, worker: ScriptedWorker, stream: bool
+) -> None:
+    async with asking(api, stream=stream) as task:
+        claim = await eventually(worker.try_claim, "the request")
+        worker.fail(claim, "context_length_exceeded", "so it is", "messages")
+        assert (await task).status_code == 400
+    assert worker.connection.keys(f"*{claim.held.request_id}*") == []
+
+
 async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(
     api: ApiServer, worker: ScriptedWorker
 ) -> None:

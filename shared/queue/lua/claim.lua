@@ -82,7 +82,7 @@ local function take(id, queue, place, job, claim_id)
   -- If the list lacks the id, RQ's tools removed it from the list, and only the request's place was left.
   if redis.call('LREM', queue_key(queue), 1, id) == 0 then return nil end
   local request = redis.call('HGET', job_key(id), 'request')
-  if not request then
+  if not request or request == '' then
     if job.base then set_aside(id, base, queue, 'it has no request') else reject(id, queue) end
     return nil
   end

@@ -172,7 +172,7 @@ local function write_result(id, owner, started, status, return_value, exc_text, 
 end
 
 local function count_job(owner, status, working_s)
-  if redis.call('EXISTS', worker_key(owner.worker)) == 1 then
+  if status ~= 'refused' and redis.call('EXISTS', worker_key(owner.worker)) == 1 then
     local counter = status == 'finished' and 'successful_job_count' or 'failed_job_count'
     increment(worker_key(owner.worker), counter)
     increment(worker_key(owner.worker), 'total_working_time', working_s)
@@ -181,19 +181,39 @@ local function count_job(owner, status, working_s)
   redis.call('SET', drained, to_number(redis.call('GET', drained), 0) + 1, 'EX', 60)
 end
 
+-- Life (s) of what is left of a refused request whose client waits for the answer, or has left.
+local REFUSED_TTL_S = 60
+
+-- Empties the prompt of a request that never runs again. It may be megabytes, which would stay until the job expires.
+-- HDEL would need a permission that the API's users of earlier releases lack.
+local function drop_prompt(id) redis.call('HSET', job_key(id), 'request', '') end
+
+-- Writes RQ's records of the end of a job. A refused request, which its client has to correct, is no failure: it gets
+-- no entry in a registry and no result, and only a detached one stays, so that its client can read the reason.
+-- Returns the time (s) for which the job is kept.
+local function record_end(id, owner, outcome, started)
+  local status, meta, return_value, exc_text, ttl = unpack(outcome)
+  local REGISTRY = { stopped = 'failed' }
+  redis.call('HSET', job_key(id), 'status', status == 'refused' and 'finished' or status, 'ended_at', iso(now_us),
+    'meta', meta, 'has_ended', 1)
+  if status == 'refused' or status == 'canceled' then drop_prompt(id) end
+  if status == 'refused' then
+    return redis.call('HGET', job_key(id), 'detached') == '1' and ttl or math.min(ttl, REFUSED_TTL_S)
+  end
+  redis.call('ZADD', registry_key(REGISTRY[status] or status, owner.queue), math.floor(now_ms / 1000) + ttl, id)
+  write_result(id, owner, started, status, return_value, exc_text, ttl)
+  return ttl
+end
+
 -- Ends the job of a request. outcome = {status, meta, return value, exception text, ttl (s)}; see append.lua. Metrics
 -- counted here would miss requests that are aborted while they wait (abort.lua) and jobs that an operator deletes, and
 -- would count a requeued job again.
 local function finish(id, owner, outcome)
-  local status, meta, return_value, exc_text, ttl = unpack(outcome)
-  local REGISTRY = { stopped = 'failed' }
   local created = redis.call('HGET', execution_key(id .. ':' .. owner.claim_id), 'created_at')
   local started = to_number(created, now_us / 1000000)
-  redis.call('HSET', job_key(id), 'status', status, 'ended_at', iso(now_us), 'meta', meta, 'has_ended', 1)
-  redis.call('ZADD', registry_key(REGISTRY[status] or status, owner.queue), math.floor(now_ms / 1000) + ttl, id)
-  write_result(id, owner, started, status, return_value, exc_text, ttl)
+  local ttl = record_end(id, owner, outcome, started)
   drop_ownership(id, owner)
-  count_job(owner, status, now_us / 1000000 - started)
+  count_job(owner, outcome[1], now_us / 1000000 - started)
   for _, key in ipairs({ job_key(id), log_key(id), reader_key(id) }) do
     redis.call('EXPIRE', key, ttl)
   end

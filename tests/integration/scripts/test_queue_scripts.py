@@ -12,10 +12,10 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegist
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
-from shared.errors import GenerationFailed, GenerationStopped, QueueFull
+from shared.errors import ContextLengthExceeded, GenerationFailed, GenerationStopped, QueueFull
 from shared.messages import SCHEMA_VERSION, FinishReason, decode_event
 from shared.queue import keys
-from shared.queue.records import Claim, Held
+from shared.queue.records import Append, Claim, Held
 from shared.queue.scripts import script_source
 from shared.queue.worker_streams import WorkerStreams
 from tests.streams import (
@@ -320,6 +320,48 @@ def test_a_failed_request_is_a_failed_job_with_its_reason(connection: redis.Redi
     assert job.get_status() == JobStatus.FAILED
     assert job.latest_result().exc_string == "generation_failed: it broke"
     assert FailedJobRegistry(BASE, connection).get_job_ids() == [request_id]
+
+
+def refused(claimed: Claim) -> Append:
+    error = ContextLengthExceeded("too long").to_info()
+    return last(claimed, 0, usage=None, finish_reason=FinishReason.ERROR, error=error)
+
+
+def all_values(connection: redis.Redis) -> str:
+    """All that Redis holds, as text."""
+    dumps = [connection.dump(key) or b"" for key in connection.keys("*")]
+    return repr(dumps)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_mistake_of_the_client_is_no_failure_and_leaves_no_prompt(
+    connection: redis.Redis, api: BlockingApi, detached: bool
+) -> None:
+    worker = Worker([queue(connection)], connection=connection, name="w1")
+    worker.register_birth()
+    request_id = api.enqueue(make_request(detached=detached))
+    streams = worker_streams(connection)
+    (claimed,) = claim(streams)
+    assert SECRET in all_values(connection)
+    streams.append([claimed.held], [refused(claimed)])
+    assert SECRET not in all_values(connection)
+    assert FailedJobRegistry(BASE, connection).count == FinishedJobRegistry(BASE, connection).count == 0
+    assert connection.exists(f"rq:results:{request_id}") == 0
+    worker.refresh()
+    assert (worker.failed_job_count, worker.successful_job_count) == (0, 0)
+    assert decode_event(connection.lindex(keys.log(request_id), -1)).error.code == "context_length_exceeded"
+    assert all(0 < connection.ttl(key) <= 60 for key in (*ours(connection), f"rq:job:{request_id}"))
+
+
+def test_an_aborted_request_leaves_no_prompt(connection: redis.Redis, api: BlockingApi) -> None:
+    waiting_one, running_one = (api.enqueue(make_request(name)) for name in ("a", "b"))
+    streams = worker_streams(connection)
+    api.abort(waiting_one)
+    (claimed,) = claim(streams, 2)
+    assert claimed.held.request_id == running_one
+    streams.append([claimed.held], [last(claimed, 0, finish_reason=FinishReason.ABORT)])
+    assert {fetch(connection, name).get_status() for name in (waiting_one, running_one)} == {"canceled"}
+    assert SECRET not in all_values(connection)
 
 
 def test_rqs_own_cleaners_leave_running_requests_alone(connection: redis.Redis, api: BlockingApi) -> None:
