@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shared.errors import AdapterError
 from shared.logs import fields
+from worker.model import adapter_tokenizer
 from worker.model.loading import download, looks_like_path
 from worker.model.versions import adapter_version
 
@@ -55,6 +56,7 @@ class LoadedAdapter:
     """An adapter in host memory, checked against the model."""
 
     path: str
+    folder: Path
     version: str
     """SHA-256 (hex) of the adapter's config and weights."""
     layers: Mapping[str, LayerWeights]
@@ -98,7 +100,7 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
             base_name,
             extra=fields("load_adapter", adapter_name=name),
         )
-    return LoadedAdapter(path, version, layers)
+    return LoadedAdapter(path, folder, version, layers)
 
 
 def _find(path: str) -> Path:
@@ -110,7 +112,7 @@ def _find(path: str) -> Path:
     if looks_like_path(path):
         raise _Problem("the folder does not exist")
     try:
-        return download(path, None, [CONFIG_FILE, *WEIGHT_FILES])
+        return download(path, None, [CONFIG_FILE, *WEIGHT_FILES, *adapter_tokenizer.FILES])
     except (OSError, ValueError) as error:
         raise _Problem(
             f"is neither a local folder nor a repository that can be downloaded: {error}"

@@ -18,15 +18,19 @@ Workers claim from the new queue after the next heartbeat, which writes `ServedM
 """
 
 import contextlib
+import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from shared.errors import AdapterError
 from worker.engine.served_models import ServedModel, ServedModels
 from worker.model.adapter_files import LoadedAdapter, load_adapter
+from worker.model.adapter_tokenizer import TokenizerProblem, files_digest, load_tokenizer, own_files
 from worker.model.lora import LoraStack, SlotWeights
+from worker.model.tokenizer import Tokenizer
+from worker.model.versions import own_version
 
 
 class NewAdapter(NamedTuple):
@@ -45,6 +49,9 @@ class AdapterStore:
         self._base_name = base_name
         self._lora = lora
         self._served = served
+        self._tokenizers: dict[str, Tokenizer] = {}
+        """Tokenizers that adapters bring along, by the digest of their files: many adapters share one."""
+        self._lock = threading.Lock()
 
     def read_new(self, name: str, path: str) -> NewAdapter:
         """Reads and checks an adapter that is not served yet; changes nothing. Callable from any thread.
@@ -54,10 +61,8 @@ class AdapterStore:
         """
         adapter = load_adapter(name, path, self._model, self._base_name)
         weights = self._prepare(name, adapter)
-        tokenizer = self._served.base.tokenizer
-        return NewAdapter(
-            ServedModel(name, adapter.version, path, tokenizer, int(time.time()), name), weights
-        )
+        tokenizer, version = self._tokenizer(name, adapter)
+        return NewAdapter(ServedModel(name, version, path, tokenizer, int(time.time()), name), weights)
 
     def read(self, name: str) -> SlotWeights:
         """Reads a served adapter again; may be called from any thread.
@@ -68,7 +73,9 @@ class AdapterStore:
         served = self._served.find(name)
         path = served.source
         adapter = load_adapter(name, path, self._model)
-        if adapter.version != served.version:
+        has_own_tokenizer = served.tokenizer is not self._served.base.tokenizer
+        version = self._tokenizer(name, adapter)[1] if has_own_tokenizer else adapter.version
+        if version != served.version:
             # Changed weights are refused: clients and prefix cache would take them for the old version.
             raise AdapterError(
                 f"adapter {name!r} at {path}: its files have changed since this worker started; "
@@ -92,6 +99,27 @@ class AdapterStore:
         # The removal copies the other slots' weights. If memory is too short for the copy, the weights stay.
         with contextlib.suppress(torch.OutOfMemoryError):
             self._lora.put(slot, SlotWeights({}))
+
+    def _tokenizer(self, name: str, adapter: LoadedAdapter) -> tuple[Tokenizer, str]:
+        """Returns an adapter's tokenizer, and its version, which covers the tokenizer if it is its own.
+
+        Raises:
+            AdapterError: the model can't use the adapter's tokenizer, template or end tokens.
+        """
+        base = cast(Tokenizer, self._served.base.tokenizer)
+        try:
+            files = own_files(adapter.folder)
+            if not files:
+                return base, adapter.version
+            digest = files_digest(files)
+            with self._lock:
+                if digest not in self._tokenizers:
+                    num_embeddings = self._model.get_input_embeddings().num_embeddings
+                    self._tokenizers[digest] = load_tokenizer(files, base, num_embeddings)
+                tokenizer = self._tokenizers[digest]
+        except TokenizerProblem as problem:
+            raise AdapterError(f"adapter {name!r} at {adapter.path}: {problem}") from problem
+        return tokenizer, adapter.version if tokenizer is base else own_version(adapter.version, digest)
 
     def _prepare(self, name: str, adapter: LoadedAdapter) -> SlotWeights:
         try:

@@ -19,17 +19,20 @@ class Tokenizer:
     """Turns messages into token ids, and token ids into text. Methods may be called from any thread."""
 
     def __init__(
-        self, backend: Any, eos_token_ids: frozenset[int], *, parses_control_tokens: bool = False
+        self, backend: Any, generation_eos: frozenset[int], *, parses_control_tokens: bool = False
     ) -> None:
         """Wraps `backend`, a transformers tokenizer with a chat template.
 
-        With `parses_control_tokens`, the text of a control token in a message or prompt becomes that token.
+        `generation_eos` are ids that end a sequence besides the tokenizer's own. If `parses_control_tokens`
+        is true, the text of a control token in a message or prompt becomes that token.
 
         Raises:
             TemplateError: the chat template has a wrong syntax.
         """
         self.backend = backend
-        self.eos_token_ids = eos_token_ids
+        self.generation_eos = generation_eos
+        self.parses_control_tokens = parses_control_tokens
+        self.eos_token_ids = generation_eos | as_ids(backend.eos_token_id)
         """Ids of the tokens that end a sequence, from the tokenizer and the model's generation config."""
         self.special_tokens: Mapping[int, str] = {
             token_id: token.content
@@ -39,7 +42,6 @@ class Tokenizer:
         """The text of each special token by its id; `decode` skips these tokens."""
         self._silent: dict[int, bool] = {}
         self._fast = getattr(backend, "backend_tokenizer", None)
-        self._parses_control_tokens = parses_control_tokens
         self._templates: dict[str, ChatTemplate] = {}
         sources = backend.chat_template
         for source in sources.values() if isinstance(sources, dict) else [sources]:
@@ -74,10 +76,9 @@ class Tokenizer:
             ) from error
         if not backend.chat_template:
             raise ConfigurationError(f"LORELAY_MODEL: {folder_or_id} has no chat template")
-        declared = [backend.eos_token_id, _generation_eos(folder_or_id, revision)]
-        eos_token_ids = frozenset(token_id for entry in declared for token_id in _as_list(entry))
+        generation_eos = as_ids(_generation_eos(folder_or_id, revision))
         try:
-            return cls(backend, eos_token_ids, parses_control_tokens=parses_control_tokens)
+            return cls(backend, generation_eos, parses_control_tokens=parses_control_tokens)
         except TemplateError as error:
             raise ConfigurationError(
                 f"LORELAY_MODEL: {folder_or_id} has a chat template that can't be compiled: {error}"
@@ -109,7 +110,7 @@ class Tokenizer:
 
     def _encode(self, rendered: Rendered, param: str, *, add_special_tokens: bool = False) -> list[int]:
         text, mask = rendered
-        if self._parses_control_tokens:
+        if self.parses_control_tokens:
             mask = OWN * len(text)
         try:
             if self._fast is not None:
@@ -134,6 +135,15 @@ class Tokenizer:
                     return str(token)
                 start = text.find(token, start + 1)
         return None
+
+    def says_the_same(self, other: "Tokenizer") -> bool:
+        """Returns True if both encode and decode everything in the same way, with the same end tokens."""
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[Any, ...]:
+        rules = self.backend.get_vocab() if self._fast is None else self._fast.to_str()
+        names = self.backend.special_tokens_map
+        return rules, self.backend.chat_template, names, self.eos_token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of `token_ids` without special tokens."""
@@ -167,7 +177,8 @@ def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:
         return config.get("eos_token_id")
 
 
-def _as_list(entry: int | list[int] | None) -> list[int]:
+def as_ids(entry: int | list[int] | None) -> frozenset[int]:
+    """Returns the token ids in an entry of a config, which has one, several, or none."""
     if entry is None:
-        return []
-    return [entry] if isinstance(entry, int) else list(entry)
+        return frozenset()
+    return frozenset([entry] if isinstance(entry, int) else entry)

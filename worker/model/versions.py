@@ -20,6 +20,11 @@ def model_version(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def own_version(adapter: str, tokenizer_digest: str) -> str:
+    """Returns the version of an adapter with a tokenizer, template or end tokens of its own."""
+    return hashlib.sha256(f"{adapter} {tokenizer_digest}".encode()).hexdigest()
+
+
 def adapter_version(config_file: Path, weight_file: Path) -> str:
     """Returns the SHA-256 (hex) of an adapter's config and of the one weight file that is served."""
     digest = hashlib.sha256()

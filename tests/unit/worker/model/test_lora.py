@@ -279,7 +279,7 @@ def make_adapter(rank: int, seed: int, layer: str = "one", scaling: float = 0.5)
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(rank, 6, generator=generator, dtype=torch.float64)
     b = torch.randn(5, rank, generator=generator, dtype=torch.float64)
-    return LoadedAdapter("path", "version", {layer: LayerWeights(a, b, scaling)})
+    return LoadedAdapter("path", Path("path"), "version", {layer: LayerWeights(a, b, scaling)})
 
 
 FUSED = number_linears([["one"]], ["head"])
