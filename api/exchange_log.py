@@ -11,7 +11,7 @@ from starlette.types import Scope
 from shared.api_keys import shown
 from shared.errors import LorelayError
 from shared.logs import fields
-from shared.messages import GenerationRequest, StreamEvent
+from shared.messages import GenerationRequest, StreamEvent, Timings
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class ExchangeLog:
         self._outcome = "ok"
         self._status = 0
         self._first_event_s: float | None = None
+        self._timings: Timings | None = None
 
     @property
     def request_id(self) -> str:
@@ -78,6 +79,7 @@ class ExchangeLog:
             self._first_event_s = time.monotonic() - self._begun_at
         if events and events[-1].is_terminal:
             self._outcome = events[-1].finish_reason or "unknown"
+            self._timings = events[-1].timings
 
     def note_error(self, error: LorelayError, status: int) -> None:
         """Records the error that the client gets in place of the answer, or at the end of a stream.
@@ -135,8 +137,23 @@ class ExchangeLog:
         sender = f" for {shown(self._request.tenant)}" if self._request.tenant else ""
         return f"request {self._request.request_id} to {self._request.model}{sender}"
 
-    def _facts(self) -> dict[str, str | None]:
-        return {"id": self.request_id, "model": self._model, "code": self._code, "param": self._param}
+    def _facts(self) -> dict[str, str | float | None]:
+        facts = {"id": self.request_id, "model": self._model, "code": self._code, "param": self._param}
+        return facts | (self._times() if self._request else {})
+
+    def _times(self) -> dict[str, str | float | None]:
+        """Returns the worker and its times; None for all that is not known."""
+        times = self._timings
+        if times is None:
+            return dict.fromkeys(("queue", "load", "encode", "prefill", "decode", "worker"))
+        return {
+            "queue": times.queue_s,
+            "load": times.load_s,
+            "encode": times.encode_s,
+            "prefill": times.prefill_s,
+            "decode": times.decode_s,
+            "worker": times.worker or None,
+        }
 
 
 def exchange_of(scope: Scope) -> ExchangeLog:
@@ -154,10 +171,14 @@ def _id_from_client(scope: Scope) -> str:
     return re.sub(r"[^A-Za-z0-9._:/@+=-]", "_", cut)
 
 
-def _shown(value: str | None) -> str:
-    """Returns a value for the log line, shortened, and as a JSON string unless it is a plain word."""
+def _shown(value: str | float | None) -> str:
+    """Returns a value for the log line: seconds with three decimals; a text shortened, and as a JSON string
+    unless it is a plain word.
+    """
     if value is None:
         return "-"
+    if not isinstance(value, str):
+        return f"{value:.3f}"
     cut = value if len(value) <= MAX_SHOWN_LENGTH else f"{value[:MAX_SHOWN_LENGTH]}…"
     return cut if re.fullmatch(r"[A-Za-z0-9._:/@+=\[\]…-]+", cut) else json.dumps(cut)
 

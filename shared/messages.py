@@ -213,6 +213,23 @@ class ErrorInfo(Message, frozen=True):
     param: str | None = None
 
 
+class Timings(Message, frozen=True):
+    """Times of one request in seconds, in their order; None: the request did not get there."""
+
+    queue_s: float
+    """From the enqueue to the claim; it includes earlier runs on workers that were lost or handed it back."""
+    encode_s: float
+    """From the claim until the prompts were tokens."""
+    load_s: float | None = None
+    """From the encoded prompts until a sequence ran: the wait for the adapter or for cache blocks."""
+    prefill_s: float | None = None
+    """From the sequence's start to the first new token."""
+    decode_s: float | None = None
+    """From the first new token to the end."""
+    worker: str = ""
+    """Name of the worker that ended the request."""
+
+
 class StreamEvent(Message, frozen=True):
     """One entry of a request's token log.
 
@@ -229,6 +246,8 @@ class StreamEvent(Message, frozen=True):
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: ErrorInfo | None = None
+    timings: Timings | None = None
+    """Set in terminal events that a worker writes; workers of the release before leave it out."""
 
     @property
     def is_terminal(self) -> bool:

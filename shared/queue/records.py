@@ -25,6 +25,10 @@ class Claim(NamedTuple):
     events: tuple[StreamEvent, ...]
     alone: bool = False
     """True for a suspect (a request that may have crashed a worker): its steps must run alone for a while."""
+    waited_s: float = 0
+    """Seconds between the enqueue and this claim, by the clock of Redis."""
+    claimed_at_s: float = 0
+    """Time of the claim (`time.monotonic()`)."""
 
 
 class Append(NamedTuple):

@@ -7,6 +7,7 @@ reply was lost.
 import base64
 import json
 import random
+import time
 from collections.abc import Iterable, Sequence
 
 import redis
@@ -80,10 +81,11 @@ class WorkerStreams(UpkeepStreams):
         log_unreadable(unreadable)
         claims: list[Claim] = []
         refused: list[Append] = []
-        for request_id, claim_id, request, log, alone, queue, version in claimed:
+        for request_id, claim_id, request, log, alone, queue, version, waited_ms in claimed:
             held = Held(request_id.decode(), claim_id.decode())
             try:
-                claims.append(read_claim(held, queue, version, request, log, alone=bool(alone)))
+                read = read_claim(held, queue, version, request, log, alone=bool(alone))
+                claims.append(read._replace(waited_s=waited_ms / 1000, claimed_at_s=time.monotonic()))
             except UnreadableRecord as error:
                 log_unreadable([(request_id, error.reason.encode())])
                 refused.append(_refusal(held, error, len(log)))

@@ -11,13 +11,14 @@ import openai
 import pytest
 import redis
 
-from shared.messages import FinishReason, TemplateInputs
+from shared.messages import FinishReason, TemplateInputs, Timings, Usage
 from tests.integration.api_harness import (
     ADAPTER,
     CHAT,
     HELLO,
     ApiServer,
     ScriptedWorker,
+    asking,
     decode_stream,
     eventually,
     running_api,
@@ -244,6 +245,25 @@ def test_a_request_leaves_one_line_in_the_log_and_never_its_prompt(
     ]
     assert secret not in caplog.text
     assert not any(secret in str(record.__dict__) for record in caplog.records)
+
+
+async def test_the_line_of_a_request_tells_where_its_time_went(
+    api: ApiServer, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    timings = Timings(1.25, 0.5, 0.125, 2, 3, "host.42")
+    for times in (timings, Timings(1.25, 0.5), None):
+        async with asking(api) as task:
+            claim = await eventually(worker.try_claim, "the request")
+            worker.emit(claim, "", finish_reason=FinishReason.STOP, usage=Usage(1, 1), timings=times)
+            assert "timings" not in (await task).text
+    records = [record for record in caplog.records if getattr(record, "action", "") == "request_end"]
+    ends = [record.getMessage().partition(" queue=")[2] for record in records]
+    assert ends == [
+        "1.250 load=0.125 encode=0.500 prefill=2.000 decode=3.000 worker=host.42",
+        "1.250 load=- encode=0.500 prefill=- decode=- worker=-",
+        "- load=- encode=- prefill=- decode=- worker=-",
+    ]
 
 
 @pytest.mark.parametrize("stream", [False, True])

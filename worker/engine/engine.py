@@ -27,12 +27,16 @@ class BatchingEngine:
         self._scheduler = scheduler
         self._intake = Intake(model, clock)
         self._outputs: dict[str, RequestOutput] = {}
+        self._not_run: list[RequestOutput] = []
+        """Requests of which no sequence has run; requests that ended meanwhile leave at the next step."""
         self._batch: Batch = []
         self.is_stalled = False
 
     def step(self) -> list[Output]:
         """Runs one batch and returns its events, at most one per sequence."""
         self._batch = batch = self._scheduler.schedule()
+        if self._not_run:
+            self._not_run = [output for output in self._not_run if not output.note_run()]
         self.is_stalled = not batch
         if self.is_stalled:
             return []
@@ -110,6 +114,7 @@ class BatchingEngine:
             logger.exception("request %s can't be prepared", request.request_id, extra=fields("add_request"))
             return [_refusal(request.request_id, GenerationFailed(), len(events))]
         self._outputs[request.request_id] = output
+        self._not_run.append(output)
         for seq in output.sequences:
             self._scheduler.add(seq)
         if alone:

@@ -69,6 +69,7 @@ class RequestOutput:
         self._num_running = len(outputs)
         self._clock = clock
         self._started_s = clock()
+        self._first_run_s: float | None = None
         self._first_token_s: float | None = None
         self._next_event_no = 0
 
@@ -94,6 +95,13 @@ class RequestOutput:
             for output in self._outputs:
                 # The earlier worker computed the prompt, so usage must not report it as cached.
                 output.seq.num_cached_tokens = 0
+
+    def note_run(self) -> bool:
+        """Records when a sequence first runs; returns False while all sequences wait."""
+        if all(output.seq.status is SequenceStatus.WAITING for output in self._outputs):
+            return False
+        self._first_run_s = self._clock()
+        return True
 
     def add(self, index: int, token: Sampled) -> Output:
         """Returns the event for a sequence's new token, or for an error, which ends the whole request."""
@@ -149,7 +157,6 @@ class RequestOutput:
     def _meta(self, finish_reason: FinishReason | None) -> dict[str, Any]:
         """Returns facts about a finished request for the job's field `meta`; never prompts or answers."""
         now = self._clock()
-        first_token_s = None if self._first_token_s is None else self._first_token_s - self._started_s
         usage = self._usage()
         return {
             "model": self._model,
@@ -157,6 +164,14 @@ class RequestOutput:
             "finish_reason": finish_reason,
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
-            "first_token_s": first_token_s and round(first_token_s, 4),
+            "first_token_s": _between(self._started_s, self._first_token_s),
+            "load_s": _between(self._started_s, self._first_run_s),
+            "prefill_s": _between(self._first_run_s, self._first_token_s),
+            "decode_s": _between(self._first_token_s, now),
             "total_s": round(now - self._started_s, 4),
         }
+
+
+def _between(begin_s: float | None, end_s: float | None) -> float | None:
+    """Returns the seconds between two times, None if one of them has not come."""
+    return None if begin_s is None or end_s is None else round(end_s - begin_s, 4)

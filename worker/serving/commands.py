@@ -13,6 +13,8 @@ class Arrival(NamedTuple):
 
     claim: Claim
     prompts: Prompts
+    encode_s: float = 0
+    """Seconds from the claim until the prompts were encoded."""
 
 
 class Commands(NamedTuple):

@@ -6,8 +6,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
 
 from shared.logs import fields
+from shared.messages import Timings
 from shared.queue.records import Append, Held
 from worker.engine.ports import Engine
 from worker.engine.records import Output
@@ -18,6 +22,14 @@ from worker.serving.consumer import Consumer, HeldRequests
 logger = logging.getLogger(__name__)
 
 WAKE_UP_S = 0.1
+
+
+class _Owned(NamedTuple):
+    """The claim of a request that the engine has, and its times (seconds) until the engine got it."""
+
+    held: Held
+    queue_s: float
+    encode_s: float
 
 
 class EngineLoop:
@@ -31,6 +43,7 @@ class EngineLoop:
         *,
         drain_s: float,
         step_delay_s: float = 0,
+        worker_name: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -38,12 +51,13 @@ class EngineLoop:
         self._held = held
         self._drain_s = drain_s
         self._step_delay_s = step_delay_s
+        self._worker_name = worker_name
         self._clock = clock
         self._drain_until: float | None = None
         self._hurried = threading.Event()
         self._stopped_early: set[Held] = set()
-        self._owned: dict[str, Held] = {}
-        """The claims of the requests that the engine has, by request id."""
+        self._owned: dict[str, _Owned] = {}
+        """The requests that the engine has, by request id."""
         self._step_started_s: float | None = None
         engine.call_when_ready(consumer.wake_engine)
 
@@ -87,7 +101,7 @@ class EngineLoop:
             logger.warning("a step ran out of memory: %s", error, extra=fields("out_of_memory"))
             request_id, outputs = self._engine.shed()
             if request_id is not None:
-                self._consumer.shed(self._owned.pop(request_id))
+                self._consumer.shed(self._owned.pop(request_id).held)
             return self._to_appends(outputs)
         finally:
             self._step_started_s = None
@@ -121,10 +135,10 @@ class EngineLoop:
 
     def _add(self, arrival: Arrival) -> list[Append]:
         """Gives a request to the engine, unless its claim was lost while the prompts were encoded."""
-        claim, prompts = arrival
+        claim, prompts, encode_s = arrival
         if claim.held not in self._held:
             return []
-        self._owned[claim.held.request_id] = claim.held
+        self._owned[claim.held.request_id] = _Owned(claim.held, claim.waited_s, encode_s)
         appends = self._to_appends(
             self._engine.add_request(claim.request, prompts, claim.events, alone=claim.alone)
         )
@@ -145,11 +159,26 @@ class EngineLoop:
 
     def _to_appends(self, outputs: list[Output]) -> list[Append]:
         """Returns the outputs with the claims of their requests; forgets a claim at its terminal event."""
-        appends = []
-        for request_id, event, meta in outputs:
-            held = self._owned.pop(request_id) if event.is_terminal else self._owned[request_id]
-            appends.append(Append(held, event, meta))
-        return appends
+        return [
+            self._end(output)
+            if output.event.is_terminal
+            else Append(self._owned[output.request_id].held, output.event)
+            for output in outputs
+        ]
+
+    def _end(self, output: Output) -> Append:
+        """Returns the terminal event of a request, with the request's times."""
+        owned, meta = self._owned.pop(output.request_id), dict(output.meta or {})
+        timings = Timings(
+            queue_s=round(owned.queue_s, 4),
+            encode_s=round(owned.encode_s, 4),
+            load_s=meta.get("load_s"),
+            prefill_s=meta.get("prefill_s"),
+            decode_s=meta.get("decode_s"),
+            worker=self._worker_name,
+        )
+        meta |= {"queue_s": timings.queue_s, "encode_s": timings.encode_s}
+        return Append(owned.held, msgspec.structs.replace(output.event, timings=timings), meta)
 
     def _next_commands(self, wait_s: float | None) -> Commands | None:
         try:

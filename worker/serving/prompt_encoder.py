@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import time
 from collections.abc import Callable, Container, Iterable
 
 from shared.errors import GenerationFailed, LorelayError
@@ -56,7 +57,9 @@ class PromptEncoder:
     def _run(self, lane: queue.SimpleQueue[Claim | None]) -> None:
         while (claim := lane.get()) is not None and not self._is_stopped:
             if claim.held in self._held:
-                self._inbox.put(Commands(add=[Arrival(claim, self._encode_all(claim.request))]))
+                prompts = self._encode_all(claim.request)
+                encode_s = time.monotonic() - claim.claimed_at_s
+                self._inbox.put(Commands(add=[Arrival(claim, prompts, encode_s)]))
 
     def _encode_all(self, request: GenerationRequest) -> Prompts:
         try:

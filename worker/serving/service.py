@@ -63,6 +63,7 @@ class WorkerService:
             self._held,
             drain_s=settings.drain_s,
             step_delay_s=settings.step_delay_s,
+            worker_name=name,
         )
         self._heartbeat = Heartbeat(
             make_streams(),

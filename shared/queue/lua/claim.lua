@@ -3,7 +3,7 @@
 -- the same requests. In RQ's records, a claim is an execution of the job, and the claim id is the execution's id.
 -- ARGV: base, worker, lease (ms), stream ttl (ms), schema version, picks = {queue, line, ...} (msgpack), then a new
 --       claim id for each pick.
--- Returns {claimed, unreadable}. Per claimed request {id, claim id, request, log, alone, queue, version}: log has the
+-- Returns {claimed, unreadable}. Per claimed request {id, claim id, request, log, alone, queue, version, waited_ms}: log has the
 -- events of earlier claims, version is the weights version in the job ('' from an earlier release). alone is 1 for a
 -- suspect: its steps must run alone until append.lua clears it.
 local base, worker, lease_ms, stream_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -47,7 +47,9 @@ end
 
 local function describe(id, claim_id, queue, job, request)
   local log = redis.call('LRANGE', log_key(id), 0, -1)
-  return { id, claim_id, request, log, must_run_alone(job) and 1 or 0, queue, job.version or '' }
+  local waited_ms = now_ms - to_number(redis.call('HGET', job_key(id), 'enqueued_ms'), now_ms)
+  local alone = must_run_alone(job) and 1 or 0
+  return { id, claim_id, request, log, alone, queue, job.version or '', math.max(0, math.floor(waited_ms)) }
 end
 
 -- Returns the requests that an earlier call with the same claim ids claimed, if its reply was lost.

@@ -139,6 +139,16 @@ def test_a_claimed_request_is_a_started_job_of_its_worker(connection: redis.Redi
     assert waiting(connection) == []
 
 
+def test_a_claim_tells_how_long_the_request_has_waited(connection: redis.Redis, api: BlockingApi) -> None:
+    request_id = api.enqueue(make_request())
+    connection.hincrbyfloat(f"rq:job:{request_id}", "enqueued_ms", -90_000)
+    other = api.enqueue(make_request())
+    connection.hset(f"rq:job:{other}", "enqueued_ms", "garbage")
+    waited = {claimed.held.request_id: claimed.waited_s for claimed in claim(worker_streams(connection), 2)}
+    assert 90 <= waited[request_id] < 150
+    assert waited[other] == 0
+
+
 def test_the_fewest_running_come_first_then_the_longest_waiting(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
@@ -183,7 +193,7 @@ def test_a_claim_repeated_after_a_lost_reply_returns_what_it_claimed_and_nothing
     picks = choose(streams, 2)
     claims = streams.claim(claim_ids, picks)
     suspend(connection)
-    assert streams.claim(claim_ids, picks) == claims
+    assert [again[:4] for again in streams.claim(claim_ids, picks)] == [first[:4] for first in claims]
     assert [c.held.request_id for c in [former, *claims]] == ids[:3]
     streams.hand_back([claims[0].held])
     Job.fetch(ids[2], connection, JSONSerializer).delete()
@@ -199,7 +209,7 @@ def test_a_repeated_claim_renews_the_leases_and_says_again_what_must_run_alone(
     picks = choose(streams, 1)
     (claimed,) = streams.claim(["e1"], picks)
     connection.zadd(keys.leases(BASE), {request_id: 1})
-    assert streams.claim(["e1"], picks) == [claimed]
+    assert [again[:4] for again in streams.claim(["e1"], picks)] == [claimed[:4]]
     assert claimed.alone
     assert connection.zscore(keys.leases(BASE), request_id) > 1
 

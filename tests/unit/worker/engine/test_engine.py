@@ -1,5 +1,6 @@
 """Requests in, events out: how a request ends, and what its events say."""
 
+from collections.abc import Collection
 from unittest.mock import patch
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from shared.errors import from_info
 from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
 from tests.block_checks import check_blocks
-from tests.fakes import FakeModel, build_engine, encoded, spell
+from tests.fakes import AllResident, FakeModel, build_engine, encoded, spell
 from tests.streams import make_request
 from worker.engine.block_manager import BlockManager
 from worker.engine.records import Output
@@ -444,3 +445,44 @@ def test_a_request_whose_step_ran_without_the_others_and_did_not_fit_ends_with_a
     assert (request_id, append.request_id) == (None, "lone")
     assert append.event.error.code == "generation_failed"
     assert set(bench.finish()) == {"other"}
+
+
+class SlowAdapters(AllResident):
+    """A residency whose adapters arrive when the test says so."""
+
+    has_arrived = False
+
+    def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
+        return name is None or self.has_arrived
+
+
+@pytest.mark.parametrize("ended_by", ["stop", "abort", "stopped"])
+def test_the_meta_tells_the_times_of_load_prefill_and_decode(ended_by: str) -> None:
+    adapters = SlowAdapters()
+    bench = Bench(FakeModel(spell("hi"), adapter_cache=adapters))
+    bench.add(adapter_name="a", text="longer than a chunk of 16", sampling=sampling())
+    bench.add("base", sampling=sampling())
+    bench.engine.step()
+    bench.clock.now_s = 5
+    adapters.has_arrived = True
+    bench.engine.step()
+    bench.clock.now_s = 7
+    outputs = bench.engine.step()
+    bench.clock.now_s = 10
+    if ended_by == "stop":
+        while not (ended := [o for o in outputs if o.request_id == "r" and o.event.is_terminal]):
+            outputs = bench.engine.step()
+    else:
+        engine = bench.engine
+        ended = engine.abort_request("r") if ended_by == "abort" else engine.stop_request("r")
+    meta = ended[0].meta
+    assert (meta["load_s"], meta["prefill_s"], meta["decode_s"]) == (5, 2, 3)
+
+
+def test_a_request_that_ends_before_it_ran_has_no_times() -> None:
+    bench = Bench(FakeModel(adapter_cache=SlowAdapters()))
+    bench.add(adapter_name="a")
+    bench.engine.step()
+    (ended,) = bench.engine.abort_request("r")
+    assert (ended.meta["load_s"], ended.meta["prefill_s"], ended.meta["decode_s"]) == (None, None, None)
+    bench.engine.step()

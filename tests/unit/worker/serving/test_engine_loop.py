@@ -25,7 +25,14 @@ class Bench:
         self.consumer = Mock(spec=Consumer, commands=queue.SimpleQueue(), outbox=queue.Queue())
         self.engine = InMemoryEngine(before_step=self.step)
         self.held = HeldRequests()
-        self.loop = EngineLoop(self.engine, self.consumer, self.held, drain_s=10, clock=lambda: self.now_s)
+        self.loop = EngineLoop(
+            self.engine,
+            self.consumer,
+            self.held,
+            drain_s=10,
+            worker_name="w1",
+            clock=lambda: self.now_s,
+        )
         self.add("r")
 
     def claim(self, request_id: str) -> Claim:
@@ -99,6 +106,20 @@ def test_events_leave_under_the_claims_that_they_belong_to() -> None:
         [(Held("r", "x"), 0)],
         [(Held("r", "x"), 1)],
     ]
+
+
+def test_the_last_event_of_a_request_and_its_job_tell_the_times_and_the_worker() -> None:
+    bench = Bench()
+    claim = bench.claim("late")._replace(waited_s=2.5)
+    bench.consumer.commands.put(Commands(add=[Arrival(claim, [[1, 2, 3]], encode_s=0.5)]))
+    bench.consumer.commands.put(Commands(stop=["late"]))
+    bench.run(num_steps=1)
+    appends = bench.consumer.outbox.get_nowait()
+    (last,) = [append for append in appends if append.event.is_terminal]
+    assert (last.event.timings.queue_s, last.event.timings.encode_s) == (2.5, 0.5)
+    assert last.event.timings.worker == "w1"
+    assert (last.meta["queue_s"], last.meta["encode_s"]) == (2.5, 0.5)
+    assert [append.event.timings for append in appends if append is not last] == [None]
 
 
 def test_a_request_that_moved_away_while_it_was_encoded_is_not_taken_in() -> None:
