@@ -172,9 +172,7 @@ def _id_from_client(scope: Scope) -> str:
 
 
 def _shown(value: str | float | None) -> str:
-    """Returns a value for the log line: seconds with three decimals; a text shortened, and as a JSON string
-    unless it is a plain word.
-    """
+    """Returns a value for the log line: seconds, or a text that is shortened and, unless plain, a JSON string."""
     if value is None:
         return "-"
     if not isinstance(value, str):
