@@ -172,7 +172,7 @@ def _id_from_client(scope: Scope) -> str:
 
 
 def _shown(value: str | float | None) -> str:
-    """Returns a value for the log line: seconds, or a text that is shortened and, unless plain, a JSON string."""
+    """Returns a value for the log line: seconds, or a text, shortened, and as a JSON string unless plain."""
     if value is None:
         return "-"
     if not isinstance(value, str):
