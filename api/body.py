@@ -1,35 +1,105 @@
-"""Reads a request body that is declared as JSON, up to a size limit."""
+"""Reads request bodies that are declared as JSON, within limits on size, time, and the memory of all."""
 
-from contextlib import aclosing
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from email.message import Message
 
 from starlette.requests import Request
 
-from shared.errors import RequestTooLarge, UnsupportedMediaType
+from shared.errors import RequestTimeout, RequestTooLarge, ServerBusy, UnsupportedMediaType
+from shared.settings import ApiSettings
 
 JSON = "application/json"
 CHARSETS = ("utf-8", "utf8", "us-ascii")
+FREE_BYTES = 16 * 1024
+"""Size up to which a body does not count, so that short requests get in whatever the others send."""
 
 
-async def read_body(request: Request, max_num_bytes: int) -> bytes:
-    """Returns the whole body of a request that is declared as JSON.
+class _Arriving:
+    """A body of which a part is in memory."""
 
-    Raises:
-        UnsupportedMediaType: the header `Content-Type` is missing or names something else.
-        RequestTooLarge: the body is longer than `max_num_bytes`; its rest is not read.
-        ClientDisconnect: the client disconnected before it had sent the whole body.
+    def __init__(self) -> None:
+        self.body = bytearray()
+        self.timeout = asyncio.timeout(None)
+        self.was_evicted = False
+
+    @property
+    def num_counted(self) -> int:
+        return max(0, len(self.body) - FREE_BYTES)
+
+
+class BodyReader:
+    """Reads the bodies of all requests of an API process.
+
+    If they take more memory than allowed, the one that has been arriving longest is given up: bodies that
+    clients send slowly, or never to the end, don't keep others out.
     """
-    _check_declared_as_json(request)
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_num_bytes:
-        raise _too_large(max_num_bytes)
-    body = bytearray()
-    async with aclosing(request.stream()) as parts:
-        async for part in parts:
-            body += part
-            if len(body) > max_num_bytes:
-                raise _too_large(max_num_bytes)
-    return bytes(body)
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self._settings = settings
+        self._num_bytes = 0
+        self._arriving: dict[_Arriving, None] = {}
+        """The bodies that are not complete yet, oldest first."""
+
+    @asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytes]:
+        """Provides the whole body of a request; its memory counts until the context ends.
+
+        Raises:
+            UnsupportedMediaType: the header `Content-Type` is missing or names something else than JSON.
+            RequestTooLarge: the body is larger than `max_body_bytes`; no more of it is read.
+            RequestTimeout: the body did not arrive within `body_limit_s`.
+            ServerBusy: all bodies together take too much memory.
+            ClientDisconnect: the client disconnected before it had sent the whole body.
+        """
+        _check_declared_as_json(request)
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self._settings.max_body_bytes:
+            raise self._too_large()
+        arriving = _Arriving()
+        self._arriving[arriving] = None
+        try:
+            await self._fill(arriving, request)
+            self._arriving.pop(arriving)
+            yield bytes(arriving.body)
+        finally:
+            self._arriving.pop(arriving, None)
+            self._num_bytes -= arriving.num_counted
+
+    async def _fill(self, arriving: _Arriving, request: Request) -> None:
+        try:
+            async with arriving.timeout as timeout, aclosing(request.stream()) as parts:
+                timeout.reschedule(asyncio.get_running_loop().time() + self._settings.body_limit_s)
+                async for part in parts:
+                    self._add(arriving, part)
+        except TimeoutError:
+            raise (ServerBusy() if arriving.was_evicted else RequestTimeout()) from None
+
+    def _add(self, arriving: _Arriving, part: bytes) -> None:
+        before = arriving.num_counted
+        arriving.body += part
+        self._num_bytes += arriving.num_counted - before
+        if len(arriving.body) > self._settings.max_body_bytes:
+            raise self._too_large()
+        if self._num_bytes > self._settings.max_arriving_bytes:
+            self._evict_oldest(but=arriving)
+
+    def _evict_oldest(self, *, but: _Arriving) -> None:
+        """Gives up the oldest incomplete body that counts.
+
+        Raises:
+            ServerBusy: there is none, except the body that needs the memory.
+        """
+        for arriving in self._arriving:
+            if arriving is not but and arriving.num_counted and not arriving.was_evicted:
+                arriving.was_evicted = True
+                arriving.timeout.reschedule(asyncio.get_running_loop().time())
+                return
+        raise ServerBusy
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(f"The request body is larger than {self._settings.max_body_bytes} bytes.")
 
 
 def _check_declared_as_json(request: Request) -> None:
@@ -52,7 +122,3 @@ def _is_json(content_type: str) -> bool:
     media_type, charset = content_type.partition(";")[0].strip().lower(), message.get_content_charset("utf-8")
     is_json = media_type == JSON or (media_type.startswith("application/") and media_type.endswith("+json"))
     return is_json and charset in CHARSETS
-
-
-def _too_large(max_num_bytes: int) -> RequestTooLarge:
-    return RequestTooLarge(f"The request body is larger than {max_num_bytes} bytes.")

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from api.auth import ApiKeyCheck
-from api.body import read_body
+from api.body import BodyReader
 from api.contract.answer import AnswerWriter, Heading
 from api.contract.chat_answer import BodyWriter, ChunkWriter
 from api.contract.chat_messages import ChatMessage
@@ -39,12 +39,12 @@ class Deleted(msgspec.Struct, frozen=True):
 
 def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck) -> None:
     """Adds the routes of this module to `router`, whose dependency checks the API keys."""
-    queue, runner = relay.queue, StepRunner()
+    queue, runner, bodies = relay.queue, StepRunner(), BodyReader(settings)
 
     @router.post(CHAT_COMPLETIONS, summary="Continue a conversation", tags=["chat"])
     async def create_chat_completion(request: Request) -> Response:
         """Answers with one JSON object or, with `stream: true`, with server-sent events."""
-        body, messages = await _read_chat(request, settings.max_body_bytes, runner)
+        body, messages = await _read_chat(request, bodies, runner)
         admit_until = queue.deadline()
         card = await queue.fetch_card(body.model, admit_until)
         client = keys.client_of(request)
@@ -89,16 +89,16 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
 
 
 async def _read_chat(
-    request: Request, max_num_bytes: int, runner: StepRunner
+    request: Request, bodies: BodyReader, runner: StepRunner
 ) -> tuple[ChatCompletionRequest, list[dict[str, Any]]]:
     """Reads and parses the body of a request, and records for the log line which model it names."""
-    raw = await read_body(request, max_num_bytes)
     exchange = exchange_of(request.scope)
-    try:
-        body, messages = await runner.run(parse_chat(raw), is_long=is_long(raw))
-    except InvalidRequest:
-        exchange.note_model(model_in(raw))
-        raise
+    async with bodies.read(request) as raw:
+        try:
+            body, messages = await runner.run(parse_chat(raw), is_long=is_long(raw))
+        except InvalidRequest:
+            exchange.note_model(model_in(raw))
+            raise
     exchange.note_model(body.model)
     return body, messages
 

@@ -49,6 +49,9 @@ MAPPING: dict[type[LorelayError], Mapped] = {
     errors.RequestNotFound: _refused(404),
     errors.RequestTooLarge: _refused(413),
     errors.UnsupportedMediaType: _refused(415, Accept="application/json"),
+    errors.HeadersTooLarge: _refused(431),
+    errors.RequestTimeout: Mapped(408, INVALID_REQUEST_TYPE, retry_after_s=1),
+    errors.ServerBusy: Mapped(503, SERVER_TYPE, retry_after_s=1),
     errors.QueueFull: Mapped(429, "rate_limit_error", retry_after_s=1),
     errors.QueueTimeout: Mapped(503, SERVER_TYPE, retry_after_s=5),
     # If the official clients retried, a request would wait several times as long as the setting says.

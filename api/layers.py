@@ -24,7 +24,7 @@ def name_charset(app: ASGIApp) -> ASGIApp:
     async def layer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [(name, _labelled(name, value)) for name, value in message.get("headers", ())]
+                headers = [(name, labelled(name, value)) for name, value in message.get("headers", ())]
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -73,7 +73,7 @@ def log_exchange(app: ASGIApp) -> ASGIApp:
     return layer
 
 
-def _labelled(name: bytes, value: bytes) -> bytes:
+def labelled(name: bytes, value: bytes) -> bytes:
     """Returns the value of a header; adds the charset if it is the content type of a text and has none."""
     if name.lower() != CONTENT_TYPE or b"charset=" in value.lower():
         return value

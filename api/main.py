@@ -2,7 +2,8 @@
 
 At SIGTERM uvicorn stops accepting connections and waits for the open responses. After `api_drain_s` the relay
 ends the responses that are still open with the error `server_draining`; then the process ends. If uvicorn's
-`--timeout-graceful-shutdown` is shorter than `api_drain_s`, clients get the same error earlier.
+`--timeout-graceful-shutdown` is shorter than `api_drain_s`, clients get the same error earlier. Then
+connections whose clients don't read are cut.
 """
 
 import asyncio
@@ -15,12 +16,13 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
 from api import docs, errors
+from api.connections import LAST_WORDS_S, ConnectionGuard
 from api.keyring import Keyring
 from api.layers import allow_origins, log_exchange, name_charset
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from api.routes import build_routes
-from api.termination import at_termination
+from api.termination import at_termination, running_server
 from shared import logs
 from shared.settings import ApiSettings, RedisSettings
 
@@ -50,18 +52,27 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
         logs.configure(settings.log_level)
     redis_settings = redis_settings or RedisSettings.load()
     keyring = Keyring(settings)
-    relay = Relay(QueueClient(redis_settings, settings), redis_settings, settings)
+    relay, guard = (
+        Relay(QueueClient(redis_settings, settings), redis_settings, settings),
+        ConnectionGuard(settings),
+    )
+
+    def drain() -> None:
+        relay.drain()
+        guard.end_after(settings.api_drain_s + LAST_WORDS_S)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         relay.start()
-        watch = asyncio.create_task(keyring.watch(), name="API keys")
+        watches = [asyncio.create_task(watch) for watch in (keyring.watch(), guard.run())]
         if is_process:
+            guard.install(running_server())
             # If garbage collections scanned all objects of the imports, open streams would pause for 40 ms.
             gc.freeze()
-        with at_termination(relay.drain):
+        with at_termination(drain):
             yield
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
         await relay.close()
 
     app = Application(
@@ -75,5 +86,5 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
     errors.install(app)
     app.include_router(build_routes(relay, settings, keyring))
     docs.install(app, relay)
-    app.state.relay = relay
+    app.state.relay, app.state.guard = relay, guard
     return app

@@ -7,6 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import uvicorn
+
+
+def running_server() -> uvicorn.Server | None:
+    """Returns the uvicorn server that runs this process, or None; it is the one that handles SIGTERM."""
+    owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return owner if isinstance(owner, uvicorn.Server) else None
+
 
 @contextmanager
 def at_termination(callback: Callable[[], None]) -> Iterator[None]:

@@ -21,7 +21,7 @@ from bench.own import STAGES, Context, OwnSizes, Stage
 from bench.report import draw, to_text
 from bench.yardstick import Figure, Goal, Row, goals
 from shared.control_groups import num_usable_cores
-from shared.settings import parse_adapters
+from shared.setting_lists import parse_adapters
 from worker.model.kernels.threads import COMPILER
 
 SMOKE = OwnSizes(

@@ -10,6 +10,9 @@ LorelayError
 ├── RequestNotFound
 ├── RequestTooLarge
 ├── UnsupportedMediaType
+├── HeadersTooLarge
+├── RequestTimeout
+├── ServerBusy
 ├── QueueFull
 ├── QueueTimeout
 │   └── NoWorker
@@ -103,6 +106,24 @@ class UnsupportedMediaType(LorelayError):
 
     code = "unsupported_media_type"
     param = "Content-Type"
+
+
+class HeadersTooLarge(LorelayError):
+    """The request's line and headers are larger than 64 KiB."""
+
+    code = "headers_too_large"
+
+
+class RequestTimeout(LorelayError):
+    """The request did not arrive in time; send it again."""
+
+    code = "request_timeout"
+
+
+class ServerBusy(LorelayError):
+    """Too many connections or request bodies are open; try again later."""
+
+    code = "server_busy"
 
 
 class QueueFull(LorelayError):

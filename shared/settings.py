@@ -4,13 +4,11 @@ A malformed value raises a `ConfigurationError` that names the variable. The fla
 same variables.
 """
 
-import math
 import os
 import re
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -18,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.api_keys import entries_of_file, parse_keys, read_keys_file, split_keys
 from shared.errors import ConfigurationError
+from shared.setting_lists import AdapterSource, check_name, parse_adapters, parse_weights
 
 ENV_PREFIX = "LORELAY_"
 
@@ -25,104 +24,6 @@ MAX_DURATION = 1e9
 """Maximum for a duration in seconds, about 30 years. Redis would refuse an infinite duration."""
 Seconds = Annotated[float, Field(gt=0, le=MAX_DURATION)]
 Count = Annotated[int, Field(gt=0)]
-
-
-class AdapterSource(NamedTuple):
-    """One configured adapter: the name that clients use, and a local folder or a Hugging Face id."""
-
-    name: str
-    path: str
-
-
-def parse_adapters(value: Any) -> Any:
-    """Parses `"a=path b=path @file"`, or a single path, whose last folder then gives the adapter's name.
-
-    Raises:
-        ValueError: an entry is malformed, a name is used twice or is `default`, or a file can't be read. If
-            the entry is from a file, the message has the file's name and the line number.
-    """
-    entries = shlex.split(value) if isinstance(value, str) else value
-    if entries and isinstance(entries[0], AdapterSource):
-        return entries
-    if len(entries) == 1 and "=" not in entries[0] and not entries[0].startswith("@"):
-        entries = [f"{Path(entries[0]).name}={entries[0]}"]
-    sources: dict[str, AdapterSource] = {}
-    for entry in entries:
-        for source, where in _read_list(entry[1:]) if entry.startswith("@") else [(_parse_named(entry), "")]:
-            if source.name in sources:
-                raise ValueError(f"{where}adapter name {source.name!r} is given twice")
-            sources[source.name] = source
-    return tuple(sources.values())
-
-
-def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
-    """Reads a file with one `name=path` per line; yields each adapter and, for messages, its file and line.
-
-    Blank lines and lines that begin with `#` are skipped. Paths may be relative to the file's folder.
-    """
-    file = Path(path).expanduser().absolute()
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"can't read {path!r}: {getattr(error, 'strerror', error)}") from error
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
-        where = f"{path}, line {number}: "
-        try:
-            source = _parse_named(line)
-        except ValueError as error:
-            raise ValueError(f"{where}{error}") from error
-        yield AdapterSource(source.name, _beside(file.parent, source.path)), where
-
-
-def _beside(folder: Path, path: str) -> str:
-    """Returns a path that is relative to `folder` in absolute form; returns a Hugging Face id unchanged."""
-    named = folder / Path(path).expanduser()
-    return str(named) if named.is_dir() or path.startswith((".", "~")) else path
-
-
-def _parse_named(entry: str) -> AdapterSource:
-    name, equals, path = entry.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"{entry!r} is not of the form name=path")
-    _check_name(name)
-    if name == "default":
-        raise ValueError("no adapter may be called 'default': RQ passes that name if no queue was given")
-    return AdapterSource(name, path)
-
-
-def parse_weights(value: Any) -> Any:
-    """Parses weights by model name, such as `"a=2 b=0.5"`.
-
-    Raises:
-        ValueError: an entry is malformed, a name is used twice, or a weight is not a positive number.
-    """
-    if not isinstance(value, str):
-        return value
-    weights: dict[str, float] = {}
-    for entry in shlex.split(value):
-        name, _, weight = entry.rpartition("=")
-        try:
-            number = float(weight)
-        except ValueError:
-            number = math.nan
-        if not name or name in weights or not 0 < number < math.inf:
-            raise ValueError(
-                f"{entry!r} is not of the form name=weight, with a positive number, once per name"
-            )
-        weights[name] = number
-    return weights
-
-
-def _check_name(name: str) -> None:
-    """Refuses names that can't be part of a URL.
-
-    Raises:
-        ValueError: the name consists of dots, or has a character that can't be printed.
-    """
-    if name in (".", "..") or not name.isprintable():
-        raise ValueError(f"{name!r} can't be the name of a model")
 
 
 def default_state_dir() -> Path:
@@ -239,6 +140,15 @@ class ApiSettings(Settings):
     max_inbox_events: Count = 256
     """Maximum number of events buffered per stream; the API reads further events from the log."""
     max_body_bytes: Count = 4 * 1024 * 1024
+    max_arriving_bytes: Count = 64 * 1024 * 1024
+    """Maximum size of all request bodies that are being received or parsed at one time."""
+    max_connections: Count = 4_096
+    head_limit_s: Seconds = 10
+    """Maximum time for a request's line and headers to arrive."""
+    body_limit_s: Seconds = 60
+    """Maximum time for a request's body to arrive."""
+    send_limit_s: Seconds = 60
+    """Time after which a connection is cut whose client reads nothing of what waits for it."""
     redis_timeout_s: Seconds = 2
     api_lease_s: Seconds = 6
     """Lease of an API process; when it expires, workers abort the API's requests that are not detached."""
@@ -332,7 +242,7 @@ class WorkerSettings(Settings):
 
     @model_validator(mode="after")
     def _names_are_apart(self) -> Self:
-        _check_name(self.base_name)
+        check_name(self.base_name)
         if self.base_name in (source.name for source in self.adapters):
             raise ValueError(f"an adapter and the base model are both called {self.base_name!r}")
         return self

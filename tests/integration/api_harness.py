@@ -78,7 +78,12 @@ class ApiServer:
         values = {"max_silence_s": 0.1, **waits, **settings}
         self.app = create_app(ApiSettings(**values), RedisSettings(redis_url=redis_url))
         config = uvicorn.Config(
-            self.app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1
+            self.app,
+            host="127.0.0.1",
+            port=0,
+            log_config=None,
+            timeout_graceful_shutdown=1,
+            http=self.app.state.guard.protocol,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, name="api")

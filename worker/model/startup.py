@@ -13,7 +13,8 @@ import torch
 from shared.control_groups import num_usable_cores
 from shared.errors import AdapterError, ConfigurationError
 from shared.logs import fields
-from shared.settings import AdapterSource, WorkerSettings
+from shared.setting_lists import AdapterSource
+from shared.settings import WorkerSettings
 from worker.engine.adapter_cache import AdapterCache
 from worker.engine.served_models import ServedModel, ServedModels
 from worker.model import loading, memory

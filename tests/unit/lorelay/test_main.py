@@ -11,7 +11,8 @@ from lorelay import options, plan
 from lorelay.embedded import StateFolder
 from lorelay.main import main
 from lorelay.plan import ServePlan, make_plan
-from shared.settings import AdapterSource, WorkerSettings
+from shared.setting_lists import AdapterSource
+from shared.settings import WorkerSettings
 
 pytestmark = pytest.mark.usefixtures("bare_environment")
 

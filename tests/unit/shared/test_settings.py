@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from shared.errors import ConfigurationError
-from shared.settings import AdapterSource, ApiSettings, RedisSettings, WorkerSettings
+from shared.setting_lists import AdapterSource
+from shared.settings import ApiSettings, RedisSettings, WorkerSettings
 
 
 @pytest.fixture(autouse=True)
