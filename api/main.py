@@ -82,6 +82,8 @@ def create_app(settings: ApiSettings | None = None, redis_settings: RedisSetting
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        # A redirect would lead to the host that the request's own `Host` header names.
+        redirect_slashes=False,
     )
     errors.install(app)
     app.include_router(build_routes(relay, settings, keyring))

@@ -26,7 +26,7 @@ class Model(msgspec.Struct, frozen=True):
     created: int
     owned_by: str
     root: str
-    """Source of the weights: a folder or a Hugging Face id."""
+    """The model's own name. The folder or Hugging Face id of its weights is shown by `lorelay status` only."""
     parent: str | None
     """Name of the base model if this is an adapter, else None."""
     max_model_len: int
@@ -104,7 +104,7 @@ def _to_model(card: ModelCard, served: bool) -> Model:
         object="model",
         created=card.created,
         owned_by="lorelay",
-        root=card.source,
+        root=card.name,
         parent=card.base if card.adapter_name is not None else None,
         max_model_len=card.max_model_len,
         served=served,

@@ -124,6 +124,16 @@ def test_unknown_paths_and_methods_are_refused_in_the_same_form(api: ApiServer) 
     assert wrong_method.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize(
+    "path", ["/health/", "/docs/", "//", "/v1/models/", "/v1/chat/completions/", "/openapi.json/"]
+)
+def test_no_path_redirects_to_the_host_that_a_client_names(api: ApiServer, path: str) -> None:
+    answer = httpx.get(api.url + path, headers={"Host": "evil.example"}, follow_redirects=False)
+    assert answer.status_code in (404, 405)
+    assert "location" not in answer.headers
+    assert "evil" not in answer.text
+
+
 @pytest.mark.parametrize("path", ["/health", "/ready"])
 def test_probes_answer_head(api: ApiServer, path: str) -> None:
     answer = httpx.head(api.url + path)
@@ -276,7 +286,9 @@ async def test_a_detached_request_may_wait_for_any_time_and_its_key_is_its_tenan
                 assert (await task).status_code == 200
             assert claim.request.wait_limit_s is None
             tenants.add(claim.request.tenant)
+            assert httpx.get(f"{api.url}/v1/models/missing", headers=headers).status_code == 404
     digest = hashlib.sha256(KEY.encode()).hexdigest()
+    assert "GET /v1/models/missing for team-z ended" in caplog.text
     assert tenants == {"team-z", digest}
     assert "for team-z ended" in caplog.text
     assert f"for {digest[:12]} ended" in caplog.text
