@@ -2,6 +2,7 @@
 
 from starlette.requests import Request
 
+from api.exchange_log import exchange_of
 from api.keyring import Keyring
 from shared.api_keys import NOBODY, Client
 from shared.errors import InvalidApiKey
@@ -27,7 +28,9 @@ class ApiKeyCheck:
         """
         # The client is found here once. If the file of keys changed in the middle of a request, a second
         # search could fail.
-        request.state.client = NOBODY if self._keyring.is_empty else self._find(_bearer(request))
+        client = NOBODY if self._keyring.is_empty else self._find(_bearer(request))
+        exchange_of(request.scope).note_tenant(client.tenant)
+        request.state.client = client
 
     def _find(self, given: str) -> Client:
         if not given:

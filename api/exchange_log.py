@@ -41,6 +41,7 @@ class ExchangeLog:
         self._own_id = f"req-{uuid.uuid4().hex}"
         self._begun_at = time.monotonic()
         self._request: GenerationRequest | None = None
+        self._tenant = ""
         self._model: str | None = None
         self._code: str | None = None
         self._param: str | None = None
@@ -60,6 +61,10 @@ class ExchangeLog:
     def has_events(self) -> bool:
         """True once an event of the request has arrived."""
         return self._first_event_s is not None
+
+    def note_tenant(self, tenant: str) -> None:
+        """Records the client whose API key was accepted; empty if requests need no key."""
+        self._tenant = tenant
 
     def note_model(self, name: str | None) -> None:
         """Records the model that the client asked for, whether or not it exists."""
@@ -122,7 +127,7 @@ class ExchangeLog:
                 **facts,
                 request_id=self._request.request_id if self._request else None,
                 adapter_name=self._request.adapter_name if self._request else None,
-                tenant=shown(self._request.tenant) if self._request else None,
+                tenant=shown(self._tenant),
                 outcome=self._outcome,
                 status=self._status,
                 total_s=total_s,
@@ -132,9 +137,9 @@ class ExchangeLog:
 
     def _subject(self) -> str:
         """Returns the first words of the line: the generation request, or else method and path."""
+        sender = f" for {shown(self._tenant)}" if self._tenant else ""
         if self._request is None:
-            return f"{_shown(self._method)} {_shown(self._path)}"
-        sender = f" for {shown(self._request.tenant)}" if self._request.tenant else ""
+            return f"{_shown(self._method)} {_shown(self._path)}{sender}"
         return f"request {self._request.request_id} to {self._request.model}{sender}"
 
     def _facts(self) -> dict[str, str | float | None]:
