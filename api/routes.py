@@ -26,7 +26,7 @@ class Model(msgspec.Struct, frozen=True):
     created: int
     owned_by: str
     root: str
-    """The model's own name. The folder or Hugging Face id of its weights is shown by `lorelay status` only."""
+    """The model's own name; only `lorelay status` shows the folder or Hugging Face id of its weights."""
     parent: str | None
     """Name of the base model if this is an adapter, else None."""
     max_model_len: int
