@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote, urlsplit
 import redis
 
 from shared.errors import ConfigurationError
+from shared.paths import expand_home
 
 MAX_SOCKET_PATH_BYTES = 103
 """Maximum length of a unix socket's path: the kernel allows 107 bytes on Linux, 103 on macOS."""
@@ -46,10 +47,11 @@ def running_url(state_dir: Path) -> str:
     """Returns the URL of the server that runs in a state folder.
 
     Raises:
-        ConfigurationError: no server runs there.
+        ConfigurationError: no server runs there, or the path begins with `~` and there is no home folder.
     """
+    state_dir = _expand(state_dir)
     try:
-        return (state_dir / _URL).read_text().strip()
+        return (state_dir / _URL).read_text("utf-8").strip()
     except OSError as error:
         raise ConfigurationError(
             f"{SETTING}: no embedded server runs in {state_dir}; name another folder with --state-dir, "
@@ -66,7 +68,7 @@ class StateFolder:
     """
 
     def __init__(self, path: Path, *, lock_wait_s: float = 3.0) -> None:
-        self.path = path.expanduser().absolute()
+        self.path = _expand(path).absolute()
         self._lock_wait_s = lock_wait_s
         self._socket_dir: Path | None = None
         self.lock_fd = -1
@@ -91,7 +93,10 @@ class StateFolder:
         self._lock()
         try:
             self._place_socket()
-            (self.path / _URL).write_text(f"{self.url}\n")
+            (self.path / _URL).write_text(f"{self.url}\n", "utf-8")
+        except OSError as error:
+            self._release()
+            raise self._refusal(f"can't be used: {error.strerror or error}") from error
         except BaseException:
             self._release()
             raise
@@ -134,11 +139,14 @@ class StateFolder:
             if strangers and not (self.path / _LOCK).exists():
                 raise self._refusal(f"holds other files ({min(strangers)}); name a folder of its own")
             self.path.chmod(0o700)
+            self.lock_fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise self._refusal(f"can't be used: {error.strerror}") from error
+            raise self._refusal(
+                f"can't be used: {error.strerror}; name one that this user can write, or a Redis server "
+                "with --redis-url (LORELAY_REDIS_URL)"
+            ) from error
 
     def _lock(self) -> None:
-        self.lock_fd = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + self._lock_wait_s
         while not self._try_lock():
             pid = os.pread(self.lock_fd, 32, 0).decode(errors="replace").strip()
@@ -173,7 +181,7 @@ class StateFolder:
     def _remove_stale_socket_dir(self) -> None:
         """Removes the temporary socket folder that a killed process left behind."""
         try:
-            folder = Path(unquote(urlsplit((self.path / _URL).read_text().strip()).path)).parent
+            folder = Path(unquote(urlsplit((self.path / _URL).read_text("utf-8").strip()).path)).parent
         except OSError:
             return
         if folder.name.startswith("lorelay-") and folder.parent == Path(tempfile.gettempdir()):
@@ -189,6 +197,14 @@ class StateFolder:
         return ConfigurationError(
             f"{SETTING} (--state-dir): the state folder {self.path} {reason}", param=SETTING
         )
+
+
+def _expand(state_dir: Path) -> Path:
+    try:
+        return expand_home(state_dir)
+    except ValueError as error:
+        message = f"{SETTING} (--state-dir): {error}; or use a Redis server: LORELAY_REDIS_URL (--redis-url)"
+        raise ConfigurationError(message, param=SETTING) from error
 
 
 def answers(url: str) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import socket
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ CONFIGURATION_EXIT_CODE = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 2 if the configuration is invalid."""
+    for stream in (sys.stdout, sys.stderr):
+        # With another locale than UTF-8, a model's name could otherwise end the command with an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = options.build_parser().parse_args(arguments)
     commands = {"serve": _serve, "status": _status, "dashboard": _dashboard}
     try:
@@ -61,9 +66,9 @@ def _redis_url(args: argparse.Namespace) -> str:
     if args.redis_url:
         return str(args.redis_url)
     if args.state_dir:
-        return embedded.running_url(Path(args.state_dir).expanduser())
+        return embedded.running_url(Path(args.state_dir))
     settings = ServeSettings.load()
-    return settings.redis_url or embedded.running_url(settings.state_dir.expanduser())
+    return settings.redis_url or embedded.running_url(settings.state_dir)
 
 
 def _naming_flag(error: ConfigurationError) -> str:

@@ -33,8 +33,7 @@ class Flag(NamedTuple):
 
     def describe(self) -> str:
         """Returns the help text with environment variable and default."""
-        default = self.owner.model_fields[self.field].get_default(call_default_factory=True)
-        shown = self.default or (default if self.metavar else "off")
+        shown = self.default or (self.owner.model_fields[self.field].default if self.metavar else "off")
         return f"{self.help} [{self.variable}; default: {shown}]".replace("%", "%%")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lorelay.devices import visible_gpus, worker_environments
 from shared.control_groups import num_usable_cores
 from shared.errors import ConfigurationError
+from shared.paths import expand_home
 from shared.settings import ENV_PREFIX, ApiSettings, RedisSettings, ServeSettings, WorkerSettings
 
 MAX_VARIABLE_BYTES = 120_000
@@ -123,7 +124,7 @@ def _with_absolute_paths(values: Mapping[str, Any]) -> tuple[WorkerSettings, str
 def _absolute_entry(entry: str) -> str:
     """Makes the path in an entry (`name=path`, `@file` or a path alone) absolute."""
     if entry.startswith("@"):
-        return f"@{Path(entry[1:]).expanduser().absolute()}"
+        return f"@{_expand(entry[1:], 'LORELAY_ADAPTERS (--adapters)').absolute()}"
     name, equals, path = entry.partition("=")
     if not equals:
         return _resolve(entry, "LORELAY_ADAPTERS (--adapters)")
@@ -132,12 +133,19 @@ def _absolute_entry(entry: str) -> str:
 
 def _resolve(path: str, setting: str) -> str:
     """Returns the absolute path of a folder; returns a Hugging Face id unchanged."""
-    folder = Path(path).expanduser()
+    folder = _expand(path, setting)
     if folder.is_dir():
         return str(folder.absolute())
     if folder.exists() or re.match(r"[./~]", path):
         raise ConfigurationError(f"{setting}: {path} is no folder")
     return path
+
+
+def _expand(path: str, setting: str) -> Path:
+    try:
+        return expand_home(path)
+    except ValueError as error:
+        raise ConfigurationError(f"{setting}: {error}") from error
 
 
 def _adapters_variable(entries: Sequence[str]) -> str:

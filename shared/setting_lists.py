@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shared.paths import expand_home
+
 
 class AdapterSource(NamedTuple):
     """One configured adapter: the name that clients use, and a local folder or a Hugging Face id."""
@@ -40,9 +42,9 @@ def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
 
     Blank lines and lines that begin with `#` are skipped. Paths may be relative to the file's folder.
     """
-    file = Path(path).expanduser().absolute()
+    file = expand_home(path).absolute()
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"can't read {path!r}: {getattr(error, 'strerror', error)}") from error
     for number, line in enumerate(map(str.strip, lines), start=1):
@@ -58,7 +60,7 @@ def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
 
 def _beside(folder: Path, path: str) -> str:
     """Returns a path that is relative to `folder` in absolute form; returns a Hugging Face id unchanged."""
-    named = folder / Path(path).expanduser()
+    named = folder / expand_home(path)
     return str(named) if named.is_dir() or path.startswith((".", "~")) else path
 
 

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.api_keys import entries_of_file, parse_keys, read_keys_file, split_keys
 from shared.errors import ConfigurationError
+from shared.paths import expand_home
 from shared.setting_lists import AdapterSource, check_name, parse_adapters, parse_weights
 
 ENV_PREFIX = "LORELAY_"
@@ -28,8 +29,8 @@ Count = Annotated[int, Field(gt=0)]
 
 def default_state_dir() -> Path:
     """Returns `$XDG_STATE_HOME/lorelay`, or `~/.local/state/lorelay` if that variable is not set."""
-    home = os.environ.get("XDG_STATE_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "state") / "lorelay"
+    # `~` is replaced where the folder is used: a user without a home folder may use Redis instead.
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "lorelay"
 
 
 def _check_keys(value: Any) -> Any:
@@ -39,7 +40,7 @@ def _check_keys(value: Any) -> Any:
 
 
 def _check_keys_file(path: Path) -> Path:
-    path = path.expanduser().absolute()
+    path = expand_home(path).absolute()
     try:
         parse_keys(entries_of_file(read_keys_file(path)))
     except ValueError as error:

@@ -35,7 +35,7 @@ def script_source(name: str) -> str:
     """Returns the text of the files that a script needs, then of the script, with all `@WORDS@` filled in."""
     folder = resources.files("shared.queue") / "lua"
     parts = ("prelude", *_PARTS.get(name, ("waiting",)), name)
-    source = "".join((folder / f"{part}.lua").read_text() for part in parts)
+    source = "".join((folder / f"{part}.lua").read_text("utf-8") for part in parts)
     for word, value in {
         "@RQ@": RQ_KEY_PREFIX,
         "@UNREADABLE_RESULT@": exception_text(GenerationFailed(UNREADABLE)),

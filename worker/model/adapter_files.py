@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shared.errors import AdapterError
 from shared.logs import fields
+from shared.paths import expand_home
 from worker.model import adapter_tokenizer
 from worker.model.loading import download, looks_like_path
 from worker.model.versions import adapter_version
@@ -104,7 +105,10 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
 
 
 def _find(path: str) -> Path:
-    folder = Path(path).expanduser()
+    try:
+        folder = expand_home(path)
+    except ValueError as error:
+        raise _Problem(str(error)) from error
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -122,7 +126,7 @@ def _find(path: str) -> Path:
 def _read_config(folder: Path) -> dict[str, Any]:
     """Returns the contents of `adapter_config.json`; refuses a config with features that are not served."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
+        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     except FileNotFoundError as error:
         raise _Problem(f"is not an adapter: it has no {CONFIG_FILE}") from error
     except ValueError as error:

@@ -36,13 +36,13 @@ def _compute(path: Path) -> str:
 
 def _read(stored: Path) -> str | None:
     """Returns the digest in a file of the cache, or None if this file is missing or truncated."""
-    text = stored.read_text() if stored.exists() else ""
+    text = stored.read_text("utf-8") if stored.exists() else ""
     return text if len(text) == hashlib.sha256().digest_size * 2 else None
 
 
 def _store(stored: Path, digest: str) -> str:
     stored.parent.mkdir(parents=True, exist_ok=True)
     unfinished = stored.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(digest)
+    unfinished.write_text(digest, "utf-8")
     unfinished.replace(stored)
     return digest

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shared.errors import ConfigurationError
+from shared.paths import expand_home
 from shared.settings import WorkerSettings
 from worker.model import attention
 from worker.model.versions import WEIGHT_PATTERNS
@@ -41,7 +42,10 @@ def find_model(settings: WorkerSettings) -> Path:
     Raises:
         ConfigurationError: there is no such folder or repository.
     """
-    folder = Path(settings.model).expanduser()
+    try:
+        folder = expand_home(settings.model)
+    except ValueError as error:
+        raise ConfigurationError(f"LORELAY_MODEL: {error}") from error
     if folder.is_dir():
         return folder
     if looks_like_path(settings.model):
