@@ -22,7 +22,7 @@ FunctionType = Annotated[str, AfterValidator(_check_type)]
 
 
 def _check_finite(value: Any) -> Any:
-    """Returns the value. Raises an error if it has a number that is infinite for a float, such as 1e400."""
+    """Returns the value; raises an error if it contains a number beyond the range of floats (1e400)."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:

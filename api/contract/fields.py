@@ -1,8 +1,8 @@
 """Markers that say whether Lorelay serves a field of a request.
 
 The request models are the table of all fields: a field without a marker is served, one with `IGNORED` has no
-effect, and one with `Only` is refused, except with its values. Schema, docs and tests read this table through
-`field_table.rows`. To serve a field, remove its marker.
+effect, and one with `Only` is refused, except with the marker's values. Schema, docs and tests read this
+table through `field_table.rows`. To serve a field, remove its marker.
 """
 
 import json

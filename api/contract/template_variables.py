@@ -32,7 +32,7 @@ RESERVED = frozenset(
 
 
 def check_variables(variables: Any) -> Any:
-    """Returns the variables. Raises an error that names the first one with a wrong name or value."""
+    """Returns the variables. Raises an error that names the first variable with a wrong name or value."""
     if len(variables) > MAX_NUM_VARIABLES:
         raise invalid(f"at most {MAX_NUM_VARIABLES} variables can be set")
     for name, value in variables.items():

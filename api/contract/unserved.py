@@ -43,7 +43,7 @@ class LabelFields(StrictModel):
 
 
 class UnservedOpenAIFields(StrictModel):
-    """OpenAI's fields that Lorelay refuses, each accepted with the value that means the same as none."""
+    """OpenAI's fields that Lorelay refuses, except with the value that means the same as no value."""
 
     n: Annotated[Annotated[int, Field(ge=1, le=128), INTEGRAL] | None, Only(1)] = None
     """Number of answers."""
