@@ -58,6 +58,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             cache_salt=body.cache_salt,
             detached=wants_detach(request),
         )
+        generation = msgspec.structs.replace(generation, continuous_usage=body.continuous_usage)
         writer = _writer(generation, stream=bool(body.stream), include_usage=body.include_usage)
         call = GenerationCall(generation, writer, client.tenant, admit_until)
         return GenerationResponse(relay, settings, call)
@@ -120,6 +121,8 @@ def _stream_writer(
     return ChunkWriter(
         _heading(request),
         include_usage=include_usage,
+        # A stream that is resumed later than at its first event lacks the counts until then.
+        continuous_usage=request.continuous_usage and not is_resumed,
         with_ids=request.detached,
         begun=range(request.n) if is_resumed else (),
     )

@@ -152,6 +152,8 @@ class GenerationRequest(Message, frozen=True):
     detached: bool = False
     """True if the request continues when its client disconnects; the client can then resume the stream."""
     template_inputs: TemplateInputs = NO_INPUTS
+    continuous_usage: bool = False
+    """True if the first event shall have `usage_so_far`; workers of an earlier release leave it out."""
 
     @property
     def num_prompts(self) -> int:
@@ -248,6 +250,8 @@ class StreamEvent(Message, frozen=True):
     error: ErrorInfo | None = None
     timings: Timings | None = None
     """Set in terminal events that a worker writes; workers of the release before leave it out."""
+    usage_so_far: Usage | None = None
+    """Token counts at the first event, if the request has `continuous_usage`; later events add tokens."""
 
     @property
     def is_terminal(self) -> bool:

@@ -71,20 +71,48 @@ _MARK = "text"
 """Placeholder for the text of a chunk; the encoded chunk is split at the placeholder."""
 
 
+class RunningUsage:
+    """Counts the tokens of a request, event by event, for clients that get the counts in each chunk."""
+
+    def __init__(self) -> None:
+        self._at_first: Usage | None = None
+        self._num_tokens = 0
+
+    def add(self, event: StreamEvent) -> None:
+        """Counts the tokens of an event."""
+        self._num_tokens += len(event.token_ids)
+        self._at_first = self._at_first or event.usage_so_far or event.usage
+
+    def to_body(self) -> UsageBody | None:
+        """Returns the counts so far; None if the worker is of an earlier release, which doesn't tell them."""
+        first = self._at_first
+        if first is None:
+            return None
+        return to_usage_body(Usage(first.prompt_tokens, self._num_tokens, first.cached_tokens))
+
+
 class ChunkWriter:
     """Renders the `StreamEvent`s of one request as server-sent events."""
 
     is_stream = True
 
     def __init__(
-        self, heading: Heading, *, include_usage: bool, with_ids: bool = False, begun: Iterable[int] = ()
+        self,
+        heading: Heading,
+        *,
+        include_usage: bool,
+        continuous_usage: bool = False,
+        with_ids: bool = False,
+        begun: Iterable[int] = (),
     ) -> None:
         """Expects in `begun` the choices whose role the client has got already.
 
-        If `with_ids` is true, each event gets a line `id: <request id>:<event_no>`.
+        If `with_ids` is true, each event gets a line `id: <request id>:<event_no>`. With both `include_usage`
+        and `continuous_usage`, each chunk has the token counts so far.
         """
         self._heading = heading
         self._include_usage = include_usage
+        self._running = RunningUsage() if include_usage and continuous_usage else None
         self._with_ids = with_ids
         self._begun = set(begun)
         self._frames: dict[int, tuple[bytes, bytes]] = {}
@@ -92,6 +120,8 @@ class ChunkWriter:
     def render(self, event: StreamEvent) -> bytes:
         """Returns the chunks of one event, possibly none: the role first, usage and `[DONE]` last."""
         parts = []
+        if self._running is not None:
+            self._running.add(event)
         if event.index not in self._begun:
             self._begun.add(event.index)
             parts.append(self._chunk(event.index, Delta(role="assistant", content="")))
@@ -110,6 +140,8 @@ class ChunkWriter:
 
     def _text_chunk(self, index: int, text: str) -> bytes:
         """Renders a chunk with nothing but text; the JSON around the text is encoded once per choice."""
+        if self._running is not None:
+            return self._chunk(index, Delta(content=text))
         frame = self._frames.get(index)
         if frame is None:
             before, _, after = self._chunk(index, Delta(content=_MARK)).rpartition(_encode(_MARK))
@@ -118,7 +150,9 @@ class ChunkWriter:
 
     def _chunk(self, index: int, delta: Delta, finish_reason: PublicFinishReason | None = None) -> bytes:
         choice = ChunkChoice(index, delta, None, finish_reason)
-        return self._render([choice], None if self._include_usage else UNSET)
+        if not self._include_usage:
+            return self._render([choice], UNSET)
+        return self._render([choice], None if self._running is None else self._running.to_body())
 
     def _render(self, choices: list[ChunkChoice], usage: UsageBody | UnsetType | None) -> bytes:
         heading = self._heading

@@ -71,8 +71,8 @@ class StreamOptions(StrictModel):
     """Adds one last chunk with the token counts."""
     include_obfuscation: Annotated[bool | None, Only(False)] = None
     """Random padding of chunks, against observers of the network."""
-    continuous_usage_stats: Annotated[bool | None, Only(False)] = None
-    """Token counts in each chunk, an extension of vLLM."""
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: adds the token counts so far to each chunk, as at vLLM."""
 
     @property
     def is_neutral(self) -> bool:
@@ -192,6 +192,11 @@ class ChatCompletionRequest(ExtensionFields, UnservedOpenAIFields, LabelFields, 
     def include_usage(self) -> bool:
         """True if a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """True if each chunk of a stream has the token counts so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def to_sampling(self) -> SamplingParams:
         """Converts the body to sampling parameters for the workers; draws a random seed if none is given."""

@@ -65,6 +65,7 @@ class RequestOutput:
         self.request_id = request.request_id
         self._model, self._adapter_name = request.model, request.adapter_name
         self._limit_s, self._num_choices = request.generation_limit_s, request.n
+        self._tells_usage_so_far = request.continuous_usage
         self._outputs = outputs
         self._num_running = len(outputs)
         self._clock = clock
@@ -139,7 +140,9 @@ class RequestOutput:
         event_no, has_ended = self._next_event_no, not self._num_running
         self._next_event_no += 1
         usage = self._usage() if has_ended else None
-        event = StreamEvent(event_no, index, token_ids, text, None, finish_reason, usage)
+        is_first = self._tells_usage_so_far and event_no == 0 and not has_ended
+        so_far = self._usage() if is_first else None
+        event = StreamEvent(event_no, index, token_ids, text, None, finish_reason, usage, usage_so_far=so_far)
         return Output(self.request_id, event, self._meta(finish_reason) if has_ended else None)
 
     def _usage(self) -> Usage:

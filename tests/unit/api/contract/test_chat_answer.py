@@ -78,3 +78,31 @@ def test_every_text_of_any_model_is_framed_alike(include_usage: bool) -> None:
     assert chunks == [
         heading | {"choices": [choice | {"delta": {"content": text}}]} | usage for text in texts
     ]
+
+
+def test_continuous_usage_counts_the_tokens_of_each_chunk() -> None:
+    so_far = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=2)
+    stream = [
+        StreamEvent(0, token_ids=(5, 6), text='a "text"', usage_so_far=so_far),
+        StreamEvent(1, token_ids=(7,)),
+        StreamEvent(2, token_ids=(8,), text="b", finish_reason=FinishReason.STOP, usage=USAGE),
+    ]
+    writer = ChunkWriter(HEADING, include_usage=True, continuous_usage=True)
+    chunks = decode(b"".join(writer.render(event) for event in stream))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [2, 2, 4, 4, 4]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {3}
+    assert chunks[1]["choices"][0]["delta"] == {"content": 'a "text"'}
+    assert chunks[-1]["choices"] == []
+
+
+def test_continuous_usage_of_an_earlier_worker_is_null_until_the_end() -> None:
+    writer = ChunkWriter(HEADING, include_usage=True, continuous_usage=True)
+    *before, last = decode(b"".join(writer.render(event) for event in STREAM))
+    assert [chunk["usage"] for chunk in before[:-3]] == [None] * 4
+    assert last["usage"]["prompt_tokens"] == 3
+
+
+def test_continuous_usage_needs_include_usage() -> None:
+    writer = ChunkWriter(HEADING, include_usage=False, continuous_usage=True)
+    chunks = decode(b"".join(writer.render(event) for event in STREAM))
+    assert not any("usage" in chunk for chunk in chunks)

@@ -236,6 +236,10 @@ HISTORY = [
 BODIES: dict[str, dict[str, Any]] = {
     "GuideLLM": {
         **{"messages": USER, "stream": True, "max_completion_tokens": 9, "stop": None, "ignore_eos": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    },
+    "GuideLLM without counts": {
+        **{"messages": USER, "stream": True, "max_completion_tokens": 9},
         "stream_options": {"include_usage": True, "continuous_usage_stats": False},
     },
     "vLLM's benchmark": {
@@ -293,3 +297,27 @@ def test_an_argument_of_the_client_that_ends_up_in_a_body_is_refused_with_the_wa
     error = refusal(ChatCompletionRequest, {"extra_body": {"top_k": 5}})
     assert (type(error), error.param) == (UnsupportedParameter, "extra_body")
     assert re.search("send its fields themselves", error.message)
+
+
+@pytest.mark.parametrize(
+    ("options", "counts_at_the_end", "counts_in_each_chunk"),
+    [
+        (None, False, False),
+        ({}, False, False),
+        ({"include_usage": False, "continuous_usage_stats": True}, False, False),
+        ({"include_usage": True, "continuous_usage_stats": False}, True, False),
+        ({"include_usage": True, "continuous_usage_stats": None}, True, False),
+        ({"include_usage": True, "continuous_usage_stats": True}, True, True),
+    ],
+    ids=str,
+)
+def test_the_options_of_a_stream_are_those_of_vllm(
+    options: dict[str, Any] | None, counts_at_the_end: bool, counts_in_each_chunk: bool
+) -> None:
+    body = parse_body(body_with(ChatCompletionRequest, {"stream_options": options}))
+    assert (body.include_usage, body.continuous_usage) == (counts_at_the_end, counts_in_each_chunk)
+
+
+@pytest.mark.parametrize("options", [{}, {"include_usage": None}, {"include_usage": False}], ids=str)
+def test_options_that_set_nothing_are_no_error_without_a_stream(options: dict[str, Any]) -> None:
+    parse_body(body_with(ChatCompletionRequest, {"stream": False, "stream_options": options}))

@@ -82,6 +82,14 @@ def test_the_events_of_one_sequence_are_the_bytes_that_earlier_releases_read_and
     ]
 
 
+def test_only_the_first_event_tells_the_counts_and_only_if_the_request_asks_for_them() -> None:
+    bench = Bench(FakeModel(spell("aho")))
+    bench.add(sampling=sampling(), continuous_usage=True)
+    first, *others = bench.finish()["r"]
+    assert first.usage_so_far == Usage(prompt_tokens=5, completion_tokens=1)
+    assert not any(event.usage_so_far for event in others)
+
+
 def test_a_request_ends_with_length_at_its_token_limit() -> None:
     bench = Bench(FakeModel(spell("ahoy there")))
     bench.add(sampling=sampling(max_tokens=4))
