@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shared.errors import AdapterError
 from shared.logs import fields
 from shared.paths import expand_home
-from worker.model import adapter_tokenizer
+from worker.model import adapter_mismatch, adapter_tokenizer
 from worker.model.loading import download, looks_like_path
 from worker.model.versions import adapter_version
 
@@ -191,7 +191,8 @@ def _read_layers(
         for side, shape in (("A", (rank, num_inputs)), ("B", (num_outputs, rank))):
             tensor = stored.pop((layer, side), None)
             if tensor is None:
-                raise _Problem(f"has no lora_{side} weights for {layer}, which its config names")
+                advice = adapter_mismatch.advice({name for name, _ in found}, expected.keys())
+                raise _Problem(f"has no lora_{side} weights for {layer}, which its config names; {advice}")
             if tuple(tensor.shape) != shape:
                 raise _Problem(
                     f"made for another base: it declares base {declared}, the shape of {layer}.lora_{side} "
@@ -215,15 +216,9 @@ def _by_layer(weights: Mapping[str, Tensor], model: nn.Module) -> dict[tuple[str
         match = _KEY.fullmatch(key)
         if match is not None:
             found[match["layer"], match["side"]] = tensor
-        elif not _is_copy_of_base(key, tensor, model):
-            raise _Problem(f"has weights that are not plain LoRA: {key}")
+        elif (difference := adapter_mismatch.from_base(key, tensor, model)) is not None:
+            raise _Problem(f"has weights that are not plain LoRA: {key}{difference}")
     return found
-
-
-def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    """True if the tensor is a copy of the model's weight; PEFT saves such a copy of an LM head it adapts."""
-    own = model.state_dict().get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
-    return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own), own)
 
 
 class _ExpectedLayer(NamedTuple):
