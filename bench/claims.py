@@ -24,7 +24,7 @@ import redis.asyncio
 from lorelay.embedded import StateFolder, answers, find_binary
 from shared.messages import GenerationRequest, SamplingParams
 from shared.queue import keys
-from shared.queue.api_streams import ApiStreams
+from shared.queue.api_streams import ApiStreams, QueueLimits
 from shared.queue.names import queue_name
 from shared.queue.order import Pick, Running, WaitingOrder
 from shared.queue.places import place_of
@@ -69,8 +69,7 @@ async def _enqueue(url: str, request: GenerationRequest) -> None:
     async with redis.asyncio.Redis.from_url(url) as connection:
         await ApiStreams(connection, keys.events_channel("bench")).enqueue(
             request,
-            max_queue_depth=1 << 30,
-            max_total_queue_depth=1 << 30,
+            limits=QueueLimits(1 << 30, 1 << 30, 1 << 40),
             stream_ttl_s=3600,
             result_ttl_s=60,
             failure_ttl_s=60,

@@ -130,6 +130,10 @@ class ApiSettings(Settings):
     """Origins of web pages whose scripts may call the API from a browser; `*` stands for all."""
     max_queue_depth: Count = 1_000
     max_total_queue_depth: Count = 10_000
+    max_queue_bytes: Count = 256 * 1024 * 1024
+    """Maximum size of all requests that wait for a base and its adapters, prompts included."""
+    max_tenant_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Part of these limits that requests of one API key may use; ignored for requests without a key."""
     queue_time_limit_s: Seconds = 60
     no_worker_wait_s: Seconds = 5
     """Maximum wait of a request, within its queue time limit, for a model that no live worker serves."""

@@ -9,7 +9,7 @@ import redis
 import redis.asyncio
 
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
-from shared.queue.api_streams import ApiStreams
+from shared.queue.api_streams import ApiStreams, QueueLimits
 from shared.queue.order import Pick, Running, WaitingOrder
 from shared.queue.records import Append, Claim
 from shared.queue.slot_plan import AdapterSlots
@@ -47,9 +47,12 @@ class BlockingApi:
 
     def enqueue(self, request: GenerationRequest, **limits: Any) -> str:
         """Enqueues with generous limits unless given others; returns the request id."""
+        queue_limits = {"depth": 100, "total_depth": 1000, "num_bytes": 1 << 30}
+        for name in QueueLimits._fields:
+            if name in limits:
+                queue_limits[name] = limits.pop(name)
         defaults = {
-            "max_queue_depth": 100,
-            "max_total_queue_depth": 1000,
+            "limits": QueueLimits(**queue_limits),
             "stream_ttl_s": 60,
             "result_ttl_s": 60,
             "failure_ttl_s": 120,

@@ -19,7 +19,7 @@ from shared.errors import (
 )
 from shared.messages import GenerationRequest, ModelCard, StreamEvent
 from shared.queue import keys, presence, registry
-from shared.queue.api_streams import ApiStreams, FoundRequest
+from shared.queue.api_streams import ApiStreams, FoundRequest, QueueLimits
 from shared.queue.connections import connect_async
 from shared.queue.not_now import code_of
 from shared.settings import ApiSettings, RedisSettings
@@ -66,6 +66,12 @@ class QueueClient:
         self._streams = ApiStreams(self._connection, self.channel)
         self._live_workers = LiveWorkers(
             self._is_served, max_age_s=min(MAX_PRESENCE_AGE_S, settings.no_worker_wait_s / 4)
+        )
+        self._limits = QueueLimits(
+            settings.max_queue_depth,
+            settings.max_total_queue_depth,
+            settings.max_queue_bytes,
+            settings.max_tenant_share,
         )
         self._is_draining = False
 
@@ -160,8 +166,7 @@ class QueueClient:
         async with queue_errors(until):
             await self._streams.enqueue(
                 request,
-                max_queue_depth=self._settings.max_queue_depth,
-                max_total_queue_depth=self._settings.max_total_queue_depth,
+                limits=self._limits,
                 stream_ttl_s=self.exchange_limit_s,
                 result_ttl_s=self._settings.result_ttl_s,
                 failure_ttl_s=self._settings.failure_ttl_s,

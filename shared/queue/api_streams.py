@@ -19,10 +19,35 @@ from shared.queue.scripts import script_source
 
 MAX_RETRY_AFTER_S = 60
 NUM_ENDS_TO_AWAIT = 5
+_WAITING = {
+    b"requests": "{} requests",
+    b"bytes": "Requests of {} bytes together",
+    b"requests of tenant": "{} requests of this API key",
+    b"bytes of tenant": "Requests of this API key with {} bytes together",
+}
 
 
 class EndLost(GenerationFailed):
     """The request has ended, but its log has lost the last event."""
+
+
+class QueueLimits(NamedTuple):
+    """Limits for the requests that wait."""
+
+    depth: int
+    """Maximum number of requests in one queue."""
+    total_depth: int
+    """Maximum number of requests in all queues of a base together."""
+    num_bytes: int
+    """Maximum size of all requests that wait for a base, prompts included. One request is always let in."""
+    tenant_share: float = 1.0
+    """Part of each limit that the requests of one API key may use; ignored for requests without a key."""
+
+    def of(self, tenant: str) -> list[int]:
+        """Returns the limits for `enqueue.lua`: those of all requests, then those of this tenant."""
+        limits = [self.depth, self.total_depth, self.num_bytes]
+        share = self.tenant_share if tenant else 1.0
+        return [*limits, *(max(1, int(limit * share)) for limit in limits)]
 
 
 class FoundRequest(NamedTuple):
@@ -46,8 +71,7 @@ class ApiStreams:
         self,
         request: GenerationRequest,
         *,
-        max_queue_depth: int,
-        max_total_queue_depth: int,
+        limits: QueueLimits,
         stream_ttl_s: float,
         result_ttl_s: int,
         failure_ttl_s: int,
@@ -59,7 +83,7 @@ class ApiStreams:
         may resume or abort this request.
 
         Raises:
-            QueueFull: the queue, or the total of the base's queues, is at its limit.
+            QueueFull: one of the limits is reached.
         """
         queue = queue_name(request.base, request.adapter_name)
         fields = job_fields(request, queue, client, result_ttl_s, failure_ttl_s)
@@ -69,8 +93,7 @@ class ApiStreams:
                 request.request_id,
                 slug(request.base),
                 queue,
-                max_queue_depth,
-                max_total_queue_depth,
+                msgspec.msgpack.encode(limits.of(request.tenant)),
                 self._channel,
                 int(stream_ttl_s * 1000),
                 math.ceil((request.wait_limit_s or 0) * 1000),
@@ -78,9 +101,10 @@ class ApiStreams:
             ]
         )
         if reply[0] == b"full":
+            _, what, number, num_ended, over_ms = reply
             raise QueueFull(
-                f"{reply[1]} requests are waiting already; try again later.",
-                retry_after_s=_retry_after_s(num_ended=reply[2], over_s=reply[3] / 1000),
+                f"{_WAITING[what].format(number)} are waiting already; try again later.",
+                retry_after_s=_retry_after_s(num_ended=num_ended, over_s=over_ms / 1000),
             )
 
     async def abort(self, request_id: str, *, only_queued: bool = False, ttl_s: int = 60) -> str:

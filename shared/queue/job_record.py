@@ -7,7 +7,7 @@ from redis import Redis
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from shared.messages import GenerationRequest
+from shared.messages import GenerationRequest, TemplateInputs
 from shared.queue.places import order_field
 
 FUNCTION = "worker.jobs.generate"
@@ -35,10 +35,12 @@ def job_fields(
         failure_ttl=failure_ttl_s,
     )
     fields = {name: value for name, value in job.to_dict().items() if value is not None}
+    encoded = request.encode()
     return (
         fields
         | {
-            "request": request.encode(),
+            "request": encoded,
+            "bytes": len(encoded),
             "client": client,
             "schema_version": request.schema_version,
             "model": request.model,
@@ -52,4 +54,5 @@ def job_fields(
 
 def outline(request: GenerationRequest) -> bytes:
     """Returns the encoded request without its prompt: what an API needs to resume a request."""
-    return msgspec.structs.replace(request, messages=[], prompts=()).encode()
+    nothing = {"messages": [], "prompts": (), "template_inputs": TemplateInputs()}
+    return msgspec.structs.replace(request, **nothing).encode()

@@ -130,6 +130,15 @@ def drained(base: str, ten_seconds: int) -> str:
     return f"{PREFIX}:drained:{base}:{ten_seconds}"
 
 
+def backlog(base: str) -> str:
+    """hash: bytes (`total`) and number (`total:num`) of a base's waiting requests; the same by tenant key.
+
+    enqueue counts them, then adds what it enqueues; it does not subtract what left since, but counts again
+    when a limit is reached. Expires an hour after the count.
+    """
+    return f"{PREFIX}:backlog:{base}"
+
+
 def depth(base: str) -> str:
     """string, approximate number of waiting requests in all queues of a base.
 

@@ -89,6 +89,7 @@ _KEYS_OF_BOTH = (
     keys.workers(PROBE),
     keys.drained(PROBE, 0),
     keys.depth(PROBE),
+    keys.backlog(PROBE),
     keys.events_channel(PROBE),
     f"{RQ}:job:{PROBE}",
     f"{RQ}:queue:{PROBE}",

@@ -13,7 +13,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
 from shared.errors import ContextLengthExceeded, GenerationFailed, GenerationStopped, QueueFull
-from shared.messages import SCHEMA_VERSION, FinishReason, decode_event
+from shared.messages import SCHEMA_VERSION, FinishReason, GenerationRequest, decode_event
 from shared.queue import keys
 from shared.queue.records import Append, Claim, Held
 from shared.queue.scripts import script_source
@@ -84,30 +84,112 @@ def test_enqueueing_the_same_id_twice_queues_it_once(connection: redis.Redis, ap
 
 
 def test_a_full_queue_refuses_and_leaves_nothing_behind(connection: redis.Redis, api: BlockingApi) -> None:
-    api.enqueue(make_request(), max_queue_depth=1)
+    api.enqueue(make_request(), depth=1)
     refused = make_request()
     with pytest.raises(QueueFull):
-        api.enqueue(refused, max_queue_depth=1)
+        api.enqueue(refused, depth=1)
     assert not Job.exists(refused.request_id, connection)
-    api.enqueue(make_request("pirate"), max_queue_depth=1)
+    api.enqueue(make_request("pirate"), depth=1)
 
 
 def test_all_queues_of_a_base_share_a_limit(connection: redis.Redis, api: BlockingApi) -> None:
-    api.enqueue(make_request("a"), max_total_queue_depth=2)
-    api.enqueue(make_request("b"), max_total_queue_depth=2)
+    api.enqueue(make_request("a"), total_depth=2)
+    api.enqueue(make_request("b"), total_depth=2)
     with pytest.raises(QueueFull):
-        api.enqueue(make_request("c"), max_total_queue_depth=2)
+        api.enqueue(make_request("c"), total_depth=2)
 
 
 def test_a_place_that_becomes_free_under_the_limit_is_given_away_at_once(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
-    api.enqueue(make_request("a"), max_total_queue_depth=2)
-    api.enqueue(make_request("b"), max_total_queue_depth=2)
+    api.enqueue(make_request("a"), total_depth=2)
+    api.enqueue(make_request("b"), total_depth=2)
     claim(worker_streams(connection), 1)
-    api.enqueue(make_request("c"), max_total_queue_depth=2)
+    api.enqueue(make_request("c"), total_depth=2)
     with pytest.raises(QueueFull):
-        api.enqueue(make_request("c"), max_total_queue_depth=2)
+        api.enqueue(make_request("c"), total_depth=2)
+
+
+def sized(tenant: str, num_bytes: int, adapter_name: str = "a", **values: Any) -> GenerationRequest:
+    """A request of about this size."""
+    messages = [{"role": "user", "content": "x" * num_bytes}]
+    return make_request(adapter_name, tenant=tenant, messages=messages, **values)
+
+
+def let_count(connection: redis.Redis) -> None:
+    """Lets the next enqueue that reaches a limit count again, however soon it comes."""
+    connection.hset(keys.backlog(BASE), "again_ms", 0)
+
+
+def test_the_bytes_that_wait_for_a_base_are_bounded_over_all_its_queues(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    for adapter in ("a", "b"):
+        api.enqueue(sized("", 40_000, adapter), num_bytes=100_000)
+    with pytest.raises(QueueFull, match="bytes together are waiting"):
+        api.enqueue(sized("", 40_000, "c"), num_bytes=100_000)
+    api.enqueue(sized("", 100, "c"), num_bytes=100_000)
+    claim(worker_streams(connection), 1)
+    let_count(connection)
+    api.enqueue(sized("", 40_000, "c"), num_bytes=100_000)
+
+
+def test_one_tenant_has_a_share_of_the_bytes_and_another_one_the_rest(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    limits = {"num_bytes": 100_000, "tenant_share": 0.5}
+    api.enqueue(sized("alice", 40_000), **limits)
+    with pytest.raises(QueueFull, match="of this API key with"):
+        api.enqueue(sized("alice", 40_000, "b"), **limits)
+    api.enqueue(sized("alice", 100), **limits)
+    api.enqueue(sized("bob", 40_000), **limits)
+    api.enqueue(sized("", 100), **limits)
+
+
+def test_a_single_request_is_let_in_whatever_its_size(connection: redis.Redis, api: BlockingApi) -> None:
+    api.enqueue(sized("alice", 40_000), num_bytes=1000, tenant_share=0.5)
+    with pytest.raises(QueueFull):
+        api.enqueue(sized("alice", 10), num_bytes=1000, tenant_share=0.5)
+
+
+def test_one_tenant_has_a_share_of_the_places_of_a_queue_and_of_all_queues(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    limits = {"depth": 4, "total_depth": 6, "tenant_share": 0.5}
+    for _ in range(2):
+        api.enqueue(sized("alice", 1), **limits)
+    with pytest.raises(QueueFull, match="2 requests of this API key"):
+        api.enqueue(sized("alice", 1), **limits)
+    api.enqueue(sized("alice", 1, "b"), **limits)
+    with pytest.raises(QueueFull, match="3 requests of this API key"):
+        api.enqueue(sized("alice", 1, "c"), **limits)
+    for _ in range(2):
+        api.enqueue(sized("bob", 1), **limits)
+
+
+def test_bytes_are_counted_again_if_the_count_was_lost_or_an_earlier_release_enqueued(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    api.enqueue(sized("", 40_000), num_bytes=50_000)
+    connection.delete(keys.backlog(BASE))
+    with pytest.raises(QueueFull):
+        api.enqueue(sized("", 40_000), num_bytes=50_000)
+    old = api.enqueue(sized("", 10), num_bytes=50_000)
+    connection.hdel(f"rq:job:{old}", "bytes", "order")
+    connection.delete(keys.backlog(BASE))
+    api.enqueue(sized("", 10), num_bytes=50_000)
+    assert connection.hget(keys.backlog(BASE), "total:num") is not None
+
+
+def test_waiting_requests_are_not_read_each_time_that_one_is_enqueued(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    for _ in range(20):
+        api.enqueue(sized("alice", 1000), num_bytes=1 << 20)
+    connection.config_resetstat()
+    for _ in range(10):
+        api.enqueue(sized("alice", 1000), num_bytes=1 << 20)
+    assert "cmdstat_lrange" not in connection.info("commandstats")
 
 
 def test_enqueueing_does_not_count_all_queues_each_time(connection: redis.Redis, api: BlockingApi) -> None:
@@ -896,7 +978,7 @@ def test_a_full_queue_says_when_to_come_back_from_how_fast_it_drains(
     api.enqueue(make_request())
     connection.zadd(keys.waiting(BASE), {BASE: (seconds - waits_s) * 1000 + microseconds // 1000})
     with pytest.raises(QueueFull) as refused:
-        api.enqueue(make_request(), max_queue_depth=1)
+        api.enqueue(make_request(), depth=1)
     least_s, most_s = expected_s
     assert least_s <= refused.value.retry_after_s <= most_s
 
