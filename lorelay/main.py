@@ -14,7 +14,8 @@ import redis
 from lorelay import dashboard, embedded, options
 from lorelay.plan import check_port_free, make_plan
 from lorelay.serve import serve
-from lorelay.status import read_status, to_text
+from lorelay.status import read_status
+from lorelay.status_text import to_text
 from shared.errors import ConfigurationError
 from shared.queue.connections import SOCKET_TIMEOUT_S, connect
 from shared.queue.refusals import explain

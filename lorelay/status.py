@@ -3,7 +3,9 @@
 `rq info`, in contrast, removes the records of workers and jobs that it considers dead.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -15,6 +17,25 @@ from shared.queue import keys, registry
 from shared.queue.connections import is_wrong_type
 from shared.queue.names import queue_name, slug
 
+STARTED = "started"
+"""RQ's state of a worker that listens to commands and does not serve yet."""
+
+
+class WorkerState(StrEnum):
+    """The state of a worker, by its lease, its record in RQ and the queues that it serves."""
+
+    LOADING = "loading"
+    IDLE = "idle"
+    BUSY = "busy"
+    DRAINING = "draining"
+    """The worker is alive and serves no queue any more."""
+    SUSPENDED = "suspended"
+    """`rq suspend` stopped all claims."""
+    LEFT = "left"
+    """The worker has ended by itself; RQ keeps its record for a minute."""
+    LOST = "lost"
+    """The worker stopped renewing its lease, or closed its connection while it loaded, without a goodbye."""
+
 
 class WorkerStatus(msgspec.Struct, frozen=True):
     """A worker that is registered in RQ or has a lease."""
@@ -24,13 +45,14 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     """Name of the base model; None if the worker does not serve yet, or if its base is not registered."""
     host: str
     pid: int | None
-    state: str
-    """State as RQ names it: starting, idle, busy, suspended; empty if RQ has no record of the worker."""
+    state: WorkerState
     num_running: int
     alive: bool
     """True if the worker's lease has not expired. A worker that still loads its model has no lease."""
     forward: str
     """State of the forward pass: `eager`, `compiled`, or `compiling` (still eager); empty while loading."""
+    queues: list[str]
+    """The queues that the worker claims from; while it loads, those that it will claim from."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
@@ -41,7 +63,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     source: str
     version: str
     num_workers: int
-    """Number of live workers of the base."""
+    """Number of live workers that serve the model in its registered version."""
 
 
 class QueueStatus(msgspec.Struct, frozen=True):
@@ -49,6 +71,8 @@ class QueueStatus(msgspec.Struct, frozen=True):
 
     name: str
     model: str | None
+    num_workers: int
+    """Number of live workers that claim from the queue, whatever their weights version."""
     depth: int
     num_running: int
     oldest_wait_s: float | None
@@ -67,16 +91,18 @@ def read_status(connection: redis.Redis) -> Status:
     """Reads the status of one Redis database; writes nothing."""
     cards = _readable(lambda: registry.list_cards(connection), [])
     leases = {base: _leases(connection, base) for base in sorted({card.base for card in cards})}
-    num_workers = {base: sum(alive.values()) for base, alive in leases.items()}
+    live = [name for alive in leases.values() for name, is_alive in alive.items() if is_alive]
+    served = [_served(connection, name) or {} for name in live]
     models = [
-        ModelStatus(card.name, card.base, card.source, card.version, num_workers[card.base]) for card in cards
+        ModelStatus(card.name, card.base, card.source, card.version, _num_serving(card, served))
+        for card in cards
     ]
     is_base = {card.name: card.adapter_name is None for card in cards}
     return Status(
         workers=_workers(connection, leases),
         bases=[model for model in models if is_base[model.name]],
         adapters=[model for model in models if not is_base[model.name]],
-        queues=_queues(connection, cards),
+        queues=_queues(connection, cards, served),
     )
 
 
@@ -85,46 +111,6 @@ def live_workers(connection: redis.Redis, base: str) -> dict[tuple[str, int], Wo
     alive = (name for name, is_alive in _leases(connection, base).items() if is_alive)
     workers = (_worker(connection, name, base, True) for name in alive)
     return {(worker.host, worker.pid): worker for worker in workers if worker.pid is not None}
-
-
-def to_text(status: Status) -> str:
-    """Renders the status as tables for a terminal."""
-    sections = [
-        _table(
-            "WORKER,HOST,PID,BASE,STATE,RUNNING,ALIVE,FORWARD",
-            (
-                (
-                    worker.name,
-                    worker.host,
-                    worker.pid or "-",
-                    worker.base or "-",
-                    worker.state or "-",
-                    worker.num_running,
-                    "yes" if worker.alive else "no",
-                    worker.forward or "-",
-                )
-                for worker in status.workers
-            ),
-        ),
-        _table(
-            "BASE,WORKERS,SOURCE", ((model.name, model.num_workers, model.source) for model in status.bases)
-        ),
-        _table("ADAPTER,BASE,SOURCE", ((model.name, model.base, model.source) for model in status.adapters)),
-        _table(
-            "QUEUE,MODEL,WAITING,RUNNING,OLDEST WAIT",
-            (
-                (
-                    queue.name,
-                    queue.model or "-",
-                    queue.depth,
-                    queue.num_running,
-                    _seconds(queue.oldest_wait_s),
-                )
-                for queue in status.queues
-            ),
-        ),
-    ]
-    return "\n\n".join(sections)
 
 
 def _leases(connection: redis.Redis, base: str) -> dict[str, bool]:
@@ -149,21 +135,72 @@ def _workers(connection: redis.Redis, leases: dict[str, dict[str, bool]]) -> lis
 
 def _worker(connection: redis.Redis, name: str, base: str | None, is_alive: bool) -> WorkerStatus:
     key = f"{RQ_KEY_PREFIX}:worker:{name}"
-    names = ("hostname", "pid", "state", keys.FORWARD_FIELD)
+    names = ("hostname", "pid", "state", keys.FORWARD_FIELD, "queues", "death")
     values = _readable(lambda: connection.hmget(key, *names), [None] * len(names))
-    host, pid, state, forward = (_text(value) for value in values)
+    host, pid, rq_state, forward, registered, death = (_text(value) for value in values)
+    served = _served(connection, name) if is_alive else None
+    queues = list(served) if served is not None else [queue for queue in registered.split(",") if queue]
+    if is_alive:
+        state = _state_alive(rq_state, served)
+    elif death:
+        state = WorkerState.LEFT
+    else:
+        state = WorkerState.LOST if base or _is_gone(connection, name, rq_state) else WorkerState.LOADING
     num_running = _readable(lambda: connection.scard(f"{key}:executions"), 0)
     process_id = int(pid) if pid.isdecimal() else None
-    return WorkerStatus(name, base, host, process_id, state, num_running, is_alive, forward)
+    return WorkerStatus(name, base, host, process_id, state, num_running, is_alive, forward, queues)
 
 
-def _queues(connection: redis.Redis, cards: Sequence[ModelCard]) -> list[QueueStatus]:
+def _state_alive(rq_state: str, served: dict[str, str] | None) -> WorkerState:
+    """Returns the state of a worker with a lease. `served`: None if Redis lost the record of its queues."""
+    if served == {}:
+        return WorkerState.DRAINING
+    known = {str(state): state for state in (WorkerState.BUSY, WorkerState.SUSPENDED)}
+    return known.get(rq_state, WorkerState.IDLE)
+
+
+def _is_gone(connection: redis.Redis, worker_name: str, rq_state: str) -> bool:
+    """True if a worker that loads listens to no commands any more: then its process has ended.
+
+    False if the Redis user may not ask, which needs the permission `+pubsub|numsub`.
+    """
+    if rq_state != STARTED:
+        return False
+    channel = f"{RQ_KEY_PREFIX}:pubsub:{worker_name}"
+    try:
+        ((_, num_listeners),) = connection.pubsub_numsub(channel)
+    except redis.exceptions.NoPermissionError:
+        return False
+    return int(num_listeners) == 0
+
+
+def _served(connection: redis.Redis, worker_name: str) -> dict[str, str] | None:
+    """Returns the queues that a worker serves, with its weights versions; None if Redis lost them."""
+    fields = _readable(lambda: connection.hgetall(keys.served(worker_name)), {})
+    if not fields:
+        return None
+    return {_text(queue): _text(version) for queue, version in fields.items() if queue}
+
+
+def _num_serving(card: ModelCard, served: Sequence[dict[str, str]]) -> int:
+    """Returns the number of workers that serve a model in its version; the empty version matches any."""
+    queue = queue_name(card.base, card.adapter_name)
+    versions = [queues[queue] for queues in served if queue in queues]
+    return sum(
+        not (version and card.weights_version) or version == card.weights_version for version in versions
+    )
+
+
+def _queues(
+    connection: redis.Redis, cards: Sequence[ModelCard], served: Sequence[dict[str, str]]
+) -> list[QueueStatus]:
     owners = {queue_name(card.base, card.adapter_name): card.name for card in cards}
     others = sorted(_members(connection, "queue") - set(owners))
-    return [_queue(connection, name, owners.get(name)) for name in [*owners, *others]]
+    num_workers = Counter(name for queues in served for name in queues)
+    return [_queue(connection, name, owners.get(name), num_workers[name]) for name in [*owners, *others]]
 
 
-def _queue(connection: redis.Redis, name: str, model: str | None) -> QueueStatus:
+def _queue(connection: redis.Redis, name: str, model: str | None, num_workers: int) -> QueueStatus:
     key = f"{RQ_KEY_PREFIX}:queue:{name}"
     head = _readable(lambda: connection.lindex(key, 0), None)
     job = f"{RQ_KEY_PREFIX}:job:{_text(head)}"
@@ -172,7 +209,7 @@ def _queue(connection: redis.Redis, name: str, model: str | None) -> QueueStatus
     oldest_wait_s = (_now_ms(connection) - float(enqueued_ms)) / 1000 if is_known else None
     num_running = _readable(lambda: connection.zcard(f"{RQ_KEY_PREFIX}:wip:{name}"), 0)
     depth = _readable(lambda: connection.llen(key), 0)
-    return QueueStatus(name, model, depth, num_running, oldest_wait_s)
+    return QueueStatus(name, model, num_workers, depth, num_running, oldest_wait_s)
 
 
 def _members(connection: redis.Redis, kind: str) -> set[str]:
@@ -199,20 +236,3 @@ def _text(value: bytes | str | None) -> str:
 def _now_ms(connection: redis.Redis) -> float:
     seconds, microseconds = connection.time()
     return float(seconds * 1000 + microseconds / 1000)
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} s"
-
-
-def _table(head: str, rows: Iterable[Iterable[object]]) -> str:
-    titles = head.split(",")
-    lines = [titles, *([str(cell) for cell in row] for row in rows)]
-    if len(lines) == 1:
-        lines.append(["none", *([""] * (len(titles) - 1))])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
-    return "\n".join(_padded(line, widths) for line in lines)
-
-
-def _padded(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

@@ -7,11 +7,13 @@ import pytest
 import redis
 import redis.asyncio
 
+from lorelay.status import read_status
 from shared.errors import LorelayError
 from shared.messages import ModelCard
 from shared.queue import registry
 from tests.deployment import BIN, Deployment, Process
 from tests.redis_server import RedisServer
+from tests.waiting import wait_until
 
 Deploy = Callable[..., Deployment]
 
@@ -23,6 +25,18 @@ def loading(deploy: Deploy, redis_server: RedisServer) -> Process:
     worker = deploy().start([*command, "-w", "tests.integration.stopped_worker.HeldWhileLoading"])
     worker.wait_for(": loading")
     return worker
+
+
+def test_a_real_worker_that_loads_is_shown_so_and_as_lost_once_it_is_killed(
+    loading: Process, connection: redis.Redis
+) -> None:
+    def state() -> str:
+        (worker,) = read_status(connection).workers
+        return worker.state
+
+    assert state() == "loading"
+    loading.kill()
+    wait_until(lambda: state() == "lost", what="the end of its connection")
 
 
 def test_a_model_that_a_worker_loads_is_not_served_yet_until_the_worker_ends(

@@ -2,17 +2,20 @@
 
 import json
 import socket
+from collections.abc import Iterator
 
 import pytest
 import redis
 from rq.worker import BaseWorker
 
 from lorelay.main import main
-from lorelay.status import live_workers, read_status, to_text
+from lorelay.status import live_workers, read_status
+from lorelay.status_text import to_text
 from shared.messages import ModelCard
 from shared.queue import keys, registry
 from tests.redis_server import RedisServer
 from tests.streams import BASE, SECRET, BlockingApi, claim, make_request, worker_streams
+from tests.waiting import wait_until
 
 
 def card(name: str, adapter_name: str | None = None) -> ModelCard:
@@ -66,11 +69,123 @@ def test_an_empty_server_has_nothing_to_show(connection: redis.Redis) -> None:
     assert to_text(status).count("none") == 4
 
 
-def test_models_are_listed_with_their_live_workers(api: BlockingApi, connection: redis.Redis) -> None:
-    worker_streams(connection).renew([])
+def num_workers(connection: redis.Redis) -> dict[str, int]:
+    """The number of live workers of each model."""
     status = read_status(connection)
-    assert [(model.name, model.num_workers) for model in status.bases] == [(BASE, 1)]
-    assert [(model.name, model.base, model.num_workers) for model in status.adapters] == [("pirate", BASE, 1)]
+    return {model.name: model.num_workers for model in [*status.bases, *status.adapters]}
+
+
+def test_a_model_counts_the_live_workers_that_serve_its_queue(
+    api: BlockingApi, connection: redis.Redis
+) -> None:
+    assert num_workers(connection) == {BASE: 0, "pirate": 0}
+    worker_streams(connection, "w1", served=["tiny-pirate"]).renew([])
+    worker_streams(connection, "dead", lease_s=-1).renew([])
+    assert num_workers(connection) == {BASE: 0, "pirate": 1}
+    both = worker_streams(connection, "w2")
+    both.renew([])
+    assert num_workers(connection) == {BASE: 1, "pirate": 2}
+    shown = {queue.name: queue.num_workers for queue in read_status(connection).queues}
+    assert shown == {BASE: 1, "tiny-pirate": 2}
+    both.serve({})
+    assert num_workers(connection) == {BASE: 0, "pirate": 1}
+
+
+def test_a_worker_with_other_weights_does_not_count_for_the_registered_model(
+    api: BlockingApi, connection: redis.Redis
+) -> None:
+    worker_streams(connection, "w1", served={BASE: "1" * 64}).renew([])
+    worker_streams(connection, "w2", served={BASE: "0" * 64}).renew([])
+    assert num_workers(connection)[BASE] == 1
+
+
+def test_models_without_a_live_worker_stand_above_the_tables(
+    api: BlockingApi, connection: redis.Redis
+) -> None:
+    streams = worker_streams(connection, "w1", served=[BASE])
+    streams.renew([])
+    first, *_, adapters, queues = to_text(read_status(connection)).split("\n\n")
+    assert first == "! No live worker serves: pirate"
+    assert adapters.splitlines()[1].split() == ["pirate", BASE, "NONE", "/models/pirate"]
+    assert [line.split()[2] for line in queues.splitlines()[1:]] == ["1", "NONE"]
+    streams.serve(dict.fromkeys([BASE, "tiny-pirate"], ""))
+    assert "!" not in to_text(read_status(connection))
+
+
+def test_the_queues_of_a_worker_are_shown_in_short(api: BlockingApi, connection: redis.Redis) -> None:
+    worker_streams(connection, "w1", served=[f"q{number}" for number in range(9)]).renew([])
+    (worker,) = read_status(connection).workers
+    assert len(worker.queues) == 9
+    assert ", 6 more" in to_text(read_status(connection))
+
+
+class StatesOfWorkers:
+    """One worker that goes through its life, and what `lorelay status` says about it."""
+
+    def __init__(self, connection: redis.Redis) -> None:
+        self.connection = connection
+        self.rq = BaseWorker([BASE, "tiny-pirate"], name="w1", connection=connection)
+        self.rq.register_birth()
+        self.streams = worker_streams(connection, "w1")
+        self.commands = connection.pubsub()
+
+    @property
+    def state(self) -> str:
+        (worker,) = read_status(self.connection).workers
+        return worker.state
+
+    def begin(self) -> None:
+        """Listens to commands and loads, as a worker does before it serves."""
+        self.commands.subscribe("rq:pubsub:w1")
+        assert self.commands.get_message(timeout=5)
+        self.connection.hset(self.rq.key, "state", "started")
+
+    def serve(self, state: str = "idle") -> None:
+        self.connection.hset(self.rq.key, "state", state)
+        self.streams.renew([])
+
+    def hang_up(self) -> None:
+        """Closes its connections, as a process does when it is killed."""
+        self.commands.close()
+
+
+@pytest.fixture
+def life(api: BlockingApi, connection: redis.Redis) -> Iterator[StatesOfWorkers]:
+    life = StatesOfWorkers(connection)
+    yield life
+    life.hang_up()
+
+
+def test_a_worker_is_loading_until_it_serves_then_idle_or_busy(life: StatesOfWorkers) -> None:
+    assert life.state == "loading"
+    life.begin()
+    assert life.state == "loading"
+    (worker,) = read_status(life.connection).workers
+    assert worker.queues == [BASE, "tiny-pirate"]
+    for state in ("idle", "busy", "suspended"):
+        life.serve(state)
+        assert life.state == state
+
+
+def test_a_worker_that_is_killed_while_it_loads_is_lost(life: StatesOfWorkers) -> None:
+    life.begin()
+    life.hang_up()
+    wait_until(lambda: life.state == "lost", what="the end of its connection")
+
+
+def test_a_worker_that_serves_no_queue_any_more_drains_then_it_has_left(life: StatesOfWorkers) -> None:
+    life.serve("busy")
+    life.streams.serve({})
+    assert life.state == "draining"
+    life.rq.register_death()
+    worker_streams(life.connection, "w1", lease_s=-1).renew([])
+    assert life.state == "left"
+
+
+def test_a_worker_whose_lease_runs_out_is_lost_whatever_it_did(life: StatesOfWorkers) -> None:
+    life.serve("busy")
+    worker_streams(life.connection, "w1", lease_s=-1).renew([])
+    assert life.state == "lost"
 
 
 def test_a_queue_tells_its_depth_what_runs_and_its_oldest_wait(
@@ -137,7 +252,7 @@ def test_the_command_prints_tables_for_people(
     printed = capsys.readouterr().out
     assert "FORWARD" in printed
     row = next(line.split() for line in printed.splitlines() if line.startswith("tiny-pirate "))
-    assert row[:4] == ["tiny-pirate", "pirate", "1", "0"]
+    assert row[:5] == ["tiny-pirate", "pirate", "NONE", "1", "0"]
     assert SECRET not in printed
 
 
