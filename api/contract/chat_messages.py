@@ -111,6 +111,8 @@ class ChatMessage(StrictModel):
     """Id of a spoken answer."""
     parsed: Annotated[Any, IGNORED] = None
     """The content again, as OpenAI's client parses it."""
+    id: Annotated[Any, IGNORED] = None
+    """Id that a client gave the message."""
     prefix: Annotated[Any, Only(False, instead="use continue_final_message")] = None
     partial: Annotated[Any, Only(False, instead="use continue_final_message")] = None
     cache_control: Annotated[Any, IGNORED] = None

@@ -89,6 +89,8 @@ class ServedFields(StrictModel):
 
     model: Annotated[str, StringConstraints(min_length=1)]
     """The base model or one of the adapters of `GET /v1/models`."""
+    lora_path: str | None = None
+    """Name of the adapter at SGLang: accepted if it is the same as `model`."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_NUM_MESSAGES), FailFast()]
     """The conversation so far, oldest message first."""
     stream: bool | None = None
@@ -115,6 +117,13 @@ class ServedFields(StrictModel):
     """Shares the cache of prompts only with requests that have the same salt (and API key), as at vLLM."""
     seed: Annotated[int, Field(ge=INT64_MIN, le=INT64_MAX), INTEGRAL] | None = None
     """The same seed gives the same samples. Default: a random one for each request."""
+
+    @field_validator("lora_path")
+    @classmethod
+    def _is_the_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and value != info.data.get("model", value):
+            raise unsupported("name the adapter as model; only null or the same name is served here")
+        return value
 
 
 class TemplateFields(StrictModel):

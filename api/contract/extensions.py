@@ -76,7 +76,6 @@ class SglangFields(StrictModel):
     no_stop_trim: Annotated[Any, Only(False)] = None
     separate_reasoning: Annotated[Any, Only(True)] = None
     stream_reasoning: Annotated[Any, Only(True)] = None
-    lora_path: Annotated[Any, Only(instead="name the adapter as model")] = None
     session_params: Annotated[Any, Only({})] = None
     input_ids: Annotated[Any, Only()] = None
     rid: Annotated[Any, Only(instead="the answer has the id")] = None
@@ -174,12 +173,48 @@ class LlamaCppFields(StrictModel):
     thinking_budget_tokens: Annotated[Any, Only(-1)] = None
 
 
+class OllamaFields(StrictModel):
+    """Options of Ollama, which Open WebUI sends to any server if a user has set them."""
+
+    num_ctx: Annotated[Any, IGNORED] = None
+    """Size of Ollama's context; here it is the model's."""
+    num_batch: Annotated[Any, IGNORED] = None
+    """Size of a prefill chunk in Ollama's process."""
+    num_keep: Annotated[Any, IGNORED] = None
+    """Tokens that stay when Ollama cuts a context; here none is cut."""
+    num_gpu: Annotated[Any, IGNORED] = None
+    """Layers on the GPU in Ollama's process."""
+    main_gpu: Annotated[Any, IGNORED] = None
+    """Device of Ollama's process."""
+    num_thread: Annotated[Any, IGNORED] = None
+    """Threads of Ollama's process."""
+    numa: Annotated[Any, IGNORED] = None
+    """Memory of Ollama's process."""
+    low_vram: Annotated[Any, IGNORED] = None
+    """Memory of Ollama's process."""
+    use_mmap: Annotated[Any, IGNORED] = None
+    """Memory of Ollama's process."""
+    use_mlock: Annotated[Any, IGNORED] = None
+    """Memory of Ollama's process."""
+    keep_alive: Annotated[Any, IGNORED] = None
+    """Time for which Ollama keeps a model loaded; here it stays."""
+    penalize_newline: Annotated[Any, IGNORED] = None
+    """Parameter of `repeat_penalty`."""
+    num_predict: Annotated[Any, Only(-1, instead="use max_tokens")] = None
+    tfs_z: Annotated[Any, Only(1)] = None
+    format: Annotated[Any, Only("")] = None
+    think: Annotated[Any, Only(False, instead=FROM_KWARGS)] = None
+    options: Annotated[Any, Only({}, instead="send its fields themselves")] = None
+
+
 class GatewayFields(StrictModel):
     """Fields of LiteLLM, OpenRouter and hosted models, and arguments of clients that end up in a body."""
 
     thinking: Annotated[Any, Only({"type": "disabled"}, instead=FROM_KWARGS)] = None
     reasoning: Annotated[Any, Only({}, instead=FROM_KWARGS)] = None
+    thinking_budget: Annotated[Any, Only(instead=FROM_KWARGS)] = None
     include: Annotated[Any, Only([])] = None
+    tool_servers: Annotated[Any, Only([])] = None
     extra_body: Annotated[Any, Only({}, instead=ONCE_HERE)] = None
     extra_headers: Annotated[Any, Only({}, instead="send them as headers")] = None
     extra_query: Annotated[Any, Only({}, instead="send them in the URL")] = None
@@ -187,5 +222,5 @@ class GatewayFields(StrictModel):
     max_retries: Annotated[Any, Only(0, instead="set it in the client")] = None
 
 
-class ExtensionFields(GatewayFields, LlamaCppFields, LmdeployFields, SglangFields, VllmFields):
+class ExtensionFields(GatewayFields, OllamaFields, LlamaCppFields, LmdeployFields, SglangFields, VllmFields):
     """All fields of other servers and their clients that Lorelay refuses or ignores."""

@@ -280,6 +280,21 @@ BODIES: dict[str, dict[str, Any]] = {
         **{"messages": USER, "stream": True, "stop": ["END"], "frequency_penalty": 0.0, "seed": 0.0},
         **{"logit_bias": {}, "max_tokens": 150.0, "min_p": 0.0},
     },
+    "Open WebUI with options of Ollama": {
+        **{
+            "messages": [{"id": "1", **USER[0]}],
+            "num_ctx": 4096,
+            "num_batch": 512,
+            "num_gpu": 1,
+            "num_thread": 8,
+        },
+        **{"num_keep": 24, "use_mmap": True, "use_mlock": False, "keep_alive": "5m", "think": False},
+        **{"repeat_last_n": 64, "mirostat": 0, "mirostat_eta": 0.1, "mirostat_tau": 5.0, "tool_servers": []},
+    },
+    "SGLang's benchmark": {
+        **{"messages": USER, "temperature": 0.0, "best_of": 1, "max_completion_tokens": 9, "stream": True},
+        **{"ignore_eos": True, "lora_path": "m", "return_routed_experts": False},
+    },
     "an agent of OpenAI's": {
         **{"messages": USER, "prompt_cache_retention": "24h", "prompt_cache_key": "k", "store": False},
         **{"prompt_cache_options": {"mode": "implicit", "ttl": "30m"}, "verbosity": "low"},
@@ -321,3 +336,9 @@ def test_the_options_of_a_stream_are_those_of_vllm(
 @pytest.mark.parametrize("options", [{}, {"include_usage": None}, {"include_usage": False}], ids=str)
 def test_options_that_set_nothing_are_no_error_without_a_stream(options: dict[str, Any]) -> None:
     parse_body(body_with(ChatCompletionRequest, {"stream": False, "stream_options": options}))
+
+
+def test_the_adapters_name_at_sglang_must_be_that_of_the_model() -> None:
+    parse_body(body_with(ChatCompletionRequest, {"lora_path": "m"}))
+    error = refusal(ChatCompletionRequest, {"lora_path": "other"})
+    assert (type(error), error.param) == (UnsupportedParameter, "lora_path")
