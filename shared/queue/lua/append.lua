@@ -1,5 +1,5 @@
 -- Writes the events of engine steps to the logs and publishes them; a terminal event ends the job of its request. Only
--- events with the owner's claim id are written. An event that the log has already counts as written.
+-- events with the owner's claim id are written. If the log already has an event, the event counts as written.
 -- ARGV: base, lease (ms), stream ttl (ms), held = {id, claim id, ...} of all requests the worker holds,
 --       appends = {{id, claim id, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
 --       return value, exception text, ttl (s)}, return value and exception text encoded as in RQ's results; number of

@@ -1,6 +1,6 @@
--- Ends waiting requests for a weights version that no live worker has. If live workers serve a queue, all requests end
--- whose version none of these workers has. If no live worker serves a queue, requests for the registered version keep
--- waiting, since a worker may come back, and requests for replaced or removed versions end.
+-- Ends waiting requests for a weights version that no live worker has. If live workers serve a queue, its requests end
+-- unless one of these workers has their version. If no live worker serves a queue, requests for the registered version
+-- keep waiting, since a worker may come back, and requests for replaced or removed versions end.
 -- ARGV: base, the calling worker, rank among the waiting queues at which to continue (-1 to begin), maximum number of
 --       jobs to check in one call, minimum time (ms) between two runs by any workers, event (a format with one %d for
 --       its number), exception text as in RQ's results, ttl (s) of a failed job.

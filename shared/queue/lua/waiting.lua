@@ -32,8 +32,8 @@ local function version_part(version)
   return redis.sha1hex(version):sub(1, 8)
 end
 
--- Returns the place of a waiting job. `began`: true if the job ran before; if nil, the job's old place and its log tell
--- this. `since_us`: the enqueue time of the job, by default the time in the job hash.
+-- Returns the place of a waiting job. `began`: true if the job ran before, false if not; if nil, the job's old place or
+-- its log tells. `since_us`: the enqueue time of the job, by default the time in the job hash.
 local function make_place(id, began, since_us)
   local place, order, version, enqueued_ms, has_ended =
     unpack(redis.call('HMGET', job_key(id), 'place', 'order', 'version', 'enqueued_ms', 'has_ended'))
@@ -48,8 +48,8 @@ local function make_place(id, began, since_us)
   return table.concat({ class, version_part(version), tenant, priority, since, num_sequences, id }, '|')
 end
 
--- Life of an index after its last new place. Workers of earlier releases leave an index behind when they empty the
--- queue. If an index expires while requests wait, it is made again from the list.
+-- Time to live of an index after a place was last added. Workers of earlier releases leave an index behind when they
+-- empty the queue. If an index expires while requests wait, it is made again from the list.
 local INDEX_TTL_S = 86400
 
 -- Adds a place to the index and to the job hash. Returns true if the index had no such place.
@@ -119,8 +119,8 @@ local function trim_index(queue)
   end
 end
 
--- Removes requests from the front of a list whose jobs are not queued any more, then sets the score of the queue in
--- `waiting` to the enqueue time of its first request.
+-- Removes, from the front of a queue's list, requests whose jobs are not queued any more; then sets the score of the
+-- queue in `waiting` to the enqueue time of its first request.
 local function update_waiting(base, queue)
   while true do
     local head = redis.call('LINDEX', queue_key(queue), 0)
