@@ -1,6 +1,9 @@
-"""Paths as users write them."""
+"""Paths and Hugging Face ids as users write them."""
 
+import re
 from pathlib import Path
+
+_ID_WITH_REVISION = re.compile(r"(?P<id>\w[\w.-]*(?:/[\w.-]+)?)@(?P<revision>.*)")
 
 
 def expand_home(path: str | Path) -> Path:
@@ -15,3 +18,19 @@ def expand_home(path: str | Path) -> Path:
         raise ValueError(
             f"the home folder in {str(path)!r} is not known: set HOME, or give a path without ~"
         ) from None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Splits `owner/name@revision` into the Hugging Face id and its revision, which is None if there is no @.
+
+    Anything else, such as a path, is returned whole. Callers look for a folder of the whole name first.
+
+    Raises:
+        ValueError: nothing follows the @.
+    """
+    match = _ID_WITH_REVISION.fullmatch(name)
+    if match is None:
+        return name, None
+    if not match["revision"]:
+        raise ValueError(f"{name!r} names no revision after the @: give a branch, a tag or a commit")
+    return match["id"], match["revision"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.paths import expand_home
+from shared.paths import expand_home, split_revision
 
 
 class AdapterSource(NamedTuple):
@@ -27,7 +27,7 @@ def parse_adapters(value: Any) -> Any:
     if entries and isinstance(entries[0], AdapterSource):
         return entries
     if len(entries) == 1 and "=" not in entries[0] and not entries[0].startswith("@"):
-        entries = [f"{Path(entries[0]).name}={entries[0]}"]
+        entries = [f"{Path(_without_revision(entries[0])).name}={entries[0]}"]
     sources: dict[str, AdapterSource] = {}
     for entry in entries:
         for source, where in _read_list(entry[1:]) if entry.startswith("@") else [(_parse_named(entry), "")]:
@@ -71,7 +71,17 @@ def _parse_named(entry: str) -> AdapterSource:
     check_name(name)
     if name == "default":
         raise ValueError("no adapter may be called 'default': RQ passes that name if no queue was given")
+    _without_revision(path)
     return AdapterSource(name, path)
+
+
+def _without_revision(path: str) -> str:
+    """Returns a path, or the Hugging Face id in `owner/name@revision`.
+
+    Raises:
+        ValueError: nothing follows the @.
+    """
+    return path if Path(path).is_dir() else split_revision(path)[0]
 
 
 def parse_weights(value: Any) -> Any:

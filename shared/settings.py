@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.api_keys import entries_of_file, parse_keys, read_keys_file, split_keys
 from shared.errors import ConfigurationError
-from shared.paths import expand_home
+from shared.paths import expand_home, split_revision
 from shared.setting_lists import AdapterSource, check_name, parse_adapters, parse_weights
 
 ENV_PREFIX = "LORELAY_"
@@ -257,4 +257,5 @@ class WorkerSettings(Settings):
         """The name by which clients ask for the base model."""
         if self.model_name:
             return self.model_name
-        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+        folder = Path(self.model)
+        return folder.resolve().name if folder.is_dir() else split_revision(self.model)[0]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from shared.errors import AdapterError
 from shared.logs import fields
-from shared.paths import expand_home
+from shared.paths import expand_home, split_revision
 from worker.model import adapter_mismatch, adapter_tokenizer
+from worker.model.checkpoint import describe_no_adapter
 from worker.model.loading import download, looks_like_path
 from worker.model.versions import adapter_version
 
@@ -68,16 +69,19 @@ class _Problem(Exception):
     """A reason to refuse an adapter; `load_adapter` puts the adapter's name and path before the reason."""
 
 
-def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") -> LoadedAdapter:
+def load_adapter(
+    name: str, path: str, model: nn.Module, base_name: str = "", folder: Path | None = None
+) -> LoadedAdapter:
     """Reads the adapter at `path` (folder or Hugging Face id) for `model`, a transformers model.
 
-    If all shapes fit, but the adapter declares another base model than `base_name`, a warning is logged.
+    If all shapes fit, but the adapter declares another base model than `base_name`, a warning is logged. If
+    `folder` is given, the adapter is read from there: `path` may mean a newer version by now.
 
     Raises:
         AdapterError: the adapter can't be served; the message has name, path and reason.
     """
     try:
-        folder = _find(path)
+        folder = folder or _find(path)
         stamps = _stamps(folder)
         config, weight_file = _read_config(folder), _weight_file(folder)
         layers = _read_layers(folder, _read_weights(weight_file), config, model)
@@ -107,16 +111,17 @@ def load_adapter(name: str, path: str, model: nn.Module, base_name: str = "") ->
 def _find(path: str) -> Path:
     try:
         folder = expand_home(path)
+        repository, revision = split_revision(path)
     except ValueError as error:
         raise _Problem(str(error)) from error
     if folder.is_dir():
         return folder
     if folder.exists():
         raise _Problem("is a file, not a folder")
-    if looks_like_path(path):
+    if looks_like_path(repository):
         raise _Problem("the folder does not exist")
     try:
-        return download(path, None, [CONFIG_FILE, *WEIGHT_FILES, *adapter_tokenizer.FILES])
+        return download(repository, revision, [CONFIG_FILE, *WEIGHT_FILES, *adapter_tokenizer.FILES])
     except (OSError, ValueError) as error:
         raise _Problem(
             f"is neither a local folder nor a repository that can be downloaded: {error}"
@@ -128,7 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
     except FileNotFoundError as error:
-        raise _Problem(f"is not an adapter: it has no {CONFIG_FILE}") from error
+        raise _Problem(describe_no_adapter(folder)) from error
     except ValueError as error:
         raise _Problem(f"{CONFIG_FILE} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -289,4 +294,4 @@ def _stamps(folder: Path) -> list[tuple[int, int, int]]:
 
 
 def _last_part(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
+    return name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()

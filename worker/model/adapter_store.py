@@ -20,6 +20,7 @@ Workers claim from the new queue after the next heartbeat, which writes `ServedM
 import contextlib
 import threading
 import time
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -52,6 +53,8 @@ class AdapterStore:
         self._tokenizers: dict[str, Tokenizer] = {}
         """Tokenizers that adapters bring along, by the digest of their files: many adapters share one."""
         self._lock = threading.Lock()
+        self._folders: dict[tuple[str, str], Path] = {}
+        """The folder of each path and version: a branch of a repository may have moved on since."""
 
     def read_new(self, name: str, path: str) -> NewAdapter:
         """Reads and checks an adapter that is not served yet; changes nothing. Callable from any thread.
@@ -62,6 +65,7 @@ class AdapterStore:
         adapter = load_adapter(name, path, self._model, self._base_name)
         weights = self._prepare(name, adapter)
         tokenizer, version = self._tokenizer(name, adapter)
+        self._folders[path, version] = adapter.folder
         return NewAdapter(ServedModel(name, version, path, tokenizer, int(time.time()), name), weights)
 
     def read(self, name: str) -> SlotWeights:
@@ -72,7 +76,7 @@ class AdapterStore:
         """
         served = self._served.find(name)
         path = served.source
-        adapter = load_adapter(name, path, self._model)
+        adapter = load_adapter(name, path, self._model, folder=self._folders.get((path, served.version)))
         has_own_tokenizer = served.tokenizer is not self._served.base.tokenizer
         version = self._tokenizer(name, adapter)[1] if has_own_tokenizer else adapter.version
         if version != served.version:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from shared.errors import ConfigurationError
-from shared.paths import expand_home
+from shared.logs import fields
+from shared.paths import expand_home, split_revision
 from shared.settings import WorkerSettings
 from worker.model import attention
+from worker.model.checkpoint import check_model
 from worker.model.versions import WEIGHT_PATTERNS
 
 logger = logging.getLogger(__name__)
@@ -33,31 +35,43 @@ def download(repository: str, revision: str | None, patterns: Iterable[str]) -> 
     """
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    logger.info("%s: revision %s", repository, folder.name, extra=fields("download"))
+    return folder
 
 
 def find_model(settings: WorkerSettings) -> Path:
     """Returns the model's folder, after downloading the model if the setting is a Hugging Face id.
 
     Raises:
-        ConfigurationError: there is no such folder or repository.
+        ConfigurationError: there is no such folder or repository, or it has no model that can be served.
     """
     try:
         folder = expand_home(settings.model)
+        repository, revision = split_revision(settings.model)
     except ValueError as error:
         raise ConfigurationError(f"LORELAY_MODEL: {error}") from error
-    if folder.is_dir():
-        return folder
-    if looks_like_path(settings.model):
-        raise ConfigurationError(f"LORELAY_MODEL: the folder {settings.model} does not exist")
+    if not folder.is_dir():
+        if looks_like_path(repository):
+            raise ConfigurationError(f"LORELAY_MODEL: the folder {settings.model} does not exist")
+        if revision and settings.revision and revision != settings.revision:
+            raise ConfigurationError(
+                f"LORELAY_REVISION: {settings.revision} is another revision than that of {settings.model}"
+            )
+        folder = _download_model(repository, revision or settings.revision, settings.model)
+    check_model(folder, settings.model)
+    return folder
+
+
+def _download_model(repository: str, revision: str | None, name: str) -> Path:
     try:
-        folder = download(settings.model, settings.revision, (*_OTHER_FILES, WEIGHT_PATTERNS[0]))
+        folder = download(repository, revision, (*_OTHER_FILES, WEIGHT_PATTERNS[0]))
         if not any(folder.glob(WEIGHT_PATTERNS[0])):
-            folder = download(settings.model, settings.revision, (*_OTHER_FILES, WEIGHT_PATTERNS[1]))
+            folder = download(repository, revision, (*_OTHER_FILES, WEIGHT_PATTERNS[1]))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"LORELAY_MODEL: {settings.model} is neither a local folder nor a repository that can be "
-            f"downloaded: {error}"
+            f"LORELAY_MODEL: {name} is neither a local folder nor a repository that can be downloaded: "
+            f"{error}"
         ) from error
     return folder
 

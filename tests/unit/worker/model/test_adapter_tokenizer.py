@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -223,3 +224,13 @@ def test_an_adapter_whose_tokenizer_can_t_be_used_is_refused_with_its_name(
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(AdapterError, match=r"adapter 'broken' at .*: tokenizer_config.json is not JSON"):
         store.read_new("broken", str(folder))
+
+
+def test_an_adapter_that_is_read_again_is_the_one_that_was_read_first(
+    store: AdapterStore, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch of a repository may have moved on since, or the hub may be away."""
+    snapshots = iter([build_adapter(tmp_path / "first", model_folder)])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(next(snapshots)))
+    store._served.add(store.read_new("mine", "org/mine@main").model)
+    store.read("mine")
