@@ -157,13 +157,13 @@ class FakeDetokenizer:
 
 
 class FakeTokenizer:
-    """Tokenizes each character to one token; 0 ends a sequence."""
+    """Tokenizes each character to one token, first those of the variables' names; 0 ends a sequence."""
 
     eos_token_ids = frozenset({EOS})
     special_tokens: Mapping[int, str] = {EOS: "<eos>"}
 
     def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
-        text = "".join(message["content"] for message in messages)
+        text = "".join([*map(str, inputs.variables), *(message["content"] for message in messages)])
         if text == "unsayable":
             raise InvalidRequest("the chat template refuses it", param="messages")
         return [ord(character) for character in text]

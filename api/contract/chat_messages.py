@@ -1,8 +1,9 @@
 """The messages of a chat, in OpenAI's format."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from api.contract.chat_tools import FunctionType
 from api.contract.fields import IGNORED, INTEGRAL, Only
@@ -40,13 +41,25 @@ class TextPart(StrictModel):
     """Sources of the text."""
 
 
+def _to_json_text(value: Any) -> Any:
+    """Writes arguments as JSON text if a client sent them as an object, or null for none."""
+    if value is None:
+        return "{}"
+    if not isinstance(value, dict):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise invalid("a number is too large") from None
+
+
 class FunctionCall(StrictModel):
     """A function that an assistant called, with its arguments."""
 
     name: str
     """The function's name."""
-    arguments: str
-    """The function's arguments, as JSON text."""
+    arguments: Annotated[str, BeforeValidator(_to_json_text)]
+    """The function's arguments, as JSON text. An object is accepted, too, and null for no arguments."""
     parsed_arguments: Annotated[Any, IGNORED] = None
     """The arguments again, as OpenAI's client parses them."""
 

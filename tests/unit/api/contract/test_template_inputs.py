@@ -244,3 +244,27 @@ def test_parts_of_calls_that_clients_add_do_not_reach_the_template() -> None:
     assert parse_fields(messages=[message]).messages[0].to_template()["tool_calls"] == [CALL]
     older = {"role": "assistant", "content": None, "function_call": function}
     assert parse_fields(messages=[older]).messages[0].to_template()["function_call"] == CALL["function"]
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ('{"x": 1}', '{"x": 1}'),
+        ("", ""),
+        ("no JSON", "no JSON"),
+        (None, "{}"),
+        ({}, "{}"),
+        ({"x": [1, "\u00e4"], "y": None}, '{"x": [1, "\u00e4"], "y": null}'),
+    ],
+)
+def test_arguments_of_a_call_may_be_text_an_object_or_null(given: Any, passed: str) -> None:
+    call = {**CALL, "function": {"name": "f", "arguments": given}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    (sent,) = parse_fields(messages=[message]).messages[0].to_template()["tool_calls"]
+    assert sent["function"]["arguments"] == passed
+
+
+@pytest.mark.parametrize("given", [[], [1], 1, True, 0.5])
+def test_arguments_of_another_type_are_refused_by_name(given: Any) -> None:
+    message = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": given}}
+    assert refusal(messages=[message]).param == "messages[0].function_call.arguments"

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 
 from shared.errors import from_info
-from shared.messages import FinishReason, SamplingParams, StreamEvent, Usage
+from shared.messages import FinishReason, SamplingParams, StreamEvent, TemplateInputs, Usage
 from tests.block_checks import check_blocks
 from tests.fakes import AllResident, FakeModel, build_engine, encoded, spell
 from tests.streams import make_request
@@ -88,6 +88,12 @@ def test_only_the_first_event_tells_the_counts_and_only_if_the_request_asks_for_
     first, *others = bench.finish()["r"]
     assert first.usage_so_far == Usage(prompt_tokens=5, completion_tokens=1)
     assert not any(event.usage_so_far for event in others)
+
+
+def test_the_chat_template_gets_the_inputs_of_the_request() -> None:
+    bench = Bench(FakeModel(spell("aho")))
+    bench.add(sampling=sampling(), template_inputs=TemplateInputs(variables={"mode": "x"}))
+    assert bench.finish()["r"][-1].usage == Usage(prompt_tokens=len("modehello"), completion_tokens=4)
 
 
 def test_a_request_ends_with_length_at_its_token_limit() -> None:
