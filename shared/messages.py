@@ -153,7 +153,7 @@ class GenerationRequest(Message, frozen=True):
     """True if the request continues when its client disconnects; the client can then resume the stream."""
     template_inputs: TemplateInputs = NO_INPUTS
     continuous_usage: bool = False
-    """True if the first event shall have `usage_so_far`; workers of an earlier release leave it out."""
+    """True if the first event must have `usage_so_far`; workers of an earlier release leave the field out."""
 
     @property
     def num_prompts(self) -> int:
@@ -216,12 +216,12 @@ class ErrorInfo(Message, frozen=True):
 
 
 class Timings(Message, frozen=True):
-    """Times of one request in seconds, in their order; None: the request did not get there."""
+    """Durations (s) of a request's phases, in their order; None for phases that it did not reach."""
 
     queue_s: float
-    """From the enqueue to the claim; it includes earlier runs on workers that were lost or handed it back."""
+    """From the enqueue to the last claim, with earlier runs on workers that were lost or handed it back."""
     encode_s: float
-    """From the claim until the prompts were tokens."""
+    """From the claim until the prompts were encoded."""
     load_s: float | None = None
     """From the encoded prompts until a sequence ran: the wait for the adapter or for cache blocks."""
     prefill_s: float | None = None
@@ -249,7 +249,7 @@ class StreamEvent(Message, frozen=True):
     usage: Usage | None = None
     error: ErrorInfo | None = None
     timings: Timings | None = None
-    """Set in terminal events that a worker writes; workers of the release before leave it out."""
+    """Set in terminal events that a worker writes; workers of the previous release leave it out."""
     usage_so_far: Usage | None = None
     """Token counts at the first event, if the request has `continuous_usage`; later events add tokens."""
 

@@ -117,7 +117,7 @@ class ApiStreams:
         return reply.decode()  # type: ignore[no-any-return]
 
     async def find_request(self, request_id: str, clients: Collection[str]) -> FoundRequest:
-        """Finds a request that this client sent, without the prompt of a detached one.
+        """Finds a request that this client sent; returns a detached request without its prompt.
 
         RQ's job must still be in Redis.
 

@@ -131,10 +131,14 @@ def drained(base: str, ten_seconds: int) -> str:
 
 
 def backlog(base: str) -> str:
-    """hash: bytes (`total`) and number (`total:num`) of a base's waiting requests; the same by tenant key.
+    """hash about a base's waiting requests: their bytes and their number, of all and of each tenant.
 
-    enqueue counts them, then adds what it enqueues; it does not subtract what left since, but counts again
-    when a limit is reached. Expires an hour after the count.
+    `total`, `total:num`: bytes and number of all waiting requests. `<tenant key>`, `<tenant key>:num`: bytes
+    and number of one tenant's. `again_ms`: time (ms) before which enqueue does not count again.
+
+    Written and read by enqueue, which counts the requests, and then adds those that it enqueues. Requests
+    that leave the queues are not subtracted, but when a limit is reached, enqueue counts again. Expires an
+    hour after the count.
     """
     return f"{PREFIX}:backlog:{base}"
 

@@ -28,7 +28,7 @@ class BatchingEngine:
         self._intake = Intake(model, clock)
         self._outputs: dict[str, RequestOutput] = {}
         self._not_run: list[RequestOutput] = []
-        """Requests of which no sequence has run; requests that ended meanwhile leave at the next step."""
+        """Requests of which no sequence has run yet; the next step removes those that have ended."""
         self._batch: Batch = []
         self.is_stalled = False
 

@@ -176,5 +176,5 @@ class RequestOutput:
 
 
 def _between(begin_s: float | None, end_s: float | None) -> float | None:
-    """Returns the seconds between two times, None if one of them has not come."""
+    """Returns the seconds between two times; None if one of them is None, because it has not come."""
     return None if begin_s is None or end_s is None else round(end_s - begin_s, 4)

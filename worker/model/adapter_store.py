@@ -105,7 +105,7 @@ class AdapterStore:
             self._lora.put(slot, SlotWeights({}))
 
     def _tokenizer(self, name: str, adapter: LoadedAdapter) -> tuple[Tokenizer, str]:
-        """Returns an adapter's tokenizer, and its version, which covers the tokenizer if it is its own.
+        """Returns an adapter's tokenizer and version; the version covers a tokenizer other than the base's.
 
         Raises:
             AdapterError: the model can't use the adapter's tokenizer, template or end tokens.

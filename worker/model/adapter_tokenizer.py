@@ -53,13 +53,13 @@ def files_digest(files: dict[str, bytes]) -> str:
 
 
 def load_tokenizer(files: dict[str, bytes], base: Tokenizer, num_embeddings: int) -> Tokenizer:
-    """Returns the tokenizer that an adapter's files describe; `base` itself if they say the same.
+    """Returns the tokenizer that an adapter's files describe, or `base` if they describe the same tokenizer.
 
     The base's tokenizer, template and end tokens stand in for what the files leave out. The end token in
     `tokenizer_config.json` replaces the one from the base's, and so do those in `generation_config.json`.
 
     Raises:
-        TokenizerProblem: the model can't use it; the message names the file and the reason.
+        TokenizerProblem: the model can't use the tokenizer; the message names the file and the reason.
     """
     if not files:
         return base
