@@ -29,6 +29,7 @@ from shared.errors import AdapterError
 from worker.engine.served_models import ServedModel, ServedModels
 from worker.model.adapter_files import LoadedAdapter, load_adapter
 from worker.model.adapter_tokenizer import TokenizerProblem, files_digest, load_tokenizer, own_files
+from worker.model.limited_templates import LimitedTemplates
 from worker.model.lora import LoraStack, SlotWeights
 from worker.model.tokenizer import Tokenizer
 from worker.model.versions import own_version
@@ -52,6 +53,7 @@ class AdapterStore:
         self._served = served
         self._tokenizers: dict[str, Tokenizer] = {}
         """Tokenizers that adapters bring along, by the digest of their files: many adapters share one."""
+        self._templates = LimitedTemplates()
         self._lock = threading.Lock()
         self._folders: dict[tuple[str, str], Path] = {}
         """The folder of each path and version: a branch of a repository may have moved on since."""
@@ -119,7 +121,7 @@ class AdapterStore:
             with self._lock:
                 if digest not in self._tokenizers:
                     num_embeddings = self._model.get_input_embeddings().num_embeddings
-                    self._tokenizers[digest] = load_tokenizer(files, base, num_embeddings)
+                    self._tokenizers[digest] = load_tokenizer(files, base, num_embeddings, self._templates)
                 tokenizer = self._tokenizers[digest]
         except TokenizerProblem as problem:
             raise AdapterError(f"adapter {name!r} at {adapter.path}: {problem}") from problem

@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from worker.model.chat_template import OWN_PROCESS, Renderer
+from worker.model.marked_template import LimitExceeded
 from worker.model.tokenizer import Tokenizer, as_ids
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -52,11 +54,14 @@ def files_digest(files: dict[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(files: dict[str, bytes], base: Tokenizer, num_embeddings: int) -> Tokenizer:
-    """Returns the tokenizer that an adapter's files describe, or `base` if they describe the same tokenizer.
+def load_tokenizer(
+    files: dict[str, bytes], base: Tokenizer, num_embeddings: int, renderer: Renderer = OWN_PROCESS
+) -> Tokenizer:
+    """Returns the tokenizer that an adapter's files describe, or `base` if they describe the same one.
 
     The base's tokenizer, template and end tokens stand in for what the files leave out. The end token in
     `tokenizer_config.json` replaces the one from the base's, and so do those in `generation_config.json`.
+    `renderer` runs a chat template that is not the base's.
 
     Raises:
         TokenizerProblem: the model can't use the tokenizer; the message names the file and the reason.
@@ -65,16 +70,25 @@ def load_tokenizer(files: dict[str, bytes], base: Tokenizer, num_embeddings: int
         return base
     backend = _backend(files, base)
     _check_vocabulary(backend, base.backend, num_embeddings)
+    _check_patterns(backend, base.backend)
     generation_eos = _generation_eos(files, num_embeddings)
     try:
         own = Tokenizer(
             backend,
             base.generation_eos if generation_eos is None else generation_eos,
             parses_control_tokens=base.parses_control_tokens,
+            renderer=OWN_PROCESS if _templates_of(backend) <= base.template_sources else renderer,
         )
+    except LimitExceeded as error:
+        raise TokenizerProblem(f"its chat template can't be used: {error}") from error
     except TemplateError as error:
         raise TokenizerProblem(f"its chat template can't be compiled: {error}") from error
     return base if own.says_the_same(base) else own
+
+
+def _templates_of(backend: Any) -> set[str]:
+    sources = backend.chat_template
+    return set(sources.values()) if isinstance(sources, dict) else {sources}
 
 
 def _read(path: Path) -> bytes:
@@ -141,6 +155,31 @@ def _check_vocabulary(own: Any, base: Any, num_embeddings: int) -> None:
                 f"its tokenizer is not the base's: token {token_id} is {token!r} instead of "
                 f"{theirs[token_id]!r}; remove its tokenizer files, or serve it on its own base"
             )
+
+
+def _check_patterns(own: Any, base: Any) -> None:
+    """Refuses regular expressions of its own: one that backtracks would take up the worker's encoder."""
+    if new := sorted(_patterns(own) - _patterns(base)):
+        raise TokenizerProblem(
+            f"its tokenizer has a regular expression that the base's lacks: {new[0][:200]!r}; remove its "
+            "tokenizer files, or serve it on its own base"
+        )
+
+
+def _patterns(backend: Any) -> set[str]:
+    """Returns the regular expressions of a tokenizer; those written in Python have none in their files."""
+    fast = getattr(backend, "backend_tokenizer", None)
+    found: set[str] = set()
+    parts = [] if fast is None else [json.loads(fast.to_str())]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            found |= {str(value) for name, value in part.items() if name == "Regex"}
+            # The model and the added tokens are large, and have no expressions.
+            parts += [value for name, value in part.items() if name not in ("model", "added_tokens")]
+        elif isinstance(part, list):
+            parts += part
+    return found
 
 
 def _generation_eos(files: dict[str, bytes], num_embeddings: int) -> frozenset[int] | None:

@@ -2,16 +2,39 @@
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from shared.errors import InvalidRequest
 from shared.messages import TemplateInputs
-from worker.model.marked_template import Rendered, compile_template, render
+from worker.model.marked_template import LimitExceeded, Rendered, compile_template, render
 
 Messages = list[dict[str, Any]]
-Render = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Rendered]
-"""Type of `marked_template.render`."""
+
+
+class Renderer(Protocol):
+    """The interface through which chat templates are run."""
+
+    def check(self, source: str) -> None:
+        """Compiles a template; raises jinja2's errors if it has a wrong syntax."""
+
+    def render(self, source: str, own: Mapping[str, Any], client: Mapping[str, Any]) -> Rendered:
+        """Renders a template, see `marked_template.render`."""
+
+
+class OwnProcess:
+    """Runs chat templates in this process, without limits."""
+
+    def check(self, source: str) -> None:
+        """Compiles a template; raises jinja2's errors if it has a wrong syntax."""
+        compile_template(source)
+
+    def render(self, source: str, own: Mapping[str, Any], client: Mapping[str, Any]) -> Rendered:
+        """Renders a template, see `marked_template.render`."""
+        return render(source, own, client)
+
+
+OWN_PROCESS = OwnProcess()
 
 DEVELOPER = "developer"
 _PROBE = "lorelay probe"
@@ -24,16 +47,19 @@ shows where the message ends. If its last character, a space, is missing, the te
 class ChatTemplate:
     """A chat template in jinja2's language, and the form of messages that it reads."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any], render: Render = render) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, Any], renderer: Renderer = OWN_PROCESS
+    ) -> None:
         """Renders probes, to find out in which form the template reads content and tool calls' arguments.
 
         Raises:
             TemplateError: the template has a wrong syntax.
+            LimitExceeded: `renderer` has limits, and the template exceeds them.
         """
-        compile_template(source)
+        renderer.check(source)
         self.source = source
         self._special_tokens = special_tokens
-        self._render = render
+        self._renderer = renderer
         self._reads_parts = not self._shows(_PROBE, parts=False) and self._shows(_PROBE, parts=True)
         self._reads_arguments_as_text = self._wants_text()
 
@@ -59,7 +85,7 @@ class ChatTemplate:
     def _call(self, messages: Messages, inputs: TemplateInputs) -> Rendered:
         own = {"add_generation_prompt": not inputs.continue_final_message, **self._special_tokens}
         client = {**inputs.variables, "messages": messages, "tools": inputs.tools or None, "documents": None}
-        return self._render(self.source, own, client)
+        return self._renderer.render(self.source, own, client)
 
     def _prepare(self, messages: Messages) -> Messages:
         """Returns messages in the form that this template reads."""
@@ -133,6 +159,8 @@ class ChatTemplate:
         """Returns the text of a chat; an empty text if the template refuses the chat."""
         try:
             return self._call(messages, TemplateInputs()).text
+        except LimitExceeded:
+            raise
         except Exception:  # whatever a template raises, it doesn't read this form
             return ""
 

@@ -20,6 +20,10 @@ from worker.model.marked_text import MarkedText, is_marked, join, keep_marks, ma
 _OWN_STRING_METHODS = ("join", "replace")
 
 
+class LimitExceeded(Exception):
+    """A template takes too long, or too much memory."""
+
+
 class Rendered(NamedTuple):
     """A rendered chat."""
 

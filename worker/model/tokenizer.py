@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from shared.errors import ConfigurationError, InvalidRequest
 from shared.messages import NO_INPUTS, TemplateInputs
 from worker.engine.detokenizer import Detokenizer
-from worker.model.chat_template import ChatTemplate
+from worker.model.chat_template import OWN_PROCESS, ChatTemplate, Renderer
 from worker.model.control_tokens import ControlTokens
 from worker.model.marked_template import Rendered
 from worker.model.marked_text import CLIENT, OWN
@@ -19,15 +19,22 @@ class Tokenizer:
     """Turns messages into token ids, and token ids into text. Methods may be called from any thread."""
 
     def __init__(
-        self, backend: Any, generation_eos: frozenset[int], *, parses_control_tokens: bool = False
+        self,
+        backend: Any,
+        generation_eos: frozenset[int],
+        *,
+        parses_control_tokens: bool = False,
+        renderer: Renderer = OWN_PROCESS,
     ) -> None:
         """Wraps `backend`, a transformers tokenizer with a chat template.
 
         `generation_eos` are ids that end a sequence besides the tokenizer's own. If `parses_control_tokens`
-        is true, the text of a control token in a message or prompt becomes that token.
+        is true, the text of a control token in a message or prompt becomes that token. `renderer` runs the
+        chat templates.
 
         Raises:
             TemplateError: the chat template has a wrong syntax.
+            LimitExceeded: `renderer` has limits, and the chat template exceeds them.
         """
         self.backend = backend
         self.generation_eos = generation_eos
@@ -45,7 +52,7 @@ class Tokenizer:
         self._templates: dict[str, ChatTemplate] = {}
         sources = backend.chat_template
         for source in sources.values() if isinstance(sources, dict) else [sources]:
-            self._templates[source] = ChatTemplate(source, backend.special_tokens_map)
+            self._templates[source] = ChatTemplate(source, backend.special_tokens_map, renderer)
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
@@ -103,6 +110,11 @@ class Tokenizer:
             InvalidRequest: the text can't be tokenized.
         """
         return self._encode(Rendered(text, CLIENT * len(text)), "prompt", add_special_tokens=True)
+
+    @property
+    def template_sources(self) -> frozenset[str]:
+        """The sources of the chat templates, of which there is one, or another one for chats with tools."""
+        return frozenset(self._templates)
 
     def _template(self, *, has_tools: bool) -> ChatTemplate:
         """Returns the chat template; a tokenizer may have another one for chats with tools."""

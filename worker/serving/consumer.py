@@ -23,7 +23,7 @@ from shared.queue.worker_streams import NUM_EVENTS_TO_CLEAR, WorkerStreams
 from worker.serving.claimer import Claimer
 from worker.serving.commands import Commands, Inbox
 from worker.serving.patience import RETRY_WAIT_S, call_until
-from worker.serving.prompt_encoder import Encode, PromptEncoder
+from worker.serving.prompt_encoder import Encode, Encoding, PromptEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +163,10 @@ class Consumer:
         """The threads of the consumer: name → the function to run in the thread."""
         encoder = self._encoder
         return {IO: self.run, "short prompts": encoder.run_short, "long prompts": encoder.run_long}
+
+    def longest_encode(self) -> Encoding | None:
+        """Returns the request that has been encoded longest at present, or None. Callable from any thread."""
+        return self._encoder.longest()
 
     def wake_engine(self) -> None:
         """Wakes the engine loop if it waits for commands; called when an adapter has been read."""

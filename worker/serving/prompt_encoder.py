@@ -2,8 +2,10 @@
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Container, Iterable
+from typing import NamedTuple
 
 from shared.errors import GenerationFailed, LorelayError
 from shared.logs import fields
@@ -17,6 +19,15 @@ logger = logging.getLogger(__name__)
 Encode = Callable[[GenerationRequest], list[list[int]]]
 """Type of `Engine.encode`: returns the token ids of each prompt of a request."""
 
+
+class Encoding(NamedTuple):
+    """A request that is being encoded, and for how long, in seconds."""
+
+    request_id: str
+    model: str
+    age_s: float
+
+
 LONG_PROMPT_CHARS = 32_768
 TEXT_FIELDS = ("content", "reasoning_content", "tool_calls")
 """Fields of a message that can be long."""
@@ -25,12 +36,21 @@ TEXT_FIELDS = ("content", "reasoning_content", "tool_calls")
 class PromptEncoder:
     """Encodes short and long prompts in two threads, so that short prompts don't wait for long ones."""
 
-    def __init__(self, encode: Encode, inbox: Inbox, held: Container[Held]) -> None:
+    def __init__(
+        self,
+        encode: Encode,
+        inbox: Inbox,
+        held: Container[Held],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`inbox`: gets each claim with its encoded prompts. `held`: only claims still in it are encoded."""
         self._encode = encode
         self._inbox = inbox
         self._held = held
+        self._clock = clock
         self._is_stopped = False
+        self._begun: dict[int, tuple[float, GenerationRequest]] = {}
+        """The request that each thread is encoding, and the time at which it began, by the thread's id."""
         self._short: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
         self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
 
@@ -48,6 +68,14 @@ class PromptEncoder:
         """Encodes long prompts until `stop`."""
         self._run(self._long)
 
+    def longest(self) -> Encoding | None:
+        """Returns the request that has been encoded longest at present, or None. Callable from any thread."""
+        begun = list(self._begun.copy().values())
+        if not begun:
+            return None
+        begun_at_s, request = min(begun, key=lambda entry: entry[0])
+        return Encoding(request.request_id, request.model, self._clock() - begun_at_s)
+
     def stop(self) -> None:
         """Tells both threads to end after the request that each is encoding."""
         self._is_stopped = True
@@ -62,6 +90,7 @@ class PromptEncoder:
                 self._inbox.put(Commands(add=[Arrival(claim, prompts, encode_s)]))
 
     def _encode_all(self, request: GenerationRequest) -> Prompts:
+        self._begun[threading.get_ident()] = self._clock(), request
         try:
             return self._encode(request)
         except LorelayError as error:
@@ -73,6 +102,8 @@ class PromptEncoder:
                 "request %s can't be encoded", request_id, extra=fields("encode", request_id=request_id)
             )
             return GenerationFailed()
+        finally:
+            del self._begun[threading.get_ident()]
 
 
 def _num_chars(request: GenerationRequest) -> int:

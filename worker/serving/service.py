@@ -21,6 +21,7 @@ from worker.serving.engine_loop import EngineLoop
 from worker.serving.failure import Failure
 from worker.serving.faults import Faults, faulty_model, faulty_streams
 from worker.serving.heartbeat import Heartbeat
+from worker.serving.prompt_encoder import Encoding
 from worker.serving.served import ServedQueues, adapter_slots
 
 logger = logging.getLogger("rq.worker")
@@ -140,12 +141,27 @@ class WorkerService:
             logger.warning("Worker %s: handed %d requests back", self._name, num_handed_back)
 
     def _end_if_hung(self) -> None:
-        """Ends the process without clean-up if a step hangs: other workers then take its requests over."""
-        if self._loop.step_age_s() > self._settings.step_limit_s:
-            logger.critical(
-                "Worker %s: a step has taken over %g s, ending", self._name, self._settings.step_limit_s
-            )
+        """Ends the process without clean-up if a part of it hangs: other workers then take over its requests.
+
+        A thread that encodes can't be stopped, so a chat template without end would keep other prompts out.
+        """
+        limit_s = self._settings.step_limit_s
+        hung = describe_hang(self._loop.step_age_s(), self._consumer.longest_encode(), limit_s)
+        if hung is not None:
+            logger.critical("Worker %s: %s, ending", self._name, hung)
             os._exit(HUNG_EXIT_CODE)
+
+
+def describe_hang(step_age_s: float, encoding: Encoding | None, limit_s: float) -> str | None:
+    """Returns what has taken longer than `limit_s`, or None."""
+    if step_age_s > limit_s:
+        return f"a step has taken over {limit_s:g} s"
+    if encoding is not None and encoding.age_s > limit_s:
+        return (
+            f"the chat template or tokenizer of {encoding.model} has taken over {limit_s:g} s to encode "
+            f"request {encoding.request_id}"
+        )
+    return None
 
 
 def _claimer(

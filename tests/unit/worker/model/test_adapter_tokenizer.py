@@ -17,6 +17,7 @@ from tests.tiny_models import build_adapter, build_model, change_json
 from worker.engine.served_models import ServedModel, ServedModels
 from worker.model.adapter_store import AdapterStore
 from worker.model.adapter_tokenizer import TokenizerProblem, load_tokenizer, own_files
+from worker.model.marked_template import LimitExceeded
 from worker.model.tokenizer import Tokenizer
 
 NUM_EMBEDDINGS = 300
@@ -234,3 +235,21 @@ def test_an_adapter_that_is_read_again_is_the_one_that_was_read_first(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(next(snapshots)))
     store._served.add(store.read_new("mine", "org/mine@main").model)
     store.read("mine")
+
+
+def test_a_template_that_takes_too_long_is_refused_by_name_and_a_copy_of_the_bases_runs_in_the_worker(
+    base: Tokenizer, copied: Path
+) -> None:
+    renderer = Mock()
+    renderer.check.side_effect = LimitExceeded("it takes longer than 5 s")
+    assert load_tokenizer(own_files(copied), base, NUM_EMBEDDINGS, renderer) is base
+    (copied / "chat_template.jinja").write_text(TEMPLATE)
+    with pytest.raises(TokenizerProblem, match="chat template can't be used: it takes longer than 5 s"):
+        load_tokenizer(own_files(copied), base, NUM_EMBEDDINGS, renderer)
+
+
+def test_a_tokenizer_with_a_regular_expression_of_its_own_is_refused(base: Tokenizer, copied: Path) -> None:
+    hostile = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+    change_json(copied / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [hostile]})
+    with pytest.raises(TokenizerProblem, match=r"regular expression that the base's lacks: '\(a\+\)\+"):
+        load(copied, base)

@@ -11,7 +11,8 @@ from shared.messages import GenerationRequest, TemplateInputs
 from shared.queue.records import Claim, Held
 from tests.streams import make_request
 from worker.serving.commands import Arrival, Commands
-from worker.serving.prompt_encoder import LONG_PROMPT_CHARS, PromptEncoder
+from worker.serving.prompt_encoder import LONG_PROMPT_CHARS, Encoding, PromptEncoder
+from worker.serving.service import describe_hang
 
 
 class Bench:
@@ -102,3 +103,35 @@ def test_all_that_the_template_writes_counts_towards_the_length_of_a_prompt(fiel
     bench.encoder.take([Claim(Held("long", "x"), msgspec.structs.replace(make_request(), **fields), ())])
     bench.encoder.run_short()
     assert bench.encoded == ["stop"]
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_request_that_is_encoded_too_long_is_named_with_its_model() -> None:
+    clock, found = Clock(), list[Encoding | None]()
+    claim = claim_of("slow")
+
+    def encode(request: GenerationRequest) -> list[list[int]]:
+        clock.now += 61
+        found.append(encoder.longest())
+        encoder.stop()
+        return [[1]]
+
+    encoder = PromptEncoder(encode, queue.SimpleQueue(), {claim.held}, clock)
+    encoder.take([claim])
+    assert encoder.longest() is None
+    encoder.run_short()
+    assert found == [Encoding(claim.held.request_id, claim.request.model, 61)]
+    assert encoder.longest() is None
+    assert describe_hang(0, found[0], 61) is None
+    hung = describe_hang(0, found[0], 60) or ""
+    assert "chat template" in hung
+    assert claim.held.request_id in hung
+    assert describe_hang(61, None, 60) == "a step has taken over 60 s"

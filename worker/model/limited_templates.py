@@ -1,0 +1,122 @@
+"""Renders the chat templates that adapters bring along in a process of its own, within limits.
+
+The base's template runs in the worker itself: the operator chose it. Anybody may have written an adapter's.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+
+from shared.logs import fields
+from worker.model import template_process
+from worker.model.marked_template import LimitExceeded, Rendered
+from worker.model.template_process import LIMIT_S, MAX_TEXT_CHARS, receive, send
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S = 10 * LIMIT_S
+"""Time for which a template that exceeded a limit is refused, so that it takes little of the time."""
+ANSWER_LIMIT_S = 60.0
+"""Time after which the whole process is ended, because the limits inside of it had no effect."""
+MAX_ANSWER_BYTES = 16 * MAX_TEXT_CHARS
+
+
+class LimitedTemplates:
+    """Renders templates in a process that is started for the first of them. Callable from any thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._peer: socket.socket | None = None
+        self._end: Callable[[], Any] = lambda: None
+        self._paused_until: dict[str, float] = {}
+
+    def check(self, source: str) -> None:
+        """Compiles a template.
+
+        Raises:
+            TemplateError: it can't be compiled.
+            LimitExceeded: it takes too long, or too much memory.
+        """
+        try:
+            self._ask(source, {"source": source})
+        except RuntimeError as error:
+            raise TemplateError(str(error)) from error
+
+    def render(self, source: str, own: Mapping[str, Any], client: Mapping[str, Any]) -> Rendered:
+        """Does the same as `marked_template.render`, and raises a RuntimeError with the template's reason.
+
+        Raises:
+            LimitExceeded: the template takes too long, or too much memory, or has done so a moment ago.
+        """
+        if self._clock() < self._paused_until.get(source, 0):
+            raise LimitExceeded(f"it exceeded its limits less than {PAUSE_S:g} s ago; try again later")
+        text, mask = self._ask(source, {"source": source, "own": dict(own), "client": dict(client)})
+        return Rendered(text, mask)
+
+    def close(self) -> None:
+        """Ends the process."""
+        with self._lock:
+            self._stop()
+
+    def _ask(self, source: str, request: dict[str, Any]) -> tuple[str, bytes]:
+        with self._lock:
+            answer, mask = self._exchange(json.dumps(request).encode())
+        kind, reason = answer.get("error"), answer.get("reason", "")
+        if kind == LimitExceeded.__name__:
+            logger.warning("an adapter's chat template was ended: %s", reason, extra=fields("template"))
+            self._paused_until[source] = self._clock() + PAUSE_S
+            raise LimitExceeded(reason)
+        if kind is not None:
+            raise TemplateError(reason) if kind == TemplateError.__name__ else RuntimeError(reason)
+        return answer.get("text", ""), mask
+
+    def _exchange(self, request: bytes) -> tuple[dict[str, Any], bytes]:
+        try:
+            if self._peer is None:
+                self._peer = self._start()
+            send(self._peer, request)
+            text, mask = receive(self._peer, MAX_ANSWER_BYTES), receive(self._peer, MAX_ANSWER_BYTES)
+            if text is None or mask is None:
+                raise OSError("the process ended")
+            return json.loads(text), mask
+        except (OSError, ValueError) as error:
+            self._stop()
+            return {"error": LimitExceeded.__name__, "reason": f"its process does not answer: {error}"}, b""
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", template_process.__name__, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        ours.settimeout(ANSWER_LIMIT_S)
+        self._end = weakref.finalize(self, _end, ours, process)
+        return ours
+
+    def _stop(self) -> None:
+        self._end()
+        self._peer = None
+
+
+def _end(peer: socket.socket, process: "subprocess.Popen[bytes]") -> None:
+    """Closes the socket, and kills the process and its child, which are the only ones of their group."""
+    peer.close()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
