@@ -68,6 +68,10 @@ class Pick(NamedTuple):
     line: str
 
 
+NO_LIMIT = 1 << 30
+"""Number of long requests that a worker can take if nothing limits them."""
+
+
 class Running(NamedTuple):
     """The numbers of sequences that a worker holds, and how many further sequences it could hold."""
 
@@ -75,6 +79,8 @@ class Running(NamedTuple):
     per_queue: Mapping[str, int]
     per_tenant: Mapping[tuple[str, str], int]
     """Number of sequences held, by (queue, tenant key)."""
+    num_long_free: int = NO_LIMIT
+    """Number of long requests that the worker can take; see `lines.lua`."""
 
 
 class WaitingOrder:

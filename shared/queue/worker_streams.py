@@ -17,7 +17,7 @@ from shared.messages import SCHEMA_VERSION, FinishReason, StreamEvent
 from shared.queue import keys
 from shared.queue.claims import UnreadableRecord, read_claim
 from shared.queue.connections import is_wrong_type
-from shared.queue.order import Pick, Waiting
+from shared.queue.order import NO_LIMIT, Pick, Waiting
 from shared.queue.places import read_place
 from shared.queue.records import Append, Claim, Held, News
 from shared.queue.scripts import exception_text, log_unreadable, mend
@@ -31,14 +31,21 @@ class WorkerStreams(UpkeepStreams):
     """Calls the scripts of a worker: look, claim, append, hand_back, and its heartbeat's scripts."""
 
     def look(
-        self, near: Sequence[str], others: Sequence[str], *, num_queues: int, num_requests: int
+        self,
+        near: Sequence[str],
+        others: Sequence[str],
+        *,
+        num_queues: int,
+        num_requests: int,
+        num_long: int = NO_LIMIT,
     ) -> tuple[list[Waiting], float]:
         """Returns the lines from which this worker may choose, and the time (ms) by the clock of Redis.
 
         `near`: queues whose adapters need no free slot; the first `num_queues` with waiting requests are
         read. `others`: the worker's other queues, or empty for all that it serves; `num_queues` of these are
         read, too. Half of them are the queues whose first requests have waited longest, and half are drawn
-        at random. Each returned line has up to `num_requests` requests.
+        at random. Each returned line has up to `num_requests` requests. With `num_long` 0, long requests are
+        passed over.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
@@ -56,15 +63,17 @@ class WorkerStreams(UpkeepStreams):
                     rank,
                     pack(near),
                     pack(others),
+                    num_long,
                 ]
             )
             log_unreadable(unreadable)
             lines += [read_waiting(entry) for entry in found]
         return lines, float(now_ms)
 
-    def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick]) -> list[Claim]:
+    def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick], num_long: int = NO_LIMIT) -> list[Claim]:
         """Claims the first request of each picked line that other workers left; stops after a suspect.
 
+        At most `num_long` requests are long; further long ones stay, and shorter ones behind them are claimed.
         A call with the same claim ids returns the same requests. Requests with unreadable records are failed.
         """
         claimed, unreadable = self._scripts["claim"](
@@ -75,6 +84,7 @@ class WorkerStreams(UpkeepStreams):
                 self._stream_ttl_ms,
                 SCHEMA_VERSION,
                 pack([item for pick in picks for item in pick]),
+                num_long,
                 *claim_ids,
             ]
         )

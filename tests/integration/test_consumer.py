@@ -31,6 +31,49 @@ from worker.serving.heartbeat import Heartbeat
 from worker.serving.prompt_encoder import LONG_PROMPT_CHARS, Encode
 
 
+def enqueue_long(api: BlockingApi, tenant: str) -> str:
+    content = "x" * (LONG_PROMPT_CHARS + 1)
+    return api.enqueue(make_request("a", tenant=tenant, messages=[{"role": "user", "content": content}]))
+
+
+def held_ids(held: HeldRequests) -> set[str]:
+    return {entry.request_id for entry in held.snapshot()}
+
+
+@pytest.mark.parametrize("tenant", ["bob", "alice", ""])
+def test_long_prompts_that_are_not_encoded_leave_places_for_short_ones(
+    connection: redis.Redis, api: BlockingApi, tenant: str
+) -> None:
+    long_ones = [enqueue_long(api, "alice") for _ in range(10)]
+    held = HeldRequests()
+    consumer = make_consumer(worker_streams(connection), held, encode=not_at_all)
+    consumer.turn()
+    assert held_ids(held) == set(long_ones[:2]), "a quarter of eight places"
+    short = [api.enqueue(make_request("a", tenant=tenant)) for _ in range(3)]
+    consumer.turn()
+    assert held_ids(held) == {*long_ones[:2], *short}
+
+
+def test_the_next_long_prompt_is_claimed_when_one_is_encoded(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    long_ones = [enqueue_long(api, "alice") for _ in range(4)]
+    held = HeldRequests()
+
+    def encode(request: GenerationRequest) -> list[list[int]]:
+        if request.request_id == long_ones[1]:
+            consumer.stop()
+        raise InvalidRequest("no")
+
+    consumer = make_consumer(worker_streams(connection), held, encode=encode)
+    consumer.turn()
+    consumer.threads["long prompts"]()
+    held.remove(long_ones[:2])
+    again = make_consumer(worker_streams(connection, "w2"), held, encode=not_at_all)
+    again.turn()
+    assert held_ids(held) == set(long_ones[2:])
+
+
 def not_at_all(request: GenerationRequest) -> list[list[int]]:
     """Stands for the encoder of a consumer whose claims go to no engine."""
     raise InvalidRequest("not at all")

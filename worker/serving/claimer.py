@@ -23,6 +23,8 @@ class _Attempt(NamedTuple):
 
     claim_ids: list[str]
     picks: list[Pick]
+    num_long: int
+    """Maximum number of long requests among them."""
 
 
 class Claimer:
@@ -73,6 +75,7 @@ class Claimer:
             served,
             num_queues=min(MAX_NUM_QUEUES, running.num_free + NUM_SPARE),
             num_requests=running.num_free,
+            num_long=running.num_long_free,
         )
         picks = self._order.choose(waiting, running, slots, now_ms)
-        return _Attempt([uuid4().hex for _ in picks], picks)
+        return _Attempt([uuid4().hex for _ in picks], picks, running.num_long_free)

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MAX_NUM_UNSENT_STEPS = 32
 IDLE_WAIT_S = 1.0
+LONG_SHARE = 0.25
+"""Part of a worker's places for long prompts that are not encoded yet; they take seconds each."""
 IO = "io"
 
 
@@ -303,7 +305,9 @@ class Consumer:
         return has_shed
 
     def _claim(self) -> None:
-        running = self._held.running(self._capacity())
+        capacity = self._capacity()
+        num_long_free = max(1, int(capacity * LONG_SHARE)) - self._encoder.num_long
+        running = self._held.running(capacity)._replace(num_long_free=num_long_free)
         if running.num_free <= 0 or self._draining.is_set() or self._held.has_suspect:
             return
         claims = self._claimer.claim(running)

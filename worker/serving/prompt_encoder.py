@@ -51,14 +51,21 @@ class PromptEncoder:
         self._is_stopped = False
         self._begun: dict[int, tuple[float, GenerationRequest]] = {}
         """The request that each thread is encoding, and the time at which it began, by the thread's id."""
+        self._num_long_taken = self._num_long_done = 0
         self._short: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
         self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
+
+    @property
+    def num_long(self) -> int:
+        """Number of long prompts that are not encoded yet."""
+        return self._num_long_taken - self._num_long_done
 
     def take(self, claims: Iterable[Claim]) -> None:
         """Queues claims to be encoded. Claims may reach the inbox in another order."""
         for claim in claims:
-            lane = self._long if _num_chars(claim.request) > LONG_PROMPT_CHARS else self._short
-            lane.put(claim)
+            is_long = _num_chars(claim.request) > LONG_PROMPT_CHARS
+            self._num_long_taken += is_long
+            (self._long if is_long else self._short).put(claim)
 
     def run_short(self) -> None:
         """Encodes short prompts until `stop`."""
@@ -88,6 +95,7 @@ class PromptEncoder:
                 prompts = self._encode_all(claim.request)
                 encode_s = time.monotonic() - claim.claimed_at_s
                 self._inbox.put(Commands(add=[Arrival(claim, prompts, encode_s)]))
+            self._num_long_done += lane is self._long
 
     def _encode_all(self, request: GenerationRequest) -> Prompts:
         self._begun[threading.get_ident()] = self._clock(), request

@@ -1,15 +1,16 @@
 -- Claims the first request of each line that the worker chose (shared/queue/order.py) from the reply of look.lua; fewer
 -- requests if other workers took them meanwhile. A call whose reply was lost may be repeated: the same claim ids return
 -- the same requests. In RQ's records, a claim is an execution of the job, and the claim id is the execution's id.
--- ARGV: base, worker, lease (ms), stream ttl (ms), schema version, picks = {queue, line, ...} (msgpack), then a new
+-- ARGV: base, worker, lease (ms), stream ttl (ms), schema version, picks = {queue, line, ...} (msgpack), maximum
+--       number of long requests (further ones are passed over, so that the batch is not full of them), then a new
 --       claim id for each pick.
 -- Returns {claimed, unreadable}. Per claimed request {id, claim id, request, log, alone, queue, version, waited_ms}: log has the
 -- events of earlier claims, version is the weights version in the job ('' from an earlier release). alone is 1 for a
 -- suspect: its steps must run alone until append.lua clears it.
 local base, worker, lease_ms, stream_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local picks = cmsgpack.unpack(ARGV[6])
-local NUM_ARGS = 6
-local reader = { base = base, schema_version = tonumber(ARGV[5]), weights = {} }
+local NUM_ARGS = 7
+local reader = { base = base, schema_version = tonumber(ARGV[5]), num_long = tonumber(ARGV[7]), weights = {} }
 
 -- True for a suspect: a request that crashed a worker once while it ran alone, or was in two crashes beside others.
 local function must_run_alone(job)
@@ -110,6 +111,7 @@ for i = 1, #picks, 2 do
     described = guarded(id, base, queue, take, id, queue, place, job, ARGV[NUM_ARGS + #claimed + 1])
   end
   claimed[#claimed + 1] = described
+  if described and is_long(job) then reader.num_long = reader.num_long - 1 end
   if described and must_run_alone(job) then break end
 end
 for queue in pairs(is_changed) do update_waiting(base, queue) end

@@ -7,17 +7,24 @@ local MAX_PASSED = 64
 local function read_job(id)
   local job, schema_version = {}, nil
   job.status, job.place, schema_version, job.version, job.deadline_ms, job.crashes_alone, job.suspect, job.has_ended,
-    job.base = unpack(redis.call('HMGET', job_key(id), 'status', 'place', 'schema_version', 'version', 'deadline_ms',
-      'crashes_alone', 'suspect', 'has_ended', 'base'))
+    job.base, job.bytes = unpack(redis.call('HMGET', job_key(id), 'status', 'place', 'schema_version', 'version',
+      'deadline_ms', 'crashes_alone', 'suspect', 'has_ended', 'base', 'bytes'))
   if job.status ~= 'queued' then check_status(id, job.status) end
   job.schema_version = to_number(schema_version or 0) or refuse('its schema_version is no number')
   return job
 end
 
--- True if a worker can run a job. `reader` has the worker's base, newest schema and weights version by queue.
+-- Size (bytes) beyond which a request is long: its prompt takes a while to be encoded.
+local LONG_REQUEST_BYTES = 32768
+
+local function is_long(job) return to_number(job.bytes, 0) > LONG_REQUEST_BYTES end
+
+-- True if a worker can run a job. `reader` has the worker's base, newest schema and weights version by queue, and the
+-- number of long requests that it can take.
 local function can_run(reader, job, queue)
   local has = reader.weights[queue]
   return job.schema_version <= reader.schema_version
+    and (reader.num_long > 0 or not is_long(job))
     and (not job.version or job.version == '' or has == '' or job.version == has)
 end
 

@@ -4,13 +4,14 @@
 -- ARGV: base, worker, schema version, maximum number of requests per line, maximum number of queues of `near` (and
 --       again as many others), a random number (8 hex digits) by which tenants and queues are drawn, rank among the
 --       waiting queues at which to continue, near = queues to read first because their adapters need no free slot,
---       others = the other queues of the worker, or {} for all of its `served` hash (both msgpack).
+--       others = the other queues of the worker, or {} for all of its `served` hash (both msgpack), maximum number of
+--       long requests, of which 0 matters here: then long requests are passed over.
 -- Returns {lines, rank at which to continue or -1 if enough was found, now (ms), unreadable}. Per line {queue, deadline
 -- (ms) of its first request or '', places ...}.
 local base, worker = ARGV[1], ARGV[2]
 local max_requests, max_queues, tenant_point = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local rank, near, others = tonumber(ARGV[7]), cmsgpack.unpack(ARGV[8]), cmsgpack.unpack(ARGV[9])
-local reader = { base = base, schema_version = tonumber(ARGV[3]), weights = {} }
+local reader = { base = base, schema_version = tonumber(ARGV[3]), num_long = tonumber(ARGV[10]), weights = {} }
 local FIRST_PAGE, MAX_PAGES = 16, 6
 local MAX_TENANTS, MAX_VERSIONS = 8, 4
 -- Number of lines after which only one line of each class and version is read per further queue.

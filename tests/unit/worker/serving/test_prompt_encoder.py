@@ -135,3 +135,22 @@ def test_a_request_that_is_encoded_too_long_is_named_with_its_model() -> None:
     assert "chat template" in hung
     assert claim.held.request_id in hung
     assert describe_hang(61, None, 60) == "a step has taken over 60 s"
+
+
+def test_long_prompts_are_counted_until_they_are_encoded_or_not_held_any_more() -> None:
+    long = "x" * (LONG_PROMPT_CHARS + 1)
+    bench = Bench("short", long, long + "y", long + "z", long + "!")
+    assert bench.encoder.num_long == 4
+    bench.held.remove(bench.claims[2].held)
+    seen: list[int] = []
+    encode = bench.encode
+
+    def encode_and_count(request: GenerationRequest) -> list[list[int]]:
+        seen.append(bench.encoder.num_long)
+        if len(seen) == 3:
+            bench.encoder.stop()
+        return encode(request)
+
+    bench.encoder._encode = encode_and_count
+    bench.encoder.run_long()
+    assert (seen, bench.encoder.num_long) == ([4, 2, 1], 0)
