@@ -73,7 +73,7 @@ class WorkerStreams(UpkeepStreams):
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick], num_long: int = NO_LIMIT) -> list[Claim]:
         """Claims the first request of each picked line that other workers left; stops after a suspect.
 
-        At most `num_long` requests are long; further long ones stay, and shorter ones behind them are claimed.
+        At most `num_long` of them are long; further long ones stay, and shorter ones behind are claimed.
         A call with the same claim ids returns the same requests. Requests with unreadable records are failed.
         """
         claimed, unreadable = self._scripts["claim"](
