@@ -66,6 +66,31 @@ def test_the_base_and_each_adapter_answer_in_their_own_way(served: Deployment) -
     assert answers == {model: ask_streaming(client, model, "hi") for model in MODELS}
 
 
+def test_a_message_is_continued_and_each_chunk_counts_the_tokens(served: Deployment) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Once"}]
+    usages = [
+        [
+            chunk.usage
+            for chunk in served.client().chat.completions.create(
+                model="tiny",
+                messages=messages,
+                max_tokens=4,
+                stream=True,
+                stream_options={"include_usage": True, "continuous_usage_stats": True},
+                extra_body={"ignore_eos": True, "continue_final_message": continues},
+            )
+        ]
+        for continues in (False, True)
+    ]
+    for counts in usages:
+        assert all(usage.prompt_tokens == counts[-1].prompt_tokens for usage in counts)
+        completion_tokens = [usage.completion_tokens for usage in counts]
+        assert completion_tokens == sorted(completion_tokens)
+        assert (completion_tokens[0], completion_tokens[-1]) == (1, 4)
+    anew, continued = (counts[-1].prompt_tokens for counts in usages)
+    assert continued < anew
+
+
 def test_adapters_that_take_turns_on_one_slot_answer_as_when_each_has_its_own(
     served: Deployment, deploy: Deploy, tiny_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
