@@ -130,7 +130,7 @@ async def _serve(
 
     def sample() -> None:
         latest = Sample(
-            time.monotonic() - started_s, course.num_requests, _anonymous_mib(worker), _anonymous_mib(api)
+            time.monotonic() - started_s, course.num_requests, anonymous_mib(worker), anonymous_mib(api)
         )
         course.samples.append(latest)
         sys.stderr.write(
@@ -164,7 +164,8 @@ def _prompts() -> Iterator[str]:
         yield " ".join(rng.choices(WORDS, k=rng.randint(1, MAX_NUM_WORDS)))
 
 
-def _anonymous_mib(process: psutil.Process) -> float:
+def anonymous_mib(process: psutil.Process) -> float:
+    """Returns a process's memory in MiB, without pages of files."""
     info = process.memory_info()
     return float(info.rss - info.shared) / 2**20
 

@@ -16,9 +16,13 @@ def to_text(rows: Sequence[Row], heading: Sequence[str]) -> str:
         goal, sign = row.goal, "≤" if row.goal.less_is_better else "≥"
         marks = f"{sign} {goal.must:g}", f"{goal.aim:g}"
         lines.append((goal.title, row.shown, *marks, row.verdict, row.figure.detail))
+    return "\n".join([*heading, "", *aligned(lines)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Joins the cells of each line, and pads them so that columns are aligned."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join([*heading, "", *table])
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def draw(rows: Sequence[Row], heading: Sequence[str], path: Path) -> None:

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     all_goals = {goal.key: goal for goal in goals(has_compiler=has_compiler(os.environ))}
     args = _parser(list(all_goals)).parse_args(words)
-    model = args.model or _demo_model()
+    model = args.model or demo_model()
     wanted = frozenset(args.only) or frozenset(all_goals)
     with tempfile.TemporaryDirectory(prefix="lorelay-bench-") as folder:
         settings = {"model": model, "device": args.device, "dtype": args.dtype}
@@ -97,7 +97,8 @@ def _parser(keys: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _demo_model() -> str:
+def demo_model() -> str:
+    """Returns the folder of the demo model, which is fetched at the first call."""
     command = [sys.executable, *DEMO_MODEL]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT, text=True).stdout.strip()
 

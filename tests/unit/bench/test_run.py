@@ -26,7 +26,7 @@ def test_the_marks_are_those_of_a_machine_without_a_compiler_where_there_is_none
 def test_who_measures_another_server_learns_what_it_is_compared_with(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "_demo_model", lambda: "/demo")
+    monkeypatch.setattr(run, "demo_model", lambda: "/demo")
     monkeypatch.setattr(run, "_measure", lambda *_: [])
     monkeypatch.setattr(run, "_write", lambda *_: None)
     place = ["--base-url", "http://127.0.0.1:9", "--models", "m"]
