@@ -20,6 +20,7 @@ from shared.messages import (
     SamplingParams,
     StreamEvent,
     TemplateInputs,
+    Timings,
     TokenLogprob,
     Usage,
     decode_card,
@@ -32,9 +33,10 @@ CHAT = [{"role": "user", "content": "ä😀\n"}]
 REQUEST = GenerationRequest("id", "m", "base", SamplingParams(seed=2**63 - 1), CHAT)
 
 
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+st.register_type_strategy(TokenLogprob, st.builds(TokenLogprob, logprob=FINITE))
 st.register_type_strategy(
-    TokenLogprob,
-    st.builds(TokenLogprob, logprob=st.floats(allow_nan=False, allow_infinity=False)),
+    Timings, st.builds(Timings, FINITE, FINITE, st.none() | FINITE, st.none() | FINITE, st.none() | FINITE)
 )
 
 
