@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,8 +19,11 @@ from shared.errors import AdapterError
 from shared.logs import fields
 from shared.paths import expand_home, split_revision
 from worker.model import adapter_mismatch, adapter_tokenizer
+from worker.model.adapter_patterns import PatternProblem, Patterns, check_patterns
+from worker.model.checked_files import FileProblem, check_archive, check_size, read_json, tensor_shapes
 from worker.model.checkpoint import describe_no_adapter
 from worker.model.loading import download, looks_like_path
+from worker.model.memory import num_free_bytes
 from worker.model.versions import adapter_version
 
 logger = logging.getLogger(__name__)
@@ -70,12 +74,18 @@ class _Problem(Exception):
 
 
 def load_adapter(
-    name: str, path: str, model: nn.Module, base_name: str = "", folder: Path | None = None
+    name: str,
+    path: str,
+    model: nn.Module,
+    base_name: str = "",
+    folder: Path | None = None,
+    patterns: Patterns | None = None,
 ) -> LoadedAdapter:
     """Reads the adapter at `path` (folder or Hugging Face id) for `model`, a transformers model.
 
     If all shapes fit, but the adapter declares another base model than `base_name`, a warning is logged. If
     `folder` is given, the adapter is read from there: `path` may mean a newer version by now.
+    `patterns` matches the regular expressions of the config first, within a limit of time.
 
     Raises:
         AdapterError: the adapter can't be served; the message has name, path and reason.
@@ -84,11 +94,13 @@ def load_adapter(
         folder = folder or _find(path)
         stamps = _stamps(folder)
         config, weight_file = _read_config(folder), _weight_file(folder)
+        check_patterns(config, [layer for layer, _ in model.named_modules()], patterns)
+        _check_before_reading(weight_file, folder, config, model)
         layers = _read_layers(folder, _read_weights(weight_file), config, model)
         version = adapter_version(folder / CONFIG_FILE, weight_file)
         if _stamps(folder) != stamps:
             raise _Problem("its files changed while they were read")
-    except _Problem as problem:
+    except (_Problem, FileProblem, PatternProblem) as problem:
         raise AdapterError(f"adapter {name!r} at {path}: {problem}") from problem
     # PEFT, pickle and json may raise any exception here, because the files may be damaged in any way.
     except Exception as error:
@@ -131,11 +143,9 @@ def _find(path: str) -> Path:
 def _read_config(folder: Path) -> dict[str, Any]:
     """Returns the contents of `adapter_config.json`; refuses a config with features that are not served."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+        config = read_json(folder / CONFIG_FILE)
     except FileNotFoundError as error:
         raise _Problem(describe_no_adapter(folder)) from error
-    except ValueError as error:
-        raise _Problem(f"{CONFIG_FILE} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise _Problem(f"is not a LoRA adapter: its peft_type is {kind!r}")
@@ -161,9 +171,20 @@ def _refuse_features(config: Mapping[str, Any]) -> None:
 
 def _weight_file(folder: Path) -> Path:
     for file_name in WEIGHT_FILES:
-        if (folder / file_name).is_file():
+        if os.path.lexists(folder / file_name):
             return folder / file_name
     raise _Problem(f"has no weights: neither {' nor '.join(WEIGHT_FILES)}")
+
+
+def _check_before_reading(file: Path, folder: Path, config: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuses a file that is no regular one, too large for the memory, or of other shapes than expected."""
+    check_size(file, num_free_bytes(torch.device("cpu")) // 2)
+    if file.suffix != ".safetensors":
+        check_archive(file)
+        return
+    shapes = {name: shape for name, shape in tensor_shapes(file).items() if _KEY.fullmatch(name)}
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    _read_layers(folder, weights, config, model)
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from shared.errors import AdapterError
 from worker.engine.served_models import ServedModel, ServedModels
 from worker.model.adapter_files import LoadedAdapter, load_adapter
 from worker.model.adapter_tokenizer import TokenizerProblem, files_digest, load_tokenizer, own_files
-from worker.model.limited_templates import LimitedTemplates
+from worker.model.limited_process import LimitedProcess
 from worker.model.lora import LoraStack, SlotWeights
 from worker.model.tokenizer import Tokenizer
 from worker.model.versions import own_version
@@ -53,7 +53,7 @@ class AdapterStore:
         self._served = served
         self._tokenizers: dict[str, Tokenizer] = {}
         """Tokenizers that adapters bring along, by the digest of their files: many adapters share one."""
-        self._templates = LimitedTemplates()
+        self._limited = LimitedProcess()
         self._lock = threading.Lock()
         self._folders: dict[tuple[str, str], Path] = {}
         """The folder of each path and version: a branch of a repository may have moved on since."""
@@ -64,7 +64,7 @@ class AdapterStore:
         Raises:
             AdapterError: the adapter can't be served; the message has name, path and reason.
         """
-        adapter = load_adapter(name, path, self._model, self._base_name)
+        adapter = load_adapter(name, path, self._model, self._base_name, patterns=self._limited)
         weights = self._prepare(name, adapter)
         tokenizer, version = self._tokenizer(name, adapter)
         self._folders[path, version] = adapter.folder
@@ -78,7 +78,13 @@ class AdapterStore:
         """
         served = self._served.find(name)
         path = served.source
-        adapter = load_adapter(name, path, self._model, folder=self._folders.get((path, served.version)))
+        adapter = load_adapter(
+            name,
+            path,
+            self._model,
+            folder=self._folders.get((path, served.version)),
+            patterns=self._limited,
+        )
         has_own_tokenizer = served.tokenizer is not self._served.base.tokenizer
         version = self._tokenizer(name, adapter)[1] if has_own_tokenizer else adapter.version
         if version != served.version:
@@ -121,7 +127,7 @@ class AdapterStore:
             with self._lock:
                 if digest not in self._tokenizers:
                     num_embeddings = self._model.get_input_embeddings().num_embeddings
-                    self._tokenizers[digest] = load_tokenizer(files, base, num_embeddings, self._templates)
+                    self._tokenizers[digest] = load_tokenizer(files, base, num_embeddings, self._limited)
                 tokenizer = self._tokenizers[digest]
         except TokenizerProblem as problem:
             raise AdapterError(f"adapter {name!r} at {adapter.path}: {problem}") from problem

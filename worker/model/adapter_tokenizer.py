@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from worker.model.chat_template import OWN_PROCESS, Renderer
+from worker.model.checked_files import FileProblem, read_file
 from worker.model.marked_template import LimitExceeded
 from worker.model.tokenizer import Tokenizer, as_ids
 
@@ -42,7 +44,9 @@ def own_files(folder: Path) -> dict[str, bytes]:
     Raises:
         TokenizerProblem: a file is no regular file, or is too large.
     """
-    found = sorted({path for pattern in FILES for path in folder.glob(pattern)})
+    # `glob` would leave out links that lead nowhere, and the base's tokenizer would be used instead.
+    named = {folder / name for name in FILES if "*" not in name and os.path.lexists(folder / name)}
+    found = sorted(named.union(*(folder.glob(pattern) for pattern in FILES if "*" in pattern)))
     return {str(path.relative_to(folder)): _read(path) for path in found}
 
 
@@ -92,11 +96,12 @@ def _templates_of(backend: Any) -> set[str]:
 
 
 def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise TokenizerProblem(f"{path.name} is no regular file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise TokenizerProblem(f"{path.name} is larger than {MAX_FILE_BYTES // 2**20} MiB")
-    return path.read_bytes()
+    try:
+        return read_file(path, MAX_FILE_BYTES)
+    except FileNotFoundError as error:
+        raise TokenizerProblem(f"{path.name} is a link to a file that does not exist") from error
+    except FileProblem as problem:
+        raise TokenizerProblem(str(problem)) from problem
 
 
 def _backend(files: dict[str, bytes], base: Tokenizer) -> Any:

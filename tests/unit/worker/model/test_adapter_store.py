@@ -62,9 +62,9 @@ def test_a_file_that_cannot_be_read_is_told_with_the_adapters_name_at_the_start_
     config = (folder / CONFIG_FILE).read_bytes()
     (folder / CONFIG_FILE).unlink()
     (folder / CONFIG_FILE).mkdir()
-    with pytest.raises(AdapterError, match=r"'bad' at .*Is a directory"):
+    with pytest.raises(AdapterError, match=r"'bad' at .*adapter_config.json is no regular file"):
         store.read_new("bad", str(folder))
-    with pytest.raises(AdapterError, match=r"'good' at .*Is a directory"):
+    with pytest.raises(AdapterError, match=r"'good' at .*adapter_config.json is no regular file"):
         store.read("good")
     (folder / CONFIG_FILE).rmdir()
     (folder / CONFIG_FILE).write_bytes(config)

@@ -7,9 +7,9 @@ from jinja2 import TemplateError
 
 from shared.errors import InvalidRequest
 from shared.messages import NO_INPUTS
-from worker.model import template_process
+from worker.model import limited_process_main
 from worker.model.chat_template import ChatTemplate
-from worker.model.limited_templates import PAUSE_S, LimitedTemplates
+from worker.model.limited_process import PAUSE_S, LimitedProcess
 from worker.model.marked_template import LimitExceeded, render
 
 ECHO = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -31,13 +31,13 @@ class Clock:
 def shortened() -> Iterator[None]:
     """Limits of one second of the processor's time, also in the processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(template_process.LIMIT_VARIABLE, "0.3")
+        patch.setenv(limited_process_main.LIMIT_VARIABLE, "0.3")
         yield
 
 
 @pytest.fixture(scope="module")
-def templates(shortened: None) -> Iterator[LimitedTemplates]:
-    limited = LimitedTemplates(Clock())
+def templates(shortened: None) -> Iterator[LimitedProcess]:
+    limited = LimitedProcess(Clock())
     yield limited
     limited.close()
 
@@ -46,14 +46,14 @@ def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_a_template_renders_as_in_the_worker_itself(templates: LimitedTemplates) -> None:
+def test_a_template_renders_as_in_the_worker_itself(templates: LimitedProcess) -> None:
     for text in ("hi", "", "é\ud800\0✅", "a" * 1_000_000):
         client = {"messages": chat(text), "tools": None}
         templates.check(ECHO)
         assert templates.render(ECHO, {"bos": "<s>"}, client) == render(ECHO, {"bos": "<s>"}, client)
 
 
-def test_an_error_of_a_template_has_its_reason(templates: LimitedTemplates) -> None:
+def test_an_error_of_a_template_has_its_reason(templates: LimitedProcess) -> None:
     with pytest.raises(TemplateError, match="no such role"):
         templates.render("{{ raise_exception('no such role') }}", {}, {})
     with pytest.raises(RuntimeError, match="division by zero"):
@@ -66,7 +66,7 @@ def test_an_error_of_a_template_has_its_reason(templates: LimitedTemplates) -> N
 
 @pytest.mark.parametrize("source", [NESTED, LARGE, "{{ 'x' * 10 ** 10 }}", "{{ 'x' * 99999999 }}" * 2])
 def test_a_template_that_takes_too_much_is_ended_and_the_next_one_is_rendered(
-    source: str, templates: LimitedTemplates
+    source: str, templates: LimitedProcess
 ) -> None:
     with pytest.raises(LimitExceeded, match=r"longer than|memory"):
         templates.render(source, {}, {"messages": []})
@@ -74,7 +74,7 @@ def test_a_template_that_takes_too_much_is_ended_and_the_next_one_is_rendered(
 
 
 @pytest.mark.parametrize("source", ["{% if 1 %}" * 50_000, "{{ " + "(" * 50_000, "{{ 1" + " + 1" * 500_000])
-def test_compiling_a_template_is_limited_too(source: str, templates: LimitedTemplates) -> None:
+def test_compiling_a_template_is_limited_too(source: str, templates: LimitedProcess) -> None:
     with pytest.raises((LimitExceeded, TemplateError)):
         templates.check(source)
     assert templates.render(ECHO, {}, {"messages": chat("hi")}).text == "<user>hi"
@@ -82,7 +82,7 @@ def test_compiling_a_template_is_limited_too(source: str, templates: LimitedTemp
 
 def test_a_template_that_took_too_much_is_refused_at_once_for_a_while(shortened: None) -> None:
     clock = Clock()
-    templates = LimitedTemplates(clock)
+    templates = LimitedProcess(clock)
     template = ChatTemplate(EVIL, {}, templates)
     with pytest.raises(InvalidRequest, match="longer than"):
         template.render(chat("evil"), NO_INPUTS)
@@ -96,7 +96,7 @@ def test_a_template_that_took_too_much_is_refused_at_once_for_a_while(shortened:
 
 
 def test_if_the_whole_process_ends_another_one_is_started(shortened: None) -> None:
-    templates = LimitedTemplates(Clock())
+    templates = LimitedProcess(Clock())
     assert templates.render("a", {}, {}).text == "a"
     templates.close()
     assert templates.render("a", {}, {}).text == "a"

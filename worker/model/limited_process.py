@@ -1,4 +1,4 @@
-"""Renders the chat templates that adapters bring along in a process of its own, within limits.
+"""Runs the chat templates and regular expressions of adapters in a process of its own, within limits.
 
 The base's template runs in the worker itself: the operator chose it. Anybody may have written an adapter's.
 """
@@ -14,15 +14,15 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from shared.logs import fields
-from worker.model import template_process
+from worker.model import limited_process_main
+from worker.model.limited_process_main import LIMIT_S, MAX_TEXT_CHARS, receive, send
 from worker.model.marked_template import LimitExceeded, Rendered
-from worker.model.template_process import LIMIT_S, MAX_TEXT_CHARS, receive, send
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ ANSWER_LIMIT_S = 60.0
 MAX_ANSWER_BYTES = 16 * MAX_TEXT_CHARS
 
 
-class LimitedTemplates:
-    """Renders templates in a process that is started for the first of them. Callable from any thread."""
+class LimitedProcess:
+    """Runs them in a process that is started for the first of them. Callable from any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -66,6 +66,14 @@ class LimitedTemplates:
         text, mask = self._ask(source, {"source": source, "own": dict(own), "client": dict(client)})
         return Rendered(text, mask)
 
+    def match(self, pattern: str, names: Sequence[str]) -> None:
+        """Matches a regular expression against names, as PEFT does.
+
+        Raises:
+            LimitExceeded: that takes too long.
+        """
+        self._ask(pattern, {"pattern": pattern, "names": list(names)})
+
     def close(self) -> None:
         """Ends the process."""
         with self._lock:
@@ -76,7 +84,7 @@ class LimitedTemplates:
             answer, mask = self._exchange(json.dumps(request).encode())
         kind, reason = answer.get("error"), answer.get("reason", "")
         if kind == LimitExceeded.__name__:
-            logger.warning("an adapter's chat template was ended: %s", reason, extra=fields("template"))
+            logger.warning("code of an adapter was ended: %s", reason, extra=fields("template"))
             self._paused_until[source] = self._clock() + PAUSE_S
             raise LimitExceeded(reason)
         if kind is not None:
@@ -100,7 +108,7 @@ class LimitedTemplates:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", template_process.__name__, str(theirs.fileno())],
+                [sys.executable, "-m", limited_process_main.__name__, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,

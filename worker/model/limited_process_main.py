@@ -1,4 +1,4 @@
-"""Renders chat templates for a worker, within limits: `python -m worker.model.template_process FD`.
+"""Runs what adapters bring along, within limits: `python -m worker.model.limited_process_main FD`.
 
 The first process imports all that is needed, and forks a child. The child answers requests on the socket FD
 until it exceeds a limit and the kernel ends it; then the first process answers the last request with an
@@ -7,6 +7,7 @@ error, and forks another child, which takes milliseconds. Both end when the work
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -98,13 +99,10 @@ def _serve(peer: socket.socket, limit_s: float) -> None:
 def _answer(request: dict[str, Any]) -> tuple[bytes, bytes]:
     """Returns the text or the error as JSON, and the mask."""
     try:
-        if "client" not in request:
-            compile_template(request["source"])
-            return b"{}", b""
-        rendered = render(request["source"], request["own"], request["client"])
-        if len(rendered.text) > MAX_TEXT_CHARS:
+        text, mask = _do(request)
+        if len(text) > MAX_TEXT_CHARS:
             return _failure("LimitExceeded", f"its text is longer than {MAX_TEXT_CHARS} characters"), b""
-        return json.dumps({"text": rendered.text}).encode(), rendered.mask
+        return json.dumps({"text": text}).encode(), mask
     except MemoryError:
         return _failure("LimitExceeded", f"it needs more than {MAX_MEMORY_BYTES >> 20} MiB of memory"), b""
     except TemplateError as error:
@@ -112,6 +110,29 @@ def _answer(request: dict[str, Any]) -> tuple[bytes, bytes]:
     # A template is a program and may raise any exception.
     except Exception as error:
         return _failure(type(error).__name__, str(error)), b""
+
+
+def _do(request: dict[str, Any]) -> tuple[str, bytes]:
+    """Matches a pattern, renders a template, or compiles it; the names in the request tell which."""
+    if "names" in request:
+        _match(request["pattern"], request["names"])
+    elif "client" in request:
+        return render(request["source"], request["own"], request["client"])
+    else:
+        compile_template(request["source"])
+    return "", b""
+
+
+def _match(pattern: str, names: list[str]) -> None:
+    """Matches a pattern in the ways in which PEFT does, depending on the field of the config."""
+    for form in (pattern, rf".*\.{pattern}\.(\d+)\.", rf"(.*\.)?({pattern})$"):
+        try:
+            compiled = re.compile(form)
+        except re.error:  # PEFT reports it
+            continue
+        for name in names:
+            compiled.fullmatch(name)
+            compiled.match(name)
 
 
 def _failure(kind: str, reason: str) -> bytes:
