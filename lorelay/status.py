@@ -12,9 +12,10 @@ import msgspec
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from shared.messages import ModelCard
+from shared.messages import ModelCard, WorkerFacts
 from shared.queue import keys, registry
 from shared.queue.connections import is_wrong_type
+from shared.queue.fleet import read_facts
 from shared.queue.names import queue_name, slug
 
 STARTED = "started"
@@ -51,6 +52,8 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     """True if the worker's lease has not expired. A worker that still loads its model has no lease."""
     forward: str
     """State of the forward pass: `eager`, `compiled`, or `compiling` (still eager); empty while loading."""
+    facts: WorkerFacts | None
+    """The worker's limits and the places of its adapters; None while it loads, and from earlier releases."""
     queues: list[str]
     """The queues that the worker claims from; while it loads, those that it will claim from."""
 
@@ -62,6 +65,8 @@ class ModelStatus(msgspec.Struct, frozen=True):
     base: str
     source: str
     version: str
+    max_model_len: int
+    """Context length in tokens that all live workers of the model accept."""
     num_workers: int
     """Number of live workers that serve the model in its registered version."""
 
@@ -94,7 +99,9 @@ def read_status(connection: redis.Redis) -> Status:
     live = [name for alive in leases.values() for name, is_alive in alive.items() if is_alive]
     served = [_served(connection, name) or {} for name in live]
     models = [
-        ModelStatus(card.name, card.base, card.source, card.version, _num_serving(card, served))
+        ModelStatus(
+            card.name, card.base, card.source, card.version, card.max_model_len, _num_serving(card, served)
+        )
         for card in cards
     ]
     is_base = {card.name: card.adapter_name is None for card in cards}
@@ -135,9 +142,10 @@ def _workers(connection: redis.Redis, leases: dict[str, dict[str, bool]]) -> lis
 
 def _worker(connection: redis.Redis, name: str, base: str | None, is_alive: bool) -> WorkerStatus:
     key = f"{RQ_KEY_PREFIX}:worker:{name}"
-    names = ("hostname", "pid", "state", keys.FORWARD_FIELD, "queues", "death")
+    names = ("hostname", "pid", "state", keys.FORWARD_FIELD, "queues", "death", keys.FACTS_FIELD)
     values = _readable(lambda: connection.hmget(key, *names), [None] * len(names))
-    host, pid, rq_state, forward, registered, death = (_text(value) for value in values)
+    host, pid, rq_state, forward, registered, death, _ = (_text(value) for value in values)
+    facts = read_facts(values[-1])
     served = _served(connection, name) if is_alive else None
     queues = list(served) if served is not None else [queue for queue in registered.split(",") if queue]
     if is_alive:
@@ -148,7 +156,7 @@ def _worker(connection: redis.Redis, name: str, base: str | None, is_alive: bool
         state = WorkerState.LOST if base or _is_gone(connection, name, rq_state) else WorkerState.LOADING
     num_running = _readable(lambda: connection.scard(f"{key}:executions"), 0)
     process_id = int(pid) if pid.isdecimal() else None
-    return WorkerStatus(name, base, host, process_id, state, num_running, is_alive, forward, queues)
+    return WorkerStatus(name, base, host, process_id, state, num_running, is_alive, forward, facts, queues)
 
 
 def _state_alive(rq_state: str, served: dict[str, str] | None) -> WorkerState:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from lorelay.status import ModelStatus, QueueStatus, Status, WorkerStatus
+from shared.messages import WorkerFacts
 
 MAX_NUM_QUEUES_SHOWN = 3
 NONE = "NONE"
@@ -13,15 +14,20 @@ def to_text(status: Status) -> str:
     """Returns the status as tables; models that no live worker serves are named above them."""
     unserved = [model.name for model in [*status.bases, *status.adapters] if not model.num_workers]
     sections = [f"! No live worker serves: {', '.join(unserved)}"] if unserved else []
+    sections += [f"! {difference}" for difference in _differences(status.workers)]
     sections += [
         _table("WORKER,HOST,PID,BASE,STATE,RUNNING,ALIVE,FORWARD,QUEUES", map(_worker_row, status.workers)),
         _table(
-            "BASE,WORKERS,SOURCE",
-            ((model.name, _num_workers(model), model.source) for model in status.bases),
+            "BASE,WORKERS,LENGTH,SOURCE",
+            ((model.name, _num_workers(model), model.max_model_len, model.source) for model in status.bases),
         ),
         _table(
             "ADAPTER,BASE,WORKERS,SOURCE",
             ((model.name, model.base, _num_workers(model), model.source) for model in status.adapters),
+        ),
+        _table(
+            "WORKER,LENGTH,DTYPE,ADAPTERS,RESIDENT,SLOTS,SLOT MIB,CACHED,CACHE MIB,DISK,LOADS",
+            (_facts_row(worker.name, worker.facts) for worker in status.workers if worker.facts),
         ),
         _table("QUEUE,MODEL,WORKERS,WAITING,RUNNING,OLDEST WAIT", map(_queue_row, status.queues)),
     ]
@@ -40,6 +46,36 @@ def _worker_row(worker: WorkerStatus) -> tuple[object, ...]:
         worker.forward or "-",
         _few(worker.queues),
     )
+
+
+def _facts_row(name: str, facts: WorkerFacts) -> tuple[object, ...]:
+    return (
+        name,
+        facts.max_model_len,
+        facts.dtype or "-",
+        facts.num_adapters,
+        facts.num_resident,
+        facts.num_slots,
+        f"{facts.num_resident_bytes / 2**20:.1f}",
+        facts.num_cached,
+        f"{facts.num_cached_bytes / 2**20:.1f}",
+        facts.num_on_disk,
+        facts.num_reads,
+    )
+
+
+def _differences(workers: Sequence[WorkerStatus]) -> list[str]:
+    """Returns a sentence for each base whose live workers differ in context length or number type."""
+    kinds: dict[str, set[tuple[int, str]]] = {}
+    for worker in workers:
+        if worker.alive and worker.base and worker.facts:
+            kinds.setdefault(worker.base, set()).add((worker.facts.max_model_len, worker.facts.dtype))
+    return [
+        f"The live workers of {base} differ: "
+        + ", ".join(f"{length} tokens in {dtype or 'an unknown type'}" for length, dtype in sorted(found))
+        for base, found in kinds.items()
+        if len(found) > 1
+    ]
 
 
 def _queue_row(queue: QueueStatus) -> tuple[object, ...]:

@@ -284,6 +284,27 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
         return weights_version(self.base_version, self.version) if self.base_version else ""
 
 
+class WorkerFacts(Message, frozen=True, omit_defaults=False):
+    """Facts about a worker that serves, which it writes with every heartbeat."""
+
+    max_model_len: int
+    dtype: str = ""
+    """The number type of the base's weights, such as `bfloat16`."""
+    num_adapters: int = 0
+    num_resident: int = 0
+    """Number of adapters in slots on the device."""
+    num_resident_bytes: int = 0
+    num_slots: int = 0
+    num_cached: int = 0
+    """Number of adapters in host memory; some of them are resident, too."""
+    num_cached_bytes: int = 0
+    num_on_disk: int = 0
+    """Number of adapters that are neither in a slot nor in host memory."""
+    num_reads: int = 0
+    """Number of times that an adapter was read from disk since the worker serves."""
+
+
 decode_request = msgspec.json.Decoder(GenerationRequest).decode
 decode_event = msgspec.json.Decoder(StreamEvent).decode
 decode_card = msgspec.json.Decoder(ModelCard).decode
+decode_facts = msgspec.json.Decoder(WorkerFacts).decode

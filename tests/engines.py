@@ -68,6 +68,7 @@ class InMemoryEngine:
     """Adapters that are being read, and the errors that `settle_adapters` will find."""
     adapters: AllResident = field(default_factory=AllResident)
     max_model_len: int = 64
+    dtype: str = "float32"
     max_num_sequences: int = 8
     served: ServedModels = field(default_factory=lambda: served_models("abc"))
     forward_state: str = ForwardState.EAGER

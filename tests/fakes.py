@@ -10,7 +10,7 @@ from tests.streams import BASE
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import BatchingEngine
 from worker.engine.ports import Adapters, Engine, Model
-from worker.engine.records import Prompts
+from worker.engine.records import AdapterCounts, Prompts
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Batch, Sampled, SampledToken, Sequence
 from worker.engine.served_models import ServedModel, ServedModels
@@ -29,6 +29,7 @@ class AllResident:
 
     num_slots = 1 << 30
     resident: tuple[str, ...] = ()
+    counts = AdapterCounts()
 
     def __init__(self) -> None:
         self.on_read: Callable[[], None] = lambda: None
@@ -64,6 +65,7 @@ class FakeModel:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.adapter_cache = adapter_cache or AllResident()
         self.forward_state = ForwardState.EAGER
+        self.dtype = "float32"
         self.is_closed = False
         self.vocab_size = 2**20
         self.served = served_models(adapter_names)

@@ -17,9 +17,10 @@ from rq.worker.base import DequeueStrategy, WorkerStatus
 
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
-from shared.messages import ModelCard
+from shared.messages import ModelCard, WorkerFacts
 from shared.queue import keys, permissions, registry
 from shared.queue.connections import SOCKET_TIMEOUT_S, check_server, connect_like, same_server
+from shared.queue.fleet import describe_differences
 from shared.queue.not_now import is_transient_reply
 from shared.queue.refusals import explain
 from shared.queue.scripts import mend
@@ -30,7 +31,7 @@ from worker.model.kernels.onednn import bound_caches
 from worker.model.kernels.threads import sleep_while_waiting, stays_eager
 from worker.rq_worker import RqWorker
 from worker.serving.faults import Faults
-from worker.serving.served import ALL_QUEUES, ServedQueues, queues_of
+from worker.serving.served import ALL_QUEUES, ServedQueues, queues_of, worker_facts
 from worker.serving.service import WorkerService, build_engine
 
 
@@ -161,25 +162,29 @@ class LoraWorker(RqWorker):
                 name=self.name,
                 faults=faults,
                 make_streams=lambda: self._streams(settings),
-                on_beat=lambda: self._beat(queues.cards(), engine.forward_state),
+                on_beat=lambda: self._beat(queues.cards(), worker_facts(engine), engine.forward_state),
             )
             service.report_outages_to(self._outages)
             if self._stop_asked:
                 # SIGTERM came while the model was loaded, and its SystemExit was raised inside a __del__,
                 # where Python ignores exceptions.
                 service.drain()
-            self._announce(service, queues)
+            self._announce(service, queues, worker_facts(engine))
             service.run(self.failure, self.shutdown_deadline, burst=burst)
             if self.failure.error is not None:
                 raise SystemExit(1) from self.failure.error
             self.log.info("Worker %s: ended with %s", self.name, service.remains)
             return service.num_claimed > 0
 
-    def _announce(self, service: WorkerService, queues: ServedQueues) -> None:
+    def _announce(self, service: WorkerService, queues: ServedQueues, facts: WorkerFacts) -> None:
         """Takes the lease before it registers the models, so that these have a live worker from the first."""
         self._patience.call(service.take_lease)
         self._patience.call(lambda: registry.register(self.connection, queues.cards()))
         self._patience.call(lambda: registry.end_loading(self.connection, self._model_names))
+        cards = queues.cards()
+        peers = self._patience.call(lambda: registry.follow_workers(self.connection, cards, self.name, facts))
+        for difference in describe_differences(peers, self.name, facts):
+            self.log.warning("Worker %s: %s", self.name, difference, extra=fields("workers_differ"))
         self._patience.call(lambda: self.set_state(WorkerStatus.IDLE))
         self.log.info("Worker %s: serving %s", self.name, ", ".join(self.queue_names()))
 
@@ -195,7 +200,7 @@ class LoraWorker(RqWorker):
             # If the error were raised, it would end RQ's thread, and later commands would have no effect.
             self.log.error("Worker %s: a command can't be read: %r", self.name, error)
 
-    def _beat(self, cards: Sequence[ModelCard], forward_state: str) -> None:
+    def _beat(self, cards: Sequence[ModelCard], facts: WorkerFacts, forward_state: str) -> None:
         """Sends RQ's heartbeat, which `rq info` shows; registers again if Redis has lost its data."""
         with connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection:
             mend(connection, {self.key: "hash"})
@@ -204,9 +209,11 @@ class LoraWorker(RqWorker):
                 self.log.warning("Worker %s: Redis lost this worker's record, registering again", self.name)
                 self.register_birth()
             registry.repair(connection, cards, fill=is_forgotten)
+            registry.follow_workers(connection, cards, self.name, facts)
             with connection.pipeline() as pipeline:
                 self.heartbeat(pipeline=pipeline)
-                pipeline.hset(self.key, keys.FORWARD_FIELD, forward_state)
+                described = {keys.FORWARD_FIELD: forward_state, keys.FACTS_FIELD: facts.encode()}
+                pipeline.hset(self.key, mapping=described)
                 pipeline.execute()
 
     def _streams(self, settings: WorkerSettings) -> WorkerStreams:

@@ -12,6 +12,9 @@ PREFIX = "lorelay"
 FORWARD_FIELD = "forward"
 """The name of a field in RQ's hash of a worker; in this field, the worker stores its `ForwardState`."""
 
+FACTS_FIELD = "facts"
+"""The field for `WorkerFacts`, which the worker adds to RQ's hash of it."""
+
 MODELS = f"{PREFIX}:models"
 """hash, model name → `ModelCard`. Written by workers when they start, read by every API. Never expires."""
 

@@ -5,7 +5,7 @@ while no worker of that model is running. `presence.py` tells which models live 
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -15,10 +15,11 @@ from rq.defaults import RQ_KEY_PREFIX
 
 from shared.errors import LorelayError, ModelNotFound, NotServedYet, RegistryConflict
 from shared.logs import fields
-from shared.messages import ModelCard, decode_card
+from shared.messages import ModelCard, WorkerFacts, decode_card
 from shared.queue import keys
+from shared.queue.fleet import Peer, common_length, read_peers
 from shared.queue.names import queue_name
-from shared.queue.scripts import mend
+from shared.queue.scripts import mend, script_source
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ UNREADABLE_TTL_MS = 86_400_000
 
 
 def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
-    """Adds cards; an existing card with the same base and version stays unchanged.
+    """Adds cards; an existing card with the same base and version stays, see `follow_workers`.
 
     Entries that can't be read are replaced, and so are entries of an earlier release, which lack fields.
 
@@ -52,6 +53,30 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
             _refuse_other_version(card, stored)
         if stored is None or (card.base_version and not stored.base_version):
             connection.hset(keys.MODELS, card.name, card.encode())
+
+
+def follow_workers(
+    connection: redis.Redis, cards: Sequence[ModelCard], worker_name: str, facts: WorkerFacts
+) -> dict[str, Peer]:
+    """Gives the entries of these cards the context length that all live workers of each model accept.
+
+    `worker_name`, `facts`: the worker that calls this. Entries of other weights, and those that can't be
+    read, stay as they are. Returns the live workers of the base by name.
+    """
+    peers = read_peers(connection, cards[0].base, worker_name, facts)
+    stored = connection.hmget(keys.MODELS, [card.name for card in cards])
+    swap = connection.register_script(script_source("swap_card"))
+    for card, encoded in zip(cards, stored, strict=True):
+        known = _read(card.name, encoded) if encoded is not None else None
+        if encoded is None or known is None:
+            continue
+        if (known.base, known.weights_version) != (card.base, card.weights_version):
+            continue
+        length = common_length(peers.values(), known)
+        if length != known.max_model_len:
+            changed = msgspec.structs.replace(known, max_model_len=length)
+            swap(args=[card.name, encoded, changed.encode()])
+    return peers
 
 
 def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -> None:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _PARTS = {
     "append": (),
     "mend": (),
+    "swap_card": (),
     "renew": (),
     "look": ("waiting", "lines"),
     "claim": ("waiting", "lines"),

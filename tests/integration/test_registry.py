@@ -1,6 +1,6 @@
 """The registry on a real server."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -8,9 +8,11 @@ import redis
 import redis.asyncio
 
 from shared.errors import ConfigurationError, ModelNotFound, NotServedYet, RegistryConflict
-from shared.messages import ModelCard
+from shared.messages import ModelCard, WorkerFacts
 from shared.queue import keys, presence, registry
 from shared.queue.connections import check_server, connect_like, same_server
+from shared.queue.fleet import describe_differences
+from shared.queue.names import queue_name
 from tests.redis_server import RedisServer
 from tests.streams import worker_streams
 
@@ -180,6 +182,95 @@ async def test_a_model_that_a_worker_loads_is_not_refused_as_unknown(
         connection.hset("rq:worker:w1", "death", "now")
         with pytest.raises(ModelNotFound):
             await registry.fetch_card(client, "a")
+
+
+def register_worker(
+    connection: redis.Redis, name: str, cards: Sequence[ModelCard], facts: WorkerFacts | None
+) -> Callable[[], object]:
+    """Starts a worker as `LoraWorker` does; returns the part of its heartbeat that concerns the registry.
+
+    Without facts, it is a worker of the release before.
+    """
+    queues = [queue_name(card.base, card.adapter_name) for card in cards]
+    worker_streams(connection, name, served=queues).renew([])
+    registry.register(connection, cards)
+    if facts is None:
+        return lambda: None
+    connection.hset(f"rq:worker:{name}", "facts", facts.encode())
+    registry.follow_workers(connection, cards, name, facts)
+    return lambda: registry.follow_workers(connection, cards, name, facts)
+
+
+def leave(connection: redis.Redis, name: str) -> None:
+    """Ends a worker's lease."""
+    worker_streams(connection, name, lease_s=-1).renew([])
+
+
+def lengths(connection: redis.Redis) -> dict[str, int]:
+    return {card.name: card.max_model_len for card in registry.list_cards(connection)}
+
+
+def with_length(length: int, *cards: ModelCard) -> list[ModelCard]:
+    return [msgspec.structs.replace(card, max_model_len=length) for card in cards]
+
+
+@pytest.mark.parametrize(("old", "new"), [(4096, 8192), (8192, 4096)])
+def test_the_registered_length_is_that_of_the_worker_that_replaced_another(
+    connection: redis.Redis, old: int, new: int
+) -> None:
+    register_worker(connection, "old", with_length(old, BASE, adapter("a")), WorkerFacts(old))
+    leave(connection, "old")
+    register_worker(connection, "new", with_length(new, BASE, adapter("a")), WorkerFacts(new))
+    assert lengths(connection) == {"tiny": new, "a": new}
+
+
+@pytest.mark.parametrize("ends_by", [leave, lambda c, name: worker_streams(c, name, served={})])
+def test_the_registered_length_is_the_shortest_of_the_live_workers_of_each_model(
+    connection: redis.Redis, ends_by: Callable[[redis.Redis, str], object]
+) -> None:
+    register_worker(connection, "short", with_length(4096, BASE), WorkerFacts(4096))
+    beat = register_worker(connection, "long", with_length(8192, BASE, adapter("a")), WorkerFacts(8192))
+    assert lengths(connection) == {"tiny": 4096, "a": 8192}
+    ends_by(connection, "short")
+    beat()
+    assert lengths(connection) == {"tiny": 8192, "a": 8192}
+
+
+def test_a_worker_of_the_release_before_keeps_the_length_that_it_registered(connection: redis.Redis) -> None:
+    register_worker(connection, "old", with_length(4096, BASE), None)
+    beat = register_worker(connection, "new", with_length(8192, BASE), WorkerFacts(8192))
+    assert lengths(connection) == {"tiny": 4096}
+    leave(connection, "old")
+    beat()
+    assert lengths(connection) == {"tiny": 8192}
+
+
+def test_entries_of_other_weights_or_changed_meanwhile_are_left_alone(
+    connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beat = register_worker(connection, "w", with_length(8192, BASE), WorkerFacts(8192))
+    other = msgspec.structs.replace(BASE, version="v2")
+    connection.hset(keys.MODELS, "tiny", other.encode())
+    beat()
+    assert registry.list_cards(connection) == [other]
+    stale = with_length(99, BASE)[0].encode()
+    monkeypatch.setattr(connection, "hmget", lambda *_: [stale])
+    beat()
+    assert registry.list_cards(connection) == [other]
+
+
+def test_a_worker_is_told_in_which_ways_live_workers_of_its_base_differ(connection: redis.Redis) -> None:
+    for name, facts in {"w1": WorkerFacts(4096, "float32"), "w2": None}.items():
+        register_worker(connection, name, [BASE], facts)
+    own = WorkerFacts(8192, "bfloat16")
+    peers = registry.follow_workers(connection, [BASE], "own", own)
+    assert describe_differences(peers, "own", own) == [
+        "worker w1 of the same base has max_model_len 4096, this one 8192",
+        "worker w1 of the same base has dtype float32, this one bfloat16",
+    ]
+    leave(connection, "w1")
+    peers = registry.follow_workers(connection, [BASE], "own", own)
+    assert describe_differences(peers, "own", own) == []
 
 
 def test_a_server_without_the_commands_of_6_2_is_refused(

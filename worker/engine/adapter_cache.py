@@ -4,13 +4,14 @@ import logging
 import queue
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor, Future
 from typing import Generic, Protocol
 
 from shared.errors import AdapterError
 from shared.logs import fields
 from worker.engine.host_cache import HostCache, W
+from worker.engine.records import AdapterCounts
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class AdapterCache(Generic[W]):
         self.num_slots = num_slots
         self._max_num_slot_bytes = max_num_slot_bytes
         self._num_wanted_slots = num_slots
-        self._known: set[str] = set()
+        self._known: dict[str, int] = {}
+        """The number of bytes of each adapter, by name."""
         self._largest_num_bytes = 0
         self.on_read: Callable[[], None] = lambda: None
         """Called in another thread when an adapter has been read from disk and `settle` should be called."""
@@ -82,21 +84,16 @@ class AdapterCache(Generic[W]):
         return self._host.num_bytes
 
     @property
+    def counts(self) -> AdapterCounts:
+        """The places of the adapters, and what they take. Safe to read from any thread."""
+        return _count(self._known, self.resident, self._host, self.num_slots, self.num_reads)
+
+    @property
     def summary(self) -> str:
         """Text for a log line: the number of adapters on the device, in host memory, and only on disk."""
-        cached = self._host.contents
-        num_on_disk = len(self._known) - len(cached.keys() | self._slots.keys())
-        slots = f"{self.num_slots} slots"
-        if self.num_slots < self._num_wanted_slots:
-            slots += (
-                f" ({_mib(self._max_num_slot_bytes or 0)} hold no more, {self._num_wanted_slots} were wanted)"
-            )
-        return (
-            f"{len(self._known)}, the largest {_mib(self._largest_num_bytes)}; "
-            f"{len(self._slots)} resident in {slots}; {len(cached)} in host memory, "
-            f"{_mib(self.num_cached_bytes)} of at most {_mib(self._host.max_num_bytes)}; "
-            f"{num_on_disk} on disk only"
-        )
+        limit, wanted = self._max_num_slot_bytes or 0, self._num_wanted_slots
+        shortage = f" ({_mib(limit)} hold no more, {wanted} were wanted)" if self.num_slots < wanted else ""
+        return _summarize(self.counts, self._largest_num_bytes, self._host.max_num_bytes, shortage)
 
     def keep(self, name: str, weights: W) -> None:
         """Adds an adapter, and caches it if host memory has room without an eviction.
@@ -104,7 +101,7 @@ class AdapterCache(Generic[W]):
         The weights replace earlier weights of this name, which no request may still use. While requests run,
         call this only in the engine's thread.
         """
-        self._known.add(name)
+        self._known[name] = weights.num_bytes
         self._fit_slots(weights.num_bytes)
         self._host.remove(name)
         if name in self._slots:
@@ -163,6 +160,7 @@ class AdapterCache(Generic[W]):
             started_s = self._loading.pop(name)
             try:
                 weights = future.result()
+                self._known[name] = weights.num_bytes
                 # If `keep` lowered the number of slots during the read, there may be no slot left.
                 if self._num_free_slots > 0:
                     self._fill_slot(name, weights)
@@ -226,6 +224,37 @@ class AdapterCache(Generic[W]):
     def _announce(self, name: str, future: "Future[W]") -> None:
         self._read.put((name, future))
         self.on_read()
+
+
+def _count(
+    known: Mapping[str, int], resident: Collection[str], host: HostCache[W], num_slots: int, num_reads: int
+) -> AdapterCounts:
+    """Returns the counts; `known` has the number of bytes of each adapter."""
+    return AdapterCounts(
+        num_adapters=len(known),
+        num_resident=len(resident),
+        num_resident_bytes=sum(known[name] for name in resident),
+        num_slots=num_slots,
+        num_cached=len(host.names),
+        num_cached_bytes=host.num_bytes,
+        num_on_disk=len(known) - len(host.names.union(resident)),
+        num_reads=num_reads,
+    )
+
+
+def _summarize(
+    counts: AdapterCounts, largest_num_bytes: int, max_num_cached_bytes: int, shortage: str
+) -> str:
+    """Returns the counts as a text; `shortage` says why there are fewer slots than wanted."""
+    max_num_slot_bytes = counts.num_slots * largest_num_bytes
+    return (
+        f"{counts.num_adapters}, the largest {_mib(largest_num_bytes)}; "
+        f"{counts.num_resident} resident in {counts.num_slots} slots{shortage}, "
+        f"{_mib(counts.num_resident_bytes)} of at most {_mib(max_num_slot_bytes)}; "
+        f"{counts.num_cached} in host memory, "
+        f"{_mib(counts.num_cached_bytes)} of at most {_mib(max_num_cached_bytes)}; "
+        f"{counts.num_on_disk} on disk only"
+    )
 
 
 def _mib(num_bytes: int) -> str:

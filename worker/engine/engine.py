@@ -72,6 +72,11 @@ class BatchingEngine:
         return self._model.max_model_len
 
     @property
+    def dtype(self) -> str:
+        """The number type of the weights."""
+        return self._model.dtype
+
+    @property
     def served(self) -> ServedModels:
         """The base model and the adapters that requests can use now."""
         return self._model.served

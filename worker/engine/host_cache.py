@@ -21,6 +21,8 @@ class HostCache(Generic[W]):
         self.max_num_bytes = max_num_bytes
         self.num_bytes = 0
         self._weights: OrderedDict[str, W] = OrderedDict()
+        self.names: frozenset[str] = frozenset()
+        """The names of the cached adapters. Safe to read from any thread."""
 
     @property
     def contents(self) -> dict[str, W]:
@@ -50,8 +52,10 @@ class HostCache(Generic[W]):
         while self.num_bytes > self.max_num_bytes:
             _, evicted = self._weights.popitem(last=False)
             self.num_bytes -= evicted.num_bytes
+        self.names = frozenset(self._weights)
 
     def remove(self, name: str) -> None:
         """Removes an adapter; does nothing if it is not cached."""
         if name in self._weights:
             self.num_bytes -= self._weights.pop(name).num_bytes
+            self.names = frozenset(self._weights)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from shared.errors import AdapterError
 from shared.messages import NO_INPUTS, GenerationRequest, StreamEvent, TemplateInputs
-from worker.engine.records import Output, Prompts
+from worker.engine.records import AdapterCounts, Output, Prompts
 from worker.engine.sequence import Batch, Sampled
 from worker.engine.served_models import ServedModels
 
@@ -71,6 +71,11 @@ class Residency(Protocol):
         """Names of the adapters on the device now, least recently used first."""
         ...
 
+    @property
+    def counts(self) -> AdapterCounts:
+        """The places of the adapters, and what they take."""
+        ...
+
 
 class Adapters(Residency, Protocol):
     """Brings adapters to the device; see `AdapterCache`."""
@@ -97,6 +102,11 @@ class Model(Protocol):
     @property
     def max_model_len(self) -> int:
         """Maximum number of tokens of a sequence, prompt and output together."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The number type of the weights, such as `bfloat16`."""
         ...
 
     @property
@@ -148,6 +158,11 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int:
         """Maximum number of tokens of a sequence. The members from here to `encode` are thread-safe."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The number type of the weights, such as `bfloat16`."""
         ...
 
     @property

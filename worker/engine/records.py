@@ -10,6 +10,23 @@ Prompts = list[list[int]] | LorelayError
 """The token ids of each prompt of a request, or the error that encoding them raised."""
 
 
+class AdapterCounts(NamedTuple):
+    """The places of a worker's adapters, and what they take."""
+
+    num_adapters: int = 0
+    num_resident: int = 0
+    """Number of adapters in slots on the device."""
+    num_resident_bytes: int = 0
+    num_slots: int = 0
+    num_cached: int = 0
+    """Number of adapters in host memory; some of them are resident, too."""
+    num_cached_bytes: int = 0
+    num_on_disk: int = 0
+    """Number of adapters that are neither in a slot nor in host memory."""
+    num_reads: int = 0
+    """Number of reads from disk since the worker serves."""
+
+
 class Output(NamedTuple):
     """One event of one request."""
 

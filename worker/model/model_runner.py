@@ -28,6 +28,7 @@ class ModelRunner:
         self.adapters = adapters
         self.adapter_cache = adapter_cache
         self.max_model_len = prepared.max_model_len
+        self.dtype = str(prepared.model.dtype).removeprefix("torch.")
         self.vocab_size = int(prepared.model.get_input_embeddings().num_embeddings)
         self.num_blocks = prepared.state.kv_cache.num_blocks
         self.block_size = prepared.state.kv_cache.block_size

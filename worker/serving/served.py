@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from shared.errors import ConfigurationError
-from shared.messages import ModelCard
+from shared.messages import ModelCard, WorkerFacts
 from shared.queue.names import queue_name
 from shared.queue.slot_plan import AdapterSlots
-from worker.engine.ports import Residency
+from worker.engine.ports import Engine, Residency
 from worker.engine.served_models import ServedModel, ServedModels
 
 ALL_QUEUES = "default"
@@ -61,6 +61,11 @@ class ServedQueues:
             max_model_len=self._max_model_len,
             adapter_name=model.adapter_name,
         )
+
+
+def worker_facts(engine: Engine) -> WorkerFacts:
+    """Returns what a worker tells about itself with every heartbeat."""
+    return WorkerFacts(engine.max_model_len, engine.dtype, *engine.adapters.counts)
 
 
 def queues_of(base: str, adapter_names: Collection[str], arguments: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from rq.worker import BaseWorker
 from lorelay.main import main
 from lorelay.status import live_workers, read_status
 from lorelay.status_text import to_text
-from shared.messages import ModelCard
+from shared.messages import ModelCard, WorkerFacts
 from shared.queue import keys, registry
 from tests.redis_server import RedisServer
 from tests.streams import BASE, SECRET, BlockingApi, claim, make_request, worker_streams
@@ -66,7 +66,7 @@ def test_a_garbled_record_is_shown_as_far_as_it_can_be_read(
 def test_an_empty_server_has_nothing_to_show(connection: redis.Redis) -> None:
     status = read_status(connection)
     assert (status.workers, status.bases, status.adapters, status.queues) == ([], [], [], [])
-    assert to_text(status).count("none") == 4
+    assert to_text(status).count("none") == 5
 
 
 def num_workers(connection: redis.Redis) -> dict[str, int]:
@@ -104,7 +104,7 @@ def test_models_without_a_live_worker_stand_above_the_tables(
 ) -> None:
     streams = worker_streams(connection, "w1", served=[BASE])
     streams.renew([])
-    first, *_, adapters, queues = to_text(read_status(connection)).split("\n\n")
+    first, *_, adapters, _, queues = to_text(read_status(connection)).split("\n\n")
     assert first == "! No live worker serves: pirate"
     assert adapters.splitlines()[1].split() == ["pirate", BASE, "NONE", "/models/pirate"]
     assert [line.split()[2] for line in queues.splitlines()[1:]] == ["1", "NONE"]
@@ -117,6 +117,41 @@ def test_the_queues_of_a_worker_are_shown_in_short(api: BlockingApi, connection:
     (worker,) = read_status(connection).workers
     assert len(worker.queues) == 9
     assert ", 6 more" in to_text(read_status(connection))
+
+
+def describe(connection: redis.Redis, name: str, facts: WorkerFacts) -> None:
+    """Makes a live worker that tells this about itself."""
+    worker_streams(connection, name).renew([])
+    connection.hset(f"rq:worker:{name}", "facts", facts.encode())
+
+
+def test_a_worker_tells_where_its_adapters_are_and_what_they_take(
+    api: BlockingApi, connection: redis.Redis
+) -> None:
+    facts = WorkerFacts(64, "bfloat16", 9, 2, 3 * 2**20, 4, 5, 7 * 2**20, 3, 11)
+    describe(connection, "w1", facts)
+    worker_streams(connection, "of-the-release-before").renew([])
+    connection.hset("rq:worker:garbled", "facts", "no JSON")
+    worker_streams(connection, "garbled").renew([])
+    status = read_status(connection)
+    assert [worker.facts for worker in status.workers if worker.name == "w1"] == [facts]
+    (table,) = [table for table in to_text(status).split("\n\n") if "SLOT MIB" in table]
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert rows == [["w1", "64", "bfloat16", "9", "2", "4", "3.0", "5", "7.0", "3", "11"]]
+    assert "differ" not in to_text(status)
+
+
+@pytest.mark.parametrize("other", [WorkerFacts(32, "bfloat16"), WorkerFacts(64, "float32")])
+def test_live_workers_of_a_base_that_differ_stand_above_the_tables(
+    api: BlockingApi, connection: redis.Redis, other: WorkerFacts
+) -> None:
+    describe(connection, "w1", WorkerFacts(64, "bfloat16"))
+    describe(connection, "w2", other)
+    first = to_text(read_status(connection)).split("\n\n")[0]
+    assert first.startswith(f"! The live workers of {BASE} differ: ")
+    assert f"{other.max_model_len} tokens in {other.dtype}" in first
+    worker_streams(connection, "w2", lease_s=-1).renew([])
+    assert "differ" not in to_text(read_status(connection))
 
 
 class StatesOfWorkers:

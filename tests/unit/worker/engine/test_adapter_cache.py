@@ -134,7 +134,8 @@ def test_at_the_start_as_many_are_kept_as_fit() -> None:
     assert set(bench.store.slots.values()) == {"a", "b"}
     assert bench.cache.num_cached_bytes == 30
     assert bench.cache.summary == (
-        "6, the largest 0.0 MiB; 2 resident in 2 slots; 3 in host memory, 0.0 MiB of at most 0.0 MiB; "
+        "6, the largest 0.0 MiB; 2 resident in 2 slots, 0.0 MiB of at most 0.0 MiB; "
+        "3 in host memory, 0.0 MiB of at most 0.0 MiB; "
         "3 on disk only"
     )
 
@@ -152,7 +153,8 @@ def test_there_are_no_more_slots_than_memory_has_for_the_largest_adapter() -> No
     assert set(store.slots.values()) == set(cache.resident)
     assert len(store.slots) == 2
     assert cache.summary == (
-        "4, the largest 10.0 MiB; 2 resident in 2 slots (25.0 MiB hold no more, 4 were wanted); "
+        "4, the largest 10.0 MiB; 2 resident in 2 slots (25.0 MiB hold no more, 4 were wanted), "
+        "7.0 MiB of at most 20.0 MiB; "
         "4 in host memory, 20.0 MiB of at most 100.0 MiB; 0 on disk only"
     )
 

@@ -1,0 +1,83 @@
+"""The live workers of a base as they describe themselves, and the context length that all of them accept."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, cast
+
+import msgspec
+import redis
+from rq.defaults import RQ_KEY_PREFIX
+
+from shared.messages import ModelCard, WorkerFacts, decode_facts
+from shared.queue import keys
+from shared.queue.connections import is_wrong_type
+from shared.queue.names import queue_name, slug
+
+
+class Peer(NamedTuple):
+    """A live worker of a base."""
+
+    facts: WorkerFacts | None
+    """None for a worker of the release before, which writes none."""
+    queues: frozenset[str]
+    """The queues from which the worker claims."""
+
+
+def read_peers(connection: redis.Redis, base: str, own_name: str, own: WorkerFacts) -> dict[str, Peer]:
+    """Returns the live workers of a base by name; `own` are the facts of the worker `own_name` itself."""
+    seconds, _ = connection.time()
+    key = keys.workers(slug(base))
+    live = cast("list[bytes]", connection.zrangebyscore(key, seconds * 1000, "+inf"))
+    names = [name.decode(errors="replace") for name in live]
+    pipeline = connection.pipeline(transaction=False)
+    for name in names:
+        pipeline.hget(f"{RQ_KEY_PREFIX}:worker:{name}", keys.FACTS_FIELD)
+        pipeline.hgetall(keys.served(name))
+    replies = pipeline.execute(raise_on_error=False) if names else []
+    for reply in replies:
+        if isinstance(reply, Exception) and not is_wrong_type(reply):
+            raise reply
+    pairs = zip(names, replies[::2], replies[1::2], strict=True)
+    peers = {name: Peer(read_facts(facts), _queues(served)) for name, facts, served in pairs}
+    if own_name in peers:
+        peers[own_name] = Peer(own, peers[own_name].queues)
+    return peers
+
+
+def read_facts(encoded: object) -> WorkerFacts | None:
+    """Decodes a worker's facts; returns None if they are missing or can't be read."""
+    try:
+        return decode_facts(encoded) if isinstance(encoded, bytes) else None
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def common_length(peers: Iterable[Peer], stored: ModelCard) -> int:
+    """Returns the context length that all live workers of a model accept.
+
+    A worker of the release before has the length of the registered card, as far as is known. The card's
+    length stays if no live worker serves the model.
+    """
+    queue = queue_name(stored.base, stored.adapter_name)
+    serving = [peer.facts for peer in peers if queue in peer.queues]
+    lengths = [stored.max_model_len if facts is None else facts.max_model_len for facts in serving]
+    return min(lengths, default=stored.max_model_len)
+
+
+def describe_differences(peers: Mapping[str, Peer], own_name: str, own: WorkerFacts) -> list[str]:
+    """Returns a sentence for each live worker whose context length or number type differs from the own."""
+    return [
+        f"worker {name} of the same base has {field} {theirs}, this one {ours}"
+        for name, peer in peers.items()
+        if name != own_name and peer.facts is not None
+        for field, theirs, ours in (
+            ("max_model_len", peer.facts.max_model_len, own.max_model_len),
+            ("dtype", peer.facts.dtype, own.dtype),
+        )
+        if theirs != ours
+    ]
+
+
+def _queues(served: object) -> frozenset[str]:
+    if not isinstance(served, dict):
+        return frozenset()
+    return frozenset(name.decode(errors="replace") for name in cast("dict[bytes, bytes]", served) if name)
