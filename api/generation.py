@@ -49,7 +49,7 @@ def new_request(
         created=int(time.time()),
         tenant=tenant,
         cache_salt=cache_salt or "",
-        wait_limit_s=None if detached else settings.queue_time_limit_s,
+        wait_limit_s=settings.queue_time_limit_s,
         generation_limit_s=settings.generation_limit_s,
         detached=detached,
     )

@@ -74,7 +74,7 @@ def drop_earlier_cards(connection: redis.Redis) -> None:
 
     Today every card comes from a command line. Cards of adapters added at run time would be lost here.
     """
-    registry.drop(connection, [card.name for card in registry.list_cards(connection)])
+    registry.clear(connection)
 
 
 def _start_server(folder: embedded.StateFolder, supervisor: Supervisor) -> None:

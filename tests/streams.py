@@ -1,13 +1,14 @@
 """Both ends of the queue for tests: requests, an API's end that blocks, a worker's end."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import redis
 import redis.asyncio
 
+from shared.errors import GenerationFailed
 from shared.messages import GenerationRequest, SamplingParams, StreamEvent, Usage
 from shared.queue.api_streams import ApiStreams, QueueLimits
 from shared.queue.order import Pick, Running, WaitingOrder
@@ -17,6 +18,7 @@ from shared.queue.worker_streams import WorkerStreams
 from worker.serving.claimer import Claimer
 from worker.serving.consumer import Consumer, HeldRequests
 
+Result = TypeVar("Result")
 BASE = "tiny"
 QUEUES = [BASE, *(f"{BASE}-{name}" for name in ("a", "b", "c", "pirate", "not-loaded"))]
 """The queues of the base and of the adapters that tests use."""
@@ -67,10 +69,24 @@ class BlockingApi:
 
     def abort(self, request_id: str, **options: Any) -> str:
         """Calls `ApiStreams.abort`."""
+        return self._call(lambda streams: streams.abort(request_id, **options))
 
-        async def call() -> str:
+    def take_back(self, request_id: str) -> str:
+        """Calls `ApiStreams.take_back`."""
+        return self._call(lambda streams: streams.take_back(request_id))
+
+    def end_overdue(self, min_pause_s: float) -> list[str]:
+        """Calls `ApiStreams.end_overdue`."""
+        return self._call(lambda streams: streams.end_overdue(min_pause_s))
+
+    def why_vanished(self, request_id: str) -> GenerationFailed | None:
+        """The reason of `ApiStreams.find_vanished` for one request."""
+        return self._call(lambda streams: streams.find_vanished([request_id])).get(request_id)
+
+    def _call(self, work: Callable[[ApiStreams], Awaitable[Result]]) -> Result:
+        async def call() -> Result:
             async with redis.asyncio.Redis.from_url(self._url) as connection:
-                return await ApiStreams(connection, self._channel).abort(request_id, **options)
+                return await work(ApiStreams(connection, self._channel))
 
         return asyncio.run(call())
 

@@ -4,6 +4,8 @@
 def generate() -> None:
     """Fails the job if a plain RQ worker took it; the message names the right worker class.
 
+    The API process whose client waits then puts the request back on its queue (`take_back.lua`).
+
     Raises:
         RuntimeError: always.
     """

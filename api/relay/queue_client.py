@@ -203,6 +203,16 @@ class QueueClient:
         async with queue_errors(self.deadline()):
             return await self._streams.abort(request_id, only_queued=True)
 
+    async def take_back(self, request_id: str) -> str:
+        """Puts a request back that a worker of another class took; returns `queued`, `taken` or `other`."""
+        async with queue_errors(self.deadline()):
+            return await self._streams.take_back(request_id)
+
+    async def end_overdue(self, min_pause_s: float) -> list[str]:
+        """Ends requests that waited too long, at most once in `min_pause_s`; returns their ids."""
+        async with queue_errors(self.deadline()):
+            return await self._streams.end_overdue(min_pause_s)
+
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
         """Returns the requests that are gone although their logs have no last event, each with the reason."""
         async with queue_errors(self.deadline()):

@@ -11,7 +11,7 @@ from api.relay.aborter import Aborter
 from api.relay.inbox import Inbox
 from api.relay.queue_client import QueueClient
 from api.relay.subscriber import PING_S, Subscriber
-from api.relay.upkeep import fail_vanished_loop, renew_lease_loop, watch_permissions
+from api.relay.upkeep import end_overdue_loop, fail_vanished_loop, renew_lease_loop, watch_permissions
 from shared.errors import GenerationFailed, QueueUnavailable, ServerDraining
 from shared.logs import log_unexpected
 from shared.messages import decode_event
@@ -79,6 +79,7 @@ class Relay:
             "aborter": self._aborter.run(),
             "lease": renew_lease_loop(self.queue, self._settings.api_lease_s),
             "permissions": watch_permissions(self._permission_pool, self._note_missing_permissions),
+            "overdue": end_overdue_loop(self.queue),
             "vanished": fail_vanished_loop(self.queue, self._settings, self._inboxes.values),
         }
         self._tasks = [asyncio.create_task(work, name=name) for name, work in works.items()]

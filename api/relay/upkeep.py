@@ -23,7 +23,7 @@ from api.relay.inbox import Inbox
 from api.relay.queue_client import QueueClient
 from shared.errors import QueueUnavailable
 from shared.logs import fields, log_unexpected
-from shared.queue.api_streams import EndLost
+from shared.queue.api_streams import EndLost, TakenByOther
 from shared.queue.permissions import API, describe, missing_rules
 from shared.settings import ApiSettings
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 VANISH_CHECK_S = 2.0
 PERMISSION_CHECK_S = 1.0
+OVERDUE_CHECK_S = 5.0
 MIN_QUIET_S = 3.0
 """Minimum time without events after which Redis is asked whether a request still exists."""
 
@@ -93,7 +94,45 @@ async def fail_vanished_loop(
                 log_unexpected(logger, error)
             continue
         for request_id, reason in vanished.items():
+            if isinstance(reason, TakenByOther) and await _is_put_back(queue, request_id):
+                continue
             # A request that has just ended is failed at the second check: its last event may still arrive.
             if not isinstance(reason, EndLost) or request_id in ended:
                 quiet[request_id].fail(reason)
         ended = {request_id for request_id, reason in vanished.items() if isinstance(reason, EndLost)}
+
+
+async def _is_put_back(queue: QueueClient, request_id: str) -> bool:
+    """Returns True if a request that a worker of another class took waits again, or if nothing is known."""
+    try:
+        state = await queue.take_back(request_id)
+    except QueueUnavailable:
+        return True
+    if state == "queued":
+        logger.warning(
+            "request %s was taken by a worker of another class, and waits again: %s",
+            request_id,
+            TakenByOther().message,
+            extra=fields("taken", request_id=request_id),
+        )
+    return state != "taken"
+
+
+async def end_overdue_loop(queue: QueueClient, pause_s: float = OVERDUE_CHECK_S) -> None:
+    """Ends requests that waited longer than their limit and whose clients and workers are gone.
+
+    Clients and workers end overdue requests too. But if an API process was killed, or if no worker of a base
+    is alive, requests would otherwise wait for ever, and count against the limits of their queues.
+    """
+    while True:
+        try:
+            for request_id in await queue.end_overdue(pause_s):
+                logger.info(
+                    "request %s ended: it waited longer than its limit",
+                    request_id,
+                    extra=fields("overdue", request_id=request_id),
+                )
+        except Exception as error:
+            if not isinstance(error, QueueUnavailable):
+                log_unexpected(logger, error)
+        await asyncio.sleep(pause_s)

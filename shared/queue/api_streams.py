@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import redis.asyncio
 from rq.job import Job
+from rq.queue import Queue
 
 from shared.errors import GenerationFailed, QueueFull, RequestNotFound
 from shared.messages import GenerationRequest, StreamEvent, decode_event
@@ -15,10 +16,11 @@ from shared.queue.claims import UnreadableRecord, read_request
 from shared.queue.connections import is_wrong_type
 from shared.queue.job_record import job_fields
 from shared.queue.names import queue_name, slug
-from shared.queue.scripts import script_source
+from shared.queue.scripts import log_unreadable, script_source
 
 MAX_RETRY_AFTER_S = 60
 NUM_ENDS_TO_AWAIT = 5
+NUM_QUEUES_PER_CALL = 100
 _WAITING = {
     b"requests": "{} requests",
     b"bytes": "Requests of {} bytes together",
@@ -29,6 +31,10 @@ _WAITING = {
 
 class EndLost(GenerationFailed):
     """The request has ended, but its log has lost the last event."""
+
+
+class TakenByOther(GenerationFailed):
+    """A worker that is not Lorelay's took the request: start workers with -w worker.LoraWorker."""
 
 
 class QueueLimits(NamedTuple):
@@ -66,6 +72,8 @@ class ApiStreams:
         self._channel = channel
         self._enqueue = connection.register_script(script_source("enqueue"))
         self._abort = connection.register_script(script_source("abort"))
+        self._take_back = connection.register_script(script_source("take_back"))
+        self._end_overdue = connection.register_script(script_source("end_overdue"))
 
     async def enqueue(
         self,
@@ -116,6 +124,33 @@ class ApiStreams:
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
 
+    async def take_back(self, request_id: str) -> str:
+        """Puts a request back on its queue that a worker of another class has taken and failed.
+
+        Returns `queued` if it waits again, `taken` if that has happened three times before, and `other` if
+        no other worker has taken it.
+        """
+        reply = await self._take_back(args=[request_id])
+        return reply.decode()  # type: ignore[no-any-return]
+
+    async def end_overdue(self, min_pause_s: float) -> list[str]:
+        """Ends requests that have waited longer than their limit, in all queues; returns their ids.
+
+        Does nothing if an API process has called it in the last `min_pause_s`.
+        """
+        if not await self._connection.set(keys.OVERDUE_CHECK, 1, nx=True, px=int(min_pause_s * 1000)):
+            return []
+        prefix = Queue.redis_queue_namespace_prefix
+        members = cast("set[bytes]", await self._connection.smembers(Queue.redis_queues_keys))
+        names = [member.decode(errors="replace").removeprefix(prefix) for member in members]
+        ended: list[str] = []
+        # One call for all queues would block Redis too long.
+        for start in range(0, len(names), NUM_QUEUES_PER_CALL):
+            ids, unreadable = await self._end_overdue(args=names[start : start + NUM_QUEUES_PER_CALL])
+            log_unreadable(unreadable)
+            ended += [request_id.decode() for request_id in ids]
+        return ended
+
     async def find_request(self, request_id: str, clients: Collection[str]) -> FoundRequest:
         """Finds a request that this client sent; returns a detached request without its prompt.
 
@@ -161,13 +196,14 @@ class ApiStreams:
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
         """Returns the requests that get no further event, each with the error for its client.
 
-        Their jobs were deleted, were canceled in the queue, were unreadable, or have ended (`EndLost`). The
+        Their jobs were deleted, were canceled in the queue, were unreadable, were taken by workers of another
+        class (`TakenByOther`; `take_back` may put them back on their queues), or have ended (`EndLost`). The
         last event of a request with `EndLost` may still arrive: fail the request only if a later call returns
         it again.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in request_ids:
-            pipeline.hmget(Job.key_for(request_id), ["status", "unreadable"])
+            pipeline.hmget(Job.key_for(request_id), ["status", "unreadable", "has_ended"])
         found = zip(request_ids, _unless_fatal(await pipeline.execute(raise_on_error=False)), strict=True)
         reasons = {request_id: _why_vanished(reply) for request_id, reply in found}
         return {request_id: reason for request_id, reason in reasons.items() if reason is not None}
@@ -198,12 +234,14 @@ def _why_vanished(reply: Any) -> GenerationFailed | None:
     """Returns the error that a request's client gets, by the job's status; None if events may still come."""
     if is_wrong_type(reply):
         return UnreadableRecord("job: a key of another type")
-    status, unreadable = reply
+    status, unreadable, has_ended = reply
     if unreadable is not None:
         return UnreadableRecord(unreadable.decode(errors="replace"))
     if status in (None, b"canceled"):
         return GenerationFailed("The request was removed from the queue.")
-    return EndLost() if status in (b"finished", b"failed", b"stopped") else None
+    if status not in (b"finished", b"failed", b"stopped"):
+        return None
+    return EndLost() if has_ended is not None else TakenByOther()
 
 
 def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:

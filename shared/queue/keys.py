@@ -27,6 +27,10 @@ to load.
 """
 
 
+OVERDUE_CHECK = f"{PREFIX}:overdue-check"
+"""string, set by the API process that last ended overdue requests; until it expires, no other one does."""
+
+
 def waiting(base: str) -> str:
     """sorted set, queue with waiting requests → time (ms) at which its first request was enqueued.
 

@@ -97,6 +97,17 @@ _KEYS_OF_BOTH = (
     f"{RQ}:canceled:{PROBE}",
     f"{RQ}:workers:{PROBE}",
 )
+_KEYS_OF_ENDS = (
+    keys.leases(PROBE),
+    f"{RQ}:execution:{PROBE}",
+    f"{RQ}:executions:{PROBE}",
+    f"{RQ}:failed:{PROBE}",
+    f"{RQ}:finished:{PROBE}",
+    f"{RQ}:results:{PROBE}",
+    f"{RQ}:wip:{PROBE}",
+    f"{RQ}:worker:{PROBE}",
+)
+"""The keys that a script changes when it ends a job."""
 WORKER = Needs(
     commands=(
         *_SCRIPTS_OF_BOTH,
@@ -121,16 +132,9 @@ WORKER = Needs(
     ),
     keys=(
         *_KEYS_OF_BOTH,
-        keys.leases(PROBE),
         keys.reaped(PROBE),
-        f"{RQ}:execution:{PROBE}",
-        f"{RQ}:executions:{PROBE}",
-        f"{RQ}:failed:{PROBE}",
-        f"{RQ}:finished:{PROBE}",
-        f"{RQ}:results:{PROBE}",
+        *_KEYS_OF_ENDS,
         f"{RQ}:suspended",
-        f"{RQ}:wip:{PROBE}",
-        f"{RQ}:worker:{PROBE}",
         f"{RQ}:workers",
     ),
     publishes=(keys.events_channel(PROBE),),
@@ -139,11 +143,15 @@ WORKER = Needs(
 API = Needs(
     commands=(
         *_SCRIPTS_OF_BOTH,
+        f"HDEL {_KEY} f",
         f"LRANGE {_KEY} 0 -1",
+        f"PERSIST {_KEY}",
         "PING",
+        f"SMEMBERS {_KEY}",
+        f"ZCARD {_KEY}",
         f"ZRANGEBYSCORE {_KEY} 0 1",
     ),
-    keys=_KEYS_OF_BOTH,
+    keys=(*_KEYS_OF_BOTH, keys.OVERDUE_CHECK, *_KEYS_OF_ENDS),
     publishes=(keys.events_channel(PROBE),),
     subscribes=(keys.events_channel(PROBE),),
 )

@@ -106,6 +106,11 @@ def drop(connection: redis.Redis, names: Iterable[str]) -> None:
         connection.hdel(keys.MODELS, *names)
 
 
+def clear(connection: redis.Redis) -> None:
+    """Removes all cards, also those that can't be read, and a registry of a wrong type."""
+    connection.delete(keys.MODELS)
+
+
 def list_cards(connection: redis.Redis) -> list[ModelCard]:
     """Returns all readable cards: each base, followed by its adapters from the oldest to the newest."""
     return _sorted(connection.hgetall(keys.MODELS))

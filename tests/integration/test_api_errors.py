@@ -12,9 +12,11 @@ import httpx
 import openai
 import pytest
 import redis
+from rq import Queue, SimpleWorker
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
+from api.relay import upkeep
 from shared.queue.names import queue_name
 from tests.integration.api_harness import (
     CHAT,
@@ -271,7 +273,24 @@ async def test_a_request_that_a_worker_finds_overdue_ends_as_the_api_would_end_i
     assert int(response.headers["retry-after"]) >= 1
 
 
-async def test_a_detached_request_may_wait_for_any_time_and_its_key_is_its_tenant(
+async def test_a_request_that_a_stock_worker_took_is_answered_by_a_worker_of_ours(
+    redis_server: RedisServer, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "VANISH_CHECK_S", 0.05)
+    monkeypatch.setattr(upkeep, "MIN_QUIET_S", 0.05)
+    worker.report()
+    with running_api(redis_server.url, redis_timeout_s=0.1) as api:
+        async with asking(api) as task:
+            await eventually(lambda: worker.connection.llen("rq:queue:base"), "the request")
+            stock = SimpleWorker([Queue("base", connection=worker.connection)], connection=worker.connection)
+            stock.work(burst=True, logging_level="ERROR")
+            assert worker.connection.zcard("rq:failed:base") == 1
+            claim = await eventually(worker.try_claim, "the request's return")
+            worker.finish(claim, "Paris")
+            assert (await task).json()["choices"][0]["message"]["content"] == "Paris"
+
+
+async def test_a_detached_request_waits_no_longer_than_another_and_its_key_is_its_tenant(
     redis_server: RedisServer, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -284,7 +303,7 @@ async def test_a_detached_request_may_wait_for_any_time_and_its_key_is_its_tenan
                 claim = await eventually(worker.try_claim, "the request")
                 worker.finish(claim, "Paris")
                 assert (await task).status_code == 200
-            assert claim.request.wait_limit_s is None
+            assert claim.request.wait_limit_s == 30
             tenants.add(claim.request.tenant)
             assert httpx.get(f"{api.url}/v1/models/missing", headers=headers).status_code == 404
     digest = hashlib.sha256(KEY.encode()).hexdigest()

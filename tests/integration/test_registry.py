@@ -7,6 +7,7 @@ import pytest
 import redis
 import redis.asyncio
 
+from lorelay.status import read_status, to_text
 from shared.errors import ConfigurationError, ModelNotFound, NotServedYet, RegistryConflict
 from shared.messages import ModelCard, WorkerFacts
 from shared.queue import keys, presence, registry
@@ -291,3 +292,38 @@ def test_connections_know_whether_they_lead_to_the_same_server(redis_server: Red
         with connect_like(client, socket_timeout_s=1) as other:
             assert other.ping()
             assert other.connection_pool.connection_kwargs["socket_timeout"] == 1
+
+
+UNREADABLE = {
+    "no JSON": ("broken", b"garbage"),
+    "no text": ("broken", b"\xff\xfe"),
+    "another shape": ("broken", b'{"name": 7}'),
+    "deeply nested": ("broken", b"[" * 9_999),
+    "the card of another model": ("broken", BASE.encode()),
+    "a name that is no text": (b"\xff", BASE.encode()),
+}
+
+
+@pytest.mark.parametrize(("name", "encoded"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_card_is_skipped_and_logged_by_name_wherever_cards_are_read(
+    connection: redis.Redis, caplog: pytest.LogCaptureFixture, name: str | bytes, encoded: bytes
+) -> None:
+    connection.hset(keys.MODELS, name, encoded)
+    registry.register(connection, [BASE, adapter("a")])
+    registry.repair(connection, [BASE, adapter("a")], fill=True)
+    assert [card.name for card in registry.list_cards(connection)] == ["tiny", "a"]
+    status = to_text(read_status(connection))
+    assert "tiny" in status
+    shown = name if isinstance(name, str) else name.decode(errors="replace")
+    assert f"registry entry {shown!r}" in caplog.text
+    assert connection.hget(keys.MODELS, name) == encoded
+
+
+@pytest.mark.parametrize("kind", ["unreadable cards", "a key of another type"])
+def test_all_cards_are_cleared_whatever_they_are(connection: redis.Redis, kind: str) -> None:
+    if kind == "unreadable cards":
+        connection.hset(keys.MODELS, mapping={"a": "garbage", "tiny": BASE.encode()})
+    else:
+        connection.set(keys.MODELS, "garbage")
+    registry.clear(connection)
+    assert registry.list_cards(connection) == []

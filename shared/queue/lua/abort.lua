@@ -19,8 +19,10 @@ local function abort()
   if status == 'queued' then
     cancel(queue, base)
     return 'queued'
+  elseif status == 'started' and redis.call('EXISTS', owner_key(id)) == 0 then
+    return 'gone'
   elseif status == 'started' then
-    if not only_queued and redis.call('EXISTS', owner_key(id)) == 1 then
+    if not only_queued then
       redis.call('HSET', owner_key(id), 'aborted', 1)
     end
     return 'running'

@@ -9,7 +9,6 @@ local function read_job(id)
   job.status, job.place, schema_version, job.version, job.deadline_ms, job.crashes_alone, job.suspect, job.has_ended,
     job.base, job.bytes = unpack(redis.call('HMGET', job_key(id), 'status', 'place', 'schema_version', 'version',
       'deadline_ms', 'crashes_alone', 'suspect', 'has_ended', 'base', 'bytes'))
-  if job.status ~= 'queued' then check_status(id, job.status) end
   job.schema_version = to_number(schema_version or 0) or refuse('its schema_version is no number')
   return job
 end
@@ -28,6 +27,12 @@ local function can_run(reader, job, queue)
     and (not job.version or job.version == '' or has == '' or job.version == has)
 end
 
+-- Removes a request that is not queued any more from its queue's list. If only its place was left, a worker of another
+-- class may have taken the request, which then goes back.
+local function drop_request(id, queue, status)
+  if redis.call('LREM', queue_key(queue), 0, id) > 0 then check_status(id, status) else take_back(id) end
+end
+
 -- Returns place, id and job of the first request of a line that a worker can run, or nil. Skips requests of newer
 -- schemas, ends overdue requests, and drops places without a queued request. `place`: the first place of the line, if
 -- the caller knows it.
@@ -40,7 +45,7 @@ local function first_of(reader, queue, line, place)
     local job = id and guarded(id, reader.base, queue, read_job, id)
     if not job or job.status ~= 'queued' or job.place ~= place then
       redis.call('ZREM', key, place)
-      if job and job.status ~= 'queued' then redis.call('LREM', queue_key(queue), 0, id) end
+      if job and job.status ~= 'queued' then guarded(id, reader.base, queue, drop_request, id, queue, job.status) end
     elseif not can_run(reader, job, queue) then
       num_passed = num_passed + 1
     elseif not job.deadline_ms or not guarded(id, reader.base, queue, end_overdue, id, reader.base, queue) then

@@ -100,6 +100,8 @@ local function mend_index(base, queue)
   end
 end
 
+local take_back
+
 -- Drops places whose requests do not wait any more, if there are more places than requests; at most 100 in a call.
 local function trim_index(queue)
   local key = order_key(queue)
@@ -115,7 +117,9 @@ local function trim_index(queue)
   for _, place in ipairs(redis.call('ZRANGE', key, 0, 99)) do
     local id = id_of(place)
     local job = id and redis.pcall('HMGET', job_key(id), 'status', 'place')
-    if not job or job.err or job[1] ~= 'queued' or job[2] ~= place then redis.call('ZREM', key, place) end
+    local is_own = job and not job.err and job[2] == place
+    if not is_own or job[1] ~= 'queued' then redis.call('ZREM', key, place) end
+    if is_own and job[1] ~= 'queued' then guarded(id, '', queue, take_back, id) end
   end
 end
 
@@ -155,6 +159,30 @@ local function requeue(id, owner)
   add_place(id, owner.queue, make_place(id, true))
   update_waiting(owner.base, owner.queue)
   ring(owner.base)
+end
+
+local MAX_NUM_TAKEN = 3
+
+-- Puts a request back on its queue that a worker of another class (a stock `rq worker`) took. Such a worker can't run
+-- the request and ends the job, without the last event and `has_ended`, which our workers write. Returns 'queued' if the
+-- request waits again, 'taken' if this has happened MAX_NUM_TAKEN times before, 'other' if it was not taken.
+function take_back(id)
+  local ENDED = { failed = true, finished = true, stopped = true }
+  local status, queue, base, has_ended, request =
+    unpack(redis.call('HMGET', job_key(id), 'status', 'origin', 'base', 'has_ended', 'request'))
+  if not base or not request or request == '' or has_ended or not ENDED[status] then return 'other' end
+  if redis.call('EXISTS', owner_key(id)) == 1 then return 'other' end
+  if increment(job_key(id), 'taken') > MAX_NUM_TAKEN then return 'taken' end
+  for _, name in ipairs({ 'failed', 'finished' }) do redis.call('ZREM', registry_key(name, queue), id) end
+  redis.call('HDEL', job_key(id), 'ended_at')
+  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
+  redis.call('PERSIST', job_key(id))
+  redis.call('LREM', queue_key(queue), 0, id)
+  redis.call('LPUSH', queue_key(queue), id)
+  add_place(id, queue, make_place(id))
+  update_waiting(base, queue)
+  ring(base)
+  return 'queued'
 end
 
 local QUEUE_TIMEOUT, QUEUE_TIMEOUT_RESULT = '@QUEUE_TIMEOUT@', '@QUEUE_TIMEOUT_RESULT@'
