@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -143,20 +143,26 @@ async def asking(api: ApiServer, **fields: Any) -> AsyncIterator["asyncio.Task[h
 class ScriptedWorker:
     """The worker's end of the queue, driven by hand. Registers a base model and an adapter."""
 
-    def __init__(self, connection: redis.Redis) -> None:
+    def __init__(
+        self,
+        connection: redis.Redis,
+        cards: Sequence[ModelCard] = (BASE, ADAPTER),
+        name: str = "scripted",
+    ) -> None:
         self.connection = connection
+        self._queues = [queue_name(card.base, card.adapter_name) for card in cards]
         self.streams = WorkerStreams(
             connection,
-            base=BASE.base,
-            worker_name="scripted",
+            base=cards[0].base,
+            worker_name=name,
             lease_s=60,
             stream_ttl_s=60,
             result_ttl_s=60,
             failure_ttl_s=60,
         )
-        self.streams.serve(dict.fromkeys(QUEUES, ""))
+        self.streams.serve(dict.fromkeys(self._queues, ""))
         self._event_nos: dict[str, int] = {}
-        registry.register(connection, [BASE, ADAPTER])
+        registry.register(connection, cards)
 
     def report(self) -> None:
         """Tells that this worker lives and serves the base, as `rq worker` does."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
@@ -20,6 +21,7 @@ from uvicorn import main as uvicorn_command
 
 from lorelay.embedded import StateFolder
 from shared.settings import ApiSettings, WorkerSettings
+from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = ("docker-compose.yml", "deploy/docker-compose.gpu.yml")
@@ -213,3 +215,36 @@ def test_the_images_get_all_that_they_copy() -> None:
     for dockerfile in ("api/Dockerfile", "worker/Dockerfile"):
         for line in re.findall(r"^COPY (.*) \S+$", (ROOT / dockerfile).read_text(), re.MULTILINE):
             assert all(f"!{name}\n" in ignore for name in line.split())
+
+
+def documented_lines() -> list[list[str]]:
+    """The words of each `docker compose exec` line in README and docs, after `exec`."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = re.findall(r"docker compose exec ([^`\n#]+)", "\n".join(page.read_text() for page in pages))
+    return [shlex.split(text) for text in texts]
+
+
+def test_every_documented_command_in_a_container_reaches_the_unpublished_redis(
+    services: Any, redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    connection.sadd("rq:queues", "rq:queue:QUEUE")
+    url = services["api"]["environment"]["LORELAY_REDIS_URL"]
+    lines = documented_lines()
+    assert {line[1] for line in lines} == {"lorelay", "rq", "valkey-cli"}
+    for service, program, *words in lines:
+        if program == "valkey-cli":
+            assert service == "redis"
+            connection.execute_command(*words)
+            continue
+        # The API's image has both programs, and runs even while no worker does.
+        assert service == "api"
+        assert program == "lorelay" or url in words
+        command = [str(Path(sys.executable).parent / program), *words]
+        run = subprocess.run(
+            [word.replace(url, redis_server.url) for word in command],
+            env={"LORELAY_REDIS_URL": redis_server.url, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, f"{command}: {run.stderr}"
