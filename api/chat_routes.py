@@ -17,7 +17,15 @@ from api.contract.server_events import DONE, render_resumption
 from api.contract.steps import StepRunner, Steps, each
 from api.contract.strict import parsed
 from api.exchange_log import exchange_of
-from api.generation import Chat, check_resumable, model_in, new_request, resume_position, wants_detach
+from api.generation import (
+    Chat,
+    check_length,
+    check_resumable,
+    model_in,
+    new_request,
+    resume_position,
+    wants_detach,
+)
 from api.relay.relay import Relay
 from api.responses import GenerationCall, GenerationResponse
 from shared.errors import InvalidRequest, RequestNotFound
@@ -48,12 +56,14 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
         admit_until = queue.deadline()
         card = await queue.fetch_card(body.model, admit_until)
         client = keys.client_of(request)
+        chat, sampling = Chat(messages, body.to_template_inputs()), body.to_sampling()
+        check_length(card, chat, sampling)
         generation = new_request(
             "chatcmpl",
             card,
             settings,
-            sampling=body.to_sampling(),
-            chat=Chat(messages, body.to_template_inputs()),
+            sampling=sampling,
+            chat=chat,
             tenant=client.tenant,
             cache_salt=body.cache_salt,
             detached=wants_detach(request),

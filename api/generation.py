@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import msgspec
 from starlette.requests import Request
 
-from shared.errors import InvalidRequest
+from shared.errors import ContextLengthExceeded, InvalidRequest
 from shared.messages import GenerationRequest, ModelCard, SamplingParams, TemplateInputs
 from shared.queue.api_streams import FoundRequest
 from shared.settings import ApiSettings
+from shared.text_size import num_ordinary_bytes
 
 DETACH = "X-Lorelay-Detach"
 LAST_EVENT_ID = "Last-Event-ID"
@@ -67,6 +68,33 @@ def model_in(raw: bytes) -> str | None:
         return msgspec.json.decode(raw, type=_Named).model
     except (msgspec.DecodeError, RecursionError):
         return None
+
+
+def check_length(card: ModelCard, chat: Chat, sampling: SamplingParams) -> None:
+    """Refuses a chat that can't fit into the context, however its text is encoded.
+
+    Only the text of user messages counts, without spaces at its ends: a chat template may drop the rest.
+
+    Raises:
+        ContextLengthExceeded: the chat is too long for any tokenization.
+    """
+    if not card.max_token_bytes:
+        return
+    size = sum(_user_bytes(message) for message in chat.messages if message.get("role") == "user")
+    num_tokens = -(-size // card.max_token_bytes)
+    asked = sampling.max_tokens or sampling.min_tokens
+    if num_tokens + (asked or 1) > card.max_model_len:
+        completion = f" and {asked} tokens for the completion" if asked else ""
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {card.max_model_len} tokens, but {size} bytes of text, "
+            f"which are {num_tokens} tokens or more, were given in the messages{completion}."
+        )
+
+
+def _user_bytes(message: dict[str, Any]) -> int:
+    content = message.get("content")
+    texts = [content] if isinstance(content, str) else [part.get("text") for part in content or ()]
+    return sum(num_ordinary_bytes(text.strip()) for text in texts if isinstance(text, str))
 
 
 def wants_detach(request: Request) -> bool:

@@ -275,6 +275,8 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
     """None for the base model itself."""
     base_version: str = ""
     """The version of the base that this model belongs to; empty if an earlier release wrote the card."""
+    max_token_bytes: int = 0
+    """Maximum number of bytes (UTF-8) of user messages that a token stands for; 0 if there is no bound."""
 
     @property
     def weights_version(self) -> str:

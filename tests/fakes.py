@@ -163,6 +163,7 @@ class FakeTokenizer:
 
     eos_token_ids = frozenset({EOS})
     special_tokens: Mapping[int, str] = {EOS: "<eos>"}
+    max_token_bytes = 0
 
     def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         text = "".join([*map(str, inputs.variables), *(message["content"] for message in messages)])

@@ -53,6 +53,10 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
             _refuse_other_version(card, stored)
         if stored is None or (card.base_version and not stored.base_version):
             connection.hset(keys.MODELS, card.name, card.encode())
+        elif card.max_token_bytes != stored.max_token_bytes:
+            # An earlier release wrote the card without this bound.
+            bounded = msgspec.structs.replace(stored, max_token_bytes=card.max_token_bytes)
+            connection.hset(keys.MODELS, card.name, bounded.encode())
 
 
 def follow_workers(

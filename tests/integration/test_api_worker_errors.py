@@ -4,11 +4,14 @@ import asyncio
 import json
 from collections.abc import Iterator
 
+import msgspec
 import openai
 import pytest
 import redis
 
+from shared.queue import registry
 from tests.integration.api_harness import (
+    BASE,
     ApiServer,
     ScriptedWorker,
     asking,
@@ -58,6 +61,17 @@ async def test_an_error_before_the_first_token_has_its_own_status(
     assert (response.status_code, error["message"], error["param"]) == (status, "so it is", param)
     assert error["code"] == ("internal_error" if should_retry is None else code)
     assert response.headers.get("x-should-retry") == should_retry
+
+
+async def test_a_prompt_that_can_not_fit_into_the_context_never_reaches_the_queue(
+    api: ApiServer, worker: ScriptedWorker
+) -> None:
+    card = msgspec.structs.replace(BASE, max_token_bytes=10)
+    registry.register(worker.connection, [card])
+    async with asking(api, messages=[{"role": "user", "content": "x" * 991}]) as task:
+        response = await task
+    assert (response.status_code, error_in(response)["code"]) == (400, "context_length_exceeded")
+    assert worker.connection.keys("rq:job:*") == []
 
 
 @pytest.mark.parametrize("stream", [False, True])

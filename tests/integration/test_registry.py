@@ -327,3 +327,11 @@ def test_all_cards_are_cleared_whatever_they_are(connection: redis.Redis, kind: 
         connection.set(keys.MODELS, "garbage")
     registry.clear(connection)
     assert registry.list_cards(connection) == []
+
+
+def test_the_card_of_an_earlier_release_gets_the_bound_on_bytes(connection: redis.Redis) -> None:
+    card = ModelCard("m", "m", "folder", "v", 1, max_model_len=64, base_version="v")
+    registry.register(connection, [card])
+    bounded = msgspec.structs.replace(card, max_token_bytes=4)
+    registry.register(connection, [msgspec.structs.replace(bounded, created=9)])
+    assert registry.list_cards(connection) == [bounded]

@@ -45,6 +45,11 @@ class Tokenizer(Protocol):
         """The text of each special token by its id; detokenizers return no text for these tokens."""
         ...
 
+    @property
+    def max_token_bytes(self) -> int:
+        """Maximum number of bytes (UTF-8) of a user's messages per token; 0 if there is no such bound."""
+        ...
+
     def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """Returns the token ids of a chat. Raises `InvalidRequest` if the template refuses the chat."""
         ...

@@ -1,6 +1,8 @@
 """The model's tokenizer and chat template."""
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +15,9 @@ from worker.model.chat_template import OWN_PROCESS, ChatTemplate, Renderer
 from worker.model.control_tokens import ControlTokens
 from worker.model.marked_template import Rendered
 from worker.model.marked_text import CLIENT, OWN
+from worker.model.token_bytes import max_token_bytes
+
+_PROBE = "lorelay probe"
 
 
 class Tokenizer:
@@ -90,6 +95,26 @@ class Tokenizer:
             raise ConfigurationError(
                 f"LORELAY_MODEL: {folder_or_id} has a chat template that can't be compiled: {error}"
             ) from error
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """Maximum number of bytes of a user's messages per token; 0 if tokenizer and template give none."""
+        if self._fast is None or not self._keeps_user_text:
+            return 0
+        return max_token_bytes(json.loads(self._fast.to_str()))
+
+    @property
+    def _keeps_user_text(self) -> bool:
+        """True if a chat has the text of all user messages, except for spaces at their ends."""
+        texts = [f"{_PROBE} {number}\n\n\t  {_PROBE}" for number in range(3)]
+        messages: list[dict[str, Any]] = []
+        for text in texts:
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+        try:
+            rendered = self._template(has_tools=False).render(messages[:-1], NO_INPUTS)
+        except InvalidRequest:
+            return False
+        return all(text in rendered.text for text in texts)
 
     def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
         """Returns the token ids of a chat: messages in the model's template, up to the assistant's turn.

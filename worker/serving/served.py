@@ -60,6 +60,7 @@ class ServedQueues:
             created=model.created,
             max_model_len=self._max_model_len,
             adapter_name=model.adapter_name,
+            max_token_bytes=model.tokenizer.max_token_bytes,
         )
 
 

@@ -1,0 +1,60 @@
+"""What all routes check before a request goes to its queue."""
+
+from typing import Any
+
+import pytest
+
+from api.generation import Chat, check_length
+from shared.errors import ContextLengthExceeded
+from shared.messages import NO_INPUTS, ModelCard, SamplingParams
+
+CARD = ModelCard("m", "m", "folder", "v", 1, max_model_len=100, max_token_bytes=4)
+
+
+def check(*messages: dict[str, Any], card: ModelCard = CARD, **sampling: Any) -> None:
+    check_length(card, Chat(list(messages), NO_INPUTS), SamplingParams(**sampling))
+
+
+def said(text: Any, role: str = "user") -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [said("x" * 397)],
+        [said("x" * 200), said("ok", "assistant"), said("x" * 197)],
+        [said("\u20ac" * 133)],
+        [said([{"type": "text", "text": "x" * 200}, {"type": "text", "text": "y" * 197}])],
+    ],
+)
+def test_a_chat_that_no_tokenizer_could_fit_into_the_context_is_refused(
+    messages: list[dict[str, Any]],
+) -> None:
+    with pytest.raises(ContextLengthExceeded, match=r"100 tokens, but \d+ bytes .* 100 tokens or more"):
+        check(*messages)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [said("x" * 396)],
+        [said(" " * 9999 + "x" + "\n" * 9999)],
+        [said("x" * 9999, "system"), said("x" * 9999, "assistant"), said("hi")],
+        [said("\x04\x00\x7f" * 9999 + "hi")],
+        [said("\U000e0100" * 9999 + "hi")],
+        [said(None, "assistant"), said("hi")],
+    ],
+)
+def test_a_chat_that_could_fit_is_never_refused(messages: list[dict[str, Any]]) -> None:
+    check(*messages)
+
+
+def test_the_tokens_to_generate_count_too() -> None:
+    check(said("x" * 200), max_tokens=50)
+    with pytest.raises(ContextLengthExceeded, match="and 51 tokens for the completion"):
+        check(said("x" * 200), max_tokens=51)
+
+
+def test_without_a_bound_a_worker_decides() -> None:
+    check(said("x" * 9999), card=ModelCard("m", "m", "folder", "v", 1, max_model_len=100))
