@@ -19,7 +19,6 @@ from api.contract.strict import parsed
 from api.exchange_log import exchange_of
 from api.generation import (
     Chat,
-    check_length,
     check_resumable,
     model_in,
     new_request,
@@ -56,14 +55,12 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
         admit_until = queue.deadline()
         card = await queue.fetch_card(body.model, admit_until)
         client = keys.client_of(request)
-        chat, sampling = Chat(messages, body.to_template_inputs()), body.to_sampling()
-        check_length(card, chat, sampling)
         generation = new_request(
             "chatcmpl",
             card,
             settings,
-            sampling=sampling,
-            chat=chat,
+            sampling=body.to_sampling(),
+            chat=Chat(messages, body.to_template_inputs()),
             tenant=client.tenant,
             cache_salt=body.cache_salt,
             detached=wants_detach(request),

@@ -36,7 +36,12 @@ def new_request(
     cache_salt: str | None,
     detached: bool,
 ) -> GenerationRequest:
-    """Returns a request for the model of `card`, with a new id and the time limits of the settings."""
+    """Returns a request for the model of `card`, with a new id and the time limits of the settings.
+
+    Raises:
+        ContextLengthExceeded: the chat can't fit into the context; see `check_length`.
+    """
+    check_length(card, chat, sampling)
     return GenerationRequest(
         request_id=f"{id_prefix}-{uuid.uuid4().hex}",
         model=card.name,
