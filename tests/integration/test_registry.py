@@ -7,7 +7,8 @@ import pytest
 import redis
 import redis.asyncio
 
-from lorelay.status import read_status, to_text
+from lorelay.status import read_status
+from lorelay.status_text import to_text
 from shared.errors import ConfigurationError, ModelNotFound, NotServedYet, RegistryConflict
 from shared.messages import ModelCard, WorkerFacts
 from shared.queue import keys, presence, registry
