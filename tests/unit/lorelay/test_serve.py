@@ -171,7 +171,7 @@ def test_status_finds_the_embedded_server_by_its_folder(launch: Launch, tmp_path
 
     assert launch.run("smol", is_ready=look) == 0
     assert codes == [0, 0]
-    assert launch.output().count("QUEUE") == 2
+    assert launch.output().count("OLDEST WAIT") == 2
     assert main(["status"]) == 2
     assert "no embedded server runs in" in launch.output()
 
