@@ -6,6 +6,7 @@ compute the same results, but take longer.
 
 import hashlib
 import logging
+import os
 import platform
 import subprocess
 import tempfile
@@ -25,6 +26,8 @@ _SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
 _REORDERED_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math")
 """Options that let the compiler vectorise sums. Unlike -ffast-math, they leave NaN and infinity intact."""
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno", *_REORDERED_SUMS)
+
+_TERMINAL_VARIABLES = ("LANGUAGE", "LANG", "TERM", "GCC_COLORS", "GCC_URLS", "TERM_URLS")
 
 
 def make_callable(device: torch.device, folder: Path | None = None) -> bool:
@@ -195,12 +198,16 @@ def _are_loaded() -> bool:
 def fingerprint() -> str:
     """Returns a digest of all that the library depends on, including the CPU because of `-march=native`.
 
+    The kernel's release and the host's name are left out: if the digest had them, every update of the system
+    would have the operators and the graph built anew.
+
     Raises:
         OSError: there is no compiler.
     """
     compiler = _run_compiler("-dumpfullversion") + _run_compiler("-Q", "--help=target")
     sources = [file.read_bytes() for file in sorted(_SOURCE.parent.glob("*.[ch]*"))]
-    parts = (sources, COMPILER, _FLAGS, compiler, torch.__version__, platform.platform())
+    system = platform.system(), platform.machine(), platform.libc_ver()
+    parts = (sources, COMPILER, _FLAGS, compiler, torch.__version__, system)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -210,7 +217,15 @@ def _run_compiler(*arguments: str) -> bytes:
     Raises:
         OSError: there is no compiler, or it fails.
     """
-    done = subprocess.run([COMPILER, *_FLAGS, *arguments], capture_output=True, check=False)
+    # The compiler wraps its help by the width of the terminal, and translates it.
+    environment = {name: value for name, value in os.environ.items() if name not in _TERMINAL_VARIABLES}
+    done = subprocess.run(
+        [COMPILER, *_FLAGS, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        env=environment | {"COLUMNS": "80", "LC_ALL": "C"},
+    )
     if done.returncode:
         errors = done.stderr.decode(errors="replace").strip()
         raise OSError(f"{COMPILER} failed: {errors[:500]}")

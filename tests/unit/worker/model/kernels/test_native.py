@@ -1,7 +1,11 @@
 """Building the kernels; `test_attention` and `test_lora` say what they compute."""
 
+import fcntl
 import logging
 import os
+import platform
+import struct
+import termios
 from pathlib import Path
 
 import pytest
@@ -86,6 +90,50 @@ def test_another_compiler_or_other_flags_build_anew(
     before = native.fingerprint()
     monkeypatch.setattr(native, name, value)
     assert native.fingerprint() != before
+
+
+def test_the_environment_of_the_terminal_builds_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_kernels()
+    before = native.fingerprint()
+    for name, value in {
+        "COLUMNS": "150",
+        "LC_ALL": "de_DE.UTF-8",
+        "LANG": "C.UTF-8",
+        "LANGUAGE": "de",
+        "TERM": "xterm-256color",
+        "GCC_COLORS": "error=01;31",
+        "OMP_NUM_THREADS": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert native.fingerprint() == before
+
+
+def test_a_terminal_of_another_width_builds_nothing_anew() -> None:
+    need_kernels()
+    before = native.fingerprint()
+    controller, terminal = os.openpty()
+    try:
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+        stdin = os.dup(0)
+        os.dup2(terminal, 0)
+        try:
+            assert native.fingerprint() == before
+        finally:
+            os.dup2(stdin, 0)
+            os.close(stdin)
+    finally:
+        os.close(controller)
+        os.close(terminal)
+
+
+def test_an_update_of_the_operating_systems_kernel_builds_nothing_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need_kernels()
+    before = native.fingerprint()
+    monkeypatch.setattr(platform, "platform", lambda *_: "Linux-99")
+    monkeypatch.setattr(platform, "release", lambda: "99")
+    assert native.fingerprint() == before
 
 
 def test_a_gpu_has_no_use_for_them(tmp_path: Path) -> None:
