@@ -1,8 +1,10 @@
 """The worker class for `rq worker -w`: an RQ worker that runs many requests in one batch."""
 
 import contextlib
+import faulthandler
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -72,6 +74,8 @@ class LoraWorker(RqWorker):
         )
         _log_to_streams(logging_level or "INFO", date_format, log_format)
         self._install_signal_handlers()
+        if sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__)  # or a crash in native code would leave no line
         try:
             settings = self._prepare()
             level = logging_level or settings.log_level
@@ -147,7 +151,9 @@ class LoraWorker(RqWorker):
         bound_caches()
         from worker.model.startup import load_model_runner
 
-        return load_model_runner(settings)
+        runner = load_model_runner(settings)
+        runner.watch.start()
+        return runner
 
     def _work(self, settings: WorkerSettings, burst: bool) -> bool:
         self.shutdown_wait_s = settings.lease_s

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from worker.model.versions import WEIGHT_PATTERNS
 
 logger = logging.getLogger(__name__)
 
+_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, UnpicklingError)
 _OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 
 
@@ -106,6 +108,7 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
     Raises:
         ConfigurationError: the model is not a causal language model, lacks weights, or doesn't load.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
@@ -125,7 +128,7 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
             # The grouped kernels that transformers uses for experts don't support float64.
             **({"experts_implementation": "eager"} if dtype == torch.float64 else {}),
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (*_LOAD_ERRORS, SafetensorError) as error:
         if isinstance(error, KeyError) and error.args == (attention.NAME,):
             raise ConfigurationError(
                 f"LORELAY_MODEL: {folder} can't be served: {config.model_type} models don't let their "
@@ -141,7 +144,19 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
         raise ConfigurationError(
             f"LORELAY_MODEL: {folder} is not a whole causal language model: it lacks weights for {names}"
         )
+    if device.type == "cpu":
+        _copy_from_files(model)
     return model.eval()
+
+
+def _copy_from_files(model: Any) -> None:
+    """Copies the weights into memory of their own.
+
+    On a CPU, they would otherwise stay pages of the files: if a file were truncated or overwritten, the
+    worker would die of SIGBUS, or compute with other weights under the same version.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def max_model_len(config: Any, session_len: int | None) -> int:

@@ -7,6 +7,7 @@ from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
 from worker.engine.served_models import ServedModels
 from worker.model.adapter_store import AdapterStore
 from worker.model.batch_forward import BatchForward
+from worker.model.file_watch import FileWatch
 from worker.model.forward import Forward
 from worker.model.lora import SlotWeights
 from worker.model.prepared import PreparedModel
@@ -23,7 +24,9 @@ class ModelRunner:
         served: ServedModels,
         adapters: AdapterStore,
         adapter_cache: AdapterCache[SlotWeights],
+        watch: FileWatch,
     ) -> None:
+        self.watch = watch
         self.served = served
         self.adapters = adapters
         self.adapter_cache = adapter_cache
@@ -47,7 +50,8 @@ class ModelRunner:
         self._forward.wait()
 
     def close(self) -> None:
-        """Stops compiling."""
+        """Stops compiling, and watching the model's files."""
+        self.watch.close()
         self._forward.close()
 
     @torch.inference_mode()

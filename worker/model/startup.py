@@ -19,6 +19,7 @@ from worker.engine.adapter_cache import AdapterCache
 from worker.engine.served_models import ServedModel, ServedModels
 from worker.model import loading, memory
 from worker.model.adapter_store import AdapterStore
+from worker.model.file_watch import FileWatch
 from worker.model.forward import CompiledForward, EagerForward, Forward
 from worker.model.graph_builder import GraphBuilder, describe_job
 from worker.model.kernels import build_cache, native
@@ -27,7 +28,7 @@ from worker.model.lora import SlotWeights
 from worker.model.model_runner import ModelRunner
 from worker.model.prepared import PreparedModel, prepare
 from worker.model.tokenizer import Tokenizer
-from worker.model.versions import model_version
+from worker.model.versions import model_version, weight_stamps
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +49,21 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
         trust_remote_code=settings.trust_remote_code,
         parses_control_tokens=settings.control_tokens_in_text,
     )
+    stamps = weight_stamps(folder)
     model, kernels = load_with_kernels(folder, settings, device)
     prepared = prepare(model, settings, kernels)
     version, created = model_version(folder), int(time.time())
+    if weight_stamps(folder) != stamps:
+        raise ConfigurationError(
+            f"LORELAY_MODEL: the files in {folder} changed while they were read; start the worker again"
+        )
     served = ServedModels(ServedModel(settings.base_name, version, settings.model, tokenizer, created))
     store = AdapterStore(model, settings.model, prepared.lora, served)
     adapter_cache = _build_adapter_cache(store, settings, device)
     _load_adapters(store, adapter_cache, served, settings.adapters)
     has_graph = kernels is not None and settings.compile == "graph"
     forward = _compile(folder, prepared, settings) if has_graph else EagerForward(model)
-    return ModelRunner(prepared, forward, served, store, adapter_cache)
+    return ModelRunner(prepared, forward, served, store, adapter_cache, FileWatch(folder, stamps))
 
 
 def load_with_kernels(

@@ -11,6 +11,20 @@ from worker.model.digests import file_digest
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 """Patterns of the weight files in a model's folder."""
 
+Stamps = list[tuple[str, int, int, int, int]]
+"""Name, inode, size, and times of modification and change (ns) of each file; a write changes them."""
+
+
+def weight_stamps(folder: Path) -> Stamps:
+    """Returns the stamps of a model's config and weight files.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    files = sorted(file for pattern in ("config.json", *WEIGHT_PATTERNS) for file in folder.glob(pattern))
+    stats = [(file.name, file.stat()) for file in files]
+    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
+
 
 def model_version(folder: Path) -> str:
     """Returns the SHA-256 (hex) of `config.json` and of the weight files' names and contents."""
