@@ -34,7 +34,13 @@ def client_of(url: str, ask: Ask, receive_bytes: int | None = None) -> Iterator[
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         address = urlsplit(url)
         connection.connect((address.hostname, address.port))
-        head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body))
+        lines = (
+            f"POST {CHAT} HTTP/1.1",
+            "Host: x",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+        )
+        head = "\r\n".join([*lines, "", ""]).encode()
         connection.sendall(head + body)
         yield connection
 
