@@ -144,19 +144,10 @@ def backlog(base: str) -> str:
     and number of one tenant's. `again_ms`: time (ms) before which enqueue does not count again.
 
     Written and read by enqueue, which counts the requests, and then adds those that it enqueues. Requests
-    that leave the queues are not subtracted, but when a limit is reached, enqueue counts again. Expires an
-    hour after the count.
+    that leave the queues are not subtracted, but when a limit is reached, enqueue counts again. Expires a
+    minute after the count.
     """
     return f"{PREFIX}:backlog:{base}"
-
-
-def depth(base: str) -> str:
-    """string, approximate number of waiting requests in all queues of a base.
-
-    enqueue counts the requests, and until the key expires adds 1 for each request that it enqueues. Requests
-    that leave the queues after the count are not subtracted. Expires 1 s after the count.
-    """
-    return f"{PREFIX}:depth:{base}"
 
 
 def events_channel(api_id: str) -> str:

@@ -88,7 +88,6 @@ _KEYS_OF_BOTH = (
     keys.log(PROBE),
     keys.workers(PROBE),
     keys.drained(PROBE, 0),
-    keys.depth(PROBE),
     keys.backlog(PROBE),
     keys.events_channel(PROBE),
     f"{RQ}:job:{PROBE}",

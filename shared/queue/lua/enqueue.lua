@@ -23,22 +23,6 @@ local function full(what, number)
   return { 'full', what, number, num_ended, now_ms - math.max(first * 10000, since_ms) }
 end
 
-local depth_key = shared_key('string', OURS .. ':depth:' .. base)
-
--- Returns the number of requests in all queues of the base. A count reads every waiting queue and is therefore used for
--- a second: new requests are added to it, but requests that left are not subtracted. If the number reaches the limit,
--- the queues are counted anew.
-local function total_depth(limit)
-  local known = to_number(redis.call('GET', depth_key))
-  if known and known < limit then return known end
-  local total = 0
-  for _, other in ipairs(redis.call('ZRANGE', waiting_key(base), 0, -1)) do
-    total = total + to_number(redis.pcall('LLEN', RQ .. ':queue:' .. other), 0)
-  end
-  redis.call('SET', depth_key, total, 'PX', 1000)
-  return total
-end
-
 local job = {}
 for i = NUM_ARGS + 1, #ARGV, 2 do job[ARGV[i]] = ARGV[i + 1] end
 local _, tenant = job.order:match(ORDER)
@@ -65,7 +49,8 @@ local function count_backlog()
   -- grows with their number, so that reading them takes about a hundredth of the time.
   redis.call('HSET', backlog_key, 'again_ms', now_ms + num_read / 10)
   for name, number in pairs(bytes) do redis.call('HSET', backlog_key, name, number, name .. ':num', num[name]) end
-  redis.call('EXPIRE', backlog_key, 3600)
+  -- APIs of an earlier release enqueue without adding to these numbers.
+  redis.call('EXPIRE', backlog_key, 60)
 end
 
 -- Returns bytes and number of the waiting requests: of the base, then of the tenant. Requests that have left since the
@@ -81,8 +66,19 @@ local function backlog(may_count)
     count_backlog()
     return backlog(false)
   end
-  return { bytes = to_number(bytes, 0), own_bytes = to_number(own_bytes, 0), own_num = to_number(own_num, 0),
-    is_over = is_over }
+  return { bytes = to_number(bytes, 0), num = to_number(num, 0), own_bytes = to_number(own_bytes, 0),
+    own_num = to_number(own_num, 0), is_over = is_over }
+end
+
+-- Returns the number of requests in all queues of the base, which are counted anew if `known` reaches the limit.
+local function total_depth(known, limit)
+  if known < limit then return known end
+  local total = 0
+  for _, other in ipairs(redis.call('ZRANGE', waiting_key(base), 0, -1)) do
+    total = total + to_number(redis.pcall('LLEN', RQ .. ':queue:' .. other), 0)
+  end
+  redis.call('HSET', backlog_key, TOTAL .. ':num', total)
+  return total
 end
 
 -- True if the tenant has `limit` places in the queue, in the class and version of this request.
@@ -98,15 +94,14 @@ end
 local depth = redis.call('LLEN', queue_key(queue))
 if depth >= limits[1] then return full('requests', depth) end
 if depth >= limits[4] and has_places(limits[4]) then return full('requests of tenant', limits[4]) end
-local total = total_depth(limits[2])
-if total >= limits[2] then return full('requests', total) end
 local known = backlog(true)
+local total = total_depth(known.num, limits[2])
+if total >= limits[2] then return full('requests', total) end
 if known.is_over(known.bytes, job.bytes, limits[3]) then return full('bytes', known.bytes) end
 if known.is_over(known.own_bytes, job.bytes, limits[6]) then return full('bytes of tenant', known.own_bytes) end
 if known.is_over(known.own_num, 1, limits[5]) then return full('requests of tenant', known.own_num) end
-redis.call('SET', depth_key, total + 1, 'KEEPTTL')
-redis.call('HSET', backlog_key, TOTAL, known.bytes + job.bytes, tenant, known.own_bytes + job.bytes,
-  tenant .. ':num', known.own_num + 1)
+redis.call('HSET', backlog_key, TOTAL, known.bytes + job.bytes, TOTAL .. ':num', total + 1,
+  tenant, known.own_bytes + job.bytes, tenant .. ':num', known.own_num + 1)
 
 local now = iso(now_us)
 redis.call('HSET', job_key(id), unpack(ARGV, NUM_ARGS + 1))
