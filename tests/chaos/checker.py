@@ -135,17 +135,23 @@ def request_keys(connection: redis.Redis) -> dict[str, float]:
     return {name.decode(): life for name in names if (life := connection.pttl(name) / 1000) != -0.002}
 
 
+def lasting_keys(connection: redis.Redis) -> list[str]:
+    """The keys that name a request, without the jobs of aborted ones, for which `check_expiry` is enough."""
+    return [name for name in request_keys(connection) if not _is_canceled_job(connection, name)]
+
+
 def check_expiry(connection: redis.Redis, max_ttl_s: float) -> None:
     """Checks C4 without waiting: every key that names a request expires within its time."""
 
     def limit_s(name: str) -> float:
-        is_canceled = (
-            name.startswith(f"{RQ_KEY_PREFIX}:job:") and connection.hget(name, "status") == b"canceled"
-        )
-        return CANCELED_TTL_S if is_canceled else max_ttl_s
+        return CANCELED_TTL_S if _is_canceled_job(connection, name) else max_ttl_s
 
     late = {name: life for name, life in request_keys(connection).items() if not 0 <= life <= limit_s(name)}
     assert not late, f"keys that stay longer than {max_ttl_s} s: {late}"
+
+
+def _is_canceled_job(connection: redis.Redis, name: str) -> bool:
+    return name.startswith(f"{RQ_KEY_PREFIX}:job:") and connection.hget(name, "status") == b"canceled"
 
 
 def _report(

@@ -17,7 +17,7 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.suspension import resume, suspend
 
 from shared.queue import keys
-from shared.queue.names import slug
+from shared.queue.names import queue_name, slug
 from tests.chaos.forked import Nursery
 from tests.chaos.recorder import MODELS
 from tests.deployment import BIN, ROOT, Process
@@ -204,6 +204,15 @@ class Cluster:
         self.workers.append(ChaosWorker(name, url, process, self.connection, is_plain=is_plain))
         return self.workers[-1].wait_until_serving() if wait else self.workers[-1]
 
+    def run_stock_worker(self, *options: str) -> None:
+        """Runs a worker of RQ's own class until the base's queue is empty; it fails all that it takes."""
+        arguments = ["worker", "-u", self.server.url, "--burst", *options, queue_name(BASE, None)]
+        process = self._launch(arguments, (), {}, ROOT, self._folder / "stock-worker.log")
+        try:
+            process.wait(START_LIMIT_S)
+        finally:
+            process.kill()
+
     def start_api(self, url: str | None = None, *, tree: Path = ROOT, **settings: str) -> ChaosApi:
         """Starts an API, at the server or at the proxy that `url` names; returns when it is ready."""
         port = free_port()
@@ -306,12 +315,16 @@ class Cluster:
     def _start(
         self, arguments: list[str], program: Sequence[str], settings: Mapping[str, str], tree: Path
     ) -> Process:
-        """Starts `program`, or `rq`, with `arguments`."""
-        named = {f"LORELAY_{name.upper()}": value for name, value in (self._settings | settings).items()}
+        """Starts `program`, or `rq`, with `arguments`; the process ends with the cluster."""
         log = self._folder / f"process-{len(self._processes)}.log"
-        if program or tree != ROOT or self._nursery is None:
-            process = Process([*(program or [str(BIN / "rq")]), *arguments], named, log, tree=tree)
-        else:
-            process = self._nursery.start(arguments, named, log)
+        process = self._launch(arguments, program, settings, tree, log)
         self._processes.append(process)
         return process
+
+    def _launch(
+        self, arguments: list[str], program: Sequence[str], settings: Mapping[str, str], tree: Path, log: Path
+    ) -> Process:
+        named = {f"LORELAY_{name.upper()}": value for name, value in (self._settings | settings).items()}
+        if program or tree != ROOT or self._nursery is None:
+            return Process([*(program or [str(BIN / "rq")]), *arguments], named, log, tree=tree)
+        return self._nursery.start(arguments, named, log)

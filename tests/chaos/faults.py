@@ -7,6 +7,7 @@ from functools import partial
 
 from tests.chaos.cluster import API_LEASE_S, LEASE_S, ChaosWorker, Cluster
 from tests.chaos.garbled import garble_request, garble_shared
+from tests.chaos.neighbors import Neighbors
 from tests.chaos.proxy import Proxy, script_marker
 from tests.server_faults import strike
 from tests.waiting import wait_until
@@ -34,6 +35,7 @@ class FaultMaker:
         """Times at which requests lost their worker."""
         self.garbled: set[str] = set()
         """Requests that may fail because one of their records was garbled."""
+        self.neighbors = Neighbors(cluster, rng)
         self._crashes: dict[str, Callable[[], None]] = {
             "worker killed": self._kill,
             "worker frozen": self._freeze,
@@ -50,6 +52,10 @@ class FaultMaker:
             "Redis killed": self._kill_redis,
             "record of a request garbled": lambda: garble_request(self._cluster, self._rng, self.garbled),
             "shared record garbled": lambda: garble_shared(self._cluster.connection, self._rng),
+            "stock worker beside ours": self.neighbors.run_stock_worker,
+            "hostile body": self.neighbors.send_hostile_bodies,
+            "client that never reads": self.neighbors.read_nothing,
+            "flood of long prompts": self.neighbors.flood,
             **{f"Redis says {code}": partial(self._say, code) for code in SAID},
         }
 

@@ -208,9 +208,10 @@ class Load:
 class Recorder:
     """Sends requests to APIs and records their answers. A `with` statement closes it at the end."""
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, *, api_key: str = "none") -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = httpx.Client(timeout=READ_LIMIT_S, trust_env=False, limits=limits)
+        headers = {"Authorization": f"Bearer {api_key}"}
+        self._client = httpx.Client(timeout=READ_LIMIT_S, trust_env=False, limits=limits, headers=headers)
         self._redis = redis.Redis.from_url(redis_url)
 
     def start(self, api_url: str, asks: Sequence[Ask]) -> Run:
