@@ -48,7 +48,8 @@ def client_of(api: ApiServer, *, stream: bool) -> Iterator[None]:
     body = json.dumps({**HELLO, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", api.port)) as connection:
         connection.sendall(
-            b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body))
+            b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % (CHAT.encode(), len(body))
         )
         connection.sendall(body)
         yield

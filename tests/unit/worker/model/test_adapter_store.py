@@ -93,7 +93,7 @@ def test_an_adapter_whose_files_changed_is_refused_when_it_is_read_again(
     with pytest.raises(AdapterError, match=r"'mine' at .* have changed"):
         store.read("mine")
     shutil.rmtree(folder)
-    with pytest.raises(AdapterError, match=r"'mine' at .* does not exist"):
+    with pytest.raises(AdapterError, match=r"'mine' at .* it has no adapter_config.json"):
         store.read("mine")
 
 
