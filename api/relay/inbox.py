@@ -28,6 +28,7 @@ class Inbox:
         self._call_for_log = call_for_log
         self._loop = asyncio.get_running_loop()
         self._last_heard = self.quiet_since = self._loop.time()
+        """`quiet_since` is the time at which an event last arrived or was taken; see `is_quiet`."""
         self._events: list[StreamEvent] = []
         self._behind = False
         self._error: Exception | None = None
@@ -38,6 +39,10 @@ class Inbox:
     def num_waiting(self) -> int:
         """Number of events in memory that the consumer has not taken yet."""
         return len(self._events)
+
+    def is_quiet(self, min_quiet_s: float) -> bool:
+        """True if no event waits, and none arrived or was taken in the last `min_quiet_s`."""
+        return not self._events and self._loop.time() - self.quiet_since >= min_quiet_s
 
     def start_at(self, event_no: int) -> None:
         """Makes `event_no` the first event to deliver, and asks for a read of the log."""
@@ -73,7 +78,7 @@ class Inbox:
         self._call_for_log()
 
     def fail(self, error: Exception) -> None:
-        """Ends the delivery: `get` raises `error`, or the error of an earlier call of `fail`."""
+        """Ends the delivery: after the waiting events, `get` raises `error`, or that of an earlier call."""
         self._error = self._error or error
         self._wake()
 
@@ -97,10 +102,10 @@ class Inbox:
             Exception: the error that was passed to `fail`.
         """
         while True:
-            if self._error is not None:
-                raise self._error
             if self._events:
                 return self._take()
+            if self._error is not None:
+                raise self._error
             if self._loop.time() >= until:
                 return []
             await self._wait(until)
@@ -113,6 +118,7 @@ class Inbox:
 
     def _take(self) -> list[StreamEvent]:
         events, self._events = self._events, []
+        self.quiet_since = self._loop.time()
         if self._behind:
             self._call_for_log()
         return events

@@ -33,7 +33,7 @@ VANISH_CHECK_S = 2.0
 PERMISSION_CHECK_S = 1.0
 OVERDUE_CHECK_S = 5.0
 MIN_QUIET_S = 3.0
-"""Minimum time without events after which Redis is asked whether a request still exists."""
+"""Minimum time without an event that arrives or is taken, after which Redis is asked about a request."""
 
 
 async def renew_lease_loop(queue: QueueClient, lease_s: float) -> None:
@@ -78,13 +78,11 @@ async def fail_vanished_loop(
     queue: QueueClient, settings: ApiSettings, inboxes: Callable[[], Iterable[Inbox]]
 ) -> None:
     """Fails inboxes whose requests are gone, because Redis lost its data or an operator removed them."""
-    loop = asyncio.get_running_loop()
     min_quiet_s = max(MIN_QUIET_S, settings.redis_timeout_s + 1)
     ended: set[str] = set()
     while True:
         await asyncio.sleep(VANISH_CHECK_S)
-        now = loop.time()
-        quiet = {inbox.request_id: inbox for inbox in inboxes() if now - inbox.quiet_since >= min_quiet_s}
+        quiet = {inbox.request_id: inbox for inbox in inboxes() if inbox.is_quiet(min_quiet_s)}
         if not quiet:
             continue
         try:
@@ -97,7 +95,8 @@ async def fail_vanished_loop(
             if isinstance(reason, TakenByOther) and await _is_put_back(queue, request_id):
                 continue
             # A request that has just ended is failed at the second check: its last event may still arrive.
-            if not isinstance(reason, EndLost) or request_id in ended:
+            is_over = not isinstance(reason, EndLost) or request_id in ended
+            if is_over and quiet[request_id].is_quiet(min_quiet_s):
                 quiet[request_id].fail(reason)
         ended = {request_id for request_id, reason in vanished.items() if isinstance(reason, EndLost)}
 

@@ -171,7 +171,7 @@ async def test_a_nearer_deadline_than_the_pending_alarm_is_kept() -> None:
     inbox.close()
 
 
-async def test_a_failure_wakes_the_client_and_comes_before_what_waits() -> None:
+async def test_a_failure_wakes_the_client_and_comes_after_what_waits() -> None:
     inbox = make_inbox()
     waiting = asyncio.create_task(inbox.get(FOREVER))
     asyncio.get_running_loop().call_soon(inbox.fail, KeyError("first"))
@@ -180,5 +180,6 @@ async def test_a_failure_wakes_the_client_and_comes_before_what_waits() -> None:
     inbox.fail(ValueError("second"))
     inbox.put(StreamEvent(0))
     assert not inbox.wants_log(FOREVER)
+    assert await take(inbox) == [0]
     with pytest.raises(KeyError, match="first"):
         await inbox.get(FOREVER)
