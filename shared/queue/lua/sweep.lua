@@ -1,6 +1,6 @@
 -- Repairs `waiting` and the index of queues that were changed with RQ's tools (`rq requeue`, `rq empty`, a dashboard),
--- removes expired jobs from RQ's registries, ends overdue requests at the front of a queue, and renames keys of a wrong
--- type.
+-- removes expired jobs from RQ's registries, ends overdue requests at the front of a queue, puts back requests that a stock
+-- worker took and never began, and renames keys of a wrong type.
 -- ARGV: base, then the queues of the base. Returns {number of these queues with waiting requests, unreadable}.
 local base = ARGV[1]
 local MAX_NUM_ENDED = 100
@@ -27,6 +27,30 @@ local function end_overdue_heads(queue)
   end
 end
 
+local STUCK_MS = 5000
+
+-- Puts a request back on its queue if it stands in `list` for STUCK_MS and its job has not begun.
+local function put_back_stuck(id, queue, list)
+  local status, request, stuck_since_ms = unpack(redis.call('HMGET', job_key(id), 'status', 'request', 'stuck_since_ms'))
+  if status ~= 'queued' or not request then return end
+  if not stuck_since_ms then return redis.call('HSET', job_key(id), 'stuck_since_ms', now_ms) end
+  if now_ms - to_number(stuck_since_ms, 0) < STUCK_MS then return end
+  redis.call('LREM', list, 0, id)
+  redis.call('HDEL', job_key(id), 'stuck_since_ms')
+  redis.call('LREM', queue_key(queue), 0, id)
+  redis.call('LPUSH', queue_key(queue), id)
+  add_place(id, queue, make_place(id))
+end
+
+-- Puts back requests that a stock worker took and did not begin. It moves their ids to a list beside the queue's, where
+-- they stay if it is stopped before it has marked the job as started, which takes milliseconds.
+local function put_back_all_stuck(queue)
+  local list = shared_key('list', RQ .. ':queue:' .. queue .. ':intermediate')
+  for _, id in ipairs(redis.call('LRANGE', list, 0, MAX_NUM_ENDED - 1)) do
+    guarded(id, base, queue, put_back_stuck, id, queue, list)
+  end
+end
+
 -- Renames these two keys if they have a wrong type. No script of a worker reads them, but the worker blocks on the
 -- first, and `rq info` reads the second.
 doorbell_key(base)
@@ -41,6 +65,7 @@ for i = 2, #ARGV do
   for _, composite in ipairs(redis.call('ZRANGE', registry_key('wip', queue), 0, -1)) do
     mend_entry(queue, composite)
   end
+  put_back_all_stuck(queue)
   if redis.call('LLEN', queue_key(queue)) > 0 then
     end_overdue_heads(queue)
     trim_index(queue)

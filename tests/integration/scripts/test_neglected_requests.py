@@ -72,6 +72,29 @@ def test_a_request_whose_stock_worker_died_in_the_middle_ends_with_its_clients_l
     assert api.abort(request_id, only_queued=True) == "gone"
 
 
+def test_a_request_that_a_stock_worker_took_and_never_began_goes_back(
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams
+) -> None:
+    request_id = api.enqueue(make_request())
+    connection.lmove(LIST, f"{LIST}:intermediate")
+    streams.sweep([BASE])
+    assert claim(streams) == []
+    connection.hset(Job.key_for(request_id), "stuck_since_ms", 1)
+    streams.sweep([BASE])
+    assert connection.exists(f"{LIST}:intermediate") == 0
+    assert [claimed.held.request_id for claimed in claim(streams)] == [request_id]
+
+
+def test_a_job_that_a_stock_worker_began_stays_with_it(
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams
+) -> None:
+    request_id = api.enqueue(make_request())
+    connection.lmove(LIST, f"{LIST}:intermediate")
+    connection.hset(Job.key_for(request_id), mapping={"status": "started", "stuck_since_ms": 1})
+    streams.sweep([BASE])
+    assert connection.lrange(f"{LIST}:intermediate", 0, -1) == [request_id.encode()]
+
+
 def test_a_request_that_is_taken_again_and_again_is_given_up(
     connection: redis.Redis, api: BlockingApi
 ) -> None:
