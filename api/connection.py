@@ -66,7 +66,7 @@ class Connection(HttpToolsProtocol):
         """Parses what the client sent, unless it was refused already."""
         if self.progress.refused_since is not None:
             return
-        if self.progress.body_since is None and self.progress.head_since is None:
+        if not self._cycles and self.progress.body_since is None and self.progress.head_since is None:
             self.progress.head_since = self._guard.clock()
         self._num_unparsed_bytes += len(data)
         super().data_received(data)
@@ -91,8 +91,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Begins the body, and starts the application."""
         self._num_unparsed_bytes = 0
-        self.progress.head_since, self.progress.body_since = None, self._guard.clock()
-        self._guard.note_arriving(self)
+        self.progress.head_since = None
+        if not self._cycles:
+            self._begin_body()
         super().on_headers_complete()
         self._num_head_bytes = 0
         self._cycles.append(self.cycle)
@@ -110,12 +111,26 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Ends the response; the connection then waits for another request."""
+        """Ends the response; the connection then waits for another request, or runs the one that has come.
+
+        The time limits of a head or a body that arrived during the response begin now: its client may have
+        waited for the response, and uvicorn reads no body of a second request before.
+        """
         if self._cycles:
             self._cycles.popleft()
         super().on_response_complete()
-        if not self.pipeline:
-            self._guard.note_waiting(self)
+        if self._cycles:
+            if len(self._cycles) == 1 and self._cycles[0].more_body:
+                self._begin_body()
+            return
+        self._guard.note_waiting(self)
+        is_head = self.progress.body_since is None and self.progress.refused_since is None
+        if is_head and (self._num_head_bytes or self._num_unparsed_bytes):
+            self.progress.head_since = self._guard.clock()
+
+    def _begin_body(self) -> None:
+        self.progress.body_since = self._guard.clock()
+        self._guard.note_arriving(self)
 
     def send_400_response(self, msg: str) -> None:
         """Answers a request that the parser or `_count_head` refused."""
