@@ -1,4 +1,4 @@
-"""What all routes check before a request goes to its queue."""
+"""Checks of all routes before a request goes to its queue."""
 
 from typing import Any
 
