@@ -30,6 +30,9 @@ NUM_EVENTS_TO_CLEAR = 16
 class WorkerStreams(UpkeepStreams):
     """Calls the scripts of a worker: look, claim, append, hand_back, and its heartbeat's scripts."""
 
+    is_look_cut = False
+    """True if the last look found nothing, but removed many places without a request; look again."""
+
     def look(
         self,
         near: Sequence[str],
@@ -68,6 +71,7 @@ class WorkerStreams(UpkeepStreams):
             )
             log_unreadable(unreadable)
             lines += [read_waiting(entry) for entry in found]
+        self.is_look_cut = rank == -2 and not lines
         return lines, float(now_ms)
 
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick], num_long: int = NO_LIMIT) -> list[Claim]:

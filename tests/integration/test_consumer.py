@@ -54,6 +54,39 @@ def test_long_prompts_that_are_not_encoded_leave_places_for_short_ones(
     assert held_ids(held) == {*long_ones[:2], *short}
 
 
+def test_a_worker_that_may_claim_no_long_prompt_and_found_nothing_looks_again_after_a_pause(
+    connection: redis.Redis, api: BlockingApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_ones = [enqueue_long(api, "alice") for _ in range(5)]
+    held, now_s, looks = HeldRequests(), [0.0], []
+    consumer = make_consumer(
+        worker_streams(connection), held, encode=not_at_all, poll_s=0.001, clock=lambda: now_s[0]
+    )
+    look = WorkerStreams.look
+
+    def counted(*args: Any, **options: Any) -> Any:
+        looks.append(now_s[0])
+        return look(*args, **options)
+
+    monkeypatch.setattr(WorkerStreams, "look", counted)
+    for now_s[0] in (0.0, 1.0, 1.0, 1.19):
+        consumer.turn()
+    assert looks == [0.0, 1.0]
+    short = api.enqueue(make_request("a"))
+    for now_s[0] in (1.19, 1.21):
+        consumer.turn()
+    assert looks == [0.0, 1.0, 1.21]
+    assert held_ids(held) == {*long_ones[:2], short}
+    consumer.turn()
+    assert len(looks) == 4
+    encoder = threading.Thread(target=consumer.threads["long prompts"], daemon=True)
+    encoder.start()
+    wait_until(lambda: consumer.turn() or long_ones[2] in held_ids(held), what="a claim in the pause")
+    consumer.stop()
+    encoder.join(10)
+    assert not encoder.is_alive()
+
+
 def test_the_next_long_prompt_is_claimed_when_one_is_encoded(
     connection: redis.Redis, api: BlockingApi
 ) -> None:

@@ -45,7 +45,8 @@ class Claimer:
         self._names_if_few = names_if_few
         self._attempt: _Attempt | None = None
         self.lost_race = False
-        """True if other workers took all requests that the last claim chose; more requests may wait."""
+        """True if the last claim found nothing, but more requests may wait: other workers took all that it
+        chose, or its look ended early."""
 
     @property
     def awaits_reply(self) -> bool:
@@ -56,7 +57,7 @@ class Claimer:
         """Claims requests until the worker's free capacity is used, or no suitable request waits."""
         self._attempt = self._attempt or self._choose(running)
         claims = self._streams.claim(*self._attempt) if self._attempt.picks else []
-        self.lost_race = bool(self._attempt.picks) and not claims
+        self.lost_race = not claims and (bool(self._attempt.picks) or self._streams.is_look_cut)
         self._attempt = None
         for claim in claims:
             request = claim.request

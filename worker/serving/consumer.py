@@ -6,6 +6,7 @@ Two queues connect this thread with the engine's thread, which does no network I
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -31,6 +32,8 @@ MAX_NUM_UNSENT_STEPS = 32
 IDLE_WAIT_S = 1.0
 LONG_SHARE = 0.25
 """Part of a worker's places for long prompts that are not encoded yet; they take seconds each."""
+LONG_ONLY_WAIT_S = 0.2
+"""Pause after a claim that found nothing while no long prompt may be claimed: maybe only long ones wait."""
 IO = "io"
 
 
@@ -128,6 +131,16 @@ def _share_of(claim: Claim) -> _Share:
     return _Share(queue, tenant_key(request.tenant), request.num_sequences)
 
 
+class _Pause(NamedTuple):
+    """Until `end_s` (monotonic), a worker with `num_long` long prompts or more looks for no further requests.
+
+    A look that passes over long requests costs Redis some milliseconds, and would be repeated in each turn.
+    """
+
+    num_long: int
+    end_s: float
+
+
 class Consumer:
     """Passes requests from Redis to the engine, and events from the engine to Redis."""
 
@@ -140,6 +153,7 @@ class Consumer:
         encode: Encode,
         capacity: Callable[[], int],
         poll_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`capacity` returns the number of sequences that the engine can run at once now."""
         self._streams = streams
@@ -147,6 +161,8 @@ class Consumer:
         self._held = held
         self._capacity = capacity
         self._poll_s = poll_s
+        self._clock = clock
+        self._pause = _Pause(0, 0.0)
         self.outages = Outages(logger)
         self._unsent: list[Append] = []
         self._known_isolated: Held | None = None
@@ -212,8 +228,9 @@ class Consumer:
         if may_claim or self._claimer.awaits_reply:
             self._claim()
         self.is_idle = not self._held
-        if self.is_idle and not self._claimer.lost_race and not self._stopped.is_set():
-            self._streams.wait_for_doorbell(IDLE_WAIT_S)
+        may_wait = self.is_idle and not self._claimer.lost_race and not self._stopped.is_set()
+        if may_wait and self._streams.wait_for_doorbell(IDLE_WAIT_S):
+            self._pause = _Pause(0, 0.0)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Tells the engine to end requests that clients aborted, or whose clients disconnected."""
@@ -306,11 +323,17 @@ class Consumer:
 
     def _claim(self) -> None:
         capacity = self._capacity()
-        num_long_free = max(1, int(capacity * LONG_SHARE)) - self._encoder.num_long
+        num_long = self._encoder.num_long
+        num_long_free = max(1, int(capacity * LONG_SHARE)) - num_long
         running = self._held.running(capacity)._replace(num_long_free=num_long_free)
         if running.num_free <= 0 or self._draining.is_set() or self._held.has_suspect:
             return
+        is_paused = num_long >= self._pause.num_long and self._clock() < self._pause.end_s
+        if is_paused and not self._claimer.awaits_reply:
+            return
         claims = self._claimer.claim(running)
+        if num_long_free <= 0 and not claims and not self._claimer.lost_race:
+            self._pause = _Pause(num_long, self._clock() + LONG_ONLY_WAIT_S)
         for claim in claims:
             self._held.add(claim)
         self.num_claimed += len(claims)

@@ -10,7 +10,7 @@
 local base, worker, lease_ms, stream_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local picks = cmsgpack.unpack(ARGV[6])
 local NUM_ARGS = 7
-local reader = { base = base, schema_version = tonumber(ARGV[5]), num_long = tonumber(ARGV[7]), weights = {} }
+local reader = new_reader(base, ARGV[5], ARGV[7])
 
 -- True for a suspect: a request that crashed a worker once while it ran alone, or was in two crashes beside others.
 local function must_run_alone(job)
@@ -109,6 +109,7 @@ for i = 1, #picks, 2 do
     place, id, job = first_of(reader, queue, line)
     if not id then break end
     described = guarded(id, base, queue, take, id, queue, place, job, ARGV[NUM_ARGS + #claimed + 1])
+    if not described then reader.num_removals_left = reader.num_removals_left - 1 end
   end
   claimed[#claimed + 1] = described
   if described and is_long(job) then reader.num_long = reader.num_long - 1 end

@@ -6,12 +6,13 @@
 --       waiting queues at which to continue, near = queues to read first because their adapters need no free slot,
 --       others = the other queues of the worker, or {} for all of its `served` hash (both msgpack), maximum number of
 --       long requests, of which 0 matters here: then long requests are passed over.
--- Returns {lines, rank at which to continue or -1 if enough was found, now (ms), unreadable}. Per line {queue, deadline
--- (ms) of its first request or '', places ...}.
+-- Returns {lines, rank at which to continue or -1 if this look is complete, now (ms), unreadable}. Per line {queue,
+-- deadline (ms) of its first request or '', places ...}. The rank is -2 if the call found nothing because it removed as
+-- many places without a request as a call may: the next look gets further.
 local base, worker = ARGV[1], ARGV[2]
 local max_requests, max_queues, tenant_point = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local rank, near, others = tonumber(ARGV[7]), cmsgpack.unpack(ARGV[8]), cmsgpack.unpack(ARGV[9])
-local reader = { base = base, schema_version = tonumber(ARGV[3]), num_long = tonumber(ARGV[10]), weights = {} }
+local reader = new_reader(base, ARGV[3], ARGV[10])
 local FIRST_PAGE, MAX_PAGES = 16, 6
 local MAX_TENANTS, MAX_VERSIONS = 8, 4
 -- Number of lines after which only one line of each class and version is read per further queue.
@@ -111,7 +112,7 @@ local function look_at(queue)
     mend_index(base, queue)
     add_lines(queue, key)
     if #lines > was_there then return true end
-    if redis.call('ZCARD', key) == redis.call('LLEN', queue_key(queue)) then break end
+    if is_spent(reader) or redis.call('ZCARD', key) == redis.call('LLEN', queue_key(queue)) then break end
   end
   update_waiting(base, queue)
   return false
@@ -135,12 +136,12 @@ local function waits_since_ms(queue)
   return score[queue] or nil
 end
 
--- Reads queues in the given order, until `most` of them had requests for this worker; skips queues that were read
--- before. Returns how many queues are still missing from `most`.
+-- Reads queues in the given order, until `most` of them had requests for this worker or a limit is reached; skips
+-- queues that were read before. Returns how many queues are still missing from `most`.
 local function look_at_some(queues, most)
   weights_of(queues)
   for _, queue in ipairs(queues) do
-    if most <= 0 then break end
+    if most <= 0 or is_spent(reader) then break end
     if reader.weights[queue] and not is_seen[queue] and look_at(queue) then most = most - 1 end
   end
   return most
@@ -173,6 +174,7 @@ local function look_at_others()
   end
   table.sort(waiting, function(one, other) return since_ms[one] < since_ms[other] end)
   look_at_some(waiting, num_oldest)
+  reader.num_passes_left = MAX_PASSES
   for i = 1, #waiting do drawn[i] = waiting[(draw + i) % #waiting + 1] end
   look_at_some(drawn, num_drawn)
 end
@@ -185,7 +187,7 @@ local function look_at_oldest()
     local queues = redis.call('ZRANGE', waiting_key(base), rank, rank + page - 1)
     weights_of(queues)
     for _, queue in ipairs(queues) do
-      if num_left <= 0 then
+      if num_left <= 0 or is_spent(reader) then
         rank = -1
         return
       end
@@ -220,11 +222,16 @@ end
 if redis.call('EXISTS', RQ .. ':suspended') == 1 then return { {}, -1, now_ms, unreadable } end
 local is_first = rank == 0
 if is_first then look_near() end
+-- Each part may pass over so many requests. If parts shared the number, requests that can't run could always use it up
+-- in the same queues, and the queues drawn at random would never be read.
+reader.num_passes_left = MAX_PASSES
 if #others > 0 then
   look_at_others()
   rank = -1
 else
   look_at_oldest()
+  reader.num_passes_left = MAX_PASSES
   if is_first then look_at_drawn() end
 end
+if reader.num_removals_left <= 0 and #lines == 0 then rank = -2 end
 return { lines, rank, now_ms, unreadable }
