@@ -48,6 +48,7 @@ class LoraWorker(RqWorker):
         super().__init__(*args, **kwargs)
         self._service: WorkerService | None = None
         self._stop_asked = False
+        self._follower = registry.WorkerFollower(self.name)
         self._has_all_queues = True
         self._model_names: list[str] = []
 
@@ -67,11 +68,7 @@ class LoraWorker(RqWorker):
         Raises:
             SystemExit: a configuration error (exit code 2), or any other error (1).
         """
-        _refuse_options(
-            max_jobs=max_jobs,
-            max_idle_time=max_idle_time,
-            with_scheduler=with_scheduler,
-        )
+        _refuse_options(max_jobs=max_jobs, max_idle_time=max_idle_time, with_scheduler=with_scheduler)
         _log_to_streams(logging_level or "INFO", date_format, log_format)
         self._install_signal_handlers()
         if sys.__stderr__ is not None:
@@ -215,7 +212,7 @@ class LoraWorker(RqWorker):
                 self.log.warning("Worker %s: Redis lost this worker's record, registering again", self.name)
                 self.register_birth()
             registry.repair(connection, cards, fill=is_forgotten)
-            registry.follow_workers(connection, cards, self.name, facts)
+            self._follower.follow(connection, cards, facts, is_forced=is_forgotten)
             with connection.pipeline() as pipeline:
                 self.heartbeat(pipeline=pipeline)
                 described = {keys.FORWARD_FIELD: forward_state, keys.FACTS_FIELD: facts.encode()}

@@ -1,6 +1,6 @@
 """The live workers of a base as they describe themselves, and the context length that all of them accept."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import msgspec
@@ -19,11 +19,25 @@ class Peer(NamedTuple):
     facts: WorkerFacts | None
     """None for a worker of the release before, which writes none."""
     queues: frozenset[str]
-    """The queues from which the worker claims."""
+    """The queues from which the worker claims, as far as they were asked for."""
 
 
-def read_peers(connection: redis.Redis, base: str, own_name: str, own: WorkerFacts) -> dict[str, Peer]:
-    """Returns the live workers of a base by name; `own` are the facts of the worker `own_name` itself."""
+class Live(NamedTuple):
+    """A live worker of a base, read without all the queues from which it claims."""
+
+    facts: WorkerFacts | None
+    """None for a worker of the release before, which writes none."""
+    has_probe: bool
+    """True if the worker claims from the queue that was asked for."""
+
+
+def read_live(
+    connection: redis.Redis, base: str, own_name: str, own: WorkerFacts, probes: Mapping[str, str]
+) -> dict[str, Live]:
+    """Returns a base's live workers by name; `own` are the facts of the worker `own_name` itself.
+
+    `probes` has a queue for the names of some workers; `has_probe` tells whether the worker claims from it.
+    """
     seconds, _ = connection.time()
     key = keys.workers(slug(base))
     live = cast("list[bytes]", connection.zrangebyscore(key, seconds * 1000, "+inf"))
@@ -31,16 +45,36 @@ def read_peers(connection: redis.Redis, base: str, own_name: str, own: WorkerFac
     pipeline = connection.pipeline(transaction=False)
     for name in names:
         pipeline.hget(f"{RQ_KEY_PREFIX}:worker:{name}", keys.FACTS_FIELD)
-        pipeline.hgetall(keys.served(name))
-    replies = pipeline.execute(raise_on_error=False) if names else []
+        pipeline.hget(keys.served(name), probes.get(name, ""))
+    replies = _execute(pipeline) if names else []
+    return {
+        name: Live(own if name == own_name else read_facts(facts), isinstance(version, bytes))
+        for name, facts, version in zip(names, replies[::2], replies[1::2], strict=True)
+    }
+
+
+def read_peers(
+    connection: redis.Redis, base: str, queues: Sequence[str], own_name: str, own: WorkerFacts
+) -> dict[str, Peer]:
+    """Returns the live workers of a base by name, each with those of `queues` from which it claims."""
+    live = read_live(connection, base, own_name, own, {})
+    pipeline = connection.pipeline(transaction=False)
+    for name in live:
+        pipeline.hmget(keys.served(name), queues)
+    replies = _execute(pipeline) if live else []
+    return {
+        name: Peer(worker.facts, _found(queues, served))
+        for (name, worker), served in zip(live.items(), replies, strict=True)
+    }
+
+
+def _execute(pipeline: "redis.client.Pipeline") -> list[object]:
+    """Returns the replies of a pipeline, `WRONGTYPE` errors included; raises the first other error."""
+    replies = cast("list[object]", pipeline.execute(raise_on_error=False))
     for reply in replies:
         if isinstance(reply, Exception) and not is_wrong_type(reply):
             raise reply
-    pairs = zip(names, replies[::2], replies[1::2], strict=True)
-    peers = {name: Peer(read_facts(facts), _queues(served)) for name, facts, served in pairs}
-    if own_name in peers:
-        peers[own_name] = Peer(own, peers[own_name].queues)
-    return peers
+    return replies
 
 
 def read_facts(encoded: object) -> WorkerFacts | None:
@@ -77,7 +111,7 @@ def describe_differences(peers: Mapping[str, Peer], own_name: str, own: WorkerFa
     ]
 
 
-def _queues(served: object) -> frozenset[str]:
-    if not isinstance(served, dict):
-        return frozenset()
-    return frozenset(name.decode(errors="replace") for name in cast("dict[bytes, bytes]", served) if name)
+def _found(queues: Sequence[str], served: object) -> frozenset[str]:
+    """Returns the queues that have a value in the reply of HMGET."""
+    versions = cast("list[bytes | None]", served) if isinstance(served, list) else [None] * len(queues)
+    return frozenset(queue for queue, version in zip(queues, versions, strict=True) if version is not None)

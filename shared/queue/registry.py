@@ -5,7 +5,8 @@ while no worker of that model is running. `presence.py` tells which models live 
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -17,7 +18,7 @@ from shared.errors import LorelayError, ModelNotFound, NotServedYet, RegistryCon
 from shared.logs import fields
 from shared.messages import ModelCard, WorkerFacts, decode_card
 from shared.queue import keys
-from shared.queue.fleet import Peer, common_length, read_peers
+from shared.queue.fleet import Peer, common_length, read_live, read_peers
 from shared.queue.names import queue_name
 from shared.queue.scripts import mend, script_source
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 MAX_SHOWN_LENGTH = 100
 LOADING_TTL_S = 3600
 """Time to live of the notes about models that are being loaded, after the last one was written."""
+FOLLOW_S = 30.0
+"""Maximum time between two calls of `follow_workers`, for changes that `WorkerFollower` does not notice."""
 UNREADABLE_TTL_MS = 86_400_000
 """Time to live of a key that was renamed because it had a wrong type; `prelude.lua` has the same number."""
 
@@ -67,7 +70,8 @@ def follow_workers(
     `worker_name`, `facts`: the worker that calls this. Entries of other weights, and those that can't be
     read, stay as they are. Returns the live workers of the base by name.
     """
-    peers = read_peers(connection, cards[0].base, worker_name, facts)
+    queues = list(dict.fromkeys(map(_queue, cards)))
+    peers = read_peers(connection, cards[0].base, queues, worker_name, facts)
     stored = connection.hmget(keys.MODELS, [card.name for card in cards])
     swap = connection.register_script(script_source("swap_card"))
     for card, encoded in zip(cards, stored, strict=True):
@@ -81,6 +85,37 @@ def follow_workers(
             changed = msgspec.structs.replace(known, max_model_len=length)
             swap(args=[card.name, encoded, changed.encode()])
     return peers
+
+
+class WorkerFollower:
+    """Calls `follow_workers` for a worker's heartbeats only when the result may have changed.
+
+    Each call reads what every live worker serves: with every heartbeat of every worker, that would be work
+    for Redis and the workers that grows with the square of the number of workers, times their adapters.
+    """
+
+    def __init__(self, worker_name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._worker_name = worker_name
+        self._clock = clock
+        self._followed: object = None
+        """The own cards and the context lengths of the live workers at the last call."""
+        self._probes: dict[str, str] = {}
+        """For each live worker that shares queues with this one, such a queue: it is gone when it drains."""
+        self._next_at = 0.0
+
+    def follow(
+        self, connection: redis.Redis, cards: Sequence[ModelCard], facts: WorkerFacts, *, is_forced: bool
+    ) -> None:
+        """Calls `follow_workers` if cards or live workers changed, one drains, or `FOLLOW_S` have passed."""
+        live = read_live(connection, cards[0].base, self._worker_name, facts, self._probes)
+        lengths = {name: worker.facts and worker.facts.max_model_len for name, worker in live.items()}
+        present = {(card.name, card.weights_version) for card in cards}, lengths
+        has_left = any(name in self._probes and not worker.has_probe for name, worker in live.items())
+        is_due = is_forced or self._clock() >= self._next_at
+        if is_due or has_left or present != self._followed:
+            peers = follow_workers(connection, cards, self._worker_name, facts)
+            self._followed, self._next_at = present, self._clock() + FOLLOW_S
+            self._probes = {name: min(peer.queues) for name, peer in peers.items() if peer.queues}
 
 
 def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -> None:

@@ -275,6 +275,47 @@ def test_a_worker_is_told_in_which_ways_live_workers_of_its_base_differ(connecti
     assert describe_differences(peers, "own", own) == []
 
 
+def num_reads(connection: redis.Redis, *, by: Callable[[], None]) -> int:
+    """The number of reads of what a worker serves, or of several cards, that `by` makes."""
+    connection.config_resetstat()
+    by()
+    stats = connection.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("hmget", "hgetall"))
+
+
+def test_a_heartbeat_reads_what_others_serve_only_if_the_live_workers_changed_or_after_a_while(
+    connection: redis.Redis,
+) -> None:
+    now, cards = 0.0, with_length(8192, BASE, adapter("a"))
+    register_worker(connection, "own", cards, WorkerFacts(8192))
+    follower = registry.WorkerFollower("own", clock=lambda: now)
+
+    def beat(*, is_forced: bool = False) -> int:
+        facts = WorkerFacts(8192, num_reads=int(now))
+        return num_reads(
+            connection, by=lambda: follower.follow(connection, cards, facts, is_forced=is_forced)
+        )
+
+    assert [beat() > 0 for _ in range(3)] == [True, False, False]
+    register_worker(connection, "short", with_length(4096, BASE), WorkerFacts(4096))
+    assert [beat() > 0 for _ in range(2)] == [True, False]
+    connection.hset("rq:worker:short", "facts", WorkerFacts(2048).encode())
+    assert [beat() > 0 for _ in range(2)] == [True, False]
+    assert lengths(connection) == {"tiny": 2048, "a": 8192}
+    worker_streams(connection, "short", served={})  # it drains
+    assert [beat() > 0 for _ in range(2)] == [True, False]
+    assert lengths(connection) == {"tiny": 8192, "a": 8192}
+    now = registry.FOLLOW_S - 1
+    assert beat() == 0
+    now = registry.FOLLOW_S
+    assert [beat() > 0 for _ in range(2)] == [True, False]
+    cards.pop()
+    assert [beat() > 0 for _ in range(2)] == [True, False]
+    assert beat(is_forced=True) > 0
+    leave(connection, "short")
+    assert [beat() > 0 for _ in range(2)] == [True, False]
+
+
 def test_a_server_without_the_commands_of_6_2_is_refused(
     connection: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
