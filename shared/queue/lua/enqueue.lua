@@ -45,9 +45,9 @@ local function count_backlog()
     end
   end
   redis.call('DEL', backlog_key)
-  -- If all requests were read each time that a limit is reached, a full queue would keep the server busy. The pause
-  -- grows with their number, so that reading them takes about a hundredth of the time.
-  redis.call('HSET', backlog_key, 'again_ms', now_ms + num_read / 10)
+  -- If all requests were read each time that a limit is reached, a full queue would keep the server busy. The pause is
+  -- 1 ms for each request, so that reading them takes a few hundredths of the time.
+  redis.call('HSET', backlog_key, 'again_ms', now_ms + num_read)
   for name, number in pairs(bytes) do redis.call('HSET', backlog_key, name, number, name .. ':num', num[name]) end
   -- APIs of an earlier release enqueue without adding to these numbers.
   redis.call('EXPIRE', backlog_key, 60)
@@ -81,10 +81,21 @@ local function total_depth(known, limit)
   return total
 end
 
--- True if the tenant has `limit` places in the queue, in the class and version of this request.
+-- True if the index has more places than the list has requests: some places have lost their request.
+local function has_stale_places() return redis.call('ZCARD', order_key(queue)) > redis.call('LLEN', queue_key(queue)) end
+
+-- True if the tenant has `limit` requests in the queue, in the class and version of this request. Places without a
+-- request, which workers of an earlier release leave, must refuse nobody: they are dropped, and while there are too
+-- many for one call, the limit on the tenant's requests in all queues together has to suffice.
 local function has_places(limit)
   local line = table.concat({ job.order:sub(1, 1), version_part(job.version), tenant }, '|') .. '|'
-  return redis.call('ZRANGE', order_key(queue), '[' .. line, '(' .. line .. '}', 'BYLEX', 'LIMIT', limit - 1, 1)[1]
+  local function is_over()
+    return redis.call('ZRANGE', order_key(queue), '[' .. line, '(' .. line .. '}', 'BYLEX', 'LIMIT', limit - 1, 1)[1]
+  end
+  if not is_over() then return false end
+  if not has_stale_places() then return true end
+  trim_index(queue)
+  return not has_stale_places() and is_over()
 end
 
 if redis.call('EXISTS', job_key(id)) == 1 then

@@ -15,6 +15,7 @@ from rq.suspension import resume, suspend
 from shared.errors import ContextLengthExceeded, GenerationFailed, GenerationStopped, QueueFull
 from shared.messages import SCHEMA_VERSION, FinishReason, GenerationRequest, decode_event
 from shared.queue import keys
+from shared.queue.places import tenant_key
 from shared.queue.records import Append, Claim, Held
 from shared.queue.scripts import script_source
 from shared.queue.worker_streams import WorkerStreams
@@ -165,6 +166,36 @@ def test_one_tenant_has_a_share_of_the_places_of_a_queue_and_of_all_queues(
         api.enqueue(sized("alice", 1, "c"), **limits)
     for _ in range(2):
         api.enqueue(sized("bob", 1), **limits)
+
+
+@pytest.mark.parametrize("num_stale", [3, 150], ids=["few", "more than one call drops"])
+def test_places_whose_requests_an_earlier_worker_took_refuse_nobody(
+    connection: redis.Redis, api: BlockingApi, num_stale: int
+) -> None:
+    limits = {"depth": 4, "tenant_share": 0.5}
+    for _ in range(2):
+        api.enqueue(sized("bob", 1), **limits)
+    line = f"1|00000000|{tenant_key('alice')}"
+    stale = {f"{line}|2147483648|{number:016}|000001|gone-{number}": 0 for number in range(num_stale)}
+    connection.zadd(keys.order(f"{BASE}-a"), stale)
+    api.enqueue(sized("alice", 1), **limits)
+    while connection.zcard(keys.order(f"{BASE}-a")) > 3:
+        worker_streams(connection).sweep([f"{BASE}-a"])
+    api.enqueue(sized("alice", 1), depth=100, tenant_share=0.02)
+    with pytest.raises(QueueFull, match="2 requests of this API key"):
+        api.enqueue(sized("alice", 1), depth=100, tenant_share=0.02)
+
+
+def test_the_pause_between_two_counts_grows_with_the_number_of_requests(
+    connection: redis.Redis, api: BlockingApi
+) -> None:
+    for _ in range(20):
+        api.enqueue(sized("alice", 1000))
+    connection.delete(keys.backlog(BASE))
+    seconds, microseconds = connection.time()
+    api.enqueue(sized("alice", 1000))
+    pause_ms = float(connection.hget(keys.backlog(BASE), "again_ms")) - seconds * 1000 - microseconds / 1000
+    assert pause_ms >= 19
 
 
 def test_bytes_are_counted_again_if_the_count_was_lost_or_an_earlier_release_enqueued(
