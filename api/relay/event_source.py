@@ -89,9 +89,25 @@ class EventSource:
                 self.has_ended = events[-1].is_terminal
                 return events
             if self._loop.time() >= self._check_at:
-                await self._check_queue()
+                await self._check_until_event()
             elif self._loop.time() >= until:
                 return []
+
+    async def _check_until_event(self) -> None:
+        """Runs `_check_queue`, but gives up when an event comes: Redis may take seconds to answer.
+
+        Raises:
+            QueueTimeout, NoWorker, GenerationFailed: as in `next`.
+        """
+        check = asyncio.ensure_future(self._check_queue())
+        arrival = asyncio.ensure_future(self._inbox.wait_for_event())
+        try:
+            await asyncio.wait((check, arrival), return_when=asyncio.FIRST_COMPLETED)
+            if check.done():
+                check.result()
+        finally:
+            check.cancel()
+            arrival.cancel()
 
     async def _check_queue(self) -> None:
         """Removes the request from its queue if its wait is over, unless a worker has claimed it."""

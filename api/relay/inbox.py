@@ -110,6 +110,12 @@ class Inbox:
                 return []
             await self._wait(until)
 
+    async def wait_for_event(self) -> None:
+        """Returns when `get` has an event or an error; not to be called while `get` runs."""
+        while not self._events and self._error is None:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+
     def close(self) -> None:
         """Cancels the timer of the last `get`; to be called at the end of the HTTP exchange."""
         if self._alarm is not None:

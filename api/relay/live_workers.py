@@ -2,12 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from weakref import WeakValueDictionary
 
 from shared.errors import QueueUnavailable
 from shared.messages import GenerationRequest
 
 MAX_NUM_KNOWN = 1000
 """Number of models after which all answers are forgotten, so that the memory for them is bounded."""
+
+Model = tuple[str, str | None, str]
+"""Base, adapter and weights version."""
 
 
 class LiveWorkers:
@@ -17,8 +21,9 @@ class LiveWorkers:
         """Uses each answer of `ask`, which asks Redis, or its `QueueUnavailable` for `max_age_s`."""
         self._ask = ask
         self._max_age_s = max_age_s
-        self._lock = asyncio.Lock()
-        self._known: dict[tuple[str, str | None, str], tuple[float, bool | QueueUnavailable]] = {}
+        self._locks: WeakValueDictionary[Model, asyncio.Lock] = WeakValueDictionary()
+        """Lets one request at a time ask for each model; a lock is gone once no request waits for it."""
+        self._known: dict[Model, tuple[float, bool | QueueUnavailable]] = {}
 
     async def serve(self, request: GenerationRequest) -> bool:
         """Returns True if a live worker serves the weights that the request names.
@@ -27,7 +32,7 @@ class LiveWorkers:
             QueueUnavailable: Redis did not answer.
         """
         model = (request.base, request.adapter_name, request.weights_version)
-        async with self._lock:
+        async with self._locks.setdefault(model, asyncio.Lock()):
             asked_at, answer = self._known.get(model, (float("-inf"), False))
             if asyncio.get_running_loop().time() - asked_at > self._max_age_s:
                 answer = await self._fetch(request)

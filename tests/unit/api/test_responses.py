@@ -346,6 +346,48 @@ async def test_many_waiting_requests_ask_redis_for_live_workers_once() -> None:
     assert asked == ["served", "unserved", "unknown"]
 
 
+async def test_models_without_an_answer_of_redis_do_not_hold_up_others() -> None:
+    hangs, asked = asyncio.Event(), []
+
+    async def ask(request: GenerationRequest) -> bool:
+        asked.append(request.model)
+        if request.model == "hung":
+            await hangs.wait()
+        return True
+
+    workers = LiveWorkers(ask, max_age_s=1_000)
+    hung, other = (GenerationRequest("id", model, model, SamplingParams()) for model in ("hung", "other"))
+    waiting = [asyncio.create_task(workers.serve(hung)) for _ in range(2)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        assert await workers.serve(other)
+    hangs.set()
+    assert await asyncio.gather(*waiting) == [True, True]
+    assert asked == ["hung", "other"]
+
+
+@pytest.mark.parametrize("hangs_in", ["has_live_worker", "abort_queued"])
+async def test_events_are_sent_while_redis_does_not_answer_a_check(
+    relay: FakeRelay, client: FakeClient, monkeypatch: pytest.MonkeyPatch, hangs_in: str
+) -> None:
+    hangs = asyncio.Event()
+
+    async def hang(_: object) -> None:
+        hangs.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(relay.queue, hangs_in, hang)
+    relay.queue.live_worker = False
+    task = exchange(relay, client, no_worker_wait_s=0.02)
+    await hangs.wait()
+    relay.inbox.put(StreamEvent(0, text="a"))
+    relay.inbox.put(END)
+    async with asyncio.timeout(5):
+        await task
+    assert '"content":"a"' in client.body
+    assert not client.errors
+
+
 async def test_a_request_that_was_gone_for_a_moment_only_goes_on(
     relay: FakeRelay, client: FakeClient
 ) -> None:
