@@ -185,7 +185,8 @@ end
 local REFUSED_TTL_S = 60
 
 -- Empties the prompt of a request that never runs again. It may be megabytes, which would stay until the job expires.
--- HDEL would need a permission that the API's users of earlier releases lack.
+-- HDEL is avoided so that an API can abort requests even while its Redis user has only the rules of the release before,
+-- which lack +hdel. Its log and `/ready` ask for the missing rules then (shared/queue/permissions.py).
 local function drop_prompt(id) redis.call('HSET', job_key(id), 'request', '') end
 
 -- Writes RQ's records of the end of a job. A refused request, which its client has to correct, is no failure: it gets
