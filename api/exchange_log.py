@@ -72,7 +72,7 @@ class ExchangeLog:
 
     def note_request(self, request: GenerationRequest) -> None:
         """Records the generation request that this exchange sends to the queue, or resumes."""
-        self._request, self._model, self._outcome = request, request.model, "unknown"
+        self._request, self._model, self._outcome = request.without_prompt(), request.model, "unknown"
 
     def note_status(self, status: int) -> None:
         """Records the status of the response whose headers are sent."""

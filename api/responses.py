@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -89,21 +89,22 @@ class GenerationResponse(Response):
                 watcher.cancel()
 
     async def _run(self, inbox: Inbox, send: Send) -> None:
-        call = self._call
-        source = EventSource(self._relay.queue, inbox, call.request, self._settings)
+        source = EventSource(self._relay.queue, inbox, self._call.request, self._settings)
         with self._abort_at_exit(source):
-            if call.resume_from is None:
-                await source.enqueue(call.client, call.admit_until)
+            if self._call.resume_from is None:
+                await source.enqueue(self._call.client, self._call.admit_until)
+                # With their prompts, 1,000 open streams could take gigabytes of memory.
+                self._call = replace(self._call, request=self._call.request.without_prompt())
             else:
-                await source.resume(call.resume_from)
+                await source.resume(self._call.resume_from)
             try:
                 async with asyncio.timeout(self._relay.queue.exchange_limit_s):
                     await self._forward(source, send)
             except TimeoutError:
                 raise GenerationTimeout from None
             except InvalidRequest:
-                if not call.request.detached:
-                    await self._relay.queue.forget(call.request.request_id)
+                if not self._call.request.detached:
+                    await self._relay.queue.forget(self._call.request.request_id)
                 raise
 
     @contextlib.contextmanager

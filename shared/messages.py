@@ -155,6 +155,10 @@ class GenerationRequest(Message, frozen=True):
     continuous_usage: bool = False
     """True if the first event must have `usage_so_far`; workers of an earlier release leave the field out."""
 
+    def without_prompt(self) -> "GenerationRequest":
+        """Returns a copy without the prompt, which may be megabytes: all that the reader of events needs."""
+        return msgspec.structs.replace(self, messages=[], prompts=(), template_inputs=NO_INPUTS)
+
     @property
     def num_prompts(self) -> int:
         """The number of prompts; a chat counts as one."""

@@ -56,6 +56,7 @@ class EventSource:
         except (QueueFull, ServerDraining):
             self.has_ended = True
             raise
+        self._request = self._request.without_prompt()
         self._begin_wait()
 
     async def resume(self, first_event_no: int) -> None:

@@ -2,12 +2,11 @@
 
 from functools import cache
 
-import msgspec
 from redis import Redis
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from shared.messages import GenerationRequest, TemplateInputs
+from shared.messages import GenerationRequest
 from shared.queue.places import order_field
 
 FUNCTION = "worker.jobs.generate"
@@ -54,5 +53,4 @@ def job_fields(
 
 def outline(request: GenerationRequest) -> bytes:
     """Returns the encoded request without its prompt: what an API needs to resume a request."""
-    nothing = {"messages": [], "prompts": (), "template_inputs": TemplateInputs()}
-    return msgspec.structs.replace(request, **nothing).encode()
+    return request.without_prompt().encode()

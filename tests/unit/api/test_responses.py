@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -119,10 +120,15 @@ async def client() -> FakeClient:
 
 
 def exchange(
-    relay: FakeRelay, client: FakeClient, *, stream: bool = True, **settings: Any
+    relay: FakeRelay,
+    client: FakeClient,
+    *,
+    stream: bool = True,
+    messages: list[dict[str, Any]] | None = None,
+    **settings: Any,
 ) -> "asyncio.Task[None]":
     """An exchange under way."""
-    request = GenerationRequest("id", "m", "base", SamplingParams())
+    request = GenerationRequest("id", "m", "base", SamplingParams(), messages or [])
     heading = Heading(request.request_id, request.created, request.model)
     writer = ChunkWriter(heading, include_usage=False) if stream else BodyWriter(heading, request.n)
     call = GenerationCall(request, writer, client="", admit_until=0)
@@ -137,6 +143,26 @@ async def begun(relay: FakeRelay, client: FakeClient, **settings: Any) -> "async
     relay.inbox.put(StreamEvent(0, text="a"))
     await client.got_something.wait()
     return task
+
+
+class Message(dict[str, Any]):
+    """A message of a chat to which a weak reference can point."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_open_response_keeps_no_prompt_once_the_request_is_in_the_queue(
+    relay: FakeRelay, client: FakeClient, stream: bool
+) -> None:
+    message = Message(role="user", content="hi")
+    reference = weakref.ref(message)
+    task = exchange(relay, client, stream=stream, messages=[message])
+    del message
+    await asyncio.sleep(0)
+    assert relay.inbox is not None
+    assert reference() is None
+    relay.inbox.put(StreamEvent(0, text="a"))
+    relay.inbox.put(END)
+    await task
 
 
 async def test_a_request_that_ended_is_not_given_up(relay: FakeRelay, client: FakeClient) -> None:
