@@ -27,13 +27,13 @@ class FakeStore:
 
     def read(self, name: str) -> FakeWeights:
         if name in self.broken:
-            raise AdapterError(f"adapter {name!r} is broken")
+            raise AdapterError(f"adapter {name!r} at /srv/{name} is broken")
         return FakeWeights(name)
 
     def put(self, name: str, weights: FakeWeights, slot: int) -> None:
         assert weights.name == name
         if name in self.broken:
-            raise AdapterError(f"adapter {name!r} does not fit")
+            raise AdapterError(f"adapter {name!r} at /srv/{name} does not fit")
         assert 0 <= slot < self.num_slots
         self.slots[slot] = name
         self.sizes[name] = weights.num_bytes

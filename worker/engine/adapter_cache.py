@@ -174,9 +174,9 @@ class AdapterCache(Generic[W]):
         return failures
 
     def _fail(self, name: str, error: AdapterError) -> None:
-        """Logs an error, and records it for `settle` to return."""
+        """Logs an error, and records for `settle` one that clients may read: without folders of the host."""
         logger.error("%s", error.message, extra=fields("load_adapter", adapter_name=name))
-        self._failures[name] = error
+        self._failures[name] = AdapterError(f"adapter {name!r} can't be loaded: the worker's log says why")
 
     @property
     def _num_free_slots(self) -> int:

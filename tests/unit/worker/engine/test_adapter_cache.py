@@ -247,6 +247,24 @@ def test_a_request_whose_adapter_is_being_read_can_be_aborted() -> None:
     assert bench.cache.resident == ("a",)
 
 
+@pytest.mark.parametrize("fails_in", ["read", "put"])
+def test_a_failure_tells_clients_the_name_of_the_adapter_and_only_the_log_its_folder(
+    fails_in: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    bench.add("r", "a")
+    if fails_in == "read":
+        bench.store.broken = {"a"}
+    bench.step()
+    bench.disk.run()
+    bench.store.broken = {"a"}
+    bench.finish()
+    error = bench.events["r"][-1].error
+    assert error is not None
+    assert error.message == "adapter 'a' can't be loaded: the worker's log says why"
+    assert "/srv/a" in caplog.text
+
+
 def test_a_failed_read_ends_its_own_requests_only_and_the_next_one_tries_again() -> None:
     bench = Bench()
     bench.store.broken = {"a"}
