@@ -189,7 +189,10 @@ def slow_client(server: ApiServer) -> socket.socket:
 def raw_request(body: dict[str, Any]) -> bytes:
     """A chat completion as bytes on the wire."""
     encoded = json.dumps(body).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(encoded)}\r\n\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(encoded)}\r\n\r\n"
+    )
     return head.encode() + encoded
 
 

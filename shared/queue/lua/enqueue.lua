@@ -29,6 +29,10 @@ local _, tenant = job.order:match(ORDER)
 local backlog_key = shared_key('hash', OURS .. ':backlog:' .. base)
 local TOTAL = 'total'
 
+-- Raises an error if the server has no free memory. It refuses only the first write of a script, and only if that write
+-- can take memory. So this write must come before any that frees memory.
+local function require_memory() redis.call('HSET', backlog_key, 'again_ms', now_ms) end
+
 -- Reads all requests that wait for the base, and notes their bytes and their number by tenant in `backlog`.
 local function count_backlog()
   local bytes, num, num_read = { [TOTAL] = 0 }, { [TOTAL] = 0 }, 0
@@ -44,6 +48,7 @@ local function count_backlog()
       num_read = num_read + 1
     end
   end
+  require_memory()
   redis.call('DEL', backlog_key)
   -- If all requests were read each time that a limit is reached, a full queue would keep the server busy. The pause is
   -- 1 ms for each request, so that reading them takes a few hundredths of the time.
@@ -94,6 +99,7 @@ local function has_places(limit)
   end
   if not is_over() then return false end
   if not has_stale_places() then return true end
+  require_memory()
   trim_index(queue)
   return not has_stale_places() and is_over()
 end
