@@ -64,8 +64,8 @@ def _run(plan: ServePlan, folder: embedded.StateFolder | None, supervisor: Super
         if not supervisor.run_until(lambda: _is_ready(plan, connection, workers, supervisor)):
             return
     supervisor.settle()
-    models = [plan.worker.base_name, *(source.name for source in plan.worker.adapters)]
-    say(f"{plan.url}/v1 is ready and serves {', '.join(models)}; API documentation at {plan.url}/docs")
+    models = ", ".join(_model_names(plan))
+    say(f"{plan.url}/v1 is ready and serves {models}; API documentation at {plan.url}/docs")
     supervisor.run()
 
 
@@ -89,13 +89,22 @@ def _start_server(folder: embedded.StateFolder, supervisor: Supervisor) -> None:
 def _is_ready(
     plan: ServePlan, connection: redis.Redis, workers: Sequence[ChildSpec], supervisor: Supervisor
 ) -> bool:
-    """Returns True if every worker serves and the API reaches Redis."""
+    """Returns True if every worker lives, all models are registered, and the API reaches Redis."""
     try:
         live = live_workers(connection, plan.worker.base_name)
+        registered = {card.name for card in registry.list_cards(connection)}
     except redis.RedisError:
         return False
     host, pids = socket.gethostname(), supervisor.pids
-    return all((host, pids.get(spec.name)) in live for spec in workers) and is_http_ready(plan.url)
+    return (
+        all((host, pids.get(spec.name)) in live for spec in workers)
+        and registered.issuperset(_model_names(plan))
+        and is_http_ready(plan.url)
+    )
+
+
+def _model_names(plan: ServePlan) -> list[str]:
+    return [plan.worker.base_name, *(source.name for source in plan.worker.adapters)]
 
 
 def _check_redis(connection: redis.Redis) -> None:

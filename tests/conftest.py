@@ -1,13 +1,11 @@
 """Fixtures for all tests."""
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import redis
 
-from tests.redis_server import BINARIES, RedisServer, choose_server, server_binary
+from tests.redis_server import BINARIES, RedisServer, choose_server, server_binary, short_folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,12 +19,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A real server for the whole run; `connection` empties it for each test."""
-    folder = Path("/tmp") / f"lorelay-test-{tmp_path_factory.getbasetemp().name}"
-    with RedisServer(server_binary(), folder) as server:
+def redis_server() -> Iterator[RedisServer]:
+    """A real server for all tests of a process; `connection` empties it for each test."""
+    with short_folder() as folder, RedisServer(server_binary(), folder) as server:
         yield server
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

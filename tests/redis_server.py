@@ -4,8 +4,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import redis
@@ -23,6 +25,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A new folder until the context ends, with a path so short that a socket in it has a valid one."""
+    with TemporaryDirectory(prefix="lorelay-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 class _Chosen:

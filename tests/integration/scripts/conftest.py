@@ -1,23 +1,19 @@
 """Both servers, Valkey and Redis 6.2: each test of the scripts runs on an empty one."""
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import redis
 
-from tests.redis_server import BINARIES, RedisServer
+from tests.redis_server import BINARIES, RedisServer, short_folder
 from tests.streams import BlockingApi
 
 
 @pytest.fixture(scope="module", params=list(BINARIES))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server of each kind; its folder has a short path, because its socket lies there."""
-    folder = Path("/tmp") / f"lorelay-scripts-{tmp_path_factory.mktemp('s').name}-{request.param_index}"
-    with RedisServer(BINARIES[request.param](), folder) as server:
+def server(request: pytest.FixtureRequest) -> Iterator[RedisServer]:
+    """A server of each kind."""
+    with short_folder() as folder, RedisServer(BINARIES[request.param](), folder) as server:
         yield server
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.redis_server import RedisServer, free_port
 pytestmark = pytest.mark.usefixtures("bare_environment")
 
 WORKER = """
-import os, signal, socket, sys, redis
+import os, signal, socket, sys, time, redis
 from shared.queue import keys, registry
 from shared.messages import ModelCard
 if os.environ.get("STAND_IN") == "broken":
@@ -33,9 +33,10 @@ if os.environ.get("STAND_IN") == "broken":
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("worker drained"))
 base = os.environ["LORELAY_MODEL_NAME"]
 with redis.Redis.from_url(os.environ["RQ_REDIS_URL"]) as client:
-    registry.register(client, [ModelCard(base, base, "src", os.environ["STAND_IN"], 1, 64)])
     client.hset("rq:worker:w", mapping={"hostname": socket.gethostname(), "pid": os.getpid()})
     client.zadd(keys.workers(base), {"w": "inf"})
+    time.sleep(0.3)  # A real worker, too, has its lease before it has registered its models.
+    registry.register(client, [ModelCard(base, base, "src", os.environ["STAND_IN"], 1, 64)])
 while True:
     signal.pause()
 """
@@ -110,6 +111,19 @@ def test_it_starts_all_parts_and_stops_them_in_order(
     found = [printed.out.index(f"lorelay: {stage}") for stage in stages]
     assert found == sorted(found)
     assert printed.err.split("\n") == ["api drained", "worker drained", ""]
+
+
+def test_it_is_ready_only_once_the_models_are_registered(
+    launch: Launch, redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    registered = []
+
+    def look() -> None:
+        registered.extend(card.name for card in registry.list_cards(connection))
+        stop()
+
+    assert launch.run("smol", "--redis-url", redis_server.url, is_ready=look) == 0
+    assert registered == ["smol"]
 
 
 def test_a_new_command_line_replaces_what_the_embedded_server_had_registered(launch: Launch) -> None:
