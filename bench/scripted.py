@@ -68,6 +68,7 @@ class ScriptedRunner:
     num_blocks = NUM_BLOCKS
     max_model_len = MAX_MODEL_LEN
     forward_state = "scripted"
+    dtype = "none"
 
     def __init__(self, settings: WorkerSettings, step_s: float) -> None:
         tokenizer = Tokenizer.load(settings.model)
