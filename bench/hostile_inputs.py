@@ -1,8 +1,8 @@
 """Hostile clients: the bytes that they send to an API, and a process that plays them.
 
-`python -m bench.hostile_inputs --url URL --model MODEL --connections N NAME…` prints `ready`. From one line
-on its standard input to the next, it keeps N connections of the named inputs open, and then prints as JSON
-how often they ended in which way.
+`python -m bench.hostile_inputs --url URL --model MODEL --connections N NAME…` prints `ready`. A line on
+its standard input starts it: it then keeps N connections open that play the named inputs. The next line stops
+it, and it prints as JSON how many connections ended in each way.
 """
 
 import argparse

@@ -204,7 +204,11 @@ class QueueClient:
             return await self._streams.abort(request_id, only_queued=True)
 
     async def take_back(self, request_id: str) -> str:
-        """Puts a request back that a worker of another class took; returns `queued`, `taken` or `other`."""
+        """Puts a request back on its queue that a stock `rq worker` took and failed.
+
+        Returns `queued` if the request waits again, `taken` if this has happened three times before, `other`
+        if no such worker took it.
+        """
         async with queue_errors(self.deadline()):
             return await self._streams.take_back(request_id)
 

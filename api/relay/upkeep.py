@@ -3,7 +3,8 @@
 A Batch API would add a loop here. It would run in only one API process at a time, and enqueue detached
 requests of `RequestClass.BATCH` with `QueueClient.enqueue` whenever their queues have room. Traps:
 
-* `api.relay` must not import `api.contract`: the route must turn a client's file into `GenerationRequest`s.
+* `api.relay` must not import `api.contract`. So the Batch API's route, not its loop, must turn the uploaded
+  file into `GenerationRequest`s.
 * `enqueue` has the same limits for interactive and batch requests. With these limits, a batch could fill a
   queue, and interactive clients would get 429: batch requests need a separate, lower limit.
 * A batch request that loses its worker gets the rank `BEGAN` (`make_place` in

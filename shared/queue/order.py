@@ -13,15 +13,15 @@ Lines are compared by these keys, in this order:
    `BATCH_URGENT_S` away.
 2. Residency. Adapters that are resident, or find an empty slot, come before adapters that would evict another
    adapter. An adapter is overdue, and ranks like a resident one, once its oldest request has waited for
-   `max_wait_s` (batch: `BATCH_PATIENCE` times that). If all slots are in use then, the running adapter with
-   the fewest sequences is closed: no more of its requests are chosen until its running requests have ended
-   and its slot is free. A request thus waits for a slot at most `max_wait_s` plus the longest run of one
-   adapter.
+   `max_wait_s` (batch: `BATCH_PATIENCE` times that). If all slots are in use when an adapter becomes overdue,
+   the running adapter with the fewest sequences is closed: no more of its requests are chosen until its
+   running requests have ended and its slot is free. A request thus waits for a slot at most `max_wait_s` plus
+   the longest run of one adapter.
 3. Fairness between adapters. First comes the adapter with the fewest sequences on this worker, divided by the
    adapter's weight; among equals, the one with the earliest virtual start time in `Shares`. Each claim adds
    its number of sequences, divided by the weight, to the adapter's virtual time. Thus even a worker that
-   holds one sequence at a time serves two waiting adapters by their weights: neither gets ahead by more than
-   one request of each.
+   holds one sequence at a time serves two waiting adapters in proportion to their weights. The virtual times
+   of the two never differ by more than the cost of one request of the first plus one of the second.
 4. Age: the queue whose first request has waited longest.
 5. Fairness between the tenants of an adapter: keys 3 and 4 again, without weights.
 6. Inside a line: the lower priority number, then the older request. Redis keeps each line in this order.

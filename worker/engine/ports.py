@@ -78,7 +78,7 @@ class Residency(Protocol):
 
     @property
     def counts(self) -> AdapterCounts:
-        """The places of the adapters, and what they take."""
+        """The numbers of adapters in slots, in host memory and on disk, and their sizes in bytes."""
         ...
 
 

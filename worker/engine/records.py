@@ -11,7 +11,7 @@ Prompts = list[list[int]] | LorelayError
 
 
 class AdapterCounts(NamedTuple):
-    """The places of a worker's adapters, and what they take."""
+    """The numbers of a worker's adapters in slots, in host memory and on disk, and their sizes in bytes."""
 
     num_adapters: int = 0
     num_resident: int = 0

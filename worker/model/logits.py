@@ -12,8 +12,8 @@ does not allow next. A matcher, the object that follows one sequence through its
   token would take longer and longer as the output grows.
 * A request with a grammar needs a new schema, one more than the current `SCHEMA_VERSION`. The schema that
   `SamplingParams.adjusts_logits` asks for is not enough: workers that know no grammars claim such requests.
-* While `min_tokens` bans the end-of-sequence tokens, a complete grammar leaves no token to sample: the
-  request must end then, or the API must refuse it.
+* If the output already completes the grammar while `min_tokens` still bans the end-of-sequence tokens, no
+  token is left to sample. Such a request must end, or the API must refuse it.
 """
 
 from collections.abc import Sequence

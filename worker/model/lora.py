@@ -292,7 +292,7 @@ class LoraStack:
             self._layers[layer].put(slot, a, b)
 
     def set_rows(self, spans: Sequence[tuple[int, int]], sampled_rows: Sequence[int]) -> None:
-        """Sets the slots of all tokens of the next forward pass, and of the tokens whose logits it computes.
+        """Sets which slot each token of the next forward pass uses, and each token whose logits it computes.
 
         `spans` has (slot, number of tokens) of each sequence, in the order of the tokens.
         """

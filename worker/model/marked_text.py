@@ -129,7 +129,7 @@ class MarkedText(str):
 
 
 def mask_of(text: str) -> bytes:
-    """Returns the mask of a string; a plain string is the template's."""
+    """Returns the mask of a string; all characters of a plain string count as the template's."""
     return text.mask if isinstance(text, MarkedText) else OWN * len(text)
 
 
