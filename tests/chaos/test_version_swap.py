@@ -20,8 +20,8 @@ from tests.waiting import wait_until
 NUM_CLIENTS = 16
 GONE = "adapter_version_gone"
 GONE_LIMIT_S = 2.0
-REFUSED = ("model_not_found",)
-"""The error code while the adapter is not registered: the request was not accepted."""
+REFUSED = ("model_not_found", "not_served_yet")
+"""The error codes while the adapter is not registered: the request was not accepted."""
 ASKS = workload(24, max_tokens=16, tag="swap ")
 
 

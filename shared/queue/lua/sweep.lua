@@ -28,13 +28,16 @@ local function end_overdue_heads(queue)
 end
 
 local STUCK_MS = 5000
+-- Age at which the note of a stuck request is from an earlier time that it was taken, because sweeps come more often.
+local OLD_NOTE_MS = 30000
 
 -- Puts a request back on its queue if it stands in `list` for STUCK_MS and its job has not begun.
 local function put_back_stuck(id, queue, list)
   local status, request, stuck_since_ms = unpack(redis.call('HMGET', job_key(id), 'status', 'request', 'stuck_since_ms'))
   if status ~= 'queued' or not request then return end
-  if not stuck_since_ms then return redis.call('HSET', job_key(id), 'stuck_since_ms', now_ms) end
-  if now_ms - to_number(stuck_since_ms, 0) < STUCK_MS then return end
+  local stuck_ms = now_ms - to_number(stuck_since_ms, 0)
+  if stuck_ms > OLD_NOTE_MS then return redis.call('HSET', job_key(id), 'stuck_since_ms', now_ms) end
+  if stuck_ms < STUCK_MS then return end
   redis.call('LREM', list, 0, id)
   redis.call('HDEL', job_key(id), 'stuck_since_ms')
   redis.call('LREM', queue_key(queue), 0, id)

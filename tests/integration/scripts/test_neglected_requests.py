@@ -79,10 +79,21 @@ def test_a_request_that_a_stock_worker_took_and_never_began_goes_back(
     connection.lmove(LIST, f"{LIST}:intermediate")
     streams.sweep([BASE])
     assert claim(streams) == []
-    connection.hset(Job.key_for(request_id), "stuck_since_ms", 1)
+    noted_ms = float(connection.hget(Job.key_for(request_id), "stuck_since_ms") or b"")
+    connection.hset(Job.key_for(request_id), "stuck_since_ms", noted_ms - 6000)
     streams.sweep([BASE])
     assert connection.exists(f"{LIST}:intermediate") == 0
     assert [claimed.held.request_id for claimed in claim(streams)] == [request_id]
+
+
+def test_a_note_of_an_earlier_time_that_a_request_was_taken_does_not_count(
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams
+) -> None:
+    request_id = api.enqueue(make_request())
+    connection.lmove(LIST, f"{LIST}:intermediate")
+    connection.hset(Job.key_for(request_id), "stuck_since_ms", 1)
+    streams.sweep([BASE])
+    assert connection.lrange(f"{LIST}:intermediate", 0, -1) == [request_id.encode()]
 
 
 def test_a_job_that_a_stock_worker_began_stays_with_it(
@@ -90,7 +101,7 @@ def test_a_job_that_a_stock_worker_began_stays_with_it(
 ) -> None:
     request_id = api.enqueue(make_request())
     connection.lmove(LIST, f"{LIST}:intermediate")
-    connection.hset(Job.key_for(request_id), mapping={"status": "started", "stuck_since_ms": 1})
+    connection.hset(Job.key_for(request_id), mapping={"status": "started"})
     streams.sweep([BASE])
     assert connection.lrange(f"{LIST}:intermediate", 0, -1) == [request_id.encode()]
 
