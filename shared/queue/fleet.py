@@ -11,6 +11,7 @@ from shared.messages import ModelCard, WorkerFacts, decode_facts
 from shared.queue import keys
 from shared.queue.connections import is_wrong_type
 from shared.queue.names import queue_name, slug
+from shared.queue.scripts import mend
 
 
 class Peer(NamedTuple):
@@ -38,10 +39,7 @@ def read_live(
 
     `probes` has a queue for the names of some workers; `has_probe` tells whether the worker claims from it.
     """
-    seconds, _ = connection.time()
-    key = keys.workers(slug(base))
-    live = cast("list[bytes]", connection.zrangebyscore(key, seconds * 1000, "+inf"))
-    names = [name.decode(errors="replace") for name in live]
+    names = _live_names(connection, keys.workers(slug(base)))
     pipeline = connection.pipeline(transaction=False)
     for name in names:
         pipeline.hget(f"{RQ_KEY_PREFIX}:worker:{name}", keys.FACTS_FIELD)
@@ -66,6 +64,19 @@ def read_peers(
         name: Peer(worker.facts, _found(queues, served))
         for (name, worker), served in zip(live.items(), replies, strict=True)
     }
+
+
+def _live_names(connection: redis.Redis, key: str) -> list[str]:
+    """Returns the workers whose leases have not expired; renames a key of a wrong type and returns none."""
+    seconds, _ = connection.time()
+    try:
+        live = cast("list[bytes]", connection.zrangebyscore(key, seconds * 1000, "+inf"))
+    except redis.ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        mend(connection, {key: "zset"})
+        return []
+    return [name.decode(errors="replace") for name in live]
 
 
 def _execute(pipeline: "redis.client.Pipeline") -> list[object]:

@@ -18,6 +18,7 @@ from shared.errors import LorelayError, ModelNotFound, NotServedYet, RegistryCon
 from shared.logs import fields
 from shared.messages import ModelCard, WorkerFacts, decode_card
 from shared.queue import keys
+from shared.queue.connections import is_wrong_type
 from shared.queue.fleet import Peer, common_length, read_live, read_peers
 from shared.queue.names import queue_name
 from shared.queue.scripts import mend, script_source
@@ -193,12 +194,21 @@ def begin_loading(connection: redis.Redis, names: Iterable[str], worker_name: st
 
 def end_loading(connection: redis.Redis, names: Iterable[str]) -> None:
     """Removes the notes of `begin_loading`."""
+    mend(connection, {keys.LOADING: "hash"})
     connection.hdel(keys.LOADING, *names)
 
 
 async def _is_loading(connection: redis.asyncio.Redis, name: str) -> bool:
-    """True if the worker that last began to load this model has neither ended nor lost its record in RQ."""
-    worker = cast("bytes | None", await connection.hget(keys.LOADING, name))
+    """True if the worker that last began to load this model has neither ended nor lost its record in RQ.
+
+    False if the notes have a wrong type; the next worker that starts renames them.
+    """
+    try:
+        worker = cast("bytes | None", await connection.hget(keys.LOADING, name))
+    except redis.ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        return False
     if worker is None:
         return False
     record = f"{RQ_KEY_PREFIX}:worker:{worker.decode(errors='replace')}"

@@ -29,7 +29,7 @@ OF_A_REQUEST = {
     "a log with one entry too many": (LOG, "redis.call('RPUSH', KEYS[1], 'garbage')", ""),
     "a log that lost its end": (LOG, "redis.call('RPOP', KEYS[1])", ""),
 }
-SHARED = (keys.leases, keys.waiting, keys.order, keys.doorbell, keys.workers, keys.judged)
+SHARED = (keys.leases, keys.waiting, keys.order, keys.doorbell, keys.workers, keys.judged, keys.backlog)
 
 
 def garble_request(cluster: Cluster, rng: random.Random, garbled: set[str]) -> None:

@@ -275,6 +275,27 @@ def test_a_worker_is_told_in_which_ways_live_workers_of_its_base_differ(connecti
     assert describe_differences(peers, "own", own) == []
 
 
+async def test_keys_of_a_wrong_type_end_no_worker_and_are_mended(
+    redis_server: RedisServer, connection: redis.Redis
+) -> None:
+    registry.register(connection, [BASE])
+    leases = keys.workers("tiny")
+    for key in (leases, keys.served("own"), "rq:worker:own", keys.LOADING):
+        connection.set(key, "garbage")
+    follower = registry.WorkerFollower("own")
+    for _ in range(2):
+        follower.follow(connection, [BASE], WorkerFacts(512), is_forced=True)
+        # A live worker, so that the follower reads what it serves, too.
+        connection.zadd(leases, {"own": "inf"})
+    async with redis.asyncio.Redis.from_url(redis_server.url) as client:
+        with pytest.raises(ModelNotFound):
+            await registry.fetch_card(client, "other")
+    registry.end_loading(connection, ["tiny"])
+    assert connection.type(leases) == b"zset"
+    assert connection.type(keys.LOADING) == b"none"
+    assert registry.list_cards(connection) == [BASE]
+
+
 def num_reads(connection: redis.Redis, *, by: Callable[[], None]) -> int:
     """The number of reads of what a worker serves, or of several cards, that `by` makes."""
     connection.config_resetstat()
