@@ -7,9 +7,10 @@ from typing import Literal
 from pydantic.fields import FieldInfo
 
 from api.contract.chat_messages import ChatMessage, FunctionCall, TextPart, ToolCall
-from api.contract.chat_request import ChatCompletionRequest, StreamOptions
+from api.contract.chat_request import ChatCompletionRequest
 from api.contract.chat_tools import FunctionDefinition, Tool
 from api.contract.fields import Ignored, Only, either
+from api.contract.generation_fields import StreamOptions
 from api.contract.strict import StrictModel
 from api.contract.unserved import CacheOptions
 

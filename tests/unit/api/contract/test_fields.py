@@ -15,10 +15,11 @@ from pydantic import BaseModel
 
 from api.chat_routes import parse_chat
 from api.contract.chat_messages import ChatMessage, FunctionCall, TextPart, ToolCall
-from api.contract.chat_request import ChatCompletionRequest, StreamOptions
+from api.contract.chat_request import ChatCompletionRequest
 from api.contract.chat_tools import FunctionDefinition, Tool
 from api.contract.field_table import MODELS, as_markdown, rows
 from api.contract.fields import Only
+from api.contract.generation_fields import StreamOptions
 from api.contract.steps import run_at_once
 from api.contract.strict import StrictModel, parse
 from api.contract.unserved import CacheOptions
