@@ -165,7 +165,9 @@ class FakeTokenizer:
     special_tokens: Mapping[int, str] = {EOS: "<eos>"}
     max_token_bytes = 0
 
-    def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS, tenant: str = ""
+    ) -> list[int]:
         text = "".join([*map(str, inputs.variables), *(message["content"] for message in messages)])
         if text == "unsayable":
             raise InvalidRequest("the chat template refuses it", param="messages")

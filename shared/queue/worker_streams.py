@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import redis
 
-from shared.errors import GenerationStopped, InvalidRequest, from_info
+from shared.errors import GenerationStopped, InvalidRequest, ServerBusy, from_info
 from shared.messages import SCHEMA_VERSION, FinishReason, StreamEvent
 from shared.queue import keys
 from shared.queue.claims import UnreadableRecord, read_claim
@@ -158,7 +158,7 @@ class WorkerStreams(UpkeepStreams):
         event, meta = append.event, json.dumps(dict(append.meta or {}))
         if event.error is not None:
             error = from_info(event.error)
-            if isinstance(error, InvalidRequest):
+            if isinstance(error, InvalidRequest | ServerBusy):
                 return "refused", meta, "", "", self._result_ttl_s
             status = "stopped" if isinstance(error, GenerationStopped) else "failed"
             return status, meta, "", exception_text(error), self._failure_ttl_s

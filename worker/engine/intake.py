@@ -24,7 +24,7 @@ class Intake:
         """Returns the token ids of each prompt. May be called from any thread."""
         tokenizer = self._model.served.model_of(request).tokenizer
         if not request.prompts:
-            return [tokenizer.encode_chat(request.messages, request.template_inputs)]
+            return [tokenizer.encode_chat(request.messages, request.template_inputs, request.tenant)]
         return [
             tokenizer.encode_text(prompt) if isinstance(prompt, str) else list(prompt)
             for prompt in request.prompts

@@ -50,8 +50,15 @@ class Tokenizer(Protocol):
         """Maximum number of bytes (UTF-8) of a user's messages per token; 0 if there is no such bound."""
         ...
 
-    def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
-        """Returns the token ids of a chat. Raises `InvalidRequest` if the template refuses the chat."""
+    def encode_chat(
+        self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS, tenant: str = ""
+    ) -> list[int]:
+        """Returns the token ids of a chat.
+
+        Raises:
+            InvalidRequest: the template refuses the chat.
+            ServerBusy: the template can't be run at the moment for chats of this tenant.
+        """
         ...
 
     def encode_text(self, text: str) -> list[int]:
@@ -195,6 +202,7 @@ class Engine(Protocol):
 
         Raises:
             InvalidRequest: a prompt can't be tokenized, or the chat template refuses it.
+            ServerBusy: the chat template can't be run at the moment for this tenant.
         """
         ...
 

@@ -5,9 +5,9 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, ServerBusy
 from shared.messages import TemplateInputs
-from worker.model.marked_template import LimitExceeded, Rendered, compile_template, render
+from worker.model.marked_template import LimitExceeded, NotNow, Rendered, compile_template, render
 
 Messages = list[dict[str, Any]]
 
@@ -18,8 +18,10 @@ class Renderer(Protocol):
     def check(self, source: str) -> None:
         """Compiles a template; raises jinja2's errors if it has a wrong syntax."""
 
-    def render(self, source: str, own: Mapping[str, Any], client: Mapping[str, Any]) -> Rendered:
-        """Renders a template, see `marked_template.render`."""
+    def render(
+        self, source: str, own: Mapping[str, Any], client: Mapping[str, Any], *, tenant: str | None = None
+    ) -> Rendered:
+        """Renders a template for a chat of `tenant`, see `marked_template.render`."""
 
 
 class OwnProcess:
@@ -29,8 +31,10 @@ class OwnProcess:
         """Compiles a template; raises jinja2's errors if it has a wrong syntax."""
         compile_template(source)
 
-    def render(self, source: str, own: Mapping[str, Any], client: Mapping[str, Any]) -> Rendered:
-        """Renders a template, see `marked_template.render`."""
+    def render(
+        self, source: str, own: Mapping[str, Any], client: Mapping[str, Any], *, tenant: str | None = None
+    ) -> Rendered:
+        """Renders a template for a chat of `tenant`, see `marked_template.render`."""
         return render(source, own, client)
 
 
@@ -63,18 +67,23 @@ class ChatTemplate:
         self._reads_parts = not self._shows(_PROBE, parts=False) and self._shows(_PROBE, parts=True)
         self._reads_arguments_as_text = self._wants_text()
 
-    def render(self, messages: Messages, inputs: TemplateInputs) -> Rendered:
+    def render(self, messages: Messages, inputs: TemplateInputs, tenant: str = "") -> Rendered:
         """Returns the text of a chat, up to the header of the answer or the end of the message to continue.
 
         Raises:
-            InvalidRequest: the template refuses the chat.
+            InvalidRequest: the template refuses the chat of this tenant, or takes too much for it.
+            ServerBusy: the template can't be run at the moment, whatever the chat.
         """
         try:
             # The last message gets `_CUT` at its end, by which `_cut` finds this end in the rendered text.
             shown = _with_cut(messages) if inputs.continue_final_message else messages
-            rendered = self._call(self._prepare(shown), inputs)
+            rendered = self._call(self._prepare(shown), inputs, tenant)
         except InvalidRequest:
             raise
+        except NotNow as error:
+            raise ServerBusy(
+                f"The model's chat template can't be used now: {error}; try again later"
+            ) from error
         # A template is a program and may raise any exception; only this request must fail.
         except Exception as error:
             raise InvalidRequest(
@@ -82,10 +91,10 @@ class ChatTemplate:
             ) from error
         return _cut(rendered) if inputs.continue_final_message else rendered
 
-    def _call(self, messages: Messages, inputs: TemplateInputs) -> Rendered:
+    def _call(self, messages: Messages, inputs: TemplateInputs, tenant: str | None = None) -> Rendered:
         own = {"add_generation_prompt": not inputs.continue_final_message, **self._special_tokens}
         client = {**inputs.variables, "messages": messages, "tools": inputs.tools or None, "documents": None}
-        return self._renderer.render(self.source, own, client)
+        return self._renderer.render(self.source, own, client, tenant=tenant)
 
     def _prepare(self, messages: Messages) -> Messages:
         """Returns messages in the form that this template reads."""

@@ -2,7 +2,8 @@
 
 The first process imports all that is needed, and forks a child. The child answers requests on the socket FD
 until it exceeds a limit and the kernel ends it; then the first process answers the last request with an
-error, and forks another child, which takes milliseconds. Both end when the worker closes its end.
+error, and forks another child, which takes milliseconds. Both end when the worker closes its end, or when the
+child is killed.
 """
 
 import json
@@ -75,7 +76,9 @@ def main(fd: int) -> None:
             _serve(peer, limit_s)
             os._exit(0)
         _, status = os.waitpid(pid, 0)
-        if status == 0:
+        # If the kernel killed it for want of memory, it may have had no request, or read half of one: this
+        # answer would then be taken for that of the next request.
+        if status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
             return
         send(peer, _failure("LimitExceeded", _describe(status, limit_s)))
         send(peer, b"")

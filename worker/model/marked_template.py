@@ -24,6 +24,10 @@ class LimitExceeded(Exception):
     """A template takes too long, or too much memory."""
 
 
+class NotNow(LimitExceeded):
+    """A template can't be run at the moment, whatever chat it is given."""
+
+
 class Rendered(NamedTuple):
     """A rendered chat."""
 

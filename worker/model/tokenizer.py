@@ -116,7 +116,9 @@ class Tokenizer:
             return False
         return all(text in rendered.text for text in texts)
 
-    def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS, tenant: str = ""
+    ) -> list[int]:
         """Returns the token ids of a chat: messages in the model's template, up to the assistant's turn.
 
         If `inputs` continues the last message, the ids end inside of this message. Special tokens, including
@@ -124,8 +126,9 @@ class Tokenizer:
 
         Raises:
             InvalidRequest: the template refuses the messages.
+            ServerBusy: the template can't be run at the moment for chats of this tenant.
         """
-        rendered = self._template(has_tools=bool(inputs.tools)).render(messages, inputs)
+        rendered = self._template(has_tools=bool(inputs.tools)).render(messages, inputs, tenant)
         return self._encode(rendered, "messages")
 
     def encode_text(self, text: str) -> list[int]:

@@ -4,7 +4,7 @@
 --       appends = {{id, claim id, event_no, event, end}, ...}, both msgpack; end is nil or {status, meta,
 --       return value, exception text, ttl (s)}, return value and exception text encoded as in RQ's results; number of
 --       events after which a suspect is cleared; id of the request whose steps run alone from now on, or ''.
---       The status is one of RQ's, or 'refused' if the client has to correct its request.
+--       The status is one of RQ's, or 'refused' if the client has to correct its request, or to send it again.
 -- Returns {aborted ids, lost ids, number of the base's queues with waiting requests, unreadable}.
 local base, lease_ms, stream_ttl_ms = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local held, appends = cmsgpack.unpack(ARGV[4]), cmsgpack.unpack(ARGV[5])

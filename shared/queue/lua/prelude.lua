@@ -189,7 +189,7 @@ local REFUSED_TTL_S = 60
 -- which lack +hdel. Its log and `/ready` ask for the missing rules then (shared/queue/permissions.py).
 local function drop_prompt(id) redis.call('HSET', job_key(id), 'request', '') end
 
--- Writes RQ's records of the end of a job. A refused request, which its client has to correct, is no failure: it gets
+-- Writes RQ's records of the end of a job. A refused request, which its client has to correct or to send again, is no failure: it gets
 -- no entry in a registry and no result, and only a detached one stays, so that its client can read the reason.
 -- Returns the time (s) for which the job is kept.
 local function record_end(id, owner, outcome, started)

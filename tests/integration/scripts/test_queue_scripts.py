@@ -12,7 +12,14 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry, StartedJobRegist
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
-from shared.errors import ContextLengthExceeded, GenerationFailed, GenerationStopped, QueueFull
+from shared.errors import (
+    ContextLengthExceeded,
+    GenerationFailed,
+    GenerationStopped,
+    LorelayError,
+    QueueFull,
+    ServerBusy,
+)
 from shared.messages import SCHEMA_VERSION, FinishReason, GenerationRequest, decode_event
 from shared.queue import keys
 from shared.queue.places import tenant_key
@@ -444,20 +451,23 @@ def test_a_failed_request_is_a_failed_job_with_its_reason(connection: redis.Redi
     assert FailedJobRegistry(BASE, connection).get_job_ids() == [request_id]
 
 
-def refused(claimed: Claim) -> Append:
-    error = ContextLengthExceeded("too long").to_info()
-    return last(claimed, 0, usage=None, finish_reason=FinishReason.ERROR, error=error)
+def refused(claimed: Claim, error: LorelayError) -> Append:
+    return last(claimed, 0, usage=None, finish_reason=FinishReason.ERROR, error=error.to_info())
 
 
 def all_values(connection: redis.Redis) -> str:
     """All that Redis holds, as text."""
+    connection.config_set("rdbcompression", "no")  # or a dump would abbreviate what it has twice
     dumps = [connection.dump(key) or b"" for key in connection.keys("*")]
     return repr(dumps)
 
 
-@pytest.mark.parametrize("detached", [False, True])
-def test_a_mistake_of_the_client_is_no_failure_and_leaves_no_prompt(
-    connection: redis.Redis, api: BlockingApi, detached: bool
+@pytest.mark.parametrize(
+    ("error", "detached"),
+    [(ContextLengthExceeded(), False), (ContextLengthExceeded(), True), (ServerBusy(), False)],
+)
+def test_a_request_that_its_client_has_to_correct_or_repeat_is_no_failure_and_leaves_no_prompt(
+    connection: redis.Redis, api: BlockingApi, error: LorelayError, detached: bool
 ) -> None:
     worker = Worker([queue(connection)], connection=connection, name="w1")
     worker.register_birth()
@@ -465,13 +475,13 @@ def test_a_mistake_of_the_client_is_no_failure_and_leaves_no_prompt(
     streams = worker_streams(connection)
     (claimed,) = claim(streams)
     assert SECRET in all_values(connection)
-    streams.append([claimed.held], [refused(claimed)])
+    streams.append([claimed.held], [refused(claimed, error)])
     assert SECRET not in all_values(connection)
     assert FailedJobRegistry(BASE, connection).count == FinishedJobRegistry(BASE, connection).count == 0
     assert connection.exists(f"rq:results:{request_id}") == 0
     worker.refresh()
     assert (worker.failed_job_count, worker.successful_job_count) == (0, 0)
-    assert decode_event(connection.lindex(keys.log(request_id), -1)).error.code == "context_length_exceeded"
+    assert decode_event(connection.lindex(keys.log(request_id), -1)).error.code == error.code
     assert all(0 < connection.ttl(key) <= 60 for key in (*ours(connection), f"rq:job:{request_id}"))
 
 

@@ -8,7 +8,7 @@ import pytest
 from shared.errors import from_info
 from shared.messages import FinishReason, SamplingParams, StreamEvent, TemplateInputs, Usage
 from tests.block_checks import check_blocks
-from tests.fakes import AllResident, FakeModel, build_engine, encoded, spell
+from tests.fakes import AllResident, FakeModel, FakeTokenizer, build_engine, encoded, spell
 from tests.streams import make_request
 from worker.engine.block_manager import BlockManager
 from worker.engine.records import Output
@@ -49,6 +49,11 @@ class Bench:
             for append in self.engine.step():
                 events.setdefault(append.request_id, []).append(append.event)
         return events
+
+
+def test_the_chat_template_learns_whose_chat_it_renders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeTokenizer, "encode_chat", lambda _self, _messages, _inputs, tenant: [len(tenant)])
+    assert Bench().engine.encode(make_request(tenant="alice")) == [[5]]
 
 
 def text_of(events: list[StreamEvent]) -> str:

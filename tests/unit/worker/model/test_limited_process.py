@@ -1,16 +1,18 @@
 """Chat templates of adapters, in a process that ends those that take too much."""
 
+import os
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from jinja2 import TemplateError
 
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, ServerBusy
 from shared.messages import NO_INPUTS
 from worker.model import limited_process_main
 from worker.model.chat_template import ChatTemplate
 from worker.model.limited_process import PAUSE_S, LimitedProcess
-from worker.model.marked_template import LimitExceeded, render
+from worker.model.marked_template import LimitExceeded, NotNow, render
 
 ECHO = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 NESTED = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
@@ -80,19 +82,49 @@ def test_compiling_a_template_is_limited_too(source: str, templates: LimitedProc
     assert templates.render(ECHO, {}, {"messages": chat("hi")}).text == "<user>hi"
 
 
-def test_a_template_that_took_too_much_is_refused_at_once_for_a_while(shortened: None) -> None:
+def test_a_chat_that_takes_too_much_pauses_its_template_only_for_the_tenant_that_sent_it(
+    shortened: None,
+) -> None:
     clock = Clock()
     templates = LimitedProcess(clock)
-    template = ChatTemplate(EVIL, {}, templates)
+    template, other_template = (ChatTemplate(source, {}, templates) for source in (EVIL, "{# #}" + EVIL))
     with pytest.raises(InvalidRequest, match="longer than"):
-        template.render(chat("evil"), NO_INPUTS)
-    with pytest.raises(InvalidRequest, match="try again later"):
-        template.render(chat("hi"), NO_INPUTS)
+        template.render(chat("evil"), NO_INPUTS, "alice")
+    with pytest.raises(ServerBusy, match="try again later"):
+        template.render(chat("hi"), NO_INPUTS, "alice")
+    assert template.render(chat("hi"), NO_INPUTS, "bob").text == "<user>hi"
+    assert other_template.render(chat("hi"), NO_INPUTS, "alice").text == "<user>hi"
+    with pytest.raises(InvalidRequest, match="longer than"):
+        template.render(chat("evil"), NO_INPUTS, "bob")
     clock.now = PAUSE_S
-    assert template.render(chat("hi"), NO_INPUTS).text == "<user>hi"
-    with pytest.raises(LimitExceeded):
-        ChatTemplate(NESTED, {}, templates)
+    assert template.render(chat("hi"), NO_INPUTS, "alice").text == "<user>hi"
     templates.close()
+
+
+def test_a_template_that_takes_too_much_for_every_chat_is_refused(templates: LimitedProcess) -> None:
+    with pytest.raises(LimitExceeded, match="longer than"):
+        ChatTemplate(NESTED, {}, templates)
+
+
+def test_if_the_kernel_kills_the_process_the_next_chat_is_not_to_blame_and_gets_no_answer_of_another(
+    shortened: None,
+) -> None:
+    others = psutil.Process().children(recursive=True)
+    templates = LimitedProcess(Clock())
+    template = ChatTemplate(ECHO, {}, templates)
+    started = [process for process in psutil.Process().children(recursive=True) if process not in others]
+    [child] = [process for process in started if process.ppid() != os.getpid()]
+    child.kill()
+    with pytest.raises(ServerBusy, match="does not answer"):
+        template.render(chat("hi"), NO_INPUTS, "alice")
+    assert [template.render(chat(text), NO_INPUTS, "bob").text for text in "ab"] == ["<user>a", "<user>b"]
+    templates.close()
+
+
+def test_if_no_process_can_be_started_the_chat_is_not_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(NotNow, match="does not answer"):
+        LimitedProcess(Clock()).render(ECHO, {}, {"messages": chat("hi")})
 
 
 def test_if_the_whole_process_ends_another_one_is_started(shortened: None) -> None:

@@ -129,7 +129,9 @@ class NumberTokenizer:
     eos_token_ids: frozenset[int] = frozenset()
     special_tokens: Mapping[int, str] = {}
 
-    def encode_chat(self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS, tenant: str = ""
+    ) -> list[int]:
         return list(messages[0]["content"])
 
     def detokenizer(self) -> FakeDetokenizer:
