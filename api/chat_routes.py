@@ -1,5 +1,6 @@
 """The routes of chat completions: create one, resume its stream, abort it."""
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import msgspec
@@ -19,7 +20,9 @@ from api.contract.strict import parsed
 from api.exchange_log import exchange_of
 from api.generation import (
     Chat,
+    check_num_sequences,
     check_resumable,
+    find_begun,
     model_in,
     new_request,
     resume_position,
@@ -65,9 +68,8 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             cache_salt=body.cache_salt,
             detached=wants_detach(request),
         )
-        generation = msgspec.structs.replace(generation, continuous_usage=body.continuous_usage)
-        writer = _writer(generation, stream=bool(body.stream), include_usage=body.include_usage)
-        call = GenerationCall(generation, writer, client.tenant, admit_until)
+        generation = _with_choices(generation, body, settings)
+        call = GenerationCall(generation, _writer(generation, body), client.tenant, admit_until)
         return GenerationResponse(relay, settings, call)
 
     @router.get(RESUME, summary="Resume a stream", tags=["chat"])
@@ -82,7 +84,8 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
         if found.has_ended and first_event_no == found.num_events:
             rest = render_resumption(request_id, first_event_no) + DONE
             return Response(rest, media_type="text/event-stream")
-        writer = _stream_writer(found.request, include_usage, is_resumed=first_event_no > 0)
+        begun = await find_begun(queue, found.request, first_event_no)
+        writer = _stream_writer(found.request, include_usage, begun)
         call = GenerationCall(found.request, writer, client.tenant, queue.deadline(), first_event_no)
         return GenerationResponse(relay, settings, call)
 
@@ -94,6 +97,15 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             raise RequestNotFound("The request has ended already.")
         deleted = Deleted(request_id, "chat.completion.deleted", True)
         return Response(msgspec.json.encode(deleted), media_type="application/json")
+
+
+def _with_choices(
+    request: GenerationRequest, body: ChatCompletionRequest, settings: ApiSettings
+) -> GenerationRequest:
+    """Returns the request with the body's number of choices, after a check of this number."""
+    changed = msgspec.structs.replace(request, n=body.num_choices, continuous_usage=body.continuous_usage)
+    check_num_sequences(changed, settings)
+    return changed
 
 
 async def _read_chat(
@@ -118,20 +130,23 @@ def parse_chat(raw: bytes) -> Steps[tuple[ChatCompletionRequest, list[dict[str, 
     return body, messages
 
 
-def _writer(request: GenerationRequest, *, stream: bool, include_usage: bool) -> AnswerWriter:
-    return _stream_writer(request, include_usage) if stream else BodyWriter(_heading(request), request.n)
+def _writer(request: GenerationRequest, body: ChatCompletionRequest) -> AnswerWriter:
+    if body.stream:
+        return _stream_writer(request, body.include_usage)
+    return BodyWriter(_heading(request), request.n)
 
 
 def _stream_writer(
-    request: GenerationRequest, include_usage: bool, *, is_resumed: bool = False
+    request: GenerationRequest, include_usage: bool, begun: Collection[int] = ()
 ) -> ChunkWriter:
+    """`begun`: the choices that a resumed stream has begun before; empty if it begins at its first event."""
     return ChunkWriter(
         _heading(request),
         include_usage=include_usage,
         # A stream that is resumed later than at its first event lacks the counts until then.
-        continuous_usage=request.continuous_usage and not is_resumed,
+        continuous_usage=request.continuous_usage and not begun,
         with_ids=request.detached,
-        begun=range(request.n) if is_resumed else (),
+        begun=begun,
     )
 
 

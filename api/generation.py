@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 from starlette.requests import Request
 
+from api.relay.queue_client import QueueClient
 from shared.errors import ContextLengthExceeded, InvalidRequest
 from shared.messages import GenerationRequest, ModelCard, SamplingParams, TemplateInputs
 from shared.queue.api_streams import FoundRequest
@@ -16,6 +17,8 @@ from shared.text_size import num_ordinary_bytes
 
 DETACH = "X-Lorelay-Detach"
 LAST_EVENT_ID = "Last-Event-ID"
+LOG_PAGE = 256
+"""Number of events that `find_begun` reads at once."""
 
 
 class Chat(NamedTuple):
@@ -59,6 +62,21 @@ def new_request(
         generation_limit_s=settings.generation_limit_s,
         detached=detached,
     )
+
+
+def check_num_sequences(request: GenerationRequest, settings: ApiSettings) -> None:
+    """Refuses a request that would keep a batch busy for too long.
+
+    Raises:
+        InvalidRequest: prompts times `n` are more sequences than the settings allow.
+    """
+    limit = settings.max_sequences_per_request
+    if request.num_sequences > limit:
+        raise InvalidRequest(
+            f"Invalid value for 'n': at most {limit} answers to all prompts together are allowed here, "
+            f"not {request.num_sequences}.",
+            param="n",
+        )
 
 
 class _Named(msgspec.Struct):
@@ -143,3 +161,24 @@ def check_resumable(found: FoundRequest, first_event_no: int) -> None:
         raise InvalidRequest(
             f"The header {LAST_EVENT_ID} names an event that is still to come.", param=LAST_EVENT_ID
         )
+
+
+async def find_begun(queue: QueueClient, request: GenerationRequest, first_event_no: int) -> set[int]:
+    """Returns the choices with an event before `first_event_no`: their clients have got the role already.
+
+    Raises:
+        QueueUnavailable: Redis can't be read.
+    """
+    if request.num_sequences == 1:
+        return {0} if first_event_no else set()
+    begun: set[int] = set()
+    position = 0
+    while position < first_event_no and len(begun) < request.num_sequences:
+        # Choices run side by side, so the first page usually has them all.
+        page = min(LOG_PAGE, first_event_no - position)
+        (events,) = await queue.read_logs([(request.request_id, position)], page)
+        if not events:
+            break
+        begun.update(event.index for event in events)
+        position += len(events)
+    return begun

@@ -132,6 +132,8 @@ class ApiSettings(Settings):
     max_total_queue_depth: Count = 10_000
     max_queue_bytes: Count = 256 * 1024 * 1024
     """Maximum size of all requests that wait for a base and its adapters, prompts included."""
+    max_sequences_per_request: Count = 256
+    """Maximum number of sequences of one request: the number of its prompts times `n`."""
     max_tenant_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Part of these limits that requests of one API key may use; ignored for requests without a key."""
     queue_time_limit_s: Seconds = 60

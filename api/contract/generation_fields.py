@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from api.contract.fields import INTEGRAL, Only
+from api.contract.sampling_fields import SamplingFields
 from api.contract.strict import StrictModel, invalid, unsupported
 from shared.messages import MAX_SALT_LENGTH, SamplingParams
 
@@ -71,7 +72,7 @@ class StreamOptions(StrictModel):
         return not any(self.model_dump().values())
 
 
-class GenerationFields(StrictModel):
+class GenerationFields(SamplingFields):
     """The fields that a chat completion and a completion share; null in a field means its default."""
 
     model: Annotated[str, StringConstraints(min_length=1)]

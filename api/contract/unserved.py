@@ -45,8 +45,6 @@ class LabelFields(StrictModel):
 class UnservedOpenAIFields(StrictModel):
     """OpenAI's fields that Lorelay refuses, except with the value that means the same as no value."""
 
-    n: Annotated[Annotated[int, Field(ge=1, le=128), INTEGRAL] | None, Only(1)] = None
-    """Number of answers."""
     logprobs: Annotated[bool | None, Only(False)] = None
     """Log probabilities of the tokens of the answer."""
     top_logprobs: Annotated[Annotated[int, Field(ge=0, le=20), INTEGRAL] | None, Only(0)] = None

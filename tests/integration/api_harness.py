@@ -200,23 +200,30 @@ class ScriptedWorker:
         """True if the API gave this running request up."""
         return claim.held.request_id in self.streams.append([claim.held], []).aborted
 
+    def answering(self, *texts: str) -> contextlib.AbstractContextManager[list[Claim]]:
+        """Answers every request with these texts and a last event; see `answering_with`."""
+        last = {"finish_reason": FinishReason.STOP, "usage": Usage(prompt_tokens=5, completion_tokens=7)}
+        return self.answering_with(*({"text": text} for text in texts), {"text": "", **last})
+
     @contextlib.contextmanager
-    def answering(self, *texts: str) -> Iterator[None]:
-        """Answers every request with these texts, in a thread, for the time of the context."""
+    def answering_with(self, *events: dict[str, Any]) -> Iterator[list[Claim]]:
+        """Answers every request with these events, in a thread, for the time of the context; its claims."""
         stop = threading.Event()
+        claims: list[Claim] = []
 
         def work() -> None:
             while not stop.is_set():
                 if (claim := self.try_claim()) is None:
                     stop.wait(POLL_S)
                     continue
-                self.emit(claim, *texts)
-                self.finish(claim)
+                claims.append(claim)
+                for event in events:
+                    self.emit(claim, event["text"], **{k: v for k, v in event.items() if k != "text"})
 
         thread = threading.Thread(target=work, name="scripted worker")
         thread.start()
         try:
-            yield
+            yield claims
         finally:
             stop.set()
             thread.join()

@@ -66,7 +66,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 0}, "invalid_request_error", "max_tokens"),
     ({"stream_options": {"include_usage": True}}, "invalid_request_error", "stream_options"),
     ({"colour": "blue"}, "invalid_request_error", "colour"),
-    ({"n": 2}, "unsupported_parameter", "n"),
+    ({"n": 129}, "invalid_request_error", "n"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter", "tools"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -102,11 +102,11 @@ def test_openais_client_raises_its_own_exceptions_and_does_not_repeat(api: ApiSe
         with pytest.raises(openai.NotFoundError) as not_found:
             client.chat.completions.create(model="x", messages=messages)
         with pytest.raises(openai.BadRequestError) as bad:
-            client.chat.completions.create(model="base", messages=messages, n=3)
+            client.chat.completions.create(model="base", messages=messages, store=True)
     assert (not_found.value.code, bad.value.code, bad.value.param) == (
         "model_not_found",
         "unsupported_parameter",
-        "n",
+        "store",
     )
 
 

@@ -99,6 +99,25 @@ def test_a_detached_request_runs_on_and_is_resumed_at_another_api_after_the_last
     assert re.findall("id: .*:([0-9])", answer.text) == ["1", "2", "3"]
 
 
+def test_of_several_choices_a_resumed_stream_begins_those_that_the_client_has_not_seen(
+    apis: list[ApiServer], worker: ScriptedWorker
+) -> None:
+    headers = {"X-Lorelay-Detach": "true"}
+    with (
+        client_of(apis[0]) as client,
+        client.stream("POST", CHAT, json={**HELLO, "stream": True, "n": 3}, headers=headers) as response,
+    ):
+        claim = worker.claim()
+        worker.emit(claim, "one ", index=1)
+        last = read_until(response.iter_lines(), "one ")
+    worker.emit(claim, "two ", index=1)
+    for index in (0, 2):
+        worker.emit(claim, "end", index=index)
+    worker.finish(claim)
+    answer = resume(apis[1], claim, last).text
+    assert re.findall('"index":([0-9]+),"delta":{"role"', answer) == ["0", "2"]
+
+
 def test_a_resumed_stream_goes_on_with_what_comes_later(
     apis: list[ApiServer], worker: ScriptedWorker
 ) -> None:

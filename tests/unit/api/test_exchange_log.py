@@ -41,10 +41,14 @@ async def test_every_response_has_an_id_which_its_log_line_names(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "a field": ({**HELLO, "n": 3}, "unsupported_parameter", "model=org/pirate .* param=n$"),
+    "a field": ({**HELLO, "store": True}, "unsupported_parameter", "model=org/pirate .* param=store$"),
     "a long body": ({"messages": [0] * 60_000, "model": "m"}, "invalid_request_error", "model=m "),
-    "a model that forges": ({**HELLO, "model": "x id=y\nz", "n": 3}, "unsupported", r'model="x id=y\\nz" '),
-    "a huge model": ({**HELLO, "model": "m" * 999, "n": 3}, "unsupported_parameter", "model=m{100}… "),
+    "a model that forges": (
+        {**HELLO, "model": "x id=y\nz", "store": True},
+        "unsupported",
+        r'model="x id=y\\nz" ',
+    ),
+    "a huge model": ({**HELLO, "model": "m" * 999, "store": True}, "unsupported_parameter", "model=m{100}… "),
     "no model": ({"messages": []}, "invalid_request_error", "model=- .* param=model$"),
 }
 

@@ -1,0 +1,78 @@
+"""The fields of a generation through OpenAI's client: what the workers get, what the client gets."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import redis
+from openai.types.chat import ChatCompletionChunk
+
+from shared.messages import FinishReason, Usage
+from tests.integration.api_harness import ApiServer, ScriptedWorker, running_api
+from tests.redis_server import RedisServer
+
+MESSAGES: list[Any] = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def worker(connection: redis.Redis) -> ScriptedWorker:
+    return ScriptedWorker(connection)
+
+
+@pytest.fixture
+def client(redis_server: RedisServer, worker: ScriptedWorker) -> Iterator[openai.OpenAI]:
+    with running_api(redis_server.url, max_sequences_per_request=4) as api, client_of(api) as client:
+        yield client
+
+
+def client_of(api: ApiServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", max_retries=0)
+
+
+def refusal(client: openai.OpenAI, **fields: Any) -> tuple[str | None, str | None]:
+    """Returns code and parameter of the 400 that the client gets."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="base", messages=MESSAGES, **fields)
+    return caught.value.code, caught.value.param
+
+
+def test_the_choices_of_a_stream_come_as_they_are_generated_each_with_its_own_begin_and_end(
+    client: openai.OpenAI, worker: ScriptedWorker
+) -> None:
+    options: Any = {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
+    with worker.answering_with(
+        {"text": "b", "index": 1},
+        {"text": "a", "index": 0},
+        {"text": "B", "index": 1, "finish_reason": FinishReason.LENGTH},
+        {"text": "A", "index": 0, "finish_reason": FinishReason.STOP, "usage": Usage(5, 4)},
+    ) as claims:
+        *chunks, last = client.chat.completions.create(model="base", messages=MESSAGES, **options)
+    assert (claims[0].request.n, claims[0].request.schema_version) == (2, 2)
+    assert [outline(chunk) for chunk in chunks] == [
+        *[(1, "assistant", "", None), (1, None, "b", None), (0, "assistant", "", None), (0, None, "a", None)],
+        *[(1, None, "B", None), (1, None, None, "length"), (0, None, "A", None), (0, None, None, "stop")],
+    ]
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 4
+
+
+def outline(chunk: ChatCompletionChunk) -> tuple[int, str | None, str | None, str | None]:
+    (choice,) = chunk.choices
+    return choice.index, choice.delta.role, choice.delta.content, choice.finish_reason
+
+
+def test_a_body_has_all_choices(client: openai.OpenAI, worker: ScriptedWorker) -> None:
+    with worker.answering_with(
+        {"text": "b", "index": 1, "finish_reason": FinishReason.LENGTH},
+        {"text": "a", "index": 0, "finish_reason": FinishReason.STOP, "usage": Usage(5, 2)},
+    ):
+        completion = client.chat.completions.create(model="base", messages=MESSAGES, n=2)
+    choices = [(one.index, one.message.content, one.finish_reason) for one in completion.choices]
+    assert choices == [(0, "a", "stop"), (1, "b", "length")]
+
+
+def test_a_request_of_too_many_choices_is_refused_by_name(client: openai.OpenAI) -> None:
+    assert refusal(client, n=5) == ("invalid_request_error", "n")
+    assert refusal(client, n=129) == ("invalid_request_error", "n")
