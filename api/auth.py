@@ -9,7 +9,7 @@ from shared.errors import InvalidApiKey
 
 
 class ApiKeyCheck:
-    """FastAPI dependency of the `/v1` routes: if there are keys, requires one of them as a bearer token."""
+    """A FastAPI dependency of the `/v1` routes, which checks the bearer token if API keys are configured."""
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
@@ -21,7 +21,7 @@ class ApiKeyCheck:
         return client
 
     async def __call__(self, request: Request) -> None:
-        """Checks the API key of one request, and notes its client for `client_of`.
+        """Checks the API key of one request, and records the client for `client_of`.
 
         Raises:
             InvalidApiKey: the request has no key, or an unknown key.

@@ -1,4 +1,4 @@
-"""Reads request bodies that are declared as JSON, within limits on size, time, and the memory of all."""
+"""Reads JSON request bodies, within limits on the size and time of each, and on the memory of all."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,7 +17,7 @@ FREE_BYTES = 16 * 1024
 
 
 class _Arriving:
-    """A body of which a part is in memory."""
+    """A request body that is being received; a part of it is in memory."""
 
     def __init__(self) -> None:
         self.body = bytearray()
@@ -32,8 +32,8 @@ class _Arriving:
 class BodyReader:
     """Reads the bodies of all requests of an API process.
 
-    If they take more memory than allowed, the one that has been arriving longest is given up: bodies that
-    clients send slowly, or never to the end, don't keep others out.
+    If all bodies together take too much memory, the reader drops the body that has been arriving longest.
+    Otherwise, clients that send bodies slowly, or never to the end, would keep other clients out.
     """
 
     def __init__(self, settings: ApiSettings) -> None:
@@ -44,10 +44,10 @@ class BodyReader:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Provides the whole body of a request; its memory counts until the context ends.
+        """Yields the whole body of a request, which counts as memory in use until the context ends.
 
         Raises:
-            UnsupportedMediaType: the header `Content-Type` is missing or names something else than JSON.
+            UnsupportedMediaType: the header `Content-Type` is missing, or is not JSON.
             RequestTooLarge: the body is larger than `max_body_bytes`; no more of it is read.
             RequestTimeout: the body did not arrive within `body_limit_s`.
             ServerBusy: all bodies together take too much memory.
@@ -86,10 +86,10 @@ class BodyReader:
             self._evict_oldest(but=arriving)
 
     def _evict_oldest(self, *, but: _Arriving) -> None:
-        """Gives up the oldest incomplete body that counts.
+        """Drops the incomplete body that has been arriving longest, except `but`.
 
         Raises:
-            ServerBusy: there is none, except the body that needs the memory.
+            ServerBusy: no other body is incomplete and takes memory.
         """
         for arriving in self._arriving:
             if arriving is not but and arriving.num_counted and not arriving.was_evicted:
@@ -105,7 +105,8 @@ class BodyReader:
 def _check_declared_as_json(request: Request) -> None:
     """Refuses a body that is not declared as JSON.
 
-    A browser sends such a body for any web page. Before it sends JSON to another origin, it asks the server.
+    A browser sends bodies of other types to the API for any web page. Before it sends JSON to another origin,
+    it asks the server for permission.
 
     Raises:
         UnsupportedMediaType: `Content-Type` is missing, or one of its values is not JSON in UTF-8.

@@ -1,4 +1,4 @@
-"""The routes of chat completions: create one, resume its stream, abort it."""
+"""The routes that create a chat completion, resume its stream, and abort it."""
 
 from collections.abc import Collection
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The protocol of one connection: uvicorn's, with a limit on the size of heads, and OpenAI's error format."""
+"""uvicorn's connection class, extended by a limit on the size of heads and by OpenAI's error format."""
 
 import asyncio
 import http
@@ -23,7 +23,7 @@ MAX_HEAD_BYTES = 64 * 1024
 
 @dataclass(slots=True)
 class Progress:
-    """Times at which a connection began what it is doing; None if it is not doing it."""
+    """The start times of what a connection is doing; None for everything that it is not doing."""
 
     head_since: float | None = None
     body_since: float | None = None
@@ -63,7 +63,7 @@ class Connection(HttpToolsProtocol):
         self._guard.forget(self)
 
     def data_received(self, data: bytes) -> None:
-        """Parses what the client sent, unless it was refused already."""
+        """Parses the data that the client sent, unless the client was refused already."""
         if self.progress.refused_since is not None:
             return
         if not self._cycles and self.progress.body_since is None and self.progress.head_since is None:
@@ -111,10 +111,10 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Ends the response; the connection then waits for another request, or runs the one that has come.
+        """Ends the response. The connection then waits for the next request, or runs it if it has arrived.
 
-        The time limits of a head or a body that arrived during the response begin now: its client may have
-        waited for the response, and uvicorn reads no body of a second request before.
+        If a part of the next request arrived during the response, its time limits begin now: the client may
+        have waited for the response, and until now uvicorn did not read the next body.
         """
         if self._cycles:
             self._cycles.popleft()
@@ -154,14 +154,18 @@ class Connection(HttpToolsProtocol):
     def _end_cycles(self) -> None:
         """Tells the application that nobody receives its responses.
 
-        uvicorn itself tells it only of the last request, even if earlier ones on the connection still run.
+        uvicorn itself tells the application only about the last request of the connection, even if earlier
+        requests still run.
         """
         for cycle in self._cycles:
             cycle.disconnected = True
             cycle.message_event.set()
 
     def end_head(self) -> None:
-        """Ends a connection without a complete head; with an error if a part of a head has come."""
+        """Closes a connection that has no complete head.
+
+        If a part of the head has come, sends an error first.
+        """
         if self._num_head_bytes or self._num_unparsed_bytes:
             self.refuse(RequestTimeout())
         else:

@@ -1,8 +1,7 @@
-"""Limits on the connections of an API process: their number, and the time and size of what they send.
+"""Limits on the connections of an API process: their number, and the time and size of heads and bodies.
 
-uvicorn has none of these limits, except on the number of connections, with which `/health` would be refused
-too. `Connection` in `api/connection.py` extends uvicorn's protocol class; `ConnectionGuard` checks all
-connections once a second.
+uvicorn itself limits only the number of connections, and would then refuse even `/health`. `Connection` in
+`api/connection.py` extends uvicorn's protocol class; `ConnectionGuard` checks all connections once a second.
 """
 
 import asyncio
@@ -43,9 +42,9 @@ LAST_WORDS_S = 2.0
 class ConnectionGuard:
     """Limits the connections of one API process.
 
-    If there are too many, the one that has waited longest for its client to send a request is closed, or else
-    the one whose body has been arriving longest. If all have complete requests, a new one can only use the
-    probes.
+    If there are too many connections, the guard closes the one that has waited longest for its client to send
+    a request. If no connection waits, it closes the one whose body has been arriving longest. If all
+    connections have complete requests, a new connection can only use the probes (`/health`, `/ready`).
     """
 
     def __init__(self, settings: ApiSettings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,14 +63,14 @@ class ConnectionGuard:
         return self._open
 
     def protocol(self, **options: Any) -> Connection:
-        """Creates the protocol of a new connection; uvicorn takes this method as its protocol class."""
+        """Creates the object for a new connection; uvicorn calls this method in place of its own class."""
         self._open = options["server_state"].connections
         return Connection(self, **options)
 
     def install(self, server: uvicorn.Server | None) -> None:
-        """Makes a uvicorn server use these limits; it must not have begun to listen.
+        """Makes a uvicorn server, which must not listen yet, use these limits.
 
-        If another server runs the application (None), a warning is logged.
+        If `server` is None, another HTTP server runs the application, and a warning is logged.
         """
         if server is None:
             logger.warning("no limits on connections, because the command uvicorn does not run this process")
@@ -91,7 +90,7 @@ class ConnectionGuard:
         )
 
     def protect(self, app: ASGIApp) -> ASGIApp:
-        """Returns `app` with the answer `server_busy` to all but probes while connections are too many."""
+        """Wraps `app`: while there are too many connections, all requests except probes get `server_busy`."""
 
         async def layer(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and len(self._open) > self._max_num and scope["path"] not in PROBES:
@@ -143,7 +142,7 @@ class ConnectionGuard:
         self._arriving.pop(connection, None)
 
     async def run(self) -> None:
-        """Checks all connections, once a second, for ever."""
+        """Checks all connections once a second, without end."""
         while True:
             await asyncio.sleep(SWEEP_S)
             self.sweep()
@@ -172,7 +171,7 @@ class ConnectionGuard:
             connection.transport.abort()
 
     def end_after(self, limit_s: float) -> None:
-        """Cuts all connections that are still open after `limit_s`, so that uvicorn ends."""
+        """Closes all connections that are still open after `limit_s`, so that uvicorn can end."""
         asyncio.get_running_loop().call_later(limit_s, self._cut_all)
 
     def _cut_all(self) -> None:
@@ -185,7 +184,7 @@ def _is_over(since: float | None, limit_s: float, now: float) -> bool:
 
 
 def _raise_file_limit(num_wanted: int) -> int:
-    """Raises the number of files that the process may open, as far as it is allowed; returns the number."""
+    """Raises the number of files that the process may open, as far as allowed; returns the new number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < num_wanted:
         soft = num_wanted if hard == resource.RLIM_INFINITY else min(num_wanted, hard)

@@ -141,7 +141,7 @@ async def _handle_parameter(request: Request, exc: Exception) -> Response:
 
 
 async def _handle_disconnect(request: Request, exc: Exception) -> Response:
-    """Ends a request whose client disconnected while sending; nobody receives this response."""
+    """Ends a request whose client disconnected while it sent the body; nobody receives this response."""
     exchange_of(request.scope).note_client_gone(CLIENT_CLOSED_REQUEST)
     return Response(status_code=400)
 

@@ -31,8 +31,8 @@ QUIET_STATUS = 400
 class ExchangeLog:
     """Collects the facts about one HTTP exchange, and logs them once, at its end.
 
-    Metrics that are counted here would be those of one API process: a monitoring system must collect them
-    from each process. Numbers in Redis, in contrast, are the same for all processes.
+    If metrics were counted here, each API process would have its own, and a monitoring system would have to
+    collect them from every process. Numbers in Redis, in contrast, are the same for all processes.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -104,7 +104,10 @@ class ExchangeLog:
         self._outcome, self._status = "client_gone", self._status or status
 
     def write(self) -> None:
-        """Writes the log line, as a warning with the reason if an error was not caused by the client."""
+        """Writes the log line.
+
+        If the client did not cause the error, the line is a warning with the reason.
+        """
         level = logging.WARNING if self._is_fault else logging.INFO
         if self._status < QUIET_STATUS and not self._path.startswith("/v1"):
             level = logging.DEBUG
@@ -147,7 +150,7 @@ class ExchangeLog:
         return facts | (self._times() if self._request else {})
 
     def _times(self) -> dict[str, str | float | None]:
-        """Returns the worker and its times; None for all that is not known."""
+        """Returns the worker's name, and how long each stage took; None for each value that is not known."""
         times = self._timings
         if times is None:
             return dict.fromkeys(("queue", "load", "encode", "prefill", "decode", "worker"))
@@ -177,7 +180,7 @@ def _id_from_client(scope: Scope) -> str:
 
 
 def _shown(value: str | float | None) -> str:
-    """Returns a value for the log line: seconds, or a text, shortened, and as a JSON string unless plain."""
+    """Formats a value for the log line; a long text is shortened, and a text with spaces is quoted."""
     if value is None:
         return "-"
     if not isinstance(value, str):

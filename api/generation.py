@@ -1,4 +1,4 @@
-"""Functions for all routes that generate: they build the `GenerationRequest` and read the detach headers."""
+"""Functions for all routes that generate text: they build requests, and read headers about detaching."""
 
 import re
 import time
@@ -94,7 +94,7 @@ def model_in(raw: bytes) -> str | None:
 
 
 def check_length(card: ModelCard, chat: Chat, sampling: SamplingParams) -> None:
-    """Refuses a chat that can't fit into the context, however its text is encoded.
+    """Refuses a chat that is too long for the context with any possible tokenization.
 
     Only the text of user messages counts, without spaces at its ends: a chat template may drop the rest.
 

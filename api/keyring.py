@@ -60,10 +60,10 @@ class Keyring:
                 log_unexpected(logger, error)
 
     def reread(self) -> None:
-        """Reads the file once; if the previous call found the same new content, accepts the keys in it.
+        """Reads the file once; accepts new keys only if the previous call read the same content.
 
-        Thus a file that is only half written has no effect. A file that is malformed or gone changes nothing,
-        and is logged. May be called in any thread.
+        A file that is only half written thus has no effect. If the file is malformed or missing, the keys
+        stay as they are, and an error is logged. May be called in any thread.
         """
         assert self._file is not None
         try:

@@ -74,7 +74,7 @@ def log_exchange(app: ASGIApp) -> ASGIApp:
 
 
 def labelled(name: bytes, value: bytes) -> bytes:
-    """Returns the value of a header; adds the charset if it is the content type of a text and has none."""
+    """Returns the value of a header, with a charset if the header is the content type of a text."""
     if name.lower() != CONTENT_TYPE or b"charset=" in value.lower():
         return value
     media_type = value.partition(b";")[0].strip().lower()

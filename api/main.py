@@ -2,8 +2,8 @@
 
 At SIGTERM uvicorn stops accepting connections and waits for the open responses. After `api_drain_s` the relay
 ends the responses that are still open with the error `server_draining`; then the process ends. If uvicorn's
-`--timeout-graceful-shutdown` is shorter than `api_drain_s`, clients get the same error earlier. Then
-connections whose clients don't read are cut.
+`--timeout-graceful-shutdown` is shorter than `api_drain_s`, clients get the same error earlier. At the end,
+connections whose clients don't read are closed.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from shared.settings import ApiSettings, RedisSettings
 
 
 class Application(FastAPI):
-    """FastAPI inside the layers of `api.layers`, which thus see even what FastAPI's error handler sends."""
+    """FastAPI inside the layers of `api.layers`, which thus see even responses of FastAPI's error handler."""
 
     def __init__(self, cors_origins: Sequence[str], **options: Any) -> None:
         """Creates the application with FastAPI's `options`; web pages of `cors_origins` may call it."""

@@ -11,7 +11,7 @@ import uvicorn
 
 
 def running_server() -> uvicorn.Server | None:
-    """Returns the uvicorn server that runs this process, or None; it is the one that handles SIGTERM."""
+    """Returns the uvicorn server that handles SIGTERM in this process, or None."""
     owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     return owner if isinstance(owner, uvicorn.Server) else None
 
@@ -20,8 +20,8 @@ def running_server() -> uvicorn.Server | None:
 def at_termination(callback: Callable[[], None]) -> Iterator[None]:
     """Schedules `callback` in the running event loop at SIGTERM or SIGINT, then calls the previous handler.
 
-    Does nothing outside the main thread, and leaves a signal that has no handler as it is. Under uvicorn,
-    both signals have one.
+    Does nothing outside the main thread, or for a signal that has no handler. Under uvicorn, both signals
+    have handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

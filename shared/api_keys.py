@@ -1,8 +1,8 @@
-"""API keys and their names, as `LORELAY_API_KEYS` and the file of keys give them.
+"""API keys and their names, as `LORELAY_API_KEYS` and the file of keys define them.
 
-A key's name stands for the client (the tenant) in the client's requests, shares of the queue and of the
-waiting bytes, cached prefixes and log lines. Two keys may have the same name, so that a client can change
-from one key to the next without losing anything.
+A key's name identifies the client (the tenant): in requests, in the shares of the queues, in cached prefixes
+and in log lines. Two keys may have the same name, so that a client can change its key without losing
+anything.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _SEPARATORS = re.compile(r"[ \t\r\n,]+")
 
 
 class ApiKey(NamedTuple):
-    """A key that clients send, and the client it stands for."""
+    """An API key and the client to which it belongs."""
 
     tenant: str
     """The key's name; the digest of a key without a name."""
@@ -48,13 +48,13 @@ NOBODY = Client("", frozenset({""}))
 
 
 def digest(secret: str) -> str:
-    """Returns the SHA-256 (hex) of a key, which stands for it where the key itself must not be seen."""
+    """Returns the SHA-256 (hex) of a key, which identifies the key without showing it."""
     # The previous release decoded headers as Latin-1, then hashed the key; its digests stay valid.
     return hashlib.sha256(secret.encode().decode("latin-1").encode()).hexdigest()
 
 
 def shown(tenant: str) -> str:
-    """Returns a tenant as log lines show it: a name unchanged, a digest by its first 12 digits."""
+    """Returns a tenant as log lines show it: a name unchanged, a digest shortened to 12 digits."""
     return tenant[:12] if len(tenant) == hashlib.sha256().digest_size * 2 else tenant
 
 
@@ -62,7 +62,7 @@ def split_keys(text: str) -> tuple[str, ...]:
     """Returns the entries of a text, which are separated by spaces, commas or line breaks.
 
     Raises:
-        ValueError: the text is not empty, but has no entry.
+        ValueError: the text has only separators.
     """
     entries = tuple(entry for entry in _SEPARATORS.split(text) if entry)
     if text and not entries:
@@ -71,11 +71,11 @@ def split_keys(text: str) -> tuple[str, ...]:
 
 
 def parse_keys(entries: Iterable[str]) -> tuple[ApiKey, ...]:
-    """Parses entries of the form `name:key` or `key`; the same entry twice counts once.
+    """Parses entries of the form `name:key` or `key`. If an entry occurs twice, it counts once.
 
     Raises:
-        ValueError: a name or key is empty or has characters that it can't have, or a key has two names. The
-            message counts entries from 1 and never shows a key.
+        ValueError: a name or key is empty or has a forbidden character, or a key has two names. The message
+            gives the number of the entry, from 1, and never shows a key.
     """
     keys: dict[str, ApiKey] = {}
     for number, entry in enumerate(entries, 1):

@@ -1,6 +1,7 @@
-"""Limits that containers and systemd set for a process, by its control groups (cgroups, versions 1 and 2).
+"""Limits that containers and systemd set for a process, with control groups (cgroups, versions 1 and 2).
 
-Other numbers of the kernel, such as the free memory in `/proc/meminfo`, are those of the whole machine.
+Without these limits, a process would see only the resources of the whole machine, such as the free memory in
+`/proc/meminfo`.
 """
 
 import math
@@ -28,7 +29,7 @@ class MemoryLimit(NamedTuple):
 def memory_limit(root: Path = Path("/")) -> MemoryLimit | None:
     """Returns the memory limit of this process's control groups, or None without one.
 
-    `root` is the folder that has `proc` and `sys`, for tests.
+    `root`: the folder that has `proc` and `sys`; tests pass another one.
     """
     limits = [
         *(
@@ -46,7 +47,7 @@ def memory_limit(root: Path = Path("/")) -> MemoryLimit | None:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Returns the number of CPUs whose time this process's groups may use, or None without a quota."""
+    """Returns how many CPUs' time this process may use by its groups' quotas, or None without a quota."""
     quotas = [*map(_cpu_max, _groups(root, None)), *map(_cfs_quota, _groups(root, "cpu"))]
     return min((quota for quota in quotas if quota), default=None)
 
@@ -72,13 +73,13 @@ def _memory(folder: Path, limit_name: str, usage_name: str, droppable_name: str)
 
 
 def _cpu_max(folder: Path) -> float | None:
-    """Returns the quota of a group of version 2, whose file has `QUOTA PERIOD`; the quota may be `max`."""
+    """Returns the quota of a group of version 2. The file contains `QUOTA PERIOD`, or `max PERIOD`."""
     words = _read_words(folder / "cpu.max")
     return _ratio(*words) if len(words) == 2 else None
 
 
 def _cfs_quota(folder: Path) -> float | None:
-    """Returns the quota of a group of version 1, where a quota of -1 means none."""
+    """Returns the quota of a group of version 1. In the file, -1 means no quota."""
     words = [*_read_words(folder / "cpu.cfs_quota_us"), *_read_words(folder / "cpu.cfs_period_us")]
     return _ratio(*words) if len(words) == 2 else None
 
@@ -110,7 +111,7 @@ def _groups(root: Path, controller: str | None) -> Iterator[Path]:
 
 
 def _group_path(root: Path, controller: str | None) -> str | None:
-    """Returns the path of this process's group; a line of `/proc/self/cgroup` is `ID:CONTROLLERS:PATH`."""
+    """Returns the path of this process's group, from a line `ID:CONTROLLERS:PATH` in `/proc/self/cgroup`."""
 
     def is_wanted(controllers: str) -> bool:
         return controllers == "" if controller is None else controller in controllers.split(",")
@@ -142,7 +143,7 @@ def _find_mount(root: Path, controller: str | None) -> tuple[str, str] | None:
 
 
 def _first(file: Path, parse: Callable[[str], _Result | None]) -> _Result | None:
-    """Returns the first result of `parse` for a line of `file`; None if there is none, or no such file."""
+    """Returns the first result of `parse` for a line of `file`; None without a result, or without a file."""
     results = map(parse, _read(file).splitlines())
     return next((result for result in results if result is not None), None)
 
@@ -157,7 +158,7 @@ def _read_words(file: Path) -> list[str]:
 
 
 def _read(file: Path) -> str:
-    """Returns a file's text; an empty one if the kernel does not offer the file, or not to this process."""
+    """Returns a file's text; an empty text if this process can't read the file."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Logging: each record has a sentence for people and, in `extra`, fields with the same names everywhere."""
+"""Logging helpers. Each log record has a sentence for people, and fields in `extra` for programs."""
 
 import logging
 from typing import Any
@@ -17,5 +17,5 @@ def fields(action: str, **values: Any) -> dict[str, Any]:
 
 
 def log_unexpected(logger: logging.Logger, error: BaseException) -> None:
-    """Logs a bug, i.e. an exception other than a `LorelayError`, with its traceback."""
+    """Logs an unexpected exception (a bug) with its traceback."""
     logger.error("internal error: %r", error, exc_info=error, extra=fields("internal_error"))

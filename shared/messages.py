@@ -1,4 +1,4 @@
-"""The messages that processes send each other, and their JSON codec; nothing else.
+"""The messages that processes send each other, and their JSON codec.
 
 Decoders ignore unknown fields, so the API and the workers can be upgraded in either order. A worker does not
 claim requests whose schema is newer than its own `SCHEMA_VERSION`.
@@ -57,7 +57,7 @@ class ForwardState(StrEnum):
 
 
 class RequestClass(StrEnum):
-    """The kind of client: a person who reads the stream, or a batch job that can wait for idle capacity."""
+    """The kind of client: a person who reads the answer as it arrives, or a batch job that can wait."""
 
     INTERACTIVE = "interactive"
     BATCH = "batch"
@@ -104,7 +104,7 @@ class TemplateInputs(Message, frozen=True):
 
     @property
     def are_known_to_all(self) -> bool:
-        """True if workers that know only schemas 1 and 2, which ignore the inputs, build the right prompt."""
+        """True if workers that know only schemas 1 and 2 ignore these inputs, but build the right prompt."""
         return not (self.tools or self.continue_final_message or self.variables.keys() - TEMPLATE_HINTS)
 
 
@@ -113,7 +113,7 @@ NO_INPUTS = TemplateInputs()
 
 
 def weights_version(base_version: str, adapter_version: str | None) -> str:
-    """Returns a model's weights version: for the base `base_version`, else `base_version+adapter_version`."""
+    """Returns a base's weights version (`base_version`), or an adapter's (`base_version+adapter_version`)."""
     return base_version if adapter_version is None else f"{base_version}+{adapter_version}"
 
 
@@ -156,7 +156,10 @@ class GenerationRequest(Message, frozen=True):
     """True if the first event must have `usage_so_far`; workers of an earlier release leave the field out."""
 
     def without_prompt(self) -> "GenerationRequest":
-        """Returns a copy without the prompt, which may be megabytes: all that the reader of events needs."""
+        """Returns a copy without the prompt, which may be megabytes.
+
+        Readers of events don't need the prompt.
+        """
         return msgspec.structs.replace(self, messages=[], prompts=(), template_inputs=NO_INPUTS)
 
     @property
@@ -171,11 +174,11 @@ class GenerationRequest(Message, frozen=True):
 
     @property
     def schema_version(self) -> int:
-        """The oldest schema that can express the request.
+        """The lowest schema version that can express the request.
 
         Schema 1 can express only one chat with n = 1 and unchanged logits. Schema 2 can express all requests
-        without `template_inputs` and `cache_salt`: a worker that knows only schema 2 would ignore a salt, and
-        would share the prefix with all requests of the tenant.
+        without `template_inputs` and `cache_salt`. A worker that knows only schema 2 would ignore a salt, and
+        would share the request's prefix with all requests of the tenant.
         """
         if self.cache_salt or not self.template_inputs.are_known_to_all:
             return 3
@@ -212,7 +215,7 @@ class PositionLogprobs(Message, frozen=True):
 
 
 class ErrorInfo(Message, frozen=True):
-    """An error in an event or an HTTP answer; `code` is the code of a class in `shared.errors`."""
+    """An error in an event or an HTTP answer; `code` identifies a class in `shared.errors`."""
 
     code: str
     message: str
@@ -291,7 +294,7 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
 
 
 class WorkerFacts(Message, frozen=True, omit_defaults=False):
-    """Facts about a worker that serves, which it writes with every heartbeat."""
+    """Facts about itself that a serving worker writes to Redis with every heartbeat."""
 
     max_model_len: int
     dtype: str = ""

@@ -21,9 +21,10 @@ def expand_home(path: str | Path) -> Path:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Splits `owner/name@revision` into the Hugging Face id and its revision, which is None if there is no @.
+    """Splits `owner/name@revision` into the Hugging Face id and the revision; None without an @.
 
-    Anything else, such as a path, is returned whole. Callers look for a folder of the whole name first.
+    A name of any other form, such as a path, is returned whole. Callers must first look for a folder with the
+    whole name.
 
     Raises:
         ValueError: nothing follows the @.

@@ -1,4 +1,4 @@
-"""Parses the settings that are lists: adapters, from files too, and weights of models."""
+"""Parses the settings that are lists: adapters, which may be in files, and weights of models."""
 
 import math
 import shlex
@@ -17,7 +17,7 @@ class AdapterSource(NamedTuple):
 
 
 def parse_adapters(value: Any) -> Any:
-    """Parses `"a=path b=path @file"`, or a single path, whose last folder then gives the adapter's name.
+    """Parses `"a=path b=path @file"`, or a single path, whose last folder is then the adapter's name.
 
     Raises:
         ValueError: an entry is malformed, a name is used twice or is `default`, or a file can't be read. If
@@ -38,7 +38,7 @@ def parse_adapters(value: Any) -> Any:
 
 
 def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
-    """Reads a file with one `name=path` per line; yields each adapter and, for messages, its file and line.
+    """Reads a file with one `name=path` per line; yields each adapter, and its file and line for messages.
 
     Blank lines and lines that begin with `#` are skipped. Paths may be relative to the file's folder.
     """
@@ -59,7 +59,7 @@ def _read_list(path: str) -> Iterator[tuple[AdapterSource, str]]:
 
 
 def _beside(folder: Path, path: str) -> str:
-    """Returns a path that is relative to `folder` in absolute form; returns a Hugging Face id unchanged."""
+    """Makes a path that is relative to `folder` absolute; returns a Hugging Face id unchanged."""
     named = folder / expand_home(path)
     return str(named) if named.is_dir() or path.startswith((".", "~")) else path
 

@@ -1,7 +1,7 @@
-"""All settings: immutable objects, read and validated from `LORELAY_*` environment variables at start.
+"""All settings, as immutable objects that are read from `LORELAY_*` environment variables and validated.
 
-A malformed value raises a `ConfigurationError` that names the variable. The flags of `lorelay serve` set the
-same variables.
+A malformed value raises a `ConfigurationError` that names the variable. The flags of `lorelay serve` set
+these variables, too.
 """
 
 import os

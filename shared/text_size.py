@@ -1,7 +1,7 @@
-"""The size of a text as far as every tokenizer must encode it.
+"""The size of the part of a text that every tokenizer must encode.
 
-Byte-level vocabularies may lack the bytes of control characters and of planes of Unicode without characters.
-Tokenizers drop these, so they don't count.
+Byte-level vocabularies may lack the bytes of control characters and of Unicode planes without characters.
+Tokenizers drop such bytes, so this size leaves them out.
 """
 
 _CONTROLS = bytes({*range(0x20), 0x7F} - set(b"\t\n\r"))

@@ -84,7 +84,7 @@ class RunningUsage:
         self._at_first = self._at_first or event.usage_so_far or event.usage
 
     def to_body(self) -> UsageBody | None:
-        """Returns the counts so far; None if the worker is of an earlier release, which doesn't tell them."""
+        """Returns the counts so far; None if the worker is of an earlier release, which reports none."""
         first = self._at_first
         if first is None:
             return None
@@ -105,7 +105,7 @@ class ChunkWriter:
         with_ids: bool = False,
         begun: Iterable[int] = (),
     ) -> None:
-        """Expects in `begun` the choices whose role the client has got already.
+        """`begun` lists the choices of which the client has already received the role (the first chunk).
 
         If `with_ids` is true, each event gets a line `id: <request id>:<event_no>`. With both `include_usage`
         and `continuous_usage`, each chunk has the token counts so far.
@@ -118,7 +118,7 @@ class ChunkWriter:
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def render(self, event: StreamEvent) -> bytes:
-        """Returns the chunks of one event, possibly none: the role first, usage and `[DONE]` last."""
+        """Returns the chunks for one event, possibly none: the role is first, usage and `[DONE]` are last."""
         parts = []
         if self._running is not None:
             self._running.add(event)
@@ -139,7 +139,7 @@ class ChunkWriter:
         return b"".join(parts)
 
     def _text_chunk(self, index: int, text: str) -> bytes:
-        """Renders a chunk with nothing but text; the JSON around the text is encoded once per choice."""
+        """Renders a chunk that has only text. The JSON around the text is encoded once per choice."""
         if self._running is not None:
             return self._chunk(index, Delta(content=text))
         frame = self._frames.get(index)
@@ -173,7 +173,7 @@ class BodyWriter:
         self._finish_reasons: list[PublicFinishReason] = ["stop"] * num_choices
 
     def render(self, event: StreamEvent) -> bytes:
-        """Returns no bytes until the last event, the one with `usage`; then the whole body."""
+        """Returns the whole body for the last event, which has `usage`, and no bytes for earlier events."""
         self._texts[event.index].append(event.text)
         if event.finish_reason is not None:
             self._finish_reasons[event.index] = FINISH_REASONS[event.finish_reason]

@@ -42,7 +42,7 @@ class TextPart(StrictModel):
 
 
 def _to_json_text(value: Any) -> Any:
-    """Writes arguments as JSON text if a client sent them as an object, or null for none."""
+    """Returns a call's arguments as JSON text, also if a client sent an object or null instead of text."""
     if value is None:
         return "{}"
     if not isinstance(value, dict):

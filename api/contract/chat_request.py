@@ -21,7 +21,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ServedFields(GenerationFields):
-    """The fields of a chat completion that Lorelay serves, besides the template's inputs."""
+    """The fields of a chat completion that Lorelay serves, except the inputs of the chat template."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_NUM_MESSAGES), FailFast()]
     """The conversation so far, oldest message first."""
@@ -84,7 +84,7 @@ class TemplateFields(StrictModel):
 
 
 class ChatCompletionRequest(ExtensionFields, UnservedOpenAIFields, LabelFields, TemplateFields, ServedFields):
-    """The body of a chat completion request; null in a field means its default."""
+    """The body of a chat completion request; a field with the value null gets its default."""
 
     @model_validator(mode="after")
     def _continues_a_text(self) -> Self:

@@ -22,7 +22,7 @@ FunctionType = Annotated[str, AfterValidator(_check_type)]
 
 
 def _check_finite(value: Any) -> Any:
-    """Returns the value; raises an error if it contains a number beyond the range of floats (1e400)."""
+    """Returns the value; raises an error if it contains a number that is too large for a float (1e400)."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
@@ -34,7 +34,7 @@ Schema = Annotated[dict[str, Any], AfterValidator(_check_finite)]
 
 
 class FunctionDefinition(StrictModel):
-    """A function that the model may know of."""
+    """A function that the chat template describes to the model."""
 
     name: Annotated[str, StringConstraints(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
     """The function's name: up to 64 letters, digits, `_`, `-` and `.`."""
@@ -53,7 +53,7 @@ class FunctionDefinition(StrictModel):
 
 
 class Tool(StrictModel):
-    """A tool that the model may know of."""
+    """A tool that the chat template describes to the model."""
 
     type: FunctionType
     """`function`; other types are not served."""

@@ -1,7 +1,8 @@
 """Fields that other servers add to OpenAI's chat completion, and that their clients send to any server.
 
-A client that always sends a field with its neutral value must not be refused for it. These fields are refused
-with any other value; most have no description, since only the documentation of their owners has one.
+Some clients always send such a field, with a value that has no effect. This value is accepted, and any other
+value is refused. Most of these fields have no description here, because the documentation of the other
+servers describes them.
 """
 
 from typing import Annotated, Any
@@ -208,7 +209,7 @@ class OllamaFields(StrictModel):
 
 
 class GatewayFields(StrictModel):
-    """Fields of LiteLLM, OpenRouter and hosted models, and arguments of clients that end up in a body."""
+    """Fields of LiteLLM, OpenRouter and hosted models, and client options that users put into a body."""
 
     thinking: Annotated[Any, Only({"type": "disabled"}, instead=FROM_KWARGS)] = None
     reasoning: Annotated[Any, Only({}, instead=FROM_KWARGS)] = None

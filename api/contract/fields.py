@@ -42,7 +42,7 @@ class Only:
 
 
 def _is_same(value: Any, accepted: Any) -> bool:
-    """True if both are the same JSON: 1.0 is 1, but true is not 1."""
+    """True if both are the same JSON value: 1.0 equals 1, but true does not."""
     return bool(value == accepted) and isinstance(value, bool) == isinstance(accepted, bool)
 
 

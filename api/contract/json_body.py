@@ -1,4 +1,4 @@
-"""Decodes the JSON of a request body; refuses a body with so many values that reading it would take long."""
+"""Decodes the JSON of a request body, and refuses a body that has too many values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +24,8 @@ def is_long(body: bytes) -> bool:
 def decoded(body: bytes, refuse_beginning: Callable[[dict[str, Any]], None]) -> Steps[dict[str, Any]]:
     """Decodes a body as a JSON object.
 
-    If the body has too many values, `refuse_beginning` is called with the values in the body's first bytes,
-    and may raise an error that tells more.
+    If the body has too many values, `refuse_beginning` gets the values in the body's first bytes, and may
+    raise a more precise error.
 
     Raises:
         InvalidRequest: the body is not valid JSON, is no object, or has more than `MAX_NUM_VALUES` values.

@@ -1,6 +1,6 @@
 """Computations that run step by step, so that the event loop can serve other requests in between.
 
-Such a computation is a generator, and each `yield` ends a step. A step should take `STEP_S` or less.
+A computation is a generator, and each of its `yield`s ends a step. A step should take `STEP_S` or less.
 """
 
 import asyncio
@@ -35,9 +35,10 @@ def run_at_once(steps: Steps[Value]) -> Value:
 
 
 class StepRunner:
-    """Runs the computations of one event loop; at any time, only one of those that take longer than `STEP_S`.
+    """Runs computations in an event loop, but only one long computation at a time.
 
-    If several ran at once, the event loop would run each for `STEP_S` before it served other requests again.
+    A computation is long if it takes more than `STEP_S`. If several long ones ran at once, each would take
+    `STEP_S` before the event loop served other requests again.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -47,7 +48,7 @@ class StepRunner:
     async def run(self, steps: Steps[Value], *, is_long: bool) -> Value:
         """Runs a computation to its end, and pauses whenever it has run for `STEP_S`.
 
-        If `is_long` is true, the first step, too, waits until no other long computation runs.
+        If `is_long` is true, even the first step waits until no other long computation runs.
         """
         if not is_long:
             ends, value = self._run_for_a_while(steps)

@@ -71,7 +71,8 @@ def unsupported(message: str, *, field: str | None = None) -> PydanticCustomErro
 def invalid(message: str, *, field: str | None = None) -> PydanticCustomError:
     """Creates the error that a validator raises for a wrong value.
 
-    A validator of a whole model must pass the name of the wrong field; for others, pydantic adds the name.
+    A validator of a whole model must pass the name of the wrong field. If the validator belongs to a field,
+    pydantic adds the name.
     """
     return PydanticCustomError("invalid", "{text}", {"text": message, "field": field})
 

@@ -48,7 +48,7 @@ class EventSource:
         """Puts the request on its queue.
 
         Raises:
-            QueueFull, ServerDraining: the request was refused, and has ended.
+            QueueFull, ServerDraining: the request was refused, and never runs.
             QueueUnavailable: Redis did not answer by `until`; the request may be in the queue anyway.
         """
         try:
@@ -81,7 +81,7 @@ class EventSource:
         Raises:
             QueueTimeout: no worker claimed the request in time; the request will never run.
             NoWorker: no live worker serves the model; the request will never run.
-            GenerationFailed: the request was removed by somebody else.
+            GenerationFailed: somebody else removed the request.
         """
         while True:
             events = await self._inbox.get(min(until, self._check_at))
@@ -95,10 +95,10 @@ class EventSource:
                 return []
 
     async def _check_until_event(self) -> None:
-        """Runs `_check_queue`, but gives up when an event comes: Redis may take seconds to answer.
+        """Runs `_check_queue` until an event comes, because Redis may take seconds to answer.
 
         Raises:
-            QueueTimeout, NoWorker, GenerationFailed: as in `next`.
+            QueueTimeout, NoWorker, GenerationFailed: see `next`.
         """
         check = asyncio.ensure_future(self._check_queue())
         arrival = asyncio.ensure_future(self._inbox.wait_for_event())

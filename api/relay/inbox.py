@@ -12,9 +12,9 @@ MAX_SILENCE_FACTOR = 4
 class Inbox:
     """Delivers each event of one request exactly once, in order of `event_no`, to one consumer.
 
-    `put` accepts events as pub/sub delivers them: late, twice, or with some missing. If an event is missing,
-    or if `max_num_events` wait for a slow consumer, the inbox is behind: `wants_log` is then true, and the
-    owner of the inbox reads the request's log from `next_event_no` on and passes the events to `put_log`.
+    Pub/sub may deliver events to `put` late, twice or not at all. If an event is missing, or if
+    `max_num_events` wait for a slow consumer, `wants_log` becomes true. The owner of the inbox must then read
+    the request's log from `next_event_no` on and pass the events to `put_log`.
     """
 
     def __init__(
@@ -73,23 +73,26 @@ class Inbox:
             self.fall_behind()
 
     def fall_behind(self) -> None:
-        """Notes that the log may have events that did not arrive here; `wants_log` then asks for a read."""
+        """Makes `wants_log` true, because the log may have events that did not arrive here."""
         self._behind = True
         self._call_for_log()
 
     def fail(self, error: Exception) -> None:
-        """Ends the delivery: after the waiting events, `get` raises `error`, or that of an earlier call."""
+        """Ends the delivery: once no event waits, `get` raises the error of the first call of this method."""
         self._error = self._error or error
         self._wake()
 
     def wants_log(self, now: float) -> bool:
-        """True if the log must be read: the inbox is empty, and an event is missing or none came lately."""
+        """True if the log must be read: no event waits, and one is missing or none came for a while."""
         if self._events or self._error is not None:
             return False
         return self._behind or now - self._last_heard >= self._silence_s
 
     def begin_log_read(self) -> None:
-        """Notes that a read of the log begins; if an event is found missing later, the log is read again."""
+        """Records that a read of the log begins.
+
+        If an event is found missing later, the log is read again.
+        """
         self._behind = False
         # Each read that finds no new events doubles the pause before the next read, up to the maximum.
         self._last_heard = self._loop.time()

@@ -77,7 +77,7 @@ class QueueClient:
 
     @property
     def exchange_limit_s(self) -> float:
-        """Maximum time from the enqueue of a request to the end of its response; also the life of the log."""
+        """Maximum time from the enqueue of a request to the end of its response; its log expires after it."""
         return self._settings.queue_time_limit_s + self._settings.generation_limit_s + LOG_MARGIN_S
 
     def deadline(self) -> float:
@@ -146,7 +146,7 @@ class QueueClient:
         Raises:
             ModelNotFound, NotServedYet: no model has this name.
             NoWorker: no live worker serves the model.
-            ServerDraining, QueueUnavailable: as in `ping`.
+            ServerDraining, QueueUnavailable: see `ping`.
         """
         await self.ping()
         _, is_served = await self.fetch_model(name)
@@ -183,7 +183,7 @@ class QueueClient:
             return await self._streams.find_request(request_id, client.ids)
 
     async def forget(self, request_id: str) -> None:
-        """Deletes what is left of a request that has ended; without an answer of Redis, it expires."""
+        """Deletes the data of a request that has ended. If Redis does not answer, the data expires later."""
         with contextlib.suppress(QueueUnavailable):
             async with queue_errors(self.deadline()):
                 await self._streams.forget(request_id)

@@ -145,7 +145,7 @@ class Relay:
                 inbox.fall_behind()
 
     def _on_subscribed(self) -> None:
-        """Asks for a read of all logs, which alone have the events published before the subscription."""
+        """Asks for a read of all logs: pub/sub does not deliver events from before the subscription."""
         for inbox in self._inboxes.values():
             inbox.fall_behind()
 

@@ -10,8 +10,8 @@ requests of `RequestClass.BATCH` with `QueueClient.enqueue` whenever their queue
 * A batch request that loses its worker gets the rank `BEGAN` (`make_place` in
   `shared/queue/lua/waiting.lua`), above interactive requests. This rank is meant for streams.
 * `new_request` in `api/generation.py` has no parameter for the class.
-* The `reader` key, which tells workers the API process that gets a request's events, expires
-  `QueueClient.exchange_limit_s` after the enqueue: by default 12 minutes, less than a batch may wait.
+* The `reader` key tells workers which API process gets a request's events. It expires
+  `QueueClient.exchange_limit_s` after the enqueue (by default 12 minutes), but a batch may wait longer.
 """
 
 import asyncio
@@ -103,7 +103,7 @@ async def fail_vanished_loop(
 
 
 async def _is_put_back(queue: QueueClient, request_id: str) -> bool:
-    """Returns True if a request that a worker of another class took waits again, or if nothing is known."""
+    """Returns True if a request that a stock `rq worker` took is back on its queue, or may be."""
     try:
         state = await queue.take_back(request_id)
     except QueueUnavailable:

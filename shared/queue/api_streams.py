@@ -1,4 +1,4 @@
-"""The API's calls to Redis for the queues and the token logs; `worker_streams` has the workers' calls."""
+"""The API's calls to Redis for the queues and the token logs. `worker_streams` has the workers' calls."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -50,7 +50,7 @@ class QueueLimits(NamedTuple):
     """Part of each limit that the requests of one API key may use; ignored for requests without a key."""
 
     def of(self, tenant: str) -> list[int]:
-        """Returns the limits for `enqueue.lua`: those of all requests, then those of this tenant."""
+        """Returns the limits for `enqueue.lua`: first for all requests, then for this tenant."""
         limits = [self.depth, self.total_depth, self.num_bytes]
         share = self.tenant_share if tenant else 1.0
         return [*limits, *(max(1, int(limit * share)) for limit in limits)]
@@ -87,8 +87,8 @@ class ApiStreams:
     ) -> None:
         """Checks the queue limits and enqueues a request in one atomic step.
 
-        `client` is the id of the sender; see `Client.tenant`. Only a request with one of the sender's keys
-        may resume or abort this request.
+        `client` is the tenant that sends the request (`Client.tenant`). Only this tenant may resume or abort
+        the request.
 
         Raises:
             QueueFull: one of the limits is reached.
@@ -118,8 +118,9 @@ class ApiStreams:
     async def abort(self, request_id: str, *, only_queued: bool = False, ttl_s: int = 60) -> str:
         """Aborts a request, and returns the state in which the request was.
 
-        `queued`: it was removed and never runs. `running`: it was flagged, and its worker will end it.
-        `gone`: it had ended, or does not exist. With `only_queued`, a running request is not flagged.
+        `queued`: the request was removed and never runs. `running`: the request was flagged, and its worker
+        will end it. `gone`: the request had ended, or does not exist. With `only_queued`, a running request
+        is not flagged.
         """
         reply = await self._abort(args=[request_id, int(only_queued), ttl_s])
         return reply.decode()  # type: ignore[no-any-return]
@@ -127,16 +128,16 @@ class ApiStreams:
     async def take_back(self, request_id: str) -> str:
         """Puts a request back on its queue that a worker of another class has taken and failed.
 
-        Returns `queued` if it waits again, `taken` if that has happened three times before, and `other` if
-        no other worker has taken it.
+        Returns `queued` if the request waits again, `taken` if this has happened three times before, and
+        `other` if no such worker has taken the request.
         """
         reply = await self._take_back(args=[request_id])
         return reply.decode()  # type: ignore[no-any-return]
 
     async def end_overdue(self, min_pause_s: float) -> list[str]:
-        """Ends requests that have waited longer than their limit, in all queues; returns their ids.
+        """Ends requests that have waited longer than their limit in any queue; returns their ids.
 
-        Does nothing if an API process has called it in the last `min_pause_s`.
+        Does nothing if an API process has called this script in the last `min_pause_s`.
         """
         if not await self._connection.set(keys.OVERDUE_CHECK, 1, nx=True, px=int(min_pause_s * 1000)):
             return []
@@ -152,7 +153,9 @@ class ApiStreams:
         return ended
 
     async def find_request(self, request_id: str, clients: Collection[str]) -> FoundRequest:
-        """Finds a request that this client sent; returns a detached request without its prompt.
+        """Finds a request that this client sent.
+
+        If the request is detached, it is returned without its prompt.
 
         RQ's job must still be in Redis.
 
@@ -177,7 +180,7 @@ class ApiStreams:
         return FoundRequest(read_request(encoded), num_events, has_ended is not None)
 
     async def attach(self, request_id: str, stream_ttl_s: float) -> None:
-        """Lets workers publish the further events of a request to this API process."""
+        """Makes workers publish the further events of a request to this API process."""
         key = keys.reader(request_id)
         pipeline = self._connection.pipeline()
         # An existing key keeps its expiry: if the request has ended, the key expires together with the log.
@@ -186,7 +189,7 @@ class ApiStreams:
         await pipeline.execute()
 
     async def forget(self, request_id: str) -> None:
-        """Deletes what is left of a request that has ended."""
+        """Deletes the data of a request that has ended."""
         await self._connection.delete(Job.key_for(request_id), keys.log(request_id), keys.reader(request_id))
 
     async def renew_lease(self, lease_s: float) -> None:
@@ -194,12 +197,12 @@ class ApiStreams:
         await self._connection.set(self._channel, 1, px=int(lease_s * 1000))
 
     async def find_vanished(self, request_ids: Sequence[str]) -> dict[str, GenerationFailed]:
-        """Returns the requests that get no further event, each with the error for its client.
+        """Returns those requests that will get no more events, each with the error for its client.
 
-        Their jobs were deleted, were canceled in the queue, were unreadable, were taken by workers of another
-        class (`TakenByOther`; `take_back` may put them back on their queues), or have ended (`EndLost`). The
-        last event of a request with `EndLost` may still arrive: fail the request only if a later call returns
-        it again.
+        The job of such a request was deleted, was canceled in the queue, can't be read, was taken by a worker
+        of another class (`TakenByOther`), or has ended (`EndLost`). After `TakenByOther`, `take_back` may put
+        the request back on its queue. After `EndLost`, the last event may still arrive, so callers fail the
+        request only if a later call returns it again.
         """
         pipeline = self._connection.pipeline(transaction=False)
         for request_id in request_ids:
@@ -223,7 +226,7 @@ class ApiStreams:
 
 
 def _unless_fatal(replies: list[Any]) -> list[Any]:
-    """Returns the replies of a pipeline, `WRONGTYPE` errors included; raises the first other error."""
+    """Returns the replies of a pipeline, including `WRONGTYPE` errors; raises the first other error."""
     for reply in replies:
         if isinstance(reply, Exception) and not is_wrong_type(reply):
             raise reply
@@ -259,9 +262,9 @@ def _decode_log(reply: Any, first_event_no: int) -> list[StreamEvent] | None:
 def _retry_after_s(num_ended: int, over_s: float) -> int:
     """Returns the seconds (1 to 60) after which a client of a full queue should retry.
 
-    If `num_ended` requests ended in the last `over_s` seconds, the result is the time in which, at this rate,
-    `NUM_ENDS_TO_AWAIT` requests will end. If no request has ended, the result is `over_s`, the time since the
-    oldest request was enqueued. This time is short in a sudden burst, and grows while no request ends.
+    `num_ended` requests ended in the last `over_s` seconds. The result is the time in which
+    `NUM_ENDS_TO_AWAIT` requests will end at this rate. If no request has ended, the result is `over_s`, which
+    is then the time since the oldest request was enqueued.
     """
     wait_s = NUM_ENDS_TO_AWAIT * over_s / num_ended if num_ended else over_s
     return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s)))

@@ -1,4 +1,4 @@
-"""Decodes claimed requests. Corrupt stored data of one request fails only this request."""
+"""Decodes claimed requests. If the data of a request can't be read, only this request fails."""
 
 from collections.abc import Sequence
 

@@ -21,9 +21,9 @@ SOCKET_TIMEOUT_S = 5.0
 
 
 class _ClosedMeansLost(AbstractConnection):
-    """A connection that raises redis-py's `ConnectionError` for a closed socket, so that redis-py reconnects.
+    """A connection that turns the error for a closed socket into redis-py's `ConnectionError`.
 
-    At a write to a closed socket, uvloop raises a RuntimeError, which redis-py does not handle.
+    For a write to a closed socket, uvloop raises a RuntimeError, after which redis-py would not reconnect.
     """
 
     async def send_packed_command(
@@ -51,7 +51,7 @@ _CONNECTION_CLASSES = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix"
 
 
 def connect(settings: RedisSettings, *, socket_timeout_s: float | None = None) -> redis.Redis:
-    """Returns a blocking client, which connects with its first command."""
+    """Returns a blocking client of Redis, which connects at its first command."""
     return redis.Redis.from_url(settings.redis_url, socket_timeout=socket_timeout_s)
 
 
@@ -81,7 +81,7 @@ def connect_async(
 
 
 def check_server(connection: redis.Redis) -> None:
-    """Refuses a server that lacks commands which the scripts use.
+    """Raises an error if the server is too old for the commands in the scripts.
 
     Raises:
         ConfigurationError: the server is older than 6.2.

@@ -1,4 +1,4 @@
-"""The live workers of a base as they describe themselves, and the context length that all of them accept."""
+"""Reads the facts that live workers of a base publish, and computes the context length that all accept."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
@@ -24,7 +24,7 @@ class Peer(NamedTuple):
 
 
 class Live(NamedTuple):
-    """A live worker of a base, read without all the queues from which it claims."""
+    """A live worker of a base, without the list of the queues from which it claims."""
 
     facts: WorkerFacts | None
     """None for a worker of the release before, which writes none."""
@@ -35,9 +35,10 @@ class Live(NamedTuple):
 def read_live(
     connection: redis.Redis, base: str, own_name: str, own: WorkerFacts, probes: Mapping[str, str]
 ) -> dict[str, Live]:
-    """Returns a base's live workers by name; `own` are the facts of the worker `own_name` itself.
+    """Returns a base's live workers by name; the caller's own name and facts are `own_name` and `own`.
 
-    `probes` has a queue for the names of some workers; `has_probe` tells whether the worker claims from it.
+    `probes` may name a queue for a worker. `Live.has_probe` then tells whether the worker claims from this
+    queue.
     """
     names = _live_names(connection, keys.workers(slug(base)))
     pipeline = connection.pipeline(transaction=False)
@@ -54,7 +55,7 @@ def read_live(
 def read_peers(
     connection: redis.Redis, base: str, queues: Sequence[str], own_name: str, own: WorkerFacts
 ) -> dict[str, Peer]:
-    """Returns the live workers of a base by name, each with those of `queues` from which it claims."""
+    """Returns a base's live workers by name, each with the part of `queues` from which it claims."""
     live = read_live(connection, base, own_name, own, {})
     pipeline = connection.pipeline(transaction=False)
     for name in live:
@@ -67,7 +68,7 @@ def read_peers(
 
 
 def _live_names(connection: redis.Redis, key: str) -> list[str]:
-    """Returns the workers whose leases have not expired; renames a key of a wrong type and returns none."""
+    """Returns the workers whose leases have not expired. If the key has a wrong type, renames the key."""
     seconds, _ = connection.time()
     try:
         live = cast("list[bytes]", connection.zrangebyscore(key, seconds * 1000, "+inf"))
@@ -97,10 +98,10 @@ def read_facts(encoded: object) -> WorkerFacts | None:
 
 
 def common_length(peers: Iterable[Peer], stored: ModelCard) -> int:
-    """Returns the context length that all live workers of a model accept.
+    """Returns the shortest context length of the live workers of a model.
 
-    A worker of the release before has the length of the registered card, as far as is known. The card's
-    length stays if no live worker serves the model.
+    A worker of the previous release does not publish its length, and counts with the length of the registered
+    card. The result is also the card's length if no live worker serves the model.
     """
     queue = queue_name(stored.base, stored.adapter_name)
     serving = [peer.facts for peer in peers if queue in peer.queues]
@@ -109,7 +110,7 @@ def common_length(peers: Iterable[Peer], stored: ModelCard) -> int:
 
 
 def describe_differences(peers: Mapping[str, Peer], own_name: str, own: WorkerFacts) -> list[str]:
-    """Returns a sentence for each live worker whose context length or number type differs from the own."""
+    """Returns a sentence for each live worker whose context length or number type differs from `own`."""
     return [
         f"worker {name} of the same base has {field} {theirs}, this one {ours}"
         for name, peer in peers.items()
@@ -123,6 +124,6 @@ def describe_differences(peers: Mapping[str, Peer], own_name: str, own: WorkerFa
 
 
 def _found(queues: Sequence[str], served: object) -> frozenset[str]:
-    """Returns the queues that have a value in the reply of HMGET."""
+    """Returns the queues whose values in the reply of HMGET are not nil."""
     versions = cast("list[bytes | None]", served) if isinstance(served, list) else [None] * len(queues)
     return frozenset(queue for queue, version in zip(queues, versions, strict=True) if version is not None)

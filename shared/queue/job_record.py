@@ -52,5 +52,5 @@ def job_fields(
 
 
 def outline(request: GenerationRequest) -> bytes:
-    """Returns the encoded request without its prompt: what an API needs to resume a request."""
+    """Returns the encoded request without its prompt. An API needs only this to resume the request."""
     return request.without_prompt().encode()

@@ -10,10 +10,10 @@ _HASH_DIGITS = 6
 
 @lru_cache(maxsize=4096)
 def slug(name: str) -> str:
-    """Returns a form of a model's name that is safe in Redis keys, RQ's comma lists and the dashboard's URLs.
+    """Returns a form of a model's name that is safe in Redis keys, in RQ's lists and in the dashboard's URLs.
 
-    A name of `[a-z0-9_-]` stays unchanged. Any other name is lower-cased, its other characters are replaced
-    by `-`, and six hex digits of the name's SHA-256 are appended to keep it unique.
+    A name that has only characters of `[a-z0-9_-]` stays unchanged. Any other name is lower-cased, its other
+    characters are replaced by `-`, and six hex digits of the name's SHA-256 are appended to keep it unique.
     """
     if _PLAIN.fullmatch(name):
         return name

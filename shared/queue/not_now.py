@@ -1,8 +1,8 @@
-"""Transient error replies of Redis and Valkey ("not now"): workers retry, APIs answer 503.
+"""Transient error replies of Redis and Valkey, after which workers retry and APIs answer 503.
 
-Replies are recognized by their error code, the first word. An exception's text does not always begin with the
-code: redis-py removes a code for which it has an exception class, and puts text before an error in a
-pipeline; Redis 6.2 puts text before an error in a script. `reply_of` restores the original reply.
+A reply is recognized by its first word, the error code. An exception's text does not always begin with this
+code: redis-py removes some codes, and puts text before an error in a pipeline. Redis 6.2 puts text before an
+error in a script. `reply_of` restores the original reply.
 """
 
 import re
@@ -61,8 +61,8 @@ _CODE = re.compile(r"(?!ACL )[A-Z][A-Z0-9]*(?=\s|$)")
 def reply_of(error: redis.RedisError) -> str:
     """Returns the server's reply behind an exception, without the text that pipelines and scripts add.
 
-    The reply begins with its error code, or with `ERR` if the reply has no code. For an exception that
-    redis-py itself raised (a lost connection), the reply is `ERR` and the text of the exception.
+    The result begins with an error code, which is `ERR` if the reply has none. For an exception that redis-py
+    itself raised (a lost connection), the result is `ERR` and the text of the exception.
     """
     text = str(error.args[0]) if error.args else ""
     text = _IN_PIPELINE.sub("", text, count=1)
@@ -78,7 +78,7 @@ def code_of(error: redis.RedisError) -> str:
 
 
 def is_transient_reply(error: redis.RedisError) -> bool:
-    """True if the reply is a transient refusal: the same command may succeed later."""
+    """True if the reply is a transient error, so that the same command may succeed later."""
     reply = f"{reply_of(error)} "
     return any(reply.startswith(f"{said} ") for said in TRANSIENT_REPLIES)
 

@@ -1,39 +1,42 @@
-"""The order of waiting requests: the rule by which a worker chooses what to claim. No Redis, no clock.
+"""The order of waiting requests: the rule by which a worker chooses what to claim, without Redis or a clock.
 
-A line is the waiting requests of one queue, class, weights version and tenant. The worker reads the first
-requests of some lines (`Waiting`), `WaitingOrder.choose` chooses lines, and the worker claims the first
+A line is all waiting requests with the same queue, class, weights version and tenant. The worker reads the
+first requests of some lines (`Waiting`), `WaitingOrder.choose` chooses lines, and the worker claims the first
 request of each chosen line. Capacity is counted in sequences. A request can be chosen if the worker could
 hold at least one of its sequences: the engine starts the other sequences once its batch has room.
 
 Lines are compared by these keys, in this order:
 
 1. Class. Requests that ran before and lost their worker come first, because their clients watch a stalled
-   stream; then interactive requests, then batch requests. While other classes wait too, batch gets one in
-   `BATCH_ONE_IN` of the claimed sequences. A batch request counts as interactive if its deadline is less than
-   `BATCH_URGENT_S` away.
+  stream. Interactive requests come second, batch requests last. But while requests of other classes wait, one
+  in `BATCH_ONE_IN` of the claimed sequences is still a batch sequence. A batch request counts as interactive
+  if its deadline is less than `BATCH_URGENT_S` away.
 2. Residency. Adapters that are resident, or find an empty slot, come before adapters that would evict another
    adapter. An adapter is overdue, and ranks like a resident one, once its oldest request has waited for
-   `max_wait_s` (batch: `BATCH_PATIENCE` times that). If all slots are in use when an adapter becomes overdue,
-   the running adapter with the fewest sequences is closed: no more of its requests are chosen until its
-   running requests have ended and its slot is free. A request thus waits for a slot at most `max_wait_s` plus
-   the longest run of one adapter.
+   `max_wait_s` (a batch request: `BATCH_PATIENCE` times as long). If all slots are in use when an adapter
+   becomes overdue, the running adapter with the fewest sequences is closed: no more of its requests are
+   chosen until its running requests have ended and its slot is free. A request thus waits for a slot at most
+   `max_wait_s` plus the longest run of one adapter.
 3. Fairness between adapters. First comes the adapter with the fewest sequences on this worker, divided by the
    adapter's weight; among equals, the one with the earliest virtual start time in `Shares`. Each claim adds
    its number of sequences, divided by the weight, to the adapter's virtual time. Thus even a worker that
-   holds one sequence at a time serves two waiting adapters in proportion to their weights. The virtual times
-   of the two never differ by more than the cost of one request of the first plus one of the second.
-4. Age: the queue whose first request has waited longest.
-5. Fairness between the tenants of an adapter: keys 3 and 4 again, without weights.
-6. Inside a line: the lower priority number, then the older request. Redis keeps each line in this order.
+   holds one sequence at a time serves two waiting adapters in proportion to their weights. Their virtual
+   times never differ by more than the cost of one request of each.
+4. Age. First comes the queue whose first request has waited longest.
+5. Fairness between the tenants of an adapter. Tenants are compared like adapters in keys 3 and 4, but without
+  weights.
+6. Order inside a line. The request with the lower priority number comes first, then the older request. Redis
+  keeps each line in this order.
 
-`look.lua` reads lines from a limited number of queues: first from queues whose adapters run or are resident,
-in the order of key 3, then from as many other queues. Half of these other queues are those whose first
-requests have waited longest, and half are drawn at random. From each queue, `look.lua` reads the line of the
-oldest request, and lines of a few tenants drawn at random. Thus the oldest request of such a queue can always
-be chosen, and a queue with only young requests is soon read, however many queues have older requests.
+`look.lua` reads lines from a limited number of queues. It first reads queues whose adapters run or are
+resident, in the order of key 3. It then reads the same number of other queues: half of them are those whose
+first requests have waited longest, and half are drawn at random. From each queue, `look.lua` reads the line
+of the oldest request, and lines of a few tenants drawn at random. Because of the random half, a queue with
+only young requests is also read soon, however many queues have older requests.
 
-A new rule for tenants, such as weights, would only compare the tenants that were read: of a queue at most 8
-for each class and version (`some_lines` in `look.lua`), and the tenant with the oldest request.
+A new rule for tenants, such as weights, could compare only the tenants that were read. In each queue, these
+are at most 8 tenants for each class and version (`some_lines` in `look.lua`), and the tenant with the oldest
+request.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -73,7 +76,7 @@ NO_LIMIT = 1 << 30
 
 
 class Running(NamedTuple):
-    """The numbers of sequences that a worker holds, and how many further sequences it could hold."""
+    """The numbers of sequences that a worker holds, and the number that it could hold in addition."""
 
     num_free: int
     per_queue: Mapping[str, int]
@@ -84,10 +87,10 @@ class Running(NamedTuple):
 
 
 class WaitingOrder:
-    """Applies the order rule on one worker; remembers shares, closed adapters and the batch class's due."""
+    """Applies the order rule on one worker; remembers shares, closed adapters, and what batch is owed."""
 
     def __init__(self, base: str, *, max_wait_s: float, weights: Mapping[str, float] | None = None) -> None:
-        """`base`: queue of the base model, which needs no slot. `weights`: weight by queue, by default 1."""
+        """`base`: the base model's queue, which needs no slot. `weights`: weights by queue, by default 1."""
         self._base = base
         self._max_wait_ms = max_wait_s * 1000
         self._weights = dict(weights or {})
@@ -101,7 +104,7 @@ class WaitingOrder:
     ) -> list[Pick]:
         """Returns lines to claim from, best first, until the free capacity is used.
 
-        No share is charged yet: the caller must call `charge` for each request that it has claimed.
+        Shares don't change yet: the caller must call `charge` for each request that it has claimed.
         """
         lines = [_Line(entry, now_ms) for entry in waiting]
         self._batch.note(lines)
@@ -127,12 +130,12 @@ class WaitingOrder:
         self._batch.charge(place)
 
     def forget_closed(self) -> None:
-        """Reopens all closed adapters; called when no request waits."""
+        """Reopens all closed adapters; called when no requests wait."""
         self._closed = []
 
     @property
     def num_remembered(self) -> int:
-        """The number of adapters and tenants whose shares are remembered."""
+        """The number of adapters and tenants whose shares this object remembers."""
         return len(self._shares) + sum(map(len, self._tenant_shares.values()))
 
     def rank_by_share(self, running: Running, queues: Iterable[str]) -> list[str]:
@@ -213,7 +216,7 @@ class _Line:
 
 @dataclass
 class _BatchAccount:
-    """Counts the sequences that batch requests are owed while requests of other classes wait, too."""
+    """Counts the sequences that batch requests are owed because requests of other classes went first."""
 
     num_due: float = 0.0
     """Number of batch sequences that may run now; negative after a batch request of many sequences."""

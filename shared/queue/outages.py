@@ -12,7 +12,7 @@ from shared.queue.not_now import reply_of
 
 
 class Outages:
-    """Tracks which parts of a process are waiting for Redis. Thread-safe."""
+    """Tracks which parts of a process are waiting for Redis; thread-safe."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._logger = logger
@@ -22,7 +22,7 @@ class Outages:
         self._began_at = 0.0
 
     def begin(self, part: str, error: BaseException) -> None:
-        """Notes that a part waits for Redis; logs the outage if no other part waits already."""
+        """Records that a part waits for Redis; logs the outage if this is the only waiting part."""
         with self._lock:
             if not self._parts:
                 self._began_at = self._clock()
@@ -33,7 +33,7 @@ class Outages:
             self._parts.add(part)
 
     def end(self, part: str) -> None:
-        """Notes that Redis answered a part; logs the end of the outage if no other part waits any more."""
+        """Records that Redis answered a part; logs the end of the outage once no part waits."""
         # Checked without the lock, because every turn of every thread calls this, mostly without an outage.
         if part not in self._parts:
             return

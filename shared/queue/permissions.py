@@ -1,6 +1,6 @@
-"""The Redis permissions that workers, APIs and `lorelay status` need, and a check for missing ones.
+"""The Redis permissions that workers, APIs and `lorelay status` need, and a check for missing permissions.
 
-A server checks the permission for a command when the command is queued in a transaction. The check here
+Redis checks the permission for a command already when the command is queued in a transaction. `check`
 therefore queues every command with example arguments, and closes the connection without EXEC, so that nothing
 is executed.
 """
@@ -157,7 +157,7 @@ API = Needs(
 
 
 def check(connection: redis.Redis, needs: Needs) -> None:
-    """Refuses a user who lacks a permission.
+    """Raises an error if the connection's Redis user lacks a permission.
 
     Raises:
         ConfigurationError: permissions are missing; the message has the ACL rules that grant them.
@@ -174,7 +174,7 @@ def describe(rules: Iterable[str], username: str | None) -> str:
 
 
 def missing_rules(pool: redis.ConnectionPool, needs: Needs) -> list[str]:
-    """Returns the rules that the pool's user lacks, in the form that `ACL SETUSER` takes.
+    """Returns the ACL rules that the pool's user lacks, in the syntax of `ACL SETUSER`.
 
     Raises:
         redis.RedisError: the server does not answer, or refuses for another reason.
@@ -195,12 +195,12 @@ def missing_rules(pool: redis.ConnectionPool, needs: Needs) -> list[str]:
 
 
 def _around(needs: Needs) -> list[str]:
-    """Returns the names of the commands that `missing_rules` sends outside the queued transaction."""
+    """Returns the names of the commands that `missing_rules` sends outside of the transaction."""
     return ["MULTI", "EXEC", "SUBSCRIBE", "UNSUBSCRIBE", *["PUBLISH"] * bool(needs.publishes)]
 
 
 def _queue(connection: ConnectionInterface, needs: Needs) -> list[str]:
-    """Queues the commands that a transaction accepts, without EXEC; returns the missing rules."""
+    """Queues the commands that a transaction can contain, without EXEC; returns the missing rules."""
     queued = [command.split() for command in needs.commands]
     queued += [[name, key] for key in needs.keys for name in ("EXISTS", "DEL")]
     queued += [["PUBLISH", channel, "x"] for channel in needs.publishes]
@@ -216,7 +216,7 @@ def _ask(connection: ConnectionInterface, *commands: Sequence[str]) -> list[str]
 
 
 def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str | None:
-    """Reads the reply to a command; returns the rule that is missing for it, or None."""
+    """Reads the reply to a command; returns the rule that the user lacks for the command, or None."""
     try:
         # In RESP3, the reply to SUBSCRIBE is a push message.
         connection.read_response(push_request=True)
@@ -234,12 +234,12 @@ def _missing_rule(connection: ConnectionInterface, words: Sequence[str]) -> str 
 
 
 def _name(words: Sequence[str]) -> str:
-    """Returns the name that ACL rules use for a command."""
+    """Returns the name of a command in ACL rules."""
     return "|".join(words[: 1 + (words[0] in CONTAINERS)]).lower()
 
 
 def _pattern(name: str) -> str:
-    """Returns the ACL pattern for all names with the prefix of `name`, which is Lorelay's or RQ's."""
+    """Returns the ACL pattern for all names that have the same prefix as `name` (`lorelay:` or `rq:`)."""
     return f"{name.partition(':')[0]}:*"
 
 
@@ -247,7 +247,7 @@ def _pattern(name: str) -> str:
 def _connection(pool: redis.ConnectionPool) -> Iterator[ConnectionInterface]:
     """Opens a connection outside the pool, with its own timeout and without retries.
 
-    The connection is always closed at the end, so that the server discards its open transaction.
+    The connection is always closed at the end, so that the server discards the transaction.
     """
     options = pool.connection_kwargs | {
         "retry": Retry(NoBackoff(), 0),

@@ -1,9 +1,9 @@
 """Places: the sort keys of waiting requests, stored in one sorted set per queue.
 
 A place is the text `class|version|tenant|priority|since|sequences|id`. All parts before the id have a fixed
-width, so that sorting the texts sorts the requests. Requests of one class, version and tenant form a line.
-The order rule (`order.py`) chooses among lines; inside a line the lower priority number goes first, then the
-older request. `lua/waiting.lua` writes the same format.
+width, so that sorting the texts sorts the requests. The requests of a queue with the same class, version and
+tenant form a line. The order rule (`order.py`) chooses among lines. Inside a line, the request with the lower
+priority number goes first, then the older request. `lua/waiting.lua` writes the same format.
 """
 
 import hashlib
@@ -37,29 +37,29 @@ class Place(NamedTuple):
 
     @property
     def tenant(self) -> str:
-        """The `tenant_key` of the client that sent the request."""
+        """The `tenant_key` of the client that sent the request, a short hash."""
         return self.line[11:19]
 
 
 def read_place(text: str) -> Place:
-    """Parses a place. The text is not validated, because scripts return only well-formed places."""
+    """Parses a place without validating it, because scripts return only well-formed places."""
     since_us, num_sequences = text[31:47], text[48:54]
     return Place(text[:LINE_CHARS], int(since_us) / 1000, int(num_sequences))
 
 
 def place_of(request: GenerationRequest) -> Place:
-    """Returns a request's place without version and time, for `WaitingOrder.charge`, which needs neither."""
+    """Returns a request's place without version and time, which `WaitingOrder.charge` does not need."""
     line = f"{_CLASSES[request.request_class]}|{NO_VERSION}|{tenant_key(request.tenant)}|"
     return Place(line, 0.0, request.num_sequences)
 
 
 def order_field(request: GenerationRequest) -> str:
-    """Returns `class|tenant|priority|sequences`; the scripts add the request's version, time and id."""
+    """Returns `class|tenant|priority|sequences`, to which scripts add the request's version, time and id."""
     request_class = _CLASSES[request.request_class]
     priority = request.priority + _MIDDLE_PRIORITY
     return f"{request_class}|{tenant_key(request.tenant)}|{priority:010d}|{request.num_sequences:06d}"
 
 
 def tenant_key(tenant: str) -> str:
-    """Returns eight hex digits of a hash, which stand for the tenant in places and shares."""
+    """Returns eight hex digits of a hash, which identify the tenant in places and shares."""
     return hashlib.sha256(tenant.encode()).hexdigest()[:8] if tenant else NOBODY

@@ -1,7 +1,7 @@
-"""Finds out which models are served by a live worker; only a request for such a model can get an answer now.
+"""Finds out which models are served by a live worker. Requests for other models can't get an answer now.
 
-A worker is live while its lease has not expired, by the clock of Redis. A live worker serves the queues in
-its `served` hash, each with the weights version that the hash gives. A worker that drains serves no queue.
+A worker is live until its lease expires, by the clock of Redis. A live worker serves the queues in its
+`served` hash, each with the weights version in the hash. A worker that drains serves no queue.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from shared.queue.names import queue_name, slug
 
 
 class Weights(Protocol):
-    """A base model or an adapter, in one version, as named by a `ModelCard` or a `GenerationRequest`."""
+    """One version of a base model or an adapter, which a `ModelCard` or a `GenerationRequest` names."""
 
     @property
     def base(self) -> str: ...
@@ -49,7 +49,7 @@ async def find_served(connection: redis.asyncio.Redis, models: Sequence[Weights]
 
 
 def _is_served(model: Weights, versions: set[str]) -> bool:
-    """True if one of the live workers' `versions` is the model's; an empty version matches any other."""
+    """True if the model's version is one of the live workers' `versions`; an empty version matches any."""
     if not model.weights_version:
         return bool(versions)
     return not versions.isdisjoint(("", model.weights_version))
@@ -60,7 +60,7 @@ def _queue(model: Weights) -> str:
 
 
 def _readable(replies: list[Any]) -> list[list[bytes]]:
-    """Returns the replies, with an empty one for each key of a wrong type; raises the first other error."""
+    """Returns the replies, with an empty reply for each key of a wrong type; raises the first other error."""
     for reply in replies:
         if isinstance(reply, Exception) and not is_wrong_type(reply):
             raise reply

@@ -1,4 +1,4 @@
-"""Arguments and results of the worker's scripts (`worker_streams`, `upkeep_streams`), as plain tuples."""
+"""Arguments and results of the scripts that workers call (`worker_streams`, `upkeep_streams`), as tuples."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,10 +7,10 @@ from shared.messages import GenerationRequest, StreamEvent
 
 
 class Held(NamedTuple):
-    """A request that this worker claimed, with the id of that claim, which is a fencing token.
+    """A request that this worker claimed, and the id of the claim, which is a fencing token.
 
-    If another worker has claimed the request since, scripts refuse this claim id. In RQ's records the claim
-    id is the id of the job's execution.
+    If another worker has claimed the request since, scripts refuse this claim id. RQ's records contain the
+    claim id as the id of the job's execution.
     """
 
     request_id: str
@@ -41,7 +41,7 @@ class Append(NamedTuple):
 
 
 class News(NamedTuple):
-    """The reply of `append` or `renew`: changes to the requests that the worker holds."""
+    """The reply of `append` or `renew`, which tells a worker what has changed for it in Redis."""
 
     aborted: list[str]
     """Ids of requests that their clients aborted, or whose clients disconnected."""

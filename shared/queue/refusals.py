@@ -1,4 +1,4 @@
-"""Explains, in one log line, an error of Redis that no retry will cure: failed command, error, remedy."""
+"""Explains an error of Redis that no retry can cure, in a log line with command, error and remedy."""
 
 import hashlib
 import re

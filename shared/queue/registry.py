@@ -1,7 +1,8 @@
-"""The registry of models in Redis: workers write it when they start, APIs read it.
+"""The registry of models in Redis, which workers write when they start, and APIs read.
 
-Cards (`ModelCard`) outlive the workers that wrote them. A request for a model can therefore wait in its queue
-while no worker of that model is running. `presence.py` tells which models live workers serve.
+The registry keeps a card (`ModelCard`) after the worker that wrote it has ended. Requests for a model can
+therefore wait in its queue while no worker of the model is running. `presence.py` tells which models live
+workers serve.
 """
 
 import logging
@@ -35,12 +36,12 @@ UNREADABLE_TTL_MS = 86_400_000
 
 
 def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
-    """Adds cards; an existing card with the same base and version stays, see `follow_workers`.
+    """Adds cards. A registered card with the same base and version stays; see `follow_workers`.
 
     Entries that can't be read are replaced, and so are entries of an earlier release, which lack fields.
 
     Raises:
-        RegistryConflict: a name is registered with another base or version, or two names map to one queue.
+        RegistryConflict: a name is registered with another base or version, or two names have the same queue.
     """
     cards = list(cards)
     mend(connection, {keys.MODELS: "hash"})
@@ -66,10 +67,10 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
 def follow_workers(
     connection: redis.Redis, cards: Sequence[ModelCard], worker_name: str, facts: WorkerFacts
 ) -> dict[str, Peer]:
-    """Gives the entries of these cards the context length that all live workers of each model accept.
+    """Sets the context length in the entries of these cards to the shortest one of each model's live workers.
 
-    `worker_name`, `facts`: the worker that calls this. Entries of other weights, and those that can't be
-    read, stay as they are. Returns the live workers of the base by name.
+    `worker_name`, `facts`: the name and the facts of the calling worker. Entries of other weights stay as
+    they are, and so do entries that can't be read. Returns the live workers of the base by name.
     """
     queues = list(dict.fromkeys(map(_queue, cards)))
     peers = read_peers(connection, cards[0].base, queues, worker_name, facts)
@@ -91,8 +92,8 @@ def follow_workers(
 class WorkerFollower:
     """Calls `follow_workers` for a worker's heartbeats only when the result may have changed.
 
-    Each call reads what every live worker serves: with every heartbeat of every worker, that would be work
-    for Redis and the workers that grows with the square of the number of workers, times their adapters.
+    Each call reads what every live worker serves. If every worker did this at every heartbeat, the load on
+    Redis would grow with the square of the number of workers, times the number of adapters.
     """
 
     def __init__(self, worker_name: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -107,7 +108,7 @@ class WorkerFollower:
     def follow(
         self, connection: redis.Redis, cards: Sequence[ModelCard], facts: WorkerFacts, *, is_forced: bool
     ) -> None:
-        """Calls `follow_workers` if cards or live workers changed, one drains, or `FOLLOW_S` have passed."""
+        """Calls `follow_workers` if cards or workers changed, a worker drains, or `FOLLOW_S` have passed."""
         live = read_live(connection, cards[0].base, self._worker_name, facts, self._probes)
         lengths = {name: worker.facts and worker.facts.max_model_len for name, worker in live.items()}
         present = {(card.name, card.weights_version) for card in cards}, lengths
@@ -123,8 +124,8 @@ def repair(connection: redis.Redis, cards: Iterable[ModelCard], *, fill: bool) -
     """Repairs a damaged registry with the cards of a running worker.
 
     Entries that can't be read are replaced. Missing entries are added only if the whole registry was lost
-    (`fill`) or had a wrong type; otherwise an operator may have removed the entries on purpose. If `fill` is
-    set and an entry exists, the newer card stays.
+    (`fill`) or had a wrong type, because an operator may have removed single entries on purpose. If `fill` is
+    true and an entry exists, the newer card stays.
     """
     mend(connection, {keys.MODELS: "hash"})
     # If some worker renamed a registry of a wrong type within the last minute, all workers add their cards.
@@ -147,7 +148,7 @@ def drop(connection: redis.Redis, names: Iterable[str]) -> None:
 
 
 def clear(connection: redis.Redis) -> None:
-    """Removes all cards, also those that can't be read, and a registry of a wrong type."""
+    """Removes all cards, including those that can't be read; also removes a registry of a wrong type."""
     connection.delete(keys.MODELS)
 
 
@@ -183,9 +184,9 @@ async def fetch_card(connection: redis.asyncio.Redis, name: str) -> ModelCard:
 
 
 def begin_loading(connection: redis.Redis, names: Iterable[str], worker_name: str) -> None:
-    """Notes that a worker loads these models, so that requests for them are answered with `NotServedYet`.
+    """Records that a worker loads these models, so that requests for them are answered with `NotServedYet`.
 
-    The note of a worker that has ended is ignored, see `_is_loading`.
+    The record is ignored once the worker has ended; see `_is_loading`.
     """
     mend(connection, {keys.LOADING: "hash"})
     connection.hset(keys.LOADING, mapping=dict.fromkeys(names, worker_name))
@@ -193,15 +194,15 @@ def begin_loading(connection: redis.Redis, names: Iterable[str], worker_name: st
 
 
 def end_loading(connection: redis.Redis, names: Iterable[str]) -> None:
-    """Removes the notes of `begin_loading`."""
+    """Removes the records of `begin_loading`."""
     mend(connection, {keys.LOADING: "hash"})
     connection.hdel(keys.LOADING, *names)
 
 
 async def _is_loading(connection: redis.asyncio.Redis, name: str) -> bool:
-    """True if the worker that last began to load this model has neither ended nor lost its record in RQ.
+    """True if the worker that last began to load this model still runs and has a record in RQ.
 
-    False if the notes have a wrong type; the next worker that starts renames them.
+    The result is False if the key has a wrong type. The next worker that starts renames this key.
     """
     try:
         worker = cast("bytes | None", await connection.hget(keys.LOADING, name))
@@ -241,7 +242,8 @@ def _sorted(entries: Mapping[Any, bytes | str]) -> list[ModelCard]:
 def _refuse_other_version(card: ModelCard, stored: ModelCard) -> None:
     """Raises `RegistryConflict` if the base or the weights of `card` differ from those of `stored`.
 
-    The version of a base is not compared with entries of earlier releases, which computed it in another way.
+    A base's version is not compared if an earlier release wrote the entry and computed the version in another
+    way.
     """
     is_known = bool(card.base_version and stored.base_version)
     is_same = stored.base == card.base

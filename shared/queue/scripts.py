@@ -33,7 +33,7 @@ Redis runs these files, too, at each call of the script, so scripts load only wh
 
 @cache
 def script_source(name: str) -> str:
-    """Returns the text of the files that a script needs, then of the script, with all `@WORDS@` filled in."""
+    """Returns a script's text, after the text of the files that it needs; all `@WORDS@` are filled in."""
     folder = resources.files("shared.queue") / "lua"
     parts = ("prelude", *_PARTS.get(name, ("waiting",)), name)
     source = "".join((folder / f"{part}.lua").read_text("utf-8") for part in parts)
@@ -54,7 +54,7 @@ def event_format(error: LorelayError) -> str:
 
 
 def exception_text(error: LorelayError) -> str:
-    """Returns an error as text, in the form that RQ's results have for exceptions."""
+    """Returns an error as text, in the format of exceptions in RQ's results."""
     return base64.b64encode(zlib.compress(f"{error.code}: {error.message}".encode())).decode()
 
 
@@ -67,6 +67,6 @@ def log_unreadable(entries: Iterable[Sequence[bytes]]) -> None:
 
 
 def mend(connection: redis.Redis, kinds: Mapping[str, str]) -> None:
-    """Renames each key in `kinds` whose type in Redis is not the type that `kinds` gives."""
+    """Renames each key that has another type in Redis than in `kinds`."""
     script = connection.register_script(script_source("mend"))
     log_unreadable(script(args=[item for key, kind in kinds.items() for item in (kind, key)]))

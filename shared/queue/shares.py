@@ -1,4 +1,4 @@
-"""Start-time fair queueing: shares capacity among names (adapters, tenants) over time."""
+"""Start-time fair queueing, which divides capacity among names (adapters, tenants) over time."""
 
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -10,9 +10,10 @@ MAX_NUM_NAMES = 4096
 class Shares(Generic[K]):
     """The virtual start time of each name; the waiting name with the earliest start time is served next.
 
-    Each time a name is served, its start time grows by cost divided by weight. A name that is new or was idle
-    starts at the current virtual time, so that idle time earns no credit. While two names both wait, neither
-    gets ahead of the other by more than the cost of one request of each (Goyal, Vin, Cheng 1996).
+    Each time a name is served, its start time grows by the cost divided by the weight. A name that is new or
+    was idle starts at the current virtual time, so that idle time earns no credit. While requests of two
+    names wait, neither name gets ahead of the other by more than the cost of one request of each (Goyal, Vin,
+    Cheng 1996).
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,10 @@ class Shares(Generic[K]):
             self._forget()
 
     def _forget(self) -> None:
-        """Drops names whose end time has passed; if too many stay, keeps the half with the latest ends."""
+        """Drops names whose end time has passed.
+
+        If too many names remain, keeps the half with the latest ends.
+        """
         ahead = {name: end for name, end in self._ends.items() if end > self._now}
         if len(ahead) > MAX_NUM_NAMES // 2:
             by_end = sorted(ahead, key=lambda name: ahead[name], reverse=True)

@@ -1,11 +1,11 @@
-"""Predicts which adapters a worker's slots will hold once the worker runs the requests chosen so far."""
+"""Predicts which adapters a worker's slots will hold when it runs the requests chosen so far."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
 class AdapterSlots(NamedTuple):
-    """The adapter slots on a worker's device at the moment."""
+    """The adapter slots on a worker's device, and the adapters in them."""
 
     num: int
     resident: Sequence[str]
@@ -13,10 +13,10 @@ class AdapterSlots(NamedTuple):
 
 
 class SlotPlan:
-    """The predicted running and resident adapters. Evicts by LRU, like the engine's `AdapterCache`."""
+    """The predicted running and resident adapters. Evictions are LRU, as in the engine's `AdapterCache`."""
 
     def __init__(self, base: str, running: Mapping[str, int], slots: AdapterSlots) -> None:
-        """`base`: queue of the base model, which needs no slot. `running`: number of sequences by queue."""
+        """`base`: the base model's queue, which needs no slot. `running`: number of sequences by queue."""
         self.used = {base, *(queue for queue, num_sequences in running.items() if num_sequences > 0)}
         """Queues whose adapters run, and always the base's queue."""
         self.resident = self.used | set(slots.resident)

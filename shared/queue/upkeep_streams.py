@@ -1,4 +1,4 @@
-"""The Redis calls of a worker's heartbeat. `worker_streams` has the calls of the worker's I/O thread.
+"""The calls to Redis of a worker's heartbeat. `worker_streams` has the calls of the worker's I/O thread.
 
 Each script is atomic, and a repeated call does no harm. redis-py repeats a call whose reply was lost.
 """
@@ -54,8 +54,8 @@ class UpkeepStreams:
     def serve(self, served: Mapping[str, str]) -> None:
         """Writes to Redis which queues this worker serves, and which weights version it has for each.
 
-        The worker can claim only requests for these versions; requests whose version no live worker serves
-        are ended. The empty version matches any version.
+        The worker can claim only requests for these versions, and requests for a version that no live worker
+        serves are ended. The empty version matches any version.
         """
         key = keys.served(self._worker_name)
         with self._connection.pipeline() as pipeline:
@@ -72,8 +72,8 @@ class UpkeepStreams:
     def renew(self, held: Iterable[Held], *, abort_unread: bool = False) -> News:
         """Renews the leases of this worker and of all requests that it holds.
 
-        With `abort_unread`, requests that are not detached are also reported as aborted if the lease of their
-        API process has expired, unless this worker's own lease had expired, too.
+        With `abort_unread`, a request also counts as aborted if the lease of its API process has expired and
+        it is not detached. This does not happen if this worker's own lease had expired, too.
         """
         reply = self._scripts["renew"](
             args=[
@@ -92,9 +92,10 @@ class UpkeepStreams:
         )
 
     def reap(self, max_crashes_alone: int = 3) -> Reaped:
-        """Puts requests with an expired lease back on their queues, unless this worker's lease has expired.
+        """Puts requests whose leases have expired back on their queues, unless this worker's lease has, too.
 
-        A request that crashed workers `max_crashes_alone` times while it ran alone ends as failed instead.
+        A request that has crashed workers `max_crashes_alone` times while it ran alone ends as failed
+        instead.
         """
         reason = GenerationFailed(f"The request crashed its worker {max_crashes_alone} times.")
         requeued, dead, unreadable = self._scripts["reap"](
@@ -114,8 +115,8 @@ class UpkeepStreams:
     def end_unserved(self, min_pause_s: float) -> list[str]:
         """Ends requests that wait for weights which no live worker has; returns their ids.
 
-        Does nothing if a worker of the base has called it in the last `min_pause_s`, or if this worker's own
-        lease has expired.
+        Does nothing if a worker of the base has called this script in the last `min_pause_s`, or if this
+        worker's own lease has expired.
         """
         reason = AdapterVersionGone()
         ended: list[str] = []

@@ -1,4 +1,4 @@
-"""The worker's calls to Redis for the queues and the token logs; `api_streams` has the API's calls.
+"""The worker's calls to Redis for the queues and the token logs. `api_streams` has the API's calls.
 
 Each script in `shared/queue/lua/` is atomic, and a repeated call does no harm. redis-py repeats a call whose
 reply was lost.
@@ -44,11 +44,11 @@ class WorkerStreams(UpkeepStreams):
     ) -> tuple[list[Waiting], float]:
         """Returns the lines from which this worker may choose, and the time (ms) by the clock of Redis.
 
-        `near`: queues whose adapters need no free slot; the first `num_queues` with waiting requests are
-        read. `others`: the worker's other queues, or empty for all that it serves; `num_queues` of these are
-        read, too. Half of them are the queues whose first requests have waited longest, and half are drawn
-        at random. Each returned line has up to `num_requests` requests. With `num_long` 0, long requests are
-        passed over.
+        `near`: queues whose adapters need no free slot. Of these, the first `num_queues` with waiting
+        requests are read. `others`: the worker's other queues; if this is empty, all queues that the worker
+        serves. Of these, `num_queues` are read: half are the queues whose first requests have waited longest,
+        and half are drawn at random. Each returned line has up to `num_requests` requests. If `num_long` is
+        0, long requests are left out.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
@@ -75,10 +75,11 @@ class WorkerStreams(UpkeepStreams):
         return lines, float(now_ms)
 
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick], num_long: int = NO_LIMIT) -> list[Claim]:
-        """Claims the first request of each picked line that other workers left; stops after a suspect.
+        """Claims the first remaining request of each picked line; stops after a suspect.
 
-        At most `num_long` of them are long; further long ones stay, and shorter ones behind are claimed.
-        A call with the same claim ids returns the same requests. Requests with unreadable records are failed.
+        At most `num_long` long requests are claimed. In place of further long ones, shorter requests behind
+        them are claimed. A repeated call with the same claim ids returns the same requests. Requests with
+        unreadable records end as failed.
         """
         claimed, unreadable = self._scripts["claim"](
             args=[
@@ -108,10 +109,10 @@ class WorkerStreams(UpkeepStreams):
         return claims
 
     def append(self, held: Iterable[Held], appends: Iterable[Append], isolated: str = "") -> News:
-        """Writes events to the logs and publishes them; a terminal event ends the request's job, too.
+        """Writes events to the logs and publishes them. A terminal event also ends the request's job.
 
-        `isolated`: id of the request whose steps run alone from now on, so that Redis counts a crash against
-        this request only; empty if there is none.
+        `isolated`: id of the request whose steps run alone from now on, or empty. Redis then counts a crash
+        against this request only.
         """
         packed = [
             (
@@ -154,7 +155,7 @@ class WorkerStreams(UpkeepStreams):
             return True
 
     def _outcome(self, append: Append) -> tuple[str, str, str, str, int]:
-        """Returns how a job ends, as `append.lua` expects it; result and exception are encoded as RQ does."""
+        """Returns a job's end in the form that `append.lua` expects; RQ's format encodes result and error."""
         event, meta = append.event, json.dumps(dict(append.meta or {}))
         if event.error is not None:
             error = from_info(event.error)

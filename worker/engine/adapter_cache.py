@@ -1,4 +1,4 @@
-"""Decides where each adapter is: in a slot on the device, in host memory, or only on disk. No tensors."""
+"""Decides where each adapter is: in a slot on the device, in host memory, or only on disk; has no tensors."""
 
 import logging
 import queue
@@ -28,16 +28,16 @@ class Store(Protocol[W]):
         ...
 
     def clear(self, slot: int) -> None:
-        """Frees the memory of a slot's contents, which no sequence uses any more."""
+        """Frees the memory of a slot that no sequence uses any more."""
         ...
 
 
 class AdapterCache(Generic[W]):
     """Two LRU caches of adapters: `num_slots` slots on the device, and `max_num_bytes` of host memory.
 
-    Adapters of running sequences are not evicted from their slots. Adapters are read from disk on `executor`;
-    everything else, including the copy into a slot, happens in the engine's thread between two steps. A slot
-    is freed before an adapter is read, so that weights just read never wait in memory for a free slot.
+    Adapters of running sequences are not evicted from their slots. `executor` reads adapters from disk.
+    Everything else, including the copy into a slot, happens in the engine's thread between two steps. A slot
+    is freed before an adapter is read, so that weights never wait in memory for a free slot.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class AdapterCache(Generic[W]):
         """Starts with empty slots. `num_slots` is the maximum number of slots.
 
         There are fewer slots if `num_slots` adapters of the largest known size would take more than
-        `max_num_slot_bytes`; None sets no such limit. If a larger adapter is added while other adapters run,
-        the number of slots drops at once; a surplus slot is given up once the sequences of its adapter have
-        ended. The larger adapter is not refused, because a worker that starts with it would serve it, too.
+        `max_num_slot_bytes` (None: no limit). If a still larger adapter is added later, the number of slots
+        drops at once. A surplus slot is given up when the sequences of its adapter have ended. The larger
+        adapter is not refused, because a worker that starts with it would serve it, too.
         """
         self._store = store
         self._executor = executor
@@ -85,7 +85,7 @@ class AdapterCache(Generic[W]):
 
     @property
     def counts(self) -> AdapterCounts:
-        """The places of the adapters, and what they take. Safe to read from any thread."""
+        """The numbers of adapters in each place, and their sizes. Safe to read from any thread."""
         return _count(self._known, self.resident, self._host, self.num_slots, self.num_reads)
 
     @property
@@ -98,8 +98,8 @@ class AdapterCache(Generic[W]):
     def keep(self, name: str, weights: W) -> None:
         """Adds an adapter, and caches it if host memory has room without an eviction.
 
-        The weights replace earlier weights of this name, which no request may still use. While requests run,
-        call this only in the engine's thread.
+        The weights replace earlier weights of the same name, which no running request may use. While requests
+        run, only the engine's thread may call this method.
         """
         self._known[name] = weights.num_bytes
         self._fit_slots(weights.num_bytes)
@@ -125,7 +125,7 @@ class AdapterCache(Generic[W]):
         return self._slots[name]
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Makes an adapter resident; if no slot is free, evicts the least recently used one not in `in_use`.
+        """Makes an adapter resident. If no slot is free, evicts the least recently used one not in `in_use`.
 
         Returns True if the adapter is resident now. Returns False if it is still being read, if all slots are
         in use, or if copying it into a slot failed; `settle` then returns the error.
@@ -174,7 +174,7 @@ class AdapterCache(Generic[W]):
         return failures
 
     def _fail(self, name: str, error: AdapterError) -> None:
-        """Logs an error, and records for `settle` one that clients may read: without folders of the host."""
+        """Logs an error; `settle` will return a version for clients, without names of the host's folders."""
         logger.error("%s", error.message, extra=fields("load_adapter", adapter_name=name))
         self._failures[name] = AdapterError(f"adapter {name!r} can't be loaded: the worker's log says why")
 
@@ -193,7 +193,7 @@ class AdapterCache(Generic[W]):
             self.num_slots = min(self._num_wanted_slots, num_affordable)
 
     def _make_room(self, in_use: Collection[str | None]) -> bool:
-        """Evicts adapters (several if `num_slots` fell) until a slot is free; False if all are in use."""
+        """Evicts adapters (several if `num_slots` fell) until a slot is free; returns False if it can't."""
         while self._num_free_slots <= 0:
             victim = next((name for name in self._slots if name not in in_use), None)
             if victim is None:
@@ -245,7 +245,7 @@ def _count(
 def _summarize(
     counts: AdapterCounts, largest_num_bytes: int, max_num_cached_bytes: int, shortage: str
 ) -> str:
-    """Returns the counts as a text; `shortage` says why there are fewer slots than wanted."""
+    """Returns the counts as text; `shortage` says why there are fewer slots than configured."""
     max_num_slot_bytes = counts.num_slots * largest_num_bytes
     return (
         f"{counts.num_adapters}, the largest {_mib(largest_num_bytes)}; "

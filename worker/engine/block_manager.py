@@ -1,4 +1,4 @@
-"""Bookkeeping of the KV cache's blocks: which sequences use them, which prefixes they hold. No tensors."""
+"""Bookkeeping of the KV cache's blocks: which sequences use them, and which prefixes they hold."""
 
 from array import array
 from collections import OrderedDict
@@ -10,9 +10,9 @@ from worker.engine.sequence import Sequence
 class BlockManager:
     """Hands out the cache's blocks, `block_size` tokens each, to block tables.
 
-    Full blocks are shared between sequences that begin with the same tokens under the same adapter version,
-    and have the same tenant and salt. If tenants shared blocks, `cached_tokens` or the time to the first
-    token would tell a client which prompts another client has sent.
+    Full blocks are shared between sequences that begin with the same tokens and have the same adapter
+    version, tenant and salt. If tenants shared blocks, `cached_tokens` or the time to the first token would
+    tell a client which prompts another client has sent.
 
     A block's key is the SHA-256 of its tokens and of the previous block's key; the first block's key includes
     adapter version, tenant and salt. A key thus identifies all tokens up to the end of its block. A published
@@ -60,8 +60,8 @@ class BlockManager:
     def free(self, seq: Sequence) -> None:
         """Frees all blocks of a sequence; published blocks can be found until they are allocated again.
 
-        Of the published blocks, the sequence's last block is the first to be allocated again, because a block
-        can be found only if all blocks before it can be found, too.
+        The published blocks of the sequence will be allocated again from the last to the first, because a
+        block can be found only if all blocks before it can be found, too.
         """
         for block in reversed(seq.block_table):
             self._num_users[block] -= 1
@@ -72,9 +72,10 @@ class BlockManager:
         seq.num_computed_tokens = 0
 
     def reuse_prefix(self, seq: Sequence) -> None:
-        """Fills the empty block table of a sequence with the published blocks that hold its first tokens.
+        """Fills a sequence's empty block table with the published blocks that hold its first tokens.
 
-        Only whole blocks are reused, and never the last token, which must be computed for its logits.
+        Only whole blocks are reused. The last token is never reused, because it must be computed for its
+        logits.
         """
         if not self._shares_prefixes:
             return
@@ -116,7 +117,7 @@ class BlockManager:
             self._keys[block] = None
 
     def _block_keys(self, seq: Sequence, num_blocks: int) -> list[bytes]:
-        """Returns the keys of a sequence's first `num_blocks` blocks; stores them in it for later calls."""
+        """Returns the keys of a sequence's first `num_blocks` blocks, and stores them in the sequence."""
         keys = seq.block_keys
         for number in range(len(keys), num_blocks):
             token_ids = seq.token_ids[number * self.block_size : (number + 1) * self.block_size]
@@ -125,7 +126,7 @@ class BlockManager:
         return keys[:num_blocks]
 
     def _root_key(self, seq: Sequence) -> bytes:
-        """Returns the key of a sequence's empty prefix, which takes the place of the key before block 0."""
+        """Returns the key that stands for the block before a sequence's first block."""
         tenant = "" if self._shares_between_tenants else seq.tenant
         # A plain concatenation could be equal for two different triples.
         return sha256(repr((seq.adapter_version, tenant, seq.cache_salt)).encode()).digest()

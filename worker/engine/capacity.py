@@ -1,12 +1,12 @@
-"""The number of sequences that may run at once; it is lowered when the device runs out of memory."""
+"""The maximum number of sequences that run at once, which drops if the device runs out of memory."""
 
 NUM_STEPS_TO_GROW = 1_000
 
 
 class Capacity:
-    """The maximum number of sequences: the configured one, lowered after a step ran out of memory.
+    """The maximum number of sequences: the configured number, or less after a step ran out of memory.
 
-    The maximum is slowly raised again, because the cause may have been one long prompt, or another process.
+    The maximum slowly rises again, because one long prompt or another process may have caused the shortage.
     """
 
     def __init__(self, max_num_sequences: int) -> None:

@@ -1,4 +1,4 @@
-"""Incremental detokenization: releases only whole characters, and no part of a stop string. No tensors."""
+"""Incremental detokenization, which releases only whole characters, and no part of a stop string."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,16 +25,16 @@ def _is_never_silent(token_id: int) -> bool:
 class Detokenizer:
     """Turns the output tokens of one sequence into text, token by token, in constant time per token.
 
-    All text released so far is a prefix of `decode(all ids so far)`. Text that ends in `REPLACEMENT` may be
-    the start of a character, so it is held back. If the sequence ends there, that text is dropped.
+    The released text is always a prefix of `decode(all ids so far)`. Text that ends in `REPLACEMENT` may be
+    the start of a character, so it is held back. If the sequence ends there, this text is dropped.
 
-    `tokenizers.DecodeStream` does the same, but raises an error if a byte-fallback tokenizer takes a decoded
-    character back because invalid bytes follow it. In this case, this class keeps the text that it has
+    `tokenizers.DecodeStream` does the same, but raises an error in a rare case: a byte-fallback tokenizer
+    decodes a character differently once invalid bytes follow it. This class then keeps the text that it has
     released.
     """
 
     def __init__(self, decode: Decode, is_silent: Callable[[int], bool] = _is_never_silent) -> None:
-        """`is_silent`: true for tokens that `decode` skips, such as special tokens and unknown ids."""
+        """`is_silent`: tells whether `decode` skips a token, such as a special token or an unknown id."""
         self._decode = decode
         self._is_silent = is_silent
         # The window starts with tokens whose text was released already: decoders strip the leading space of a
@@ -71,9 +71,10 @@ class Detokenizer:
         self._num_released = len(self._decode(self._window))
 
     def _shorten(self, text: str, whole: str) -> None:
-        """Drops tokens from the middle of the window. The window's text is `whole`, then only `REPLACEMENT`.
+        """Drops tokens from the middle of the window, whose text is `whole` and then only `REPLACEMENT`.
 
-        If the window kept all tokens without a character, decoding would take longer with each further token.
+        If the window kept all tokens that complete no character, each further token would take longer to
+        decode.
         """
         num_first = self._num_old_tokens + NUM_DECISIVE_TOKENS
         window = self._window[:num_first] + self._window[-NUM_OPEN_TOKENS:]
@@ -85,11 +86,12 @@ class Detokenizer:
 
 
 class StopChecker:
-    """Cuts a streamed text before the stop string that is complete first.
+    """Cuts a streamed text before the first stop string in it.
 
-    The result does not depend on the pieces in which the text arrives. If two stop strings end at the same
-    character, the text is cut before the longer one, which starts earlier. A stop string may contain special
-    tokens. The text of a special token, called a mark, is compared with the stop strings, but never released.
+    The first stop string is the one that ends first. If two end at the same character, the text is cut before
+    the longer one. The result does not depend on the pieces in which the text arrives. A stop string may
+    contain special tokens. The text of a special token, called a mark, is compared with the stop strings, but
+    never released.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -100,7 +102,7 @@ class StopChecker:
         """Start and end of each mark within the held text."""
 
     def add(self, text: str, mark: str = "") -> tuple[str, bool]:
-        """Returns the text that may be released now, and True if a stop string was found and ends the text.
+        """Returns the text that may be released now, and True if it ends at a stop string.
 
         A piece of text that may be the start of a stop string is held back until the following text shows
         whether it is. `mark` is the text of a special token that follows `text`, or empty.
@@ -121,7 +123,7 @@ class StopChecker:
         return self._release(self._held, len(self._held), keeps=False)
 
     def _release(self, text: str, num_released: int, *, keeps: bool) -> str:
-        """Returns the first characters of `text` without marks; with `keeps`, holds the others back."""
+        """Returns the first characters of `text` without marks; with `keeps`, holds back the rest."""
         self._held = text[num_released:] if keeps else ""
         if not self._marks:
             return text[:num_released]

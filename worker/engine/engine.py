@@ -53,12 +53,12 @@ class BatchingEngine:
 
     @property
     def has_work(self) -> bool:
-        """False if there is no sequence, or if all wait while their adapters are read; see `Engine`."""
+        """False if there is no sequence, or if all sequences wait for adapters to be read; see `Engine`."""
         return self._scheduler.has_work
 
     @property
     def remains(self) -> str:
-        """Text for a log line: the number of requests and of cache blocks that the engine holds."""
+        """Text for a log line: the numbers of requests and cache blocks that the engine holds."""
         return f"{len(self._outputs)} requests, {self._scheduler.num_blocks_in_use} cache blocks in use"
 
     @property
@@ -144,7 +144,7 @@ class BatchingEngine:
         return [output.abort()] if output else []
 
     def stop_request(self, request_id: str) -> list[Output]:
-        """Ends a request that an operator stopped; its last event is an error. See `Engine`."""
+        """Ends a request that an operator stopped with an error event; see `Engine`."""
         output = self._remove(request_id)
         return [output.fail(GenerationStopped())] if output else []
 

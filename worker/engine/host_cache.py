@@ -15,7 +15,7 @@ W = TypeVar("W", bound=Weights)
 
 
 class HostCache(Generic[W]):
-    """Adapters in host memory by name, of which the least recently used are evicted first."""
+    """Adapters in host memory, by name; the least recently used adapters are evicted first."""
 
     def __init__(self, max_num_bytes: int) -> None:
         self.max_num_bytes = max_num_bytes
@@ -40,7 +40,7 @@ class HostCache(Generic[W]):
         return self._weights.get(name)
 
     def add(self, name: str, weights: W) -> None:
-        """Caches an adapter, in place of earlier weights of this name; evicts other adapters until it fits.
+        """Caches an adapter, in place of earlier weights of this name; evicts other adapters if needed.
 
         An adapter that is larger than the whole cache is not cached.
         """

@@ -1,4 +1,4 @@
-"""Turns a new or resumed request into sequences, or into the error that says why it can't run."""
+"""Turns a new or resumed request into sequences, or into an error if the request can't run."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,10 @@ class Intake:
     """Checks requests against the limits of a model, and creates their sequences."""
 
     def __init__(self, model: Model, clock: Callable[[], float] = time.monotonic) -> None:
-        """`model`: the model whose limits apply. `clock`: returns seconds; measures generation limits."""
+        """`model`: the model whose limits apply.
+
+        `clock`: returns the time in seconds, for generation limits.
+        """
         self._model = model
         self._clock = clock
 
@@ -36,8 +39,8 @@ class Intake:
         """Returns the `RequestOutput` of a request, whose sequences continue after the `events` of its log.
 
         Raises:
-            LorelayError: the request can't run, or its log is invalid (more tokens than requested, or ids
-                outside the vocabulary).
+            LorelayError: the request can't run, or its log is invalid: it has more tokens than requested, or
+                ids outside the vocabulary.
         """
         model = self._model.served.model_of(request)
         if isinstance(prompts, LorelayError):
@@ -87,7 +90,7 @@ class Intake:
             raise InvalidRequest("'logit_bias' names a token id that the model lacks.", param="logit_bias")
 
     def _check_log(self, output: RequestOutput) -> None:
-        """Refuses a log that can't be continued; other programs may have written it, but no worker.
+        """Refuses a log that can't be continued. No worker writes such a log, but another program may.
 
         Raises:
             GenerationFailed: the log has more tokens than requested, or ids outside the vocabulary.

@@ -1,4 +1,4 @@
-"""The ports (interfaces) of an engine: `Engine`, which serving calls, and the ports that an engine calls.
+"""The ports (interfaces) of an engine: `Engine` for the code that calls it, and the ports that it calls.
 
 To add a second engine, write a class with the methods of `Engine` in a new folder beside `worker.model`,
 then:
@@ -7,7 +7,7 @@ then:
 `shared/settings.py`
 * list the engine's package in `pyproject.toml`, with the imports that this package may have
 * compute weights versions with `worker/model/versions.py`, which needs no torch: with other versions, the
-  registry would refuse the engine's models, and no request could move between the engines
+  registry would refuse the engine's models, and requests could not move between the engines
 * let the engine pass `tests/unit/worker/engine/test_engine_contract.py`
 
 To run `BatchingEngine` on another kind of model, write a class with the methods of `Model`.
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
 
     @property
     def max_token_bytes(self) -> int:
-        """Maximum number of bytes (UTF-8) of a user's messages per token; 0 if there is no such bound."""
+        """Maximum number of bytes (UTF-8) of a user's messages per token of a chat; 0 without a bound."""
         ...
 
     def encode_chat(
@@ -96,7 +96,7 @@ class Adapters(Residency, Protocol):
     """Called in any thread after a read from disk; wakes the engine's thread, which calls `settle`."""
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Returns True if an adapter is resident; else begins to load it, evicting no adapter in `in_use`."""
+        """Returns True if an adapter is resident; otherwise begins to load it, without evicting `in_use`."""
         ...
 
     def is_loading(self, name: str | None) -> bool:
@@ -123,7 +123,7 @@ class Model(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary; all token ids are below it."""
+        """Size of the vocabulary; all token ids are lower than this number."""
         ...
 
     @property
@@ -169,7 +169,7 @@ class Engine(Protocol):
 
     @property
     def max_model_len(self) -> int:
-        """Maximum number of tokens of a sequence. The members from here to `encode` are thread-safe."""
+        """Maximum number of tokens of a sequence. All members from this one to `encode` are thread-safe."""
         ...
 
     @property
@@ -210,22 +210,22 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """False if there is no sequence, or if all sequences wait while their adapters are read from disk.
 
-        Even if this is true, a step may run nothing; see `is_stalled`.
+        Even if `has_work` is true, a step may run nothing; see `is_stalled`.
         """
         ...
 
     @property
     def is_stalled(self) -> bool:
-        """True if the last step ran nothing: all requests wait for an adapter, or for `run_isolated`."""
+        """True if the last step ran nothing, because all requests wait (for adapters or `run_isolated`)."""
         ...
 
     @property
     def remains(self) -> str:
-        """Text for a log line: the numbers of requests and cache blocks held, both 0 once all have ended."""
+        """Text for a log line: the numbers of requests and cache blocks that are still held."""
         ...
 
     def call_when_ready(self, wake: Callable[[], None]) -> None:
-        """Makes the engine call `wake`, from any thread, whenever a stalled engine can go on."""
+        """Makes the engine call `wake`, from any thread, whenever it was stalled and can go on."""
         ...
 
     def step(self) -> list[Output]:
@@ -244,16 +244,16 @@ class Engine(Protocol):
         *,
         alone: bool = False,
     ) -> list[Output]:
-        """Adds a request, with the result of `encode` and the events that its log holds already.
+        """Adds a request, with the result of `encode` (`prompts`) and the events that are already in its log.
 
         `alone` isolates the request: no request runs until `run_isolated`, then only this one runs until
-        `end_isolation`, so that only this request can have caused a crash in between. If the request can't
-        run, the returned list has its terminal error event; otherwise the list is empty.
+        `end_isolation`. Only this request can then have caused a crash in between. If the request can't run,
+        the returned list has its terminal error event. Otherwise, the list is empty.
         """
         ...
 
     def run_isolated(self) -> None:
-        """Lets the isolated request run. Before the call, record in Redis that a crash counts against it."""
+        """Lets the isolated request run. The caller must first record in Redis that it runs alone."""
         ...
 
     def end_isolation(self) -> None:
@@ -277,11 +277,12 @@ class Engine(Protocol):
         ...
 
     def shed(self) -> tuple[str | None, list[Output]]:
-        """Reduces the load after a step ran out of memory; then the step can be repeated.
+        """Reduces the load after a step ran out of memory, so that the step can be repeated.
 
-        If the step ran several requests, the newest is removed, and its id returned. If the step ran one
-        request with several sequences, fewer of them run at once for a while, and the returned id is None. If
-        the step ran a single sequence, its request ends with the returned error event; the id is None, too.
+        If the step ran several requests, the newest one is removed, and its id is returned. If the step ran
+        one request with several sequences, fewer of them run at once for a while, and the returned id is
+        None. If the step ran a single sequence, its request ends with the returned error event, and the id is
+        None, too.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Types that the engine takes and returns, without anything of Redis or RQ."""
+"""Types that the engine takes and returns; they know nothing of Redis or RQ."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Turns the tokens of one request into the events of its log, and decides when the request ends."""
+"""Turns the tokens of one request into events, and decides when the request ends."""
 
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
@@ -19,7 +19,7 @@ class SequenceOutput:
     """Turns the tokens of one sequence into text, and decides at which token the sequence ends."""
 
     def __init__(self, seq: Sequence, detokenizer: Detokenizer, marks: Mapping[int, str] = NO_MARKS) -> None:
-        """`marks`: the text of each special token that a stop string contains, by its id."""
+        """`marks`: the special tokens that stop strings contain, as texts by id."""
         self.seq = seq
         self._marks = marks
         self._detokenizer = detokenizer
@@ -36,7 +36,7 @@ class SequenceOutput:
                 self._stop_checker.add(text, self._marks.get(token_id, ""))
 
     def add(self, token_id: int) -> str:
-        """Returns the text that a token completes; if the token ends the sequence, sets the finish reason.
+        """Returns the text that a token completes. If the token ends the sequence, sets the finish reason.
 
         The token must be in `seq.token_ids` already. Stop strings within the first `min_tokens` are ignored.
         """
@@ -98,14 +98,14 @@ class RequestOutput:
                 output.seq.num_cached_tokens = 0
 
     def note_run(self) -> bool:
-        """Records when a sequence first runs; returns False while all sequences wait."""
+        """Records when a sequence runs for the first time; returns False while all sequences wait."""
         if all(output.seq.status is SequenceStatus.WAITING for output in self._outputs):
             return False
         self._first_run_s = self._clock()
         return True
 
     def add(self, index: int, token: Sampled) -> Output:
-        """Returns the event for a sequence's new token, or for an error, which ends the whole request."""
+        """Returns the event for a sequence's new token. An error in its place ends the whole request."""
         if not isinstance(token, SampledToken):
             return self.fail(token)
         if self._first_token_s is None:
@@ -158,7 +158,7 @@ class RequestOutput:
         )
 
     def _meta(self, finish_reason: FinishReason | None) -> dict[str, Any]:
-        """Returns facts about a finished request for the job's field `meta`; never prompts or answers."""
+        """Returns facts about a finished request for the job's field `meta`, without prompts or answers."""
         now = self._clock()
         usage = self._usage()
         return {
@@ -176,5 +176,5 @@ class RequestOutput:
 
 
 def _between(begin_s: float | None, end_s: float | None) -> float | None:
-    """Returns the seconds between two times; None if one of them is None, because it has not come."""
+    """Returns the seconds between two times; None if one of them has not come, and so is None."""
     return None if begin_s is None or end_s is None else round(end_s - begin_s, 4)

@@ -1,4 +1,4 @@
-"""Chooses each step's batch: all decodes, then as many prompt tokens as the step's time allows."""
+"""Chooses each step's batch: all decodes, and as many prompt tokens as the step's time allows."""
 
 import itertools
 from collections import deque
@@ -24,8 +24,8 @@ MIN_CHUNK_TOKENS = 16
 class Scheduler:
     """Continuous batching: sequences join and leave the running batch at any step.
 
-    If blocks run out, the newest running sequence is preempted: its blocks are freed, and it is recomputed
-    later. The cache must hold at least one sequence of maximum length.
+    If no block is free, the newest running sequence is preempted: its blocks are freed, and the sequence is
+    computed again later. The cache must hold at least one sequence of maximum length.
     """
 
     def __init__(
@@ -75,12 +75,15 @@ class Scheduler:
         )
 
     def isolate(self, request_id: str | None) -> None:
-        """Isolates a request: until `run_isolated`, no request runs, then only this one. None: ends that."""
+        """Isolates a request: no request runs until `run_isolated`, then only this one.
+
+        None ends the isolation.
+        """
         self._isolated = request_id
         self._may_run_isolated = False
 
     def run_isolated(self) -> None:
-        """Lets the isolated request run; preempts all others, which frees their blocks and adapter slots."""
+        """Lets the isolated request run; preempts all others, to free their blocks and adapter slots."""
         self._may_run_isolated = True
         for seq in [seq for seq in reversed(self._running) if self._must_wait(seq)]:
             self._preempt(seq)
@@ -114,8 +117,8 @@ class Scheduler:
     def postprocess(self, batch: Batch, sampled: Items[Sampled]) -> list[tuple[Sequence, Sampled]]:
         """Records the computed tokens of a step, and appends the sampled tokens to their sequences.
 
-        `sampled` has an entry per scheduled sequence that `samples`. Returns each of these sequences with its
-        entry; if the entry is an error, the caller must end the sequence.
+        `sampled` has an entry for each scheduled sequence that `samples`. The result has these sequences,
+        each with its entry. If an entry is an error, the caller must end the sequence.
         """
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)
@@ -148,10 +151,10 @@ class Scheduler:
         return self._isolated is not None and seq.request_id != self._isolated
 
     def _ready(self, prompts: Items[Sequence]) -> list[Sequence]:
-        """Returns the waiting sequences that may run now. `prompts`: the running sequences in prefill.
+        """Returns the waiting sequences that may run now; `prompts` are the running sequences in prefill.
 
-        Adapters that are not resident are read if a slot can be freed, and their sequences wait. While a
-        prompt is not in the cache, only its first choice may run, and the other choices wait.
+        If an adapter is not resident, its sequences wait, and the adapter is read if a slot can be freed.
+        While a prompt is not in the cache, only its first choice may run, and its other choices wait.
         """
         in_use = {seq.adapter_name for seq in self._running}
         computed = {seq.prompt_key for seq in prompts}
@@ -175,8 +178,8 @@ class Scheduler:
     def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
         """Divides a step's prefill time: half for the longest-waiting prompt, half for the shortest prompts.
 
-        A short prompt thus soon overtakes long prompts, while a long prompt takes at most twice as long as if
-        it got all of the prefill time.
+        A short prompt thus soon overtakes long prompts. A long prompt takes at most twice as long as with all
+        of the prefill time.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:
@@ -200,7 +203,7 @@ class Scheduler:
         return [ScheduledSequence(longest_waiting, num_tokens), *batch]
 
     def _admit(self, seq: Sequence) -> bool:
-        """Makes a waiting sequence run if blocks for all of its tokens are free; returns True if it runs."""
+        """Makes a waiting sequence run if the cache has blocks for all of its tokens; returns True if so."""
         if seq.status is SequenceStatus.RUNNING:
             return True
         self._blocks.reuse_prefix(seq)

@@ -1,4 +1,4 @@
-"""Sequences, the batch of one forward pass, and the tokens sampled from its logits. No tensors."""
+"""Sequences, the batch of one forward pass, and the tokens that are sampled from its logits."""
 
 from array import array
 from collections.abc import Collection, Iterable, Mapping
@@ -30,7 +30,7 @@ Sampled = SampledToken | LorelayError
 
 
 class TokenCounts:
-    """Counts how often each token occurs; a further token takes the same time however many were counted."""
+    """Counts how often each token occurs; each further token takes the same short time."""
 
     def __init__(self, token_ids: Iterable[int] = ()) -> None:
         self.token_ids = array("q")
@@ -58,7 +58,7 @@ class TokenCounts:
 
 
 class LogitAdjustments(NamedTuple):
-    """Logit adjustments for a sequence's next token, as plain data; `worker.model.logits` applies them."""
+    """Changes to the logits of a sequence's next token, as plain data; `worker.model.logits` applies them."""
 
     banned: Collection[int] = ()
     """Token ids that must not be sampled."""
@@ -128,7 +128,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """Number of tokens generated so far, which is also the index of the next output token."""
+        """Number of tokens generated so far; also the index of the next output token."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property

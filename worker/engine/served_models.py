@@ -1,4 +1,4 @@
-"""The models that a worker serves: names, versions, sources and tokenizers, which no other module stores."""
+"""The models that a worker serves. Only this module stores their names, versions, sources and tokenizers."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -33,8 +33,8 @@ class ServedModel:
 class ServedModels:
     """The base model and the adapters that this worker serves now.
 
-    `add` and `remove` are safe while requests run, though today they are only called when a worker starts.
-    Any thread may read: a reader sees the models before a change or after it.
+    `add` and `remove` are safe while requests run, but today they are called only when a worker starts. Any
+    thread may read. A reader sees the models either before or after a change.
     """
 
     def __init__(self, base: ServedModel) -> None:
@@ -75,12 +75,12 @@ class ServedModels:
         return model
 
     def model_of(self, request: GenerationRequest) -> ServedModel:
-        """Returns the model that answers a request, after a check that the model has the requested version.
+        """Returns the model that answers a request; checks that it has the version that the request names.
 
         Raises:
             AdapterError: this worker does not serve the adapter.
-            AdapterVersionGone: this worker serves other weights under the requested name. The weights were
-                replaced after the claim, because a worker claims only requests for weights that it serves.
+            AdapterVersionGone: this worker serves other weights under the requested name. This can happen
+                only if the weights were replaced after the claim.
         """
         model = self.find(request.adapter_name)
         adapter_version = model.version if model.adapter_name else None
@@ -94,5 +94,5 @@ class ServedModels:
         return model
 
     def weights_version(self, model: ServedModel) -> str:
-        """Returns a model's weights version; the one of an adapter includes the base's version."""
+        """Returns a model's weights version; an adapter's includes the base's version."""
         return weights_version(self.base.version, model.version if model.adapter_name else None)

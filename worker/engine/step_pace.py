@@ -32,17 +32,17 @@ class Chunk(NamedTuple):
 
     @property
     def num_pairs(self) -> float:
-        """Approximate number of pairs of a token of the chunk and a token that it attends to."""
+        """Approximate number of attention pairs (a token of the chunk and a token that it attends to)."""
         return (self.num_tokens + _GATHER_TOKENS) * (self.num_tokens_before + self.num_tokens / 2)
 
 
 class StepPace:
     """Keeps the duration of steps near `step_target_ms` by limiting the number of prompt tokens per step.
 
-    The cost of decodes is a fixed time plus a time per decoding sequence, measured in steps without prompt
-    tokens. The cost of chunks, measured as the remaining time of steps with prompt tokens, is a fixed time
-    plus a time per token plus a time per pair of a token and a token that it attends to. A chunk at the end
-    of a long prompt therefore costs more than a chunk at its beginning.
+    The cost of decodes is a fixed time plus a time per decoding sequence. It is measured in steps without
+    prompt tokens. The cost of chunks is a fixed time, plus a time per token, plus a time per attention pair.
+    It is measured as the rest of the time of steps with prompt tokens. A chunk at the end of a long prompt
+    costs more than a chunk at its beginning, because it has more attention pairs.
     """
 
     def __init__(self, step_target_ms: float, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -56,11 +56,11 @@ class StepPace:
         """Number of steps with prompt tokens since the last step without prompt tokens."""
 
     def start_step(self) -> None:
-        """Begins to measure the step that the next `record` ends."""
+        """Begins to measure a step; the next call of `record` ends the measurement."""
         self._started_s = self._clock()
 
     def prefill_ms(self, num_decodes: int) -> float:
-        """Returns the milliseconds for chunks in a step with `num_decodes` decodes; 0 forbids chunks."""
+        """Returns the milliseconds that chunks may take in a step with these decodes; 0 forbids chunks."""
         if num_decodes and self._num_chunk_steps >= MAX_NUM_CHUNK_STEPS:
             return 0.0
         decodes_ms = self._decodes.ms((1, num_decodes))
@@ -70,11 +70,11 @@ class StepPace:
         return max(1e-6, target_ms - decodes_ms - self._chunks.ms((1, 0, 0)))
 
     def chunk_ms(self, chunk: Chunk) -> float:
-        """Returns the milliseconds that a chunk takes, as a part of those that `prefill_ms` returns."""
+        """Returns how many of the milliseconds of `prefill_ms` a chunk takes."""
         return self._chunks.ms((0, chunk.num_tokens, chunk.num_pairs))
 
     def num_tokens(self, num_ms: float, num_tokens_before: int) -> float:
-        """Returns how many tokens a chunk can compute in `num_ms`; below 1 if even one token takes longer."""
+        """Returns how many tokens a chunk of `num_ms` may have; less than 1 if one token takes longer."""
         per_token, per_pair = self._chunks.ms((0, 1, 0)), self._chunks.ms((0, 0, 1))
         # Solves chunk_ms = num_ms for the number of tokens n: the positive root of q n² + p n = left.
         q = per_pair / 2
@@ -98,10 +98,13 @@ class StepPace:
 
 
 class _Cost:
-    """A linear cost model: milliseconds = sum of amount x price. Least mean squares learns the prices."""
+    """A linear cost model: milliseconds = sum of amounts x prices. Least mean squares learns the prices."""
 
     def __init__(self, units: Sequence[float], guess_ms: Sequence[float], max_surprise: float) -> None:
-        """`units`: typical amounts. `guess_ms`: the costs of these amounts, before any is measured."""
+        """`units`: typical amounts.
+
+        `guess_ms`: guesses of the costs of these amounts, until they are measured.
+        """
         self._units = units
         self._unit_ms = list(guess_ms)
         self._max_surprise = max_surprise
@@ -114,8 +117,8 @@ class _Cost:
     def learn(self, amounts: Sequence[float], measured_ms: float) -> None:
         """Moves the estimate part of the way towards a measurement; the first time, all of the way.
 
-        A measurement far above the estimate counts as `max_surprise` times the estimate: it was probably
-        caused by other work on the machine, which says little about the next step.
+        A measurement far above the estimate counts as only `max_surprise` times the estimate, because other
+        work on the machine has probably caused it, and the next step may be normal again.
         """
         estimate_ms, is_guess = self.ms(amounts), self._is_guess
         self._is_guess = False
