@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """The newest request schema that this release can decode and serve."""
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
@@ -85,6 +85,8 @@ class SamplingParams(Message, frozen=True):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     """Both penalties are OpenAI's: they count the tokens generated so far, not the prompt's tokens."""
+    grammar: str = ""
+    """The grammar that the output must follow, as llguidance serializes it; empty if there is none."""
 
     @property
     def adjusts_logits(self) -> bool:
@@ -156,11 +158,14 @@ class GenerationRequest(Message, frozen=True):
     """True if the first event must have `usage_so_far`; workers of an earlier release leave the field out."""
 
     def without_prompt(self) -> "GenerationRequest":
-        """Returns a copy without the prompt, which may be megabytes.
+        """Returns a copy without prompt and grammar, which may be large.
 
-        Readers of events don't need the prompt.
+        Readers of events don't need them.
         """
-        return msgspec.structs.replace(self, messages=[], prompts=(), template_inputs=NO_INPUTS)
+        sampling = msgspec.structs.replace(self.sampling, grammar="")
+        return msgspec.structs.replace(
+            self, messages=[], prompts=(), template_inputs=NO_INPUTS, sampling=sampling
+        )
 
     @property
     def num_prompts(self) -> int:
@@ -178,8 +183,11 @@ class GenerationRequest(Message, frozen=True):
 
         Schema 1 can express only one chat with n = 1 and unchanged logits. Schema 2 can express all requests
         without `template_inputs` and `cache_salt`. A worker that knows only schema 2 would ignore a salt, and
-        would share the request's prefix with all requests of the tenant.
+        would share the request's prefix with all requests of the tenant. Schema 3 can express all requests
+        without a grammar.
         """
+        if self.sampling.grammar:
+            return 4
         if self.cache_salt or not self.template_inputs.are_known_to_all:
             return 3
         is_known_to_all = self.messages and not self.prompts and self.n == 1

@@ -76,6 +76,9 @@ class FakeModel:
     def close(self) -> None:
         self.is_closed = True
 
+    def compile_grammar(self, grammar: str, tokenizer: object) -> object:
+        return grammar
+
     def run(self, batch: Batch) -> list[Sampled]:
         self.batches.append([(item.seq.request_id, item.num_tokens) for item in batch])
         for item in batch:
@@ -164,6 +167,7 @@ class FakeTokenizer:
     eos_token_ids = frozenset({EOS})
     special_tokens: Mapping[int, str] = {EOS: "<eos>"}
     max_token_bytes = 0
+    definition: str | None = None
 
     def encode_chat(
         self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS, tenant: str = ""

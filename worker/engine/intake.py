@@ -24,8 +24,10 @@ class Intake:
         self._clock = clock
 
     def encode(self, request: GenerationRequest) -> list[list[int]]:
-        """Returns the token ids of each prompt. May be called from any thread."""
+        """Returns the token ids of each prompt, and compiles the grammar. May be called from any thread."""
         tokenizer = self._model.served.model_of(request).tokenizer
+        if request.sampling.grammar:
+            self._model.compile_grammar(request.sampling.grammar, tokenizer)
         if not request.prompts:
             return [tokenizer.encode_chat(request.messages, request.template_inputs, request.tenant)]
         return [

@@ -69,6 +69,11 @@ class Tokenizer(Protocol):
         """Returns a new detokenizer for one sequence."""
         ...
 
+    @property
+    def definition(self) -> str | None:
+        """The tokenizer as `tokenizer.json` defines it, as JSON; None if it has no such definition."""
+        ...
+
 
 class Residency(Protocol):
     """Tells which adapters are on the device. Safe to read from any thread."""
@@ -159,6 +164,14 @@ class Model(Protocol):
         """
         ...
 
+    def compile_grammar(self, grammar: str, tokenizer: Tokenizer) -> object:
+        """Compiles a grammar ahead of its first use, and keeps it; callable from any thread.
+
+        Raises:
+            InvalidRequest: the grammar can't be compiled, or not for this tokenizer.
+        """
+        ...
+
     def close(self) -> None:
         """Stops all background work."""
         ...
@@ -200,8 +213,11 @@ class Engine(Protocol):
     def encode(self, request: GenerationRequest) -> list[list[int]]:
         """Returns the token ids of each prompt of a request; a prompt of some MB takes seconds.
 
+        The grammar of the request is compiled here, too, before its first step.
+
         Raises:
-            InvalidRequest: a prompt can't be tokenized, or the chat template refuses it.
+            InvalidRequest: a prompt can't be tokenized, the chat template refuses it, or the grammar can't be
+                compiled.
             ServerBusy: the chat template can't be run at the moment for this tenant.
         """
         ...

@@ -40,7 +40,10 @@ class SequenceOutput:
 
         The token must be in `seq.token_ids` already. Stop strings within the first `min_tokens` are ignored.
         """
-        seq, text = self.seq, self._detokenizer.add(token_id)
+        seq = self.seq
+        # A grammar allows an end token only where the output may end; its own text would break the form.
+        ends_grammar = bool(seq.sampling.grammar) and token_id in seq.eos_token_ids
+        text = "" if ends_grammar else self._detokenizer.add(token_id)
         num_tokens = seq.num_output_tokens
         may_end = num_tokens > seq.sampling.min_tokens
         if may_end:
@@ -48,7 +51,8 @@ class SequenceOutput:
             if stopped:
                 seq.finish_reason = FinishReason.STOP
                 return text
-        if may_end and token_id in seq.eos_token_ids and not seq.sampling.ignore_eos:
+        is_end = may_end and token_id in seq.eos_token_ids and not seq.sampling.ignore_eos
+        if is_end or ends_grammar:
             seq.finish_reason = FinishReason.STOP
         elif num_tokens >= seq.max_tokens:
             seq.finish_reason = FinishReason.LENGTH

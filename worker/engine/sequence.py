@@ -80,7 +80,7 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One generation: one choice for one prompt of a request.
 
@@ -145,13 +145,15 @@ class Sequence:
     def logit_adjustments(self) -> LogitAdjustments | None:
         """Logit adjustments for the next token, or None if there are none."""
         sampling, counts = self.sampling, None
-        if not (self.may_not_end or sampling.adjusts_logits):
+        # A grammar knows the end tokens, and decides together with `min_tokens` when they may come.
+        bans_end = self.may_not_end and not sampling.grammar
+        if not (bans_end or sampling.adjusts_logits):
             return None
         if sampling.presence_penalty or sampling.frequency_penalty:
             counts = self.output_counts
             counts.add(self.token_ids[self.num_prompt_tokens + counts.num_counted :])
         return LogitAdjustments(
-            banned=self.eos_token_ids if self.may_not_end else (),
+            banned=self.eos_token_ids if bans_end else (),
             bias=sampling.logit_bias,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,

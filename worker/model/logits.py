@@ -1,19 +1,7 @@
 """Adjusts logits before sampling; no other code changes logits.
 
-Grammars (for structured output) would be added here: `adjust` would ban the tokens that a sequence's grammar
-does not allow next. A matcher, the object that follows one sequence through its grammar, would tell which;
-`adjust` would get it from `Sequence.logit_adjustments`. Points to observe:
-
-* Matchers need an owner: an LRU in a new `worker/model/grammar.py`, which `ModelRunner` has and passes
-  through `sample`.
-* `Intake.encode` should compile the grammar, by a new method of the `Model` port, because it runs in the
-  threads of `PromptEncoder`. In the engine's thread (`Intake.prepare`), compiling would stall all streams.
-* After a resume, a matcher is rebuilt from `Sequence.output_token_ids`. If it were rebuilt for each token, a
-  token would take longer and longer as the output grows.
-* A request with a grammar needs a new schema, one more than the current `SCHEMA_VERSION`. The schema that
-  `SamplingParams.adjusts_logits` asks for is not enough: workers that know no grammars claim such requests.
-* If the output already completes the grammar while `min_tokens` still bans the end-of-sequence tokens, no
-  token is left to sample. Such a request must end, or the API must refuse it.
+Biases and penalties are added first, then all tokens are banned that a sequence's grammar does not allow. The
+grammar wins: a bias can't make a token possible that would break it.
 """
 
 from collections.abc import Sequence
@@ -23,8 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from worker.engine.sequence import LogitAdjustments
+from worker.model.grammar import Masks
+
+_BITS = [1 << bit for bit in range(8)]
 
 
 class Changes(NamedTuple):
@@ -35,8 +27,28 @@ class Changes(NamedTuple):
     """The number for each entry of `token_ids`; minus infinity bans a token."""
 
 
-def adjust(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Tensor:
+def adjust(
+    logits: Tensor, adjustments: Sequence[LogitAdjustments | None], masks: Masks | None = None
+) -> Tensor:
     """Returns `logits` (num_rows, vocab) with each row adjusted; `logits` itself if nothing changes."""
+    changed = _add(logits, adjustments)
+    return changed if masks is None or not masks.rows else _apply(changed, masks)
+
+
+def _apply(logits: Tensor, masks: Masks) -> Tensor:
+    """Returns a copy in which all tokens are minus infinity that the rows' grammars do not allow."""
+    rows = torch.tensor(masks.rows, device=logits.device)
+    packed = torch.from_numpy(masks.allowed.view(np.uint8)).to(logits.device)
+    # On the device, bits become bytes: only an eighth of the memory has to be copied there.
+    bits = packed[:, :, None].bitwise_and(torch.tensor(_BITS, dtype=torch.uint8, device=logits.device))
+    allowed = bits.ne(0).flatten(1)[:, : logits.shape[1]]
+    # Tokens beyond the tokenizer's vocabulary stand for no text; models pad their vocabulary with them.
+    allowed = functional.pad(allowed, (0, logits.shape[1] - allowed.shape[1]))
+    return logits.index_put((rows,), logits[rows].masked_fill(~allowed, -torch.inf))
+
+
+def _add(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Tensor:
+    """Returns the logits with biases, penalties and bans added; `logits` itself if there are none."""
     changes = [
         (row, _changes(adjustment)) for row, adjustment in enumerate(adjustments) if adjustment is not None
     ]

@@ -3,12 +3,14 @@
 import torch
 
 from worker.engine.adapter_cache import AdapterCache
+from worker.engine.ports import Tokenizer
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
 from worker.engine.served_models import ServedModels
 from worker.model.adapter_store import AdapterStore
 from worker.model.batch_forward import BatchForward
 from worker.model.file_watch import FileWatch
 from worker.model.forward import Forward
+from worker.model.grammar import Grammars
 from worker.model.lora import SlotWeights
 from worker.model.prepared import PreparedModel
 from worker.model.sampler import SamplingRow, sample
@@ -36,6 +38,7 @@ class ModelRunner:
         self.num_blocks = prepared.state.kv_cache.num_blocks
         self.block_size = prepared.state.kv_cache.block_size
         self._forward = forward
+        self._grammars = Grammars(served)
         self._run_batch = BatchForward(
             forward, prepared.state, prepared.lora, prepared.device, adapter_cache.slot
         )
@@ -44,6 +47,10 @@ class ModelRunner:
     def forward_state(self) -> str:
         """The state of the forward pass: `eager`, `compiling` (eager in the meantime) or `compiled`."""
         return self._forward.state
+
+    def compile_grammar(self, grammar: str, tokenizer: Tokenizer) -> object:
+        """Compiles a grammar ahead of its first use; see `Model`."""
+        return self._grammars.compile(grammar, tokenizer)
 
     def wait(self) -> None:
         """Waits until nothing is being compiled."""
@@ -72,7 +79,13 @@ class ModelRunner:
             logits = self._run_batch(batch)
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(str(error)) from error
-        return sample(logits, [_sampling_row(item.seq) for item in batch if item.samples])
+        seqs = [item.seq for item in batch if item.samples]
+        # The masks are computed while a GPU still runs the forward pass.
+        masks = self._grammars.masks(seqs)
+        sampled = sample(logits, [_sampling_row(seq) for seq in seqs], masks)
+        if masks is not None:
+            sampled = [masks.errors.get(row, token) for row, token in enumerate(sampled)]
+        return sampled
 
 
 def _sampling_row(seq: Sequence) -> SamplingRow:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from shared.errors import GenerationFailed
 from shared.messages import SamplingParams
 from worker.engine.sequence import LogitAdjustments, Sampled, SampledToken
+from worker.model.grammar import Masks
 from worker.model.logits import adjust
 
 MIN_TEMPERATURE = 1e-6
@@ -41,14 +42,14 @@ class SamplingRow(NamedTuple):
     """Logit adjustments, or None if there are none."""
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow], masks: Masks | None = None) -> list[Sampled]:
     """Returns a token per row of `logits` (num_rows, vocab), or an error if the row's maximum is not finite.
 
     A row's token depends only on its own logits and `SamplingRow`, never on the other rows.
     """
     if not rows:
         return []
-    logits = adjust(logits, [row.adjustments for row in rows])
+    logits = adjust(logits, [row.adjustments for row in rows], masks)
     largest, tokens = logits.max(dim=-1)  # (num_rows,), NaN if the row has one
     drawn = [n for n, row in enumerate(rows) if row.params.temperature > 0]
     plain = [n for n in drawn if not _filters(rows[n], logits)]

@@ -185,6 +185,11 @@ class Tokenizer:
         names = self.backend.special_tokens_map
         return rules, self.backend.chat_template, names, self.eos_token_ids
 
+    @property
+    def definition(self) -> str | None:
+        """The tokenizer as `tokenizer.json` defines it, as JSON; None if it has no such definition."""
+        return None if self._fast is None else str(self._fast.to_str())
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of `token_ids` without special tokens."""
         if self._fast is not None:

@@ -117,4 +117,5 @@ class PromptEncoder:
 def _num_chars(request: GenerationRequest) -> int:
     parts = [message.get(name) for message in request.messages for name in TEXT_FIELDS]
     chat = sum(len(str(part)) for part in [*parts, *request.template_inputs.tools] if part)
-    return chat + sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
+    texts = sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
+    return chat + texts + len(request.sampling.grammar)

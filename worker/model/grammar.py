@@ -1,0 +1,178 @@
+"""Follows sequences through the grammars of structured output, and tells which tokens may come next.
+
+llguidance compiles a grammar for a tokenizer, once for all requests that have both. A matcher is a copy of
+the compiled grammar that follows one sequence. It is derived from the sequence's output tokens alone, so that
+it is the same after a preemption, and on the worker that resumes the sequence after another one's death.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask_par
+
+from shared.control_groups import num_usable_cores
+from shared.errors import GenerationFailed, InvalidRequest, LorelayError, UnsupportedParameter
+from shared.grammars import first_line, parser_limits
+from shared.logs import fields
+from worker.engine.ports import Tokenizer
+from worker.engine.sequence import Sequence
+from worker.engine.served_models import ServedModels
+
+logger = logging.getLogger(__name__)
+
+MAX_NUM_COMPILED = 512
+"""Maximum number of compiled grammars that are kept, most of which take less than 100 KB."""
+_BITS = 32
+
+
+class Masks(NamedTuple):
+    """The tokens that the grammars of some rows allow next."""
+
+    rows: list[int]
+    allowed: npt.NDArray[np.int32]
+    """(len(rows), vocab / 32): bit t % 32 of word t / 32 is 1 if token t is allowed."""
+    errors: dict[int, LorelayError]
+    """Errors of rows whose grammar can't be followed any further."""
+
+
+@dataclass(slots=True)
+class _Follower:
+    """A matcher, and the number of the sequence's output tokens that it has followed."""
+
+    matcher: LLMatcher
+    num_followed: int = 0
+
+
+class Grammars:
+    """The compiled grammars of a worker, and the matchers of its sequences.
+
+    `compile` may be called from any thread, `masks` only from the engine's.
+    """
+
+    def __init__(self, served: ServedModels) -> None:
+        """Prepares the tokenizers of all models, which takes about a second for a large vocabulary."""
+        self._served = served
+        self._tokenizers: dict[Tokenizer, LLTokenizer | None] = {}
+        """Each tokenizer in llguidance's form; None for those that llguidance refuses."""
+        self._compiled: OrderedDict[tuple[Tokenizer, str], LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._followers: WeakKeyDictionary[Sequence, _Follower] = WeakKeyDictionary()
+        self._executor = LLExecutor(num_usable_cores())
+        # llguidance holds Python's lock during all of this, so it must not happen while requests run.
+        for model in served:
+            if model.tokenizer not in self._tokenizers:
+                self._tokenizers[model.tokenizer] = _prepared(model.tokenizer)
+
+    def compile(self, grammar: str, tokenizer: Tokenizer) -> LLMatcher:
+        """Returns a grammar compiled for a tokenizer, of which matchers are copies.
+
+        Raises:
+            InvalidRequest: the grammar can't be compiled, or not for this tokenizer.
+        """
+        key = tokenizer, grammar
+        with self._lock:
+            if compiled := self._compiled.get(key):
+                self._compiled.move_to_end(key)
+                return compiled
+        prepared = self._tokenizers.get(tokenizer)
+        if prepared is None:
+            raise UnsupportedParameter("The model's tokenizer can't be used with a grammar or JSON schema.")
+        compiled = LLMatcher(prepared, grammar, log_level=0, limits=parser_limits())
+        if compiled.is_error():
+            raise InvalidRequest(f"The grammar can't be compiled: {first_line(compiled.get_error())}")
+        with self._lock:
+            self._compiled[key] = compiled
+            while len(self._compiled) > MAX_NUM_COMPILED:
+                self._compiled.popitem(last=False)
+        return compiled
+
+    def masks(self, seqs: Items[Sequence]) -> Masks | None:
+        """Returns which tokens may follow each sequence; None if no sequence has a grammar."""
+        constrained = [(row, seq) for row, seq in enumerate(seqs) if seq.sampling.grammar]
+        if not constrained:
+            return None
+        errors: dict[int, LorelayError] = {}
+        matchers: dict[int, LLMatcher] = {}
+        for row, seq in constrained:
+            try:
+                matchers[row] = self._follow(seq)
+            except LorelayError as error:
+                errors[row] = error
+        rows = [*matchers]
+        allowed = self._fill([*matchers.values()])
+        for number, row in enumerate(rows):
+            if failure := _restrict(allowed[number], matchers[row], seqs[row]):
+                errors[row] = failure
+        return Masks(rows, allowed, errors)
+
+    def _follow(self, seq: Sequence) -> LLMatcher:
+        """Returns the sequence's matcher, after all of its output tokens."""
+        follower = self._followers.get(seq)
+        if follower is None:
+            tokenizer = self._served.find(seq.adapter_name).tokenizer
+            matcher = self.compile(seq.sampling.grammar, tokenizer).deep_copy()
+            follower = self._followers[seq] = _Follower(matcher)
+        new = seq.token_ids[seq.num_prompt_tokens + follower.num_followed :]
+        if new and not follower.matcher.consume_tokens(new):
+            raise _failure(follower.matcher)
+        follower.num_followed += len(new)
+        return follower.matcher
+
+    def _fill(self, matchers: Items[LLMatcher]) -> npt.NDArray[np.int32]:
+        """Computes the masks of all matchers in parallel."""
+        largest = max((one.vocab_size for one in self._tokenizers.values() if one is not None), default=0)
+        allowed = np.zeros((len(matchers), -(-largest // _BITS)), np.int32)
+        if matchers:
+            numbered = [(matcher, number) for number, matcher in enumerate(matchers)]
+            fill_next_token_bitmask_par(self._executor, numbered, allowed)
+        return allowed
+
+
+def _restrict(allowed: npt.NDArray[np.int32], matcher: LLMatcher, seq: Sequence) -> LorelayError | None:
+    """Removes end tokens from a mask where they may not come; returns the error of a failed matcher."""
+    if matcher.is_error():
+        return _failure(matcher)
+    # An end token may also be an ordinary one, such as a letter. Amid a string, it would end the sequence.
+    if not matcher.is_accepting():
+        _ban(allowed, seq.eos_token_ids)
+    elif seq.may_not_end:
+        without_end = allowed.copy()
+        _ban(without_end, seq.eos_token_ids)
+        # Once the grammar is complete, only end tokens are left: then min_tokens can't be reached.
+        if without_end.any():
+            allowed[:] = without_end
+    return None if allowed.any() else GenerationFailed("The grammar allows no further token.")
+
+
+def _ban(allowed: npt.NDArray[np.int32], token_ids: Iterable[int]) -> None:
+    words = allowed.view(np.uint32)
+    for token_id in token_ids:
+        word, bit = divmod(token_id, _BITS)
+        if word < len(words):
+            words[word] &= ~np.uint32(1 << bit)
+
+
+def _failure(matcher: LLMatcher) -> GenerationFailed:
+    reason = first_line(matcher.get_error())
+    return GenerationFailed(f"The answer can't be continued by its grammar: {reason}")
+
+
+def _prepared(tokenizer: Tokenizer) -> LLTokenizer | None:
+    """Returns a tokenizer in llguidance's form, or None if it has a kind that llguidance does not know."""
+    definition = tokenizer.definition
+    if definition is None or not tokenizer.eos_token_ids:
+        return None
+    try:
+        return LLTokenizer(definition, eos_token=sorted(tokenizer.eos_token_ids))
+    except ValueError as error:
+        logger.warning("no structured output with this tokenizer: %s", error, extra=fields("load_grammars"))
+        return None
