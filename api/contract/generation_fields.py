@@ -147,4 +147,5 @@ class GenerationFields(SamplingFields):
             min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
             stop=tuple(self.stop or ()),
+            **self.to_adjustments(),
         )

@@ -1,12 +1,24 @@
 """Fields that say how many sequences to generate, and from which distribution to sample their tokens."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from api.contract.fields import INTEGRAL
-from api.contract.strict import StrictModel
-from shared.messages import MAX_NUM_CHOICES
+from api.contract.strict import BOUNDED, StrictModel, invalid
+from shared.messages import INT32_MAX, MAX_NUM_CHOICES
+
+
+def _check_token_id(written: str) -> str:
+    if not re.fullmatch("0|[1-9][0-9]{0,9}", written) or int(written) > INT32_MAX:
+        raise invalid('the keys must be token ids, such as "50256"')
+    return written
+
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenIdText = Annotated[str, AfterValidator(_check_token_id)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingFields(StrictModel):
@@ -14,8 +26,22 @@ class SamplingFields(StrictModel):
 
     n: Annotated[int, Field(ge=1, le=MAX_NUM_CHOICES), INTEGRAL] | None = None
     """Number of answers to the prompt, 1 to 128; each is a choice with its own `index`. Default: 1."""
+    logit_bias: Annotated[dict[TokenIdText, Bias], BOUNDED] | None = None
+    """Numbers from -100 to 100 that are added to the logits of tokens, by token id; up to 1,000."""
+    presence_penalty: Penalty | None = None
+    """Number from -2 to 2 that is subtracted from the logits of tokens in the answer so far. Default: 0."""
+    frequency_penalty: Penalty | None = None
+    """Number from -2 to 2 that is subtracted for each occurrence of the token. Default: 0."""
 
     @property
     def num_choices(self) -> int:
         """The number of answers to each prompt."""
         return self.n or 1
+
+    def to_adjustments(self) -> dict[str, Any]:
+        """Returns the fields of `SamplingParams` that change the distribution, by name."""
+        return {
+            "logit_bias": {int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()},
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+        }

@@ -51,12 +51,6 @@ class UnservedOpenAIFields(StrictModel):
     """Number of alternatives to each token."""
     response_format: Annotated[Object | None, Only({"type": "text"})] = None
     """Format of the answer, such as JSON with a schema."""
-    logit_bias: Annotated[Object | None, Only({})] = None
-    """Numbers that are added to the logits of tokens."""
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2), Only(0)] = None
-    """Penalty for each token that occurred."""
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2), Only(0)] = None
-    """Penalty for each occurrence of a token."""
     modalities: Annotated[list[str] | None, BOUNDED, Only(["text"])] = None
     """Kinds of output."""
     audio: Annotated[Object | None, Only()] = None

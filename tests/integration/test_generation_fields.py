@@ -8,7 +8,7 @@ import pytest
 import redis
 from openai.types.chat import ChatCompletionChunk
 
-from shared.messages import FinishReason, Usage
+from shared.messages import ErrorInfo, FinishReason, Usage
 from tests.integration.api_harness import ApiServer, ScriptedWorker, running_api
 from tests.redis_server import RedisServer
 
@@ -76,3 +76,38 @@ def test_a_body_has_all_choices(client: openai.OpenAI, worker: ScriptedWorker) -
 def test_a_request_of_too_many_choices_is_refused_by_name(client: openai.OpenAI) -> None:
     assert refusal(client, n=5) == ("invalid_request_error", "n")
     assert refusal(client, n=129) == ("invalid_request_error", "n")
+
+
+def test_bias_and_penalties_reach_the_worker(client: openai.OpenAI, worker: ScriptedWorker) -> None:
+    fields: Any = {"logit_bias": {"7": -100, "50256": 1.5}, "presence_penalty": -2, "frequency_penalty": 0.5}
+    with worker.answering("a") as claims:
+        client.chat.completions.create(model="base", messages=MESSAGES, **fields)
+    sampling = claims[0].request.sampling
+    assert sampling.logit_bias == {7: -100.0, 50256: 1.5}
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-2.0, 0.5)
+    assert claims[0].request.schema_version == 2
+
+
+def test_fields_that_change_nothing_need_no_newer_worker(
+    client: openai.OpenAI, worker: ScriptedWorker
+) -> None:
+    fields: Any = {"n": 1, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0}
+    with worker.answering("a") as claims:
+        client.chat.completions.create(model="base", messages=MESSAGES, **fields)
+    assert claims[0].request.schema_version == 1
+
+
+def test_a_wrong_bias_or_penalty_is_refused_by_name(client: openai.OpenAI) -> None:
+    assert refusal(client, presence_penalty=2.5) == ("invalid_request_error", "presence_penalty")
+    assert refusal(client, frequency_penalty=-3) == ("invalid_request_error", "frequency_penalty")
+    assert refusal(client, logit_bias={"7": 101}) == ("invalid_request_error", "logit_bias.7")
+
+
+def test_a_bias_for_a_token_that_the_model_lacks_is_refused_by_the_worker(
+    client: openai.OpenAI, worker: ScriptedWorker
+) -> None:
+    error = ErrorInfo(
+        "invalid_request_error", "'logit_bias' names a token id that the model lacks.", "logit_bias"
+    )
+    with worker.answering_with({"text": "", "error": error}):
+        assert refusal(client, logit_bias={"999": 1}) == ("invalid_request_error", "logit_bias")
