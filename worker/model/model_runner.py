@@ -79,7 +79,6 @@ class ModelRunner:
             logits = self._run_batch(batch)
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(str(error)) from error
-<<<<<<< HEAD
         seqs = [item.seq for item in batch if item.samples]
         # The masks are computed while a GPU still runs the forward pass.
         masks = self._grammars.masks(seqs)
@@ -87,9 +86,6 @@ class ModelRunner:
         if masks is not None:
             sampled = [masks.errors.get(row, token) for row, token in enumerate(sampled)]
         return sampled
-=======
-        return sample(logits, [sampling_row(item.seq) for item in batch if item.samples])
->>>>>>> c7a99fe (Serve logit_bias, presence_penalty and frequency_penalty)
 
 
 def sampling_row(seq: Sequence) -> SamplingRow:
