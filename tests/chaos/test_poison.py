@@ -8,8 +8,10 @@ from rq.serializers import JSONSerializer
 from tests.chaos.checker import Reference, check_complete
 from tests.chaos.cluster import BASE, Cluster
 from tests.chaos.recorder import Ask, Recorder, workload
+from tests.chaos.stages import ASKS
 from tests.waiting import wait_until
 
+HUNG_EXIT_CODE = 70
 WORD = "poisonous"
 INNOCENT = workload(15, max_tokens=24, tag="innocent")
 NUM_WORKERS = 2
@@ -74,6 +76,22 @@ def test_a_request_that_was_alone_from_the_beginning_fails_with_its_third_worker
     assert num_started == 4
     cluster.ensure_workers(0)
     assert all("a fault on purpose" in complaint for complaint in cluster.take_complaints())
+
+
+def test_a_request_whose_template_never_ends_is_blamed_by_its_worker_and_its_neighbours_complete(
+    cluster: Cluster, recorder: Recorder, reference: Reference
+) -> None:
+    cluster.ensure_workers(0)
+    settings = {"faults": f"stuck={WORD}", "step_limit_s": "1", "max_crashes_alone": "1"}
+    first = cluster.start_worker(**settings)
+    stuck = Ask("a", f"a {WORD} prompt", max_tokens=24, stream=False)
+    run = recorder.start(cluster.api.url, [*ASKS[:8], stuck])
+    assert first.process.wait() == HUNG_EXIT_CODE
+    cluster.start_worker(**settings)
+    *_, last = (answer for answer in run.wait() if answer.ask is stuck)
+    assert (last.status, last.error_code) == (500, "generation_failed")
+    assert "crashed its worker" in last.errors[0]["message"]
+    check_complete((answer for answer in run.answers if answer.ask is not stuck), reference)
 
 
 def test_a_thread_that_fails_beside_the_engine_counts_as_a_crash_too(

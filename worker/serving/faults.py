@@ -6,6 +6,7 @@ Words, separated by spaces:
     fail=POINT:N    an exception is raised at that point, in the I/O thread
     poison=WORD     the worker kills itself in the first step of a request whose prompt contains WORD
     raise=WORD      an exception is raised in the first step of a request whose prompt contains WORD
+    stuck=WORD      the encoding of a request whose prompt contains WORD never ends
     oom=N           each step of more than N sequences runs out of device memory
     hang=N          the Nth step never ends
 """
@@ -22,6 +23,7 @@ from shared.queue.records import Append, Claim, Held, News
 from shared.queue.worker_streams import WorkerStreams
 from worker.engine.ports import Model
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
+from worker.serving.prompt_encoder import Encode
 
 
 class Faults:
@@ -36,6 +38,7 @@ class Faults:
         self._deaths: dict[tuple[str, int], Callable[[], None]] = {}
         self._poison = ""
         self._raising = ""
+        self._stuck = ""
         self._max_batch_size: int | None = None
         self._hang_step: int | None = None
         self._num_passes: Counter[str] = Counter()
@@ -52,6 +55,8 @@ class Faults:
             self._poison = value
         elif name == "raise":
             self._raising = value
+        elif name == "stuck":
+            self._stuck = value
         elif name == "oom":
             self._max_batch_size = int(value)
         elif name == "hang":
@@ -81,6 +86,11 @@ class Faults:
     def appended(self, appends: Iterable[Append]) -> None:
         """Fault-injection point: the append has been written to Redis, but its reply is not processed yet."""
         self.reach("ended" if any(append.event.is_terminal for append in appends) else "appended")
+
+    def encoding(self, request: GenerationRequest) -> None:
+        """Fault-injection point: the prompts of a request are about to be encoded."""
+        if _has(request, self._stuck):
+            threading.Event().wait()
 
     def before_step(self, request_ids: Sequence[str]) -> None:
         """Fault-injection point: a step is about to run; `request_ids` has one entry for each sequence.
@@ -144,6 +154,16 @@ class FaultyStreams:
 def faulty_model(model: Model, faults: Faults) -> Model:
     """Returns the model, wrapped so that these faults are injected."""
     return cast(Model, FaultyModel(model, faults))
+
+
+def faulty_encode(encode: Encode, faults: Faults) -> Encode:
+    """Returns the function that encodes requests, wrapped so that these faults are injected."""
+
+    def wrapped(request: GenerationRequest) -> list[list[int]]:
+        faults.encoding(request)
+        return encode(request)
+
+    return wrapped
 
 
 def faulty_streams(streams: WorkerStreams, faults: Faults) -> WorkerStreams:

@@ -23,7 +23,7 @@ Encode = Callable[[GenerationRequest], list[list[int]]]
 class Encoding(NamedTuple):
     """A request that is being encoded, and for how long, in seconds."""
 
-    request_id: str
+    held: Held
     model: str
     age_s: float
 
@@ -49,8 +49,8 @@ class PromptEncoder:
         self._held = held
         self._clock = clock
         self._is_stopped = False
-        self._begun: dict[int, tuple[float, GenerationRequest]] = {}
-        """The request that each thread is encoding, and the time at which it began, by the thread's id."""
+        self._begun: dict[int, tuple[float, Claim]] = {}
+        """The claim that each thread is encoding, and the time at which it began, by the thread's id."""
         self._num_long_taken = self._num_long_done = 0
         self._short: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
         self._long: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
@@ -80,8 +80,8 @@ class PromptEncoder:
         begun = list(self._begun.copy().values())
         if not begun:
             return None
-        begun_at_s, request = min(begun, key=lambda entry: entry[0])
-        return Encoding(request.request_id, request.model, self._clock() - begun_at_s)
+        begun_at_s, claim = min(begun, key=lambda entry: entry[0])
+        return Encoding(claim.held, claim.request.model, self._clock() - begun_at_s)
 
     def stop(self) -> None:
         """Tells both threads to end after the request that each is encoding."""
@@ -92,20 +92,20 @@ class PromptEncoder:
     def _run(self, lane: queue.SimpleQueue[Claim | None]) -> None:
         while (claim := lane.get()) is not None and not self._is_stopped:
             if claim.held in self._held:
-                prompts = self._encode_all(claim.request)
+                prompts = self._encode_all(claim)
                 encode_s = time.monotonic() - claim.claimed_at_s
                 self._inbox.put(Commands(add=[Arrival(claim, prompts, encode_s)]))
             self._num_long_done += lane is self._long
 
-    def _encode_all(self, request: GenerationRequest) -> Prompts:
-        self._begun[threading.get_ident()] = self._clock(), request
+    def _encode_all(self, claim: Claim) -> Prompts:
+        self._begun[threading.get_ident()] = self._clock(), claim
         try:
-            return self._encode(request)
+            return self._encode(claim.request)
         except LorelayError as error:
             return error
         # The error concerns only the request that is encoded here. If raised, it would end the worker.
         except Exception:
-            request_id = request.request_id
+            request_id = claim.held.request_id
             logger.exception(
                 "request %s can't be encoded", request_id, extra=fields("encode", request_id=request_id)
             )

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 import threading
 from collections.abc import Callable
 
@@ -19,14 +18,13 @@ from worker.serving.claimer import Claimer
 from worker.serving.consumer import IO, Consumer, HeldRequests
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.failure import Failure
-from worker.serving.faults import Faults, faulty_model, faulty_streams
+from worker.serving.faults import Faults, faulty_encode, faulty_model, faulty_streams
+from worker.serving.hang_watch import HangWatch
 from worker.serving.heartbeat import Heartbeat
-from worker.serving.prompt_encoder import Encoding
 from worker.serving.served import ServedQueues, adapter_slots
 
 logger = logging.getLogger("rq.worker")
 
-HUNG_EXIT_CODE = 70
 HEARTBEAT = "heartbeat"
 
 
@@ -56,7 +54,7 @@ class WorkerService:
             self._held,
             capacity=lambda: engine.max_num_sequences,
             poll_s=settings.poll_s,
-            encode=engine.encode,
+            encode=faulty_encode(engine.encode, faults),
         )
         self._loop = EngineLoop(
             self._engine,
@@ -66,14 +64,22 @@ class WorkerService:
             step_delay_s=settings.step_delay_s,
             worker_name=name,
         )
+        upkeep = make_streams()
+        hang_watch = HangWatch(
+            name,
+            settings.step_limit_s,
+            step_age_s=self._loop.step_age_s,
+            longest_encode=self._consumer.longest_encode,
+            blame=lambda held: upkeep.append([held], [], isolated=held.request_id),
+        )
         self._heartbeat = Heartbeat(
-            make_streams(),
+            upkeep,
             self._held,
             self._consumer,
             settings,
             served=queues.versions,
             on_beat=on_beat,
-            watch_engine=self._end_if_hung,
+            watch_engine=hang_watch.check,
         )
 
     @property
@@ -139,29 +145,6 @@ class WorkerService:
                 threads[HEARTBEAT].join()
         if num_handed_back:
             logger.warning("Worker %s: handed %d requests back", self._name, num_handed_back)
-
-    def _end_if_hung(self) -> None:
-        """Ends the process without clean-up if a part of it hangs: other workers then take over its requests.
-
-        A thread that encodes can't be stopped, so a chat template without end would keep other prompts out.
-        """
-        limit_s = self._settings.step_limit_s
-        hung = describe_hang(self._loop.step_age_s(), self._consumer.longest_encode(), limit_s)
-        if hung is not None:
-            logger.critical("Worker %s: %s, ending", self._name, hung)
-            os._exit(HUNG_EXIT_CODE)
-
-
-def describe_hang(step_age_s: float, encoding: Encoding | None, limit_s: float) -> str | None:
-    """Returns what has taken longer than `limit_s`, or None."""
-    if step_age_s > limit_s:
-        return f"a step has taken over {limit_s:g} s"
-    if encoding is not None and encoding.age_s > limit_s:
-        return (
-            f"the chat template or tokenizer of {encoding.model} has taken over {limit_s:g} s to encode "
-            f"request {encoding.request_id}"
-        )
-    return None
 
 
 def _claimer(
