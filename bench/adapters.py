@@ -17,7 +17,7 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 @dataclass(frozen=True)
 class AdapterKind:
-    """Rank and targets that all adapters of a measurement share."""
+    """The rank and the target layers of all adapters in a measurement."""
 
     rank: int
     targets: tuple[str, ...]

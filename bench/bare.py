@@ -1,4 +1,4 @@
-"""A Starlette app that only streams chunks; its CPU time per token is compared with that of the API.
+"""A Starlette app that only streams chunks, for a comparison of its CPU time per token with the API's.
 
 `uvicorn --factory bench.bare:create_app`
 """

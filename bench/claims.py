@@ -1,8 +1,8 @@
-"""Measures the CPU time of a worker's claims, in Redis and in the worker, by the number of waiting queues.
+"""Measures the CPU time of claims, in Redis and in the worker, for different numbers of waiting queues.
 
 `python -m bench.claims` starts its own Redis server and prints a table. The worker is nearly full: it has 32
 resident adapters, runs one sequence for each of 31, and can hold one more. Requests wait for these adapters
-and for others. CPU time is measured because wall time depends on the machine's other programs.
+and for other ones. CPU time is measured, because wall time would depend on the machine's other programs.
 """
 
 import asyncio
@@ -100,7 +100,7 @@ def fill(url: str, connection: redis.Redis, num_queues: int) -> list[str]:
 
 
 def measure(connection: redis.Redis, streams: WorkerStreams, queues: list[str]) -> Costs:
-    """Makes a series of claims and returns the costs of one."""
+    """Makes a series of claims and returns the mean costs of one claim."""
     order = WaitingOrder(BASE, max_wait_s=1.0)
     resident = queues[:NUM_SLOTS]
     running = Running(1, dict.fromkeys(resident[:-1], 1), {})

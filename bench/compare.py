@@ -1,7 +1,7 @@
-"""Compares the speed of two checkouts, which run the same benchmark loads in turn.
+"""Compares the speed of two checkouts of Lorelay, which run the same benchmark loads in turn.
 
 `python -m bench.compare --before FOLDER --model MODEL --adapters "a=PATH b=PATH"` compares the checkout in
-FOLDER with this checkout. Both deployments stay up; each round measures both, in alternating order.
+FOLDER with this checkout. Both deployments run all the time. Each round measures both, in alternating order.
 The command prints a JSON line per load: medians, and ratios with 90 % intervals.
 """
 
@@ -73,7 +73,7 @@ def loads(settings: Mapping[str, str], num_requests: int) -> dict[str, Load]:
 
 
 def compare(before: Deployment, after: Deployment, load: Load, num_rounds: int) -> dict[str, object]:
-    """Measures both deployments in turn; the first round warms up and is not counted."""
+    """Measures both deployments in turn. The first round is a warm-up and is not counted."""
     rounds: list[tuple[Sample, Sample]] = []
     for number in range(num_rounds + 1):
         if number % 2:

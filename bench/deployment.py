@@ -33,7 +33,7 @@ POLL_S = 0.05
 
 
 class StartFailed(Exception):
-    """A process ended, or was not ready in time; the message contains the end of its log."""
+    """A process ended, or was not ready in time. The message contains the end of its log."""
 
 
 class Uvicorn:
@@ -42,7 +42,7 @@ class Uvicorn:
     def __init__(
         self, app: str, log: Path, variables: Mapping[str, str] | None = None, tree: Path = ROOT
     ) -> None:
-        """Expects `app` as `module:function`, with a route `/ready`; `tree` as in `Deployment`."""
+        """`app`: `module:function` of an app with a route `/ready`. `tree`: the checkout whose code runs."""
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
@@ -89,7 +89,7 @@ class Deployment:
         worker_class: str = "worker.LoraWorker",
         tree: Path = ROOT,
     ) -> None:
-        """Expects values in `settings` by the name of the setting, without `LORELAY_`.
+        """`settings`: values by the names of the settings, without the prefix `LORELAY_`.
 
         `tree` is the checkout whose code runs: this one, or a checkout of another release.
         """
@@ -125,7 +125,7 @@ class Deployment:
         return redis.Redis.from_url(self._state.url, socket_timeout=SOCKET_TIMEOUT_S)
 
     def forward_states(self) -> set[str]:
-        """Returns the workers' forward states, as in `lorelay status`; "" if a worker does not serve yet."""
+        """Returns the workers' forward states from `lorelay status`; "" if a worker does not serve yet."""
         with self.connect() as connection:
             live = live_workers(connection, self.base_name)
         keys = [(socket.gethostname(), pid) for pid in self.worker_pids]
@@ -197,7 +197,7 @@ def wait_until(
     needed: Mapping[Path, subprocess.Popen[bytes]],
     limit_s: float = START_LIMIT_S,
 ) -> None:
-    """Waits for a condition; `needed` has the processes on which it depends, each under its log file.
+    """Waits for a condition; `needed` has the processes that must run meanwhile, by their log files.
 
     Raises:
         StartFailed: one of the processes has ended, or `limit_s` is over.
@@ -212,7 +212,7 @@ def wait_until(
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process with SIGTERM, then a second SIGTERM (ends a draining worker), then SIGKILL."""
+    """Ends a process with SIGTERM, then a second SIGTERM (which ends a draining worker), then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return

@@ -1,4 +1,4 @@
-"""Runs a worker's engine in process, without API and Redis, for comparison with the whole service.
+"""Runs a worker's engine in this process, without API and Redis, for comparison with the whole service.
 
 `python -m bench.direct --models m1,m2` reads the worker's `LORELAY_*` variables and prints one JSON line.
 """
@@ -24,7 +24,7 @@ from worker.serving.service import build_engine
 
 
 class DirectResult(msgspec.Struct, frozen=True):
-    """Result of a run of the engine without the service."""
+    """Result of a run of the engine alone."""
 
     num_tokens: int
     wall_s: float

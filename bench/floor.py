@@ -1,8 +1,9 @@
-"""F(B), this machine's speed limit at batch size B, in tokens per second.
+"""Measures F(B), this machine's speed limit at batch size B, in tokens per second.
 
 F(B) is the speed of a decode step that runs only the matmuls of the model's Linears: each weight is
-multiplied once by a batch of B rows, in bfloat16. q/k/v and gate/up are fused, and weights are packed by
-oneDNN if torch has it. A real step also has attention, norms, sampling and adapters, so it is never faster.
+multiplied once by a batch of B rows, in bfloat16. The matmuls of q/k/v and of gate/up are fused. If torch has
+oneDNN, weights are packed. A real step also has attention, norms, sampling and adapters, so it is never
+faster.
 
 `python -m bench.floor --model FOLDER --batch 16` prints F(16) as one JSON line.
 """
@@ -89,7 +90,7 @@ def fuse(named: Iterable[tuple[str, Shape]]) -> list[Shape]:
 
 
 def _pack(weights: list[Any], inputs: dict[int, Any]) -> tuple[str, Callable[[], object]]:
-    """Returns the name of the matmul that is used, oneDNN's if torch has it, and a function that runs all."""
+    """Returns the name of the matmul operator (oneDNN's if torch has it), and a function that runs all."""
     import torch
 
     batch = next(iter(inputs.values())).shape[0]

@@ -1,9 +1,9 @@
 """Measures what hostile clients cost other clients: the gaps of running streams, and memory.
 
-`python -m bench.hostile` runs a deployment with a scripted worker, so that gaps come from API and relay and
-not from a model. Each hostile input has a row: it arrives several times for some seconds while streams of
-another client run, after as many seconds without it. The last row has connections of all inputs at once,
-while another client sends requests. The exit code is 1 if a row misses its mark.
+`python -m bench.hostile` runs a deployment with a scripted worker, so that gaps come from API and relay, not
+from a model. Each hostile input has a row in the table. To measure a row, streams of another client run for
+some seconds without the input, then for as many seconds with it, several times. For the last row, all inputs
+arrive at once, while another client sends requests. The exit code is 1 if a row exceeds its limit.
 """
 
 import argparse
@@ -58,17 +58,17 @@ class Round(NamedTuple):
 
     @property
     def rise_s(self) -> float:
-        """The p99 of gaps with hostile clients minus the p99 without."""
+        """The p99 of gaps with hostile clients, minus the p99 without them."""
         return p99(self.with_s) - p99(self.without_s)
 
     @property
     def figures_s(self) -> tuple[float, float, float, float]:
-        """The p99 of gaps without and with hostile clients, and the longest gap without and with them."""
+        """The p99 of gaps without and with hostile clients, then the longest gap without and with them."""
         return p99(self.without_s), p99(self.with_s), max(self.without_s), max(self.with_s)
 
     @property
     def ratio(self) -> float:
-        """The p99 of gaps with hostile clients, divided by the p99 without."""
+        """The p99 of gaps with hostile clients, divided by the p99 without them."""
         return p99(self.with_s) / p99(self.without_s)
 
 
@@ -87,7 +87,7 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """`ok` if all rounds keep within the row's mark, otherwise what is wrong."""
+        """`ok` if all rounds stay below the row's limit, otherwise a description of the problem."""
         if self.faults:
             return f"{len(self.faults)} failed: {self.faults[0].splitlines()[0]}"
         if self.name == CROWD:
@@ -119,7 +119,7 @@ def p99(values: Sequence[float]) -> float:
 
 
 def gaps_between(times: Sequence[float], begin: float, end: float) -> list[float]:
-    """Returns the times between successive values, of which any part lies between `begin` and `end`."""
+    """Returns the gaps between successive times that lie, at least in part, between `begin` and `end`."""
     return [
         later - earlier for earlier, later in itertools.pairwise(times) if later > begin and earlier < end
     ]
@@ -149,7 +149,7 @@ class RunningStreams:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def gaps_s(self, seconds: float) -> list[float]:
-        """Watches the streams for a while, and until the gaps that are then open are over.
+        """Watches the streams for `seconds`, and then until the gaps that are open at that time have ended.
 
         Raises:
             LoadFailed: a stream ended, or had no text for `STALL_LIMIT_S`.
@@ -161,7 +161,7 @@ class RunningStreams:
         return [gap for stream in self._streams for gap in gaps_between(stream.text_at_s, begin, end)]
 
     async def _all_later_than(self, moment: float) -> None:
-        """Waits until each stream has text that arrived after a moment."""
+        """Waits until each stream has text that arrived after `moment`."""
         deadline = time.perf_counter() + STALL_LIMIT_S
         while not all(stream.text_at_s and stream.text_at_s[-1] > moment for stream in self._streams):
             for task, stream in zip(self._tasks, self._streams, strict=True):
@@ -173,7 +173,7 @@ class RunningStreams:
 
 
 class Attack:
-    """A process of hostile clients (`bench.hostile_inputs`); `under_way` is the time in which they play."""
+    """A process with hostile clients (`bench.hostile_inputs`), which attack in the context `under_way`."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -182,14 +182,14 @@ class Attack:
 
     @contextlib.asynccontextmanager
     async def under_way(self) -> AsyncIterator[None]:
-        """Lets the clients play within the context."""
+        """Lets the hostile clients attack while the context lasts."""
         self._order()
         yield
         self._order()
         self.ways += Counter(json.loads(await self._line()))
 
     async def wait_until_ready(self) -> None:
-        """Waits until the process has built its bytes."""
+        """Waits until the process has built all bytes that it will send."""
         line = await self._line()
         if line.strip() != READY:
             raise LoadFailed(f"the hostile clients did not start: {line!r}")
@@ -205,7 +205,7 @@ class Attack:
 
 @contextlib.asynccontextmanager
 async def attack(deployment: Deployment, names: Sequence[str], num_connections: int) -> AsyncIterator[Attack]:
-    """Starts hostile clients, which wait; their process ends with the context."""
+    """Starts a process with hostile clients, which wait; the process ends with the context."""
     options = ["--url", deployment.url, "--model", deployment.base_name, "--api-key", HOSTILE_KEY]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bench.hostile_inputs", *options),
@@ -233,7 +233,7 @@ class MemoryWatch:
 
     @property
     def growth_mib(self) -> dict[str, float]:
-        """Growth of each part: its highest memory minus that at the beginning."""
+        """Growth of each part's memory: the maximum minus the value at the beginning."""
         return {part: self._highest[part] - before for part, before in self._before.items()}
 
     async def __aenter__(self) -> "MemoryWatch":
@@ -305,7 +305,7 @@ async def measure_crowd(deployment: Deployment, num_connections: int, num_runs: 
 def measure(
     deployment: Deployment, names: Sequence[str], num_runs: int, seconds: float, num_connections: int
 ) -> Iterator[Result]:
-    """Yields the rows; one that fails has the reason in place of figures."""
+    """Yields the rows; a row whose measurement fails has the reason in place of figures."""
     load = Load([deployment.base_name], num_requests=max(8, round(8 * seconds)), concurrency=8, max_tokens=40)
     for name in names:
         if name == CROWD:

@@ -1,8 +1,8 @@
-"""Hostile clients: the bytes that they send to an API, and a process that plays them.
+"""Hostile clients: the bytes that they send to an API, and a process that runs the clients.
 
-`python -m bench.hostile_inputs --url URL --model MODEL --connections N NAME…` prints `ready`. A line on
-its standard input starts it: it then keeps N connections open that play the named inputs. The next line stops
-it, and it prints as JSON how many connections ended in each way.
+`python -m bench.hostile_inputs --url URL --model MODEL --connections N NAME…` prints `ready`. A line on its
+standard input starts the attack: the process then keeps N connections open, which send the named inputs. The
+next line ends the attack, and the process prints as JSON how many connections ended in each way.
 """
 
 import argparse
@@ -186,10 +186,10 @@ INPUTS: dict[str, HostileInput] = BODIES | HEADS | CONNECTIONS | NOT_READ | LONG
 
 
 class Crowd:
-    """Hostile clients that play the named inputs in turn; each begins anew when its connection is over."""
+    """Hostile clients that send the named inputs in turn. Each opens a new connection when one is over."""
 
     def __init__(self, target: Target, names: Sequence[str], num_connections: int) -> None:
-        """Builds all bytes, so that no time is spent on them later."""
+        """Builds all bytes in advance, so that this takes no time during the attack."""
         address = urlsplit(target.url)
         self._address = (address.hostname or "", address.port or 80)
         sent = {name: INPUTS[name].sent(target) for name in names}
@@ -197,9 +197,9 @@ class Crowd:
         self._clients = [(sent[name], INPUTS[name].manner) for name in turns]
 
     async def play(self, end: Awaitable[object]) -> Counter[str]:
-        """Plays until `end` is over, and returns how often connections ended in which way.
+        """Attacks until `end` is done, and returns how many connections ended in each way.
 
-        The ways are the HTTP status, `CUT`, and `OPEN` for the connections that `end` met.
+        The ways are an HTTP status, `CUT`, and `OPEN` for connections that were open at the end.
         """
         ways: Counter[str] = Counter()
 
@@ -248,7 +248,7 @@ class Crowd:
 
 
 async def _send(writer: asyncio.StreamWriter, sent: Sent, answer: "asyncio.Task[str]") -> None:
-    """Sends everything, or until the answer is there."""
+    """Sends all bytes, but stops once the answer has come."""
     writer.write(sent.first)
     await writer.drain()
     num_bytes = 0
@@ -259,7 +259,7 @@ async def _send(writer: asyncio.StreamWriter, sent: Sent, answer: "asyncio.Task[
 
 
 async def _status(reader: asyncio.StreamReader, manner: Manner) -> str:
-    """Reads as this client does; returns the HTTP status of the answer, or `CUT` if there is none."""
+    """Reads the answer in this client's manner; returns its HTTP status, or `CUT` if there is none."""
     if manner is Manner.IGNORE:
         await asyncio.Event().wait()
     beginning = b""
@@ -273,7 +273,7 @@ async def _status(reader: asyncio.StreamReader, manner: Manner) -> str:
 
 
 async def _play_on_orders(crowd: Crowd) -> None:
-    """Plays from each line on standard input to the next one, until the input ends."""
+    """Starts an attack at a line on standard input, ends it at the next, and repeats this."""
     loop = asyncio.get_running_loop()
 
     def order() -> Awaitable[str]:

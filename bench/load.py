@@ -29,7 +29,7 @@ IGNORE_EOS: Mapping[str, Any] = {"ignore_eos": True}
 
 @dataclass(frozen=True)
 class Load:
-    """Requests of a benchmark run, and the number of requests that run at a time."""
+    """The requests of a benchmark run, and the number of requests that run at a time."""
 
     models: Sequence[str]
     """Models of the requests, used in turn."""
@@ -45,7 +45,7 @@ class Load:
 
 @dataclass
 class Stream:
-    """A request as the client saw it; times are values of `time.perf_counter`."""
+    """A request from the client's view; times are values of `time.perf_counter`."""
 
     model: str
     started_s: float
@@ -121,7 +121,7 @@ class Client:
     async def stream(
         self, model: str, prompt: str, max_tokens: int, extra: Mapping[str, Any], into: Stream | None = None
     ) -> Stream:
-        """Runs one request to its end; a caller that passes `into` can watch how it is filled."""
+        """Runs one request to its end. A caller that passes `into` can read it while it is being filled."""
         stream = into or Stream(model, 0.0)
         stream.started_s = time.perf_counter()
         body = {
@@ -155,7 +155,7 @@ class Client:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Yields the body's lines; httpx's `aiter_lines` would take more CPU time, which the server needs."""
+    """Yields the body's lines. httpx's `aiter_lines` would take more CPU time, which the server needs."""
     rest = b""
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")

@@ -48,7 +48,7 @@ SETTINGS: Mapping[str, str] = {
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """Anonymous memory of worker and API at one time; pages of files, which come and go, are not counted."""
+    """Anonymous memory of worker and API at one time, without pages of files, which come and go."""
 
     at_s: float
     num_requests: int

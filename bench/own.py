@@ -89,7 +89,7 @@ class Context:
         return self.settings["device"].replace("auto", "cpu")
 
     def floor(self, batch: int) -> float:
-        """Returns F(batch) in tokens/s; measures it at each call on a CPU, once on a GPU."""
+        """Returns F(batch) in tokens/s, which is measured at each call on a CPU, and once on a GPU."""
         if self.device != "cpu" and batch in self.floors:
             return self.floors[batch][-1]
         options = ["--model", self.settings["model"], "--batch", str(batch), "--device", self.device]
@@ -143,7 +143,7 @@ class Stage(NamedTuple):
 
 
 def mixed_batches(context: Context) -> Iterator[Figure]:
-    """Measures batches of eight adapters on all projections, and whatever else this deployment can show."""
+    """Measures batches of eight adapters on all projections, and other figures of the same deployment."""
     sizes = context.sizes
     if context.device != "cpu":  # F must come first, because a worker takes nearly all of the GPU's memory
         for keys, batch in ((served.SPEED_KEYS, sizes.concurrency), ({"stream"}, 1)):
@@ -168,7 +168,7 @@ def mixed_batches(context: Context) -> Iterator[Figure]:
 
 
 def _pickup(deployment: Deployment, server: Server, sizes: OwnSizes) -> Figure:
-    """Measures the time to first token that API and Redis add: the client's time minus the engine's time."""
+    """Measures how much API and Redis add to the time to first token (client's time - engine's time)."""
     answers = asyncio.run(measure_idle(server, [server.base] * sizes.num_idle_requests, sizes))
     streams = [stream for stream in answers if stream.text_at_s]
     with deployment.connect() as connection:
@@ -235,10 +235,10 @@ def adapter_loads(context: Context) -> Iterator[Figure]:
 def _added_by_loads(
     key: str, context: Context, adapters: Mapping[str, str], *, num_reads: int, **settings: str
 ) -> Figure:
-    """Measures the time to first token that an adapter load adds.
+    """Measures how much an adapter load adds to the time to first token.
 
     Two adapters take turns and evict each other from the only slot. In each turn, the base gets one request,
-    then the adapter gets two: one that loads it, and one that finds it in the slot.
+    then the adapter gets two: the first request loads the adapter, and the second one finds it in the slot.
 
     Raises:
         LoadFailed: a request failed, or the number of adapters read from disk is not `num_reads`.
@@ -267,7 +267,7 @@ def _added_by_loads(
 
 
 def relay(context: Context) -> Iterator[Figure]:
-    """Compares the API's CPU time per token with the CPU time of an app that only streams."""
+    """Compares the API's CPU time per token with that of an app that only streams."""
     sizes = context.sizes
     num_streams, num_tokens = sizes.num_relay_streams, sizes.num_relay_tokens
 
@@ -305,7 +305,7 @@ def workers(context: Context) -> Iterator[Figure]:
 
 
 def redis_costs(context: Context) -> Iterator[Figure]:
-    """Measures the engine thread's CPU time in Redis code, and the server's time for `append.lua`."""
+    """Measures the CPU time of the engine's thread in Redis code, and Redis's time for `append.lua`."""
     batch, num_tokens = context.sizes.script_batch, context.sizes.num_script_tokens
     meter_file = context.folder / "meter.json"
     with context.deploy(

@@ -26,7 +26,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], heading: Sequence[str], path: Path) -> None:
-    """Draws a PNG with a bar per row: the figure relative to the limit, so that a longer bar is better."""
+    """Draws a PNG with a bar per row: the figure relative to the limit. A longer bar is always better."""
     import matplotlib as mpl
 
     mpl.use("Agg")

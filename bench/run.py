@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def has_compiler(environ: Mapping[str, str]) -> bool:
-    """Returns True if workers here compile: there is a `g++`, and `LORELAY_COMPILE` is not off."""
+    """Returns True if workers on this machine compile: `g++` exists, and `LORELAY_COMPILE` is not off."""
     return environ.get("LORELAY_COMPILE") != "off" and shutil.which(COMPILER) is not None
 
 
@@ -112,7 +112,7 @@ def _sizes(args: argparse.Namespace) -> OwnSizes:
 
 
 def _served_stage(args: argparse.Namespace) -> Stage:
-    """Builds the stage that measures a server that runs already, at `--base-url`."""
+    """Builds the stage that measures the running server at `--base-url`."""
     if not args.models:
         raise SystemExit("scripts/bench: --base-url needs --models")
     if not args.model:
@@ -125,7 +125,7 @@ def _served_stage(args: argparse.Namespace) -> Stage:
 
 
 def _measure(context: Context, stages: Iterable[Stage], all_goals: Mapping[str, Goal]) -> Iterator[Figure]:
-    """Yields the wanted figures; the figures of a stage that fails have the reason in place of a value."""
+    """Yields the wanted figures. If a stage fails, its figures have the reason in place of a value."""
     for stage in stages:
         missing = stage.keys & context.wanted
         if not missing:

@@ -102,7 +102,7 @@ class ScriptedWorker(LoraWorker):
 
 
 class Meter(msgspec.Struct, frozen=True):
-    """CPU time and number of calls in redis-py's connections, from the engine's first step to its last."""
+    """CPU time and number of calls in redis-py's connections between the engine's first and last step."""
 
     num_steps: int
     engine_cpu_s: float

@@ -73,8 +73,8 @@ def figures(
 ) -> Iterator[Figure]:
     """Yields the measurements that work on any server; `floor` measures F(batch), in tokens/s.
 
-    F is measured before and after each speed that is divided by F, and the mean is used, because other
-    processes take memory bandwidth, which changes F(1) by a third within minutes.
+    Each speed is divided by the mean of two values of F, measured before and after it. One value is not
+    enough, because other processes take memory bandwidth, which changes F(1) by a third within minutes.
 
     Raises:
         LoadFailed: a request failed.
@@ -117,7 +117,7 @@ def ratio(key: str, speed: float, other: float) -> Figure:
 
 
 def warm_up(server: Server, models: Sequence[str], sizes: Sizes) -> None:
-    """Warms the server up: each model once, and one full batch."""
+    """Warms the server up with a request to each model, and with one full batch."""
     brief = replace(sizes, num_requests=max(sizes.concurrency, len(models)), max_tokens=4)
     measure(server, server.load(models, brief))
 
@@ -185,15 +185,15 @@ async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
 
 
 def without_end_tokens(extra: Mapping[str, Any], num_tokens: int) -> Mapping[str, Any]:
-    """Returns `extra` with a `min_tokens` that bans the end-of-text token, if the stream ignores this token.
+    """Returns `extra`; if it ignores the end-of-text token, adds a `min_tokens` that bans this token.
 
-    The token has no text, so a step that samples it would look like a longer inter-token latency.
+    The end-of-text token has no text, so a step that samples it would look like a longer inter-token latency.
     """
     return {**extra, "min_tokens": num_tokens} if extra.get("ignore_eos") else extra
 
 
 def gaps_between(stream: Stream, start_s: float, end_s: float) -> list[float]:
-    """Returns the inter-token latencies of a stream that lie in this period, wholly or in part."""
+    """Returns the inter-token latencies of a stream that lie, at least in part, in this period."""
     times = stream.text_at_s
     return [
         later - earlier for earlier, later in itertools.pairwise(times) if later > start_s and earlier < end_s

@@ -1,4 +1,7 @@
-"""A client that only counts the chunks of streams, so cheaply that the server is the bottleneck."""
+"""A client that only counts the chunks of streams.
+
+It takes so little time that the server is the bottleneck.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Runs chats of several turns on an engine in process, with and without its prefix cache.
+"""Runs chats of several turns on an engine in this process, with and without its prefix cache.
 
 `LORELAY_MODEL=FOLDER python -m bench.turns` reads the `LORELAY_*` variables of a worker.
 The command prints one JSON line: the median time to the first token of a chat's last turn, with and without
@@ -37,7 +37,7 @@ def load_engine(settings: WorkerSettings) -> Engine:
 
 
 def chat(engine: Engine, base: str, texts: Iterator[str], num_turns: int, max_tokens: int) -> Turn:
-    """Runs a chat, each turn of which sends the whole conversation so far.
+    """Runs a chat. Each turn sends the whole conversation so far.
 
     Raises:
         LoadFailed: a turn of the chat failed.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Goal:
-    """A measurement to make: its title, the limit that it must reach, and the aim."""
+    """A measurement to make: its title, the limit that its result must reach, and the aim."""
 
     key: str
     """Name of the measurement, as `--only` takes it."""
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def verdict(self) -> Verdict:
-        """The comparison of the figure with its goal."""
+        """The result of comparing the figure with its goal."""
         if self.figure.value is None:
             return Verdict.NONE
         if self._reaches(self.goal.aim):

@@ -36,6 +36,9 @@ def run(redis_url: str, host: str, port: int) -> None:
 
 
 def _unavailable(error: redis.RedisError) -> tuple[str, int, dict[str, str]]:
-    """Answers 503 while Redis is unavailable; without this, Flask would answer 500 and log a traceback."""
+    """Answers 503 while Redis is unavailable.
+
+    Without this handler, Flask would answer 500 and log a traceback.
+    """
     sys.stderr.write(f"lorelay: {explain(error)}\n")
     return f"{explain(error)}\n", 503, {"Content-Type": "text/plain", "Retry-After": "1"}

@@ -13,7 +13,7 @@ NVIDIA_SMI_LIMIT_S = 20
 
 
 def visible_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> list[str]:
-    """Returns the entries of `CUDA_VISIBLE_DEVICES`; without this variable, the numbers of all GPUs here."""
+    """Returns the entries of `CUDA_VISIBLE_DEVICES`, or all GPU numbers if the variable is not set."""
     configured = environ.get("CUDA_VISIBLE_DEVICES")
     if configured is not None:
         entries = [entry.strip() for entry in configured.split(",")]
@@ -27,7 +27,7 @@ def visible_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> list[s
 def worker_environments(
     settings: WorkerSettings, num_workers: int, gpus: list[str], num_cores: int
 ) -> list[dict[str, str]]:
-    """Returns the environment variables of each worker, which assign it a separate GPU or some CPU cores.
+    """Returns environment variables for each worker, which assign a GPU or a number of CPU cores to it.
 
     Raises:
         ConfigurationError: there are more workers than GPUs.

@@ -1,4 +1,4 @@
-"""The embedded server: a Valkey or Redis that `lorelay serve` starts, on a unix socket in a state folder.
+"""The embedded server: a Valkey or Redis that `lorelay serve` starts on a Unix socket in a state folder.
 
 The state folder contains a lock, the server's log, and the append-only file, which keeps accepted requests
 over a restart. While a server runs, the folder also contains the file `url`, where `lorelay status` finds
@@ -61,10 +61,10 @@ def running_url(state_dir: Path) -> str:
 
 
 class StateFolder:
-    """A state folder; used as a context manager, it is locked for this process until the context ends.
+    """A state folder, and a context manager that locks the folder for this process.
 
-    The server inherits `lock_fd`, which keeps the lock until both this process and the server have ended.
-    Otherwise two servers could write the same append-only file.
+    The server inherits `lock_fd`, so the folder stays locked until both this process and the server have
+    ended. Otherwise, two servers could write the same append-only file.
     """
 
     def __init__(self, path: Path, *, lock_wait_s: float = 3.0) -> None:
@@ -80,7 +80,7 @@ class StateFolder:
 
     @property
     def socket_path(self) -> Path:
-        """Path of the server's socket; in a temporary folder if the state folder's path is too long."""
+        """Path of the server's socket, in a temporary folder if the state folder's path is too long."""
         return (self._socket_dir or self.path) / _SOCKET
 
     @property
@@ -109,7 +109,7 @@ class StateFolder:
         self._release()
 
     def command(self, binary: Path) -> list[str]:
-        """Returns the server's command line: append-only file on, no eviction, no TCP port."""
+        """Returns the server's command line, which turns on the append-only file, and has no TCP port."""
         options = {
             "port": "0",
             "unixsocket": str(self.socket_path),
@@ -208,7 +208,7 @@ def _expand(state_dir: Path) -> Path:
 
 
 def answers(url: str) -> bool:
-    """Returns True if a server at this URL answers; False while it still loads its append-only file."""
+    """Returns True if a server at this URL answers commands; False while it loads its append-only file."""
     with redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1, retry=None) as connection:
         try:
             return bool(connection.ping())

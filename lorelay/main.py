@@ -25,7 +25,7 @@ CONFIGURATION_EXIT_CODE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 2 if the configuration is invalid."""
+    """Runs one command and returns its exit code, which is 2 if the configuration is invalid."""
     for stream in (sys.stdout, sys.stderr):
         # With another locale than UTF-8, a model's name could otherwise end the command with an error.
         if isinstance(stream, io.TextIOWrapper):
@@ -63,7 +63,7 @@ def _dashboard(args: argparse.Namespace) -> int:
 
 
 def _redis_url(args: argparse.Namespace) -> str:
-    """Returns the Redis URL from flags or environment, or else the URL of the running embedded server."""
+    """Returns the Redis URL from flags or environment; without one, the running embedded server's URL."""
     if args.redis_url:
         return str(args.redis_url)
     if args.state_dir:

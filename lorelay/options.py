@@ -1,7 +1,7 @@
 """The command line of `lorelay`; each flag of `serve` stands for a setting in `shared.settings`.
 
-The values of flags stay strings here. The settings parse and check them, as they do with the values of
-environment variables.
+The values of flags stay strings here. The settings parse and check these strings, like values of environment
+variables.
 """
 
 import argparse
@@ -139,7 +139,7 @@ _LISTS = {"adapters", "api_keys"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser; the arguments that it returns have the name of the subcommand in `command`."""
+    """Builds the parser, which puts the name of the subcommand into the argument `command`."""
     parser = argparse.ArgumentParser(
         prog="lorelay", description="An OpenAI-compatible server for one base model and many LoRA adapters."
     )

@@ -1,4 +1,4 @@
-"""Everything that `lorelay serve` checks before it starts a process: settings, folders, port, GPUs."""
+"""The checks of `lorelay serve` before it starts a process: settings, folders, port, GPUs."""
 
 import importlib.util
 import os
@@ -59,8 +59,8 @@ def make_plan(values: Mapping[str, Any], variables: Mapping[str, str], *, use_ss
     `variables` by the name of the environment variable.
 
     Raises:
-        ConfigurationError: a value is missing or malformed, a path is no folder, the port is in use,
-            there are more workers than GPUs, a package is missing.
+        ConfigurationError: a value is missing or malformed, a path is not a folder, the port is in use, there
+            are more workers than GPUs, or a package is missing.
     """
     serve = ServeSettings.load(**_pick(values, ServeSettings))
     if serve.redis_url:

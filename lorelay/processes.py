@@ -1,8 +1,8 @@
 """Starts child processes and receives signals, for `lorelay serve`.
 
 Every child leads a separate process group, so that a Ctrl-C in the terminal reaches only `lorelay serve`. On
-Linux, a child gets SIGTERM when its parent dies. The signal handlers do nothing; `Signals.wait` returns the
-signals that were received.
+Linux, a child gets SIGTERM when its parent dies. The signal handlers themselves do nothing: `Signals.wait`
+returns the signals that were received.
 """
 
 import contextlib

@@ -72,7 +72,8 @@ def _run(plan: ServePlan, folder: embedded.StateFolder | None, supervisor: Super
 def drop_earlier_cards(connection: redis.Redis) -> None:
     """Removes the model cards that an earlier `lorelay serve` left; the new workers register new cards.
 
-    Today every card comes from a command line. Cards of adapters added at run time would be lost here.
+    All cards come from command lines today. If adapters could be added at run time, this function would
+    delete their cards.
     """
     registry.clear(connection)
 

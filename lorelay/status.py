@@ -1,6 +1,6 @@
 """`lorelay status`: reads workers, models and queues from Redis without changing anything there.
 
-`rq info`, in contrast, removes the records of workers and jobs that it considers dead.
+In contrast, `rq info` removes the records of workers and jobs that it considers dead.
 """
 
 from collections import Counter
@@ -168,9 +168,9 @@ def _state_alive(rq_state: str, served: dict[str, str] | None) -> WorkerState:
 
 
 def _is_gone(connection: redis.Redis, worker_name: str, rq_state: str) -> bool:
-    """True if a worker that loads listens to no commands any more: then its process has ended.
+    """True if a loading worker does not listen to commands any more, because its process has ended.
 
-    False if the Redis user may not ask, which needs the permission `+pubsub|numsub`.
+    The result is False if the Redis user lacks the permission `+pubsub|numsub`.
     """
     if rq_state != STARTED:
         return False
@@ -191,7 +191,7 @@ def _served(connection: redis.Redis, worker_name: str) -> dict[str, str] | None:
 
 
 def _num_serving(card: ModelCard, served: Sequence[dict[str, str]]) -> int:
-    """Returns the number of workers that serve a model in its version; the empty version matches any."""
+    """Returns the number of workers that serve a model in its version. The empty version matches any."""
     queue = queue_name(card.base, card.adapter_name)
     versions = [queues[queue] for queues in served if queue in queues]
     return sum(
@@ -228,7 +228,7 @@ def _members(connection: redis.Redis, kind: str) -> set[str]:
 
 
 def _readable(read: Callable[[], Any], default: Any) -> Any:
-    """Calls `read`; returns the default if the key has a wrong type, so that other data is still shown."""
+    """Calls `read`, but returns the default if a key has a wrong type, so that other data is still shown."""
     try:
         return read()
     except redis.ResponseError as error:

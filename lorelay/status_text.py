@@ -1,4 +1,4 @@
-"""Renders what `lorelay status` read as tables for a terminal."""
+"""Renders the result of `lorelay status` as tables for a terminal."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,6 +1,6 @@
 """Starts processes, restarts processes that die, and stops them all in order.
 
-All of this runs in one thread, in a loop. Each round of the loop, `Supervisor.turn`, waits for a signal or
+The supervisor runs in one thread, in a loop. Each round of the loop (`Supervisor.turn`) waits for a signal or
 for the time of the next restart.
 """
 
@@ -117,7 +117,7 @@ class Supervisor:
 
     @property
     def is_stopping(self) -> bool:
-        """True once a signal asked to stop; from then on nothing is restarted."""
+        """True once a signal has asked to stop. No child is restarted after that."""
         return self._is_stopping
 
     @property
@@ -137,7 +137,7 @@ class Supervisor:
             group.append(child)
 
     def settle(self) -> None:
-        """Declares the start successful: each child that ends later is restarted."""
+        """Declares the start successful. Children that end later are restarted."""
         self._is_settled = True
 
     def run_until(self, condition: Callable[[], bool], limit_s: float = float("inf")) -> bool:
@@ -170,9 +170,9 @@ class Supervisor:
             self._look_after(child)
 
     def stop(self) -> bool:
-        """Ends all groups with SIGTERM, the latest first; returns False if a child had to be killed.
+        """Ends all groups with SIGTERM, the newest group first; returns False if a child had to be killed.
 
-        A second SIGTERM or Ctrl-C shortens the time that children get, a third kills the children.
+        A second SIGTERM or Ctrl-C shortens the time that children have to end. A third one kills them.
         """
         self._is_stopping = True
         stop = _Stop(self._signals, self._clock, self._say)

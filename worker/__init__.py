@@ -6,7 +6,7 @@ __all__ = ["LoraWorker"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `LoraWorker` at its first use; if it were imported here, the engine would load RQ and Redis."""
+    """Imports `LoraWorker` at its first use, so that an import of the engine does not load RQ and Redis."""
     if name != "LoraWorker":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from worker.lora_worker import LoraWorker

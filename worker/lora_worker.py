@@ -40,8 +40,8 @@ from worker.serving.service import WorkerService, build_engine
 class LoraWorker(RqWorker):
     """Serves the queues of one base model and its adapters, configured by `LORELAY_*` variables.
 
-    The queue arguments of `rq worker` are model names; without any, the base and all adapters are served.
-    torch is imported only in `work`, because RQ imports this class early.
+    The queue arguments of `rq worker` are model names. Without arguments, the base and all adapters are
+    served. Only `work` imports torch, because RQ imports this class even to parse its command line.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,7 +94,7 @@ class LoraWorker(RqWorker):
                 self.teardown()
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Handles SIGTERM and SIGINT: the first signal drains, the second hands all requests back at once.
+        """Handles SIGTERM and SIGINT: the first signal drains the worker, the second hands back all requests.
 
         Raises:
             SystemExit: the model is still being loaded.
@@ -108,7 +108,7 @@ class LoraWorker(RqWorker):
         self._service.drain()
 
     def _rq_keys(self) -> dict[str, str]:
-        """Returns the Redis keys that RQ writes when a worker registers, and the type of each."""
+        """Returns the types of the Redis keys that RQ writes when a worker registers."""
         sets = [f"{RQ_KEY_PREFIX}:workers:{name}" for name in self.queue_names()]
         return {self.key: "hash", **dict.fromkeys([f"{RQ_KEY_PREFIX}:workers", *sets], "set")}
 
@@ -139,7 +139,7 @@ class LoraWorker(RqWorker):
         check_server(self.connection)
 
     def load_engine(self, settings: WorkerSettings, faults: Faults) -> Engine:
-        """Creates the engine. No other place chooses which `Engine` this worker runs."""
+        """Creates the engine. Only this method chooses which `Engine` the worker runs."""
         return build_engine(self.load_model(settings), settings, faults)
 
     def load_model(self, settings: WorkerSettings) -> Model:
@@ -180,7 +180,7 @@ class LoraWorker(RqWorker):
             return service.num_claimed > 0
 
     def _announce(self, service: WorkerService, queues: ServedQueues, facts: WorkerFacts) -> None:
-        """Takes the lease before it registers the models, so that these have a live worker from the first."""
+        """Takes the worker's lease, then registers the models, so that they have a live worker at once."""
         self._patience.call(service.take_lease)
         self._patience.call(lambda: registry.register(self.connection, queues.cards()))
         self._patience.call(lambda: registry.end_loading(self.connection, self._model_names))
@@ -204,7 +204,10 @@ class LoraWorker(RqWorker):
             self.log.error("Worker %s: a command can't be read: %r", self.name, error)
 
     def _beat(self, cards: Sequence[ModelCard], facts: WorkerFacts, forward_state: str) -> None:
-        """Sends RQ's heartbeat, which `rq info` shows; registers again if Redis has lost its data."""
+        """Sends RQ's heartbeat, which `rq info` shows.
+
+        If Redis has lost its data, registers the worker again.
+        """
         with connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S) as connection:
             mend(connection, {self.key: "hash"})
             is_forgotten = not connection.exists(self.key)
@@ -220,7 +223,7 @@ class LoraWorker(RqWorker):
                 pipeline.execute()
 
     def _streams(self, settings: WorkerSettings) -> WorkerStreams:
-        """Creates `WorkerStreams` on a new connection: one per thread, so that no thread blocks another."""
+        """Creates `WorkerStreams` on a new connection. Each thread has one, so that none blocks another."""
         return WorkerStreams(
             connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S),
             base=settings.base_name,

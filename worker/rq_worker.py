@@ -1,4 +1,4 @@
-"""RQ's part of a worker (registration, commands, deregistration), made to wait while Redis is down."""
+"""RQ's part of a worker (registration, commands, deregistration), which waits while Redis is down."""
 
 import os
 import time

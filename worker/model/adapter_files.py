@@ -83,9 +83,9 @@ def load_adapter(
 ) -> LoadedAdapter:
     """Reads the adapter at `path` (folder or Hugging Face id) for `model`, a transformers model.
 
-    If all shapes fit, but the adapter declares another base model than `base_name`, a warning is logged. If
-    `folder` is given, the adapter is read from there: `path` may mean a newer version by now.
-    `patterns` matches the regular expressions of the config first, within a limit of time.
+    If all shapes fit, but the adapter's config names another base model than `base_name`, a warning is
+    logged. If `folder` is given, the adapter is read from this folder, because `path` may lead to a newer
+    version by now. `patterns` first tries the config's regular expressions within a time limit.
 
     Raises:
         AdapterError: the adapter can't be served; the message has name, path and reason.
@@ -154,7 +154,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_features(config: Mapping[str, Any]) -> None:
-    """Refuses all features except plain LoRA, including fields that the installed PEFT does not know."""
+    """Raises an error for all features except plain LoRA, and for fields that PEFT does not know."""
     if config.get("use_dora"):
         raise _Problem("uses DoRA, which is not served")
     if config.get("init_lora_weights", True) not in _SERVED_INITS:
@@ -177,7 +177,7 @@ def _weight_file(folder: Path) -> Path:
 
 
 def _check_before_reading(file: Path, folder: Path, config: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuses a file that is no regular one, too large for the memory, or of other shapes than expected."""
+    """Raises an error if a file is not regular, is too large for the memory, or has unexpected shapes."""
     check_size(file, num_free_bytes(torch.device("cpu")) // 2)
     if file.suffix != ".safetensors":
         check_archive(file)
@@ -263,7 +263,7 @@ _layers_by_config: WeakKeyDictionary[nn.Module, dict[str, dict[str, _ExpectedLay
 def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> dict[str, _ExpectedLayer]:
     """Returns the result of `_expected_layers`, cached by config.
 
-    Without the cache, `_expected_layers` would take most of the time of reading an adapter.
+    Without the cache, `_expected_layers` would take most of the time that it takes to read an adapter.
     """
     known = _layers_by_config.setdefault(model, {})
     # PEFT writes sets as lists in random order; without sorting, equal configs would have different keys.
@@ -282,7 +282,7 @@ def _known_layers(folder: Path, config: Mapping[str, Any], model: nn.Module) -> 
 
 
 def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer]:
-    """Returns the layers that PEFT changes if it applies the config to the model (a copy on `meta`)."""
+    """Returns the layers that PEFT changes when it applies the config to a copy of the model on `meta`."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear, LoraLayer
 
@@ -308,7 +308,7 @@ def _expected_layers(folder: Path, model: nn.Module) -> dict[str, _ExpectedLayer
 
 
 def _stamps(folder: Path) -> list[tuple[int, int, int]]:
-    """Returns inode, size and modification time of each file; all changes of a file show in these."""
+    """Returns inode, size and modification time of each file, which show whether a file has changed."""
     files = (folder / name for name in (CONFIG_FILE, *WEIGHT_FILES))
     found = [file.stat() for file in files if file.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]

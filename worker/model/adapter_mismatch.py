@@ -1,4 +1,4 @@
-"""Compares an adapter's tensors with its config and with the base, and says how to mend what doesn't fit."""
+"""Compares an adapter's tensors with its config and with the base, and suggests how to fix a mismatch."""
 
 import re
 from collections.abc import Collection
@@ -11,10 +11,10 @@ _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def from_base(key: str, tensor: Tensor, model: nn.Module) -> str | None:
-    """Says how an adapter's tensor differs from the model's of the same name; returns None for a copy.
+    """Describes how an adapter's tensor differs from the model's of the same name; None for a copy.
 
-    PEFT saves copies of heads and embeddings beside the adapter, in the precision of the training. So a copy
-    may differ from the model's tensor by the rounding of the coarser of both precisions.
+    PEFT saves copies of heads and embeddings beside the adapter, in the precision of the training. A copy may
+    therefore differ from the model's tensor by the rounding of the lower precision of the two.
     """
     own = model.state_dict().get(key.removeprefix("base_model.model.").replace(".base_layer.", "."))
     if own is None:
@@ -44,7 +44,7 @@ def _is_copy(tensor: Tensor, own: Tensor) -> bool:
 
 
 def advice(stored: Collection[str], expected: Collection[str]) -> str:
-    """Says how to mend an adapter that lacks the tensors of some of the `expected` layers."""
+    """Suggests how to fix an adapter that lacks the tensors of some `expected` layers."""
     incomplete = "if they were lost, save or download the adapter again"
     missing = set(expected) - set(stored)
     present = sorted(_numbers(stored))
@@ -60,7 +60,7 @@ def advice(stored: Collection[str], expected: Collection[str]) -> str:
 
 
 def _numbers(layers: Collection[str]) -> set[int]:
-    """Returns the numbers of the model's layers to which Linears belong."""
+    """Returns the numbers of the decoder layers to which these Linears belong."""
     return {int(match[0]) for layer in layers if (match := _LAYER.search(layer)) is not None}
 
 

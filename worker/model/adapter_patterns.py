@@ -1,4 +1,4 @@
-"""Checks that the regular expressions in an adapter's config don't backtrack for ever."""
+"""Checks that the regular expressions in an adapter's config don't backtrack without end."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,14 +12,14 @@ _PLAIN = re.compile(r"[\w.-]*")
 
 
 class PatternProblem(Exception):
-    """A regular expression takes too long; the message names it and its field."""
+    """A regular expression takes too long. The message has the expression and its field."""
 
 
 class Patterns(Protocol):
-    """Matches regular expressions within a limit of time; `LimitedProcess` does."""
+    """Matches regular expressions within a time limit; implemented by `LimitedProcess`."""
 
     def match(self, pattern: str, names: Sequence[str]) -> None:
-        """Matches a pattern against names, as PEFT does; raises `LimitExceeded` if that takes too long."""
+        """Matches a pattern against names, as PEFT does. Raises `LimitExceeded` if this takes too long."""
 
 
 def check_patterns(config: Mapping[str, Any], names: Sequence[str], patterns: Patterns | None) -> None:

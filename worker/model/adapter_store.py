@@ -1,20 +1,24 @@
 """Reads adapter files and copies their tensors into slots on the device, when `AdapterCache` asks for it.
 
-Adapters are added at the start only, by `worker.model.startup`. These steps would add one while requests run:
+Adapters are added only when a worker starts, by `worker.model.startup`. To add an adapter while requests run,
+these steps would be needed:
 
 1. `AdapterStore.read_new`, in a separate thread, because it reads the disk.
 2. `shared.queue.registry.register`, with the adapter's card. If it raises `RegistryConflict`, stop here.
 3. `AdapterCache.keep`, then `ServedModels.add`, in the engine's thread. Until then, the adapter's requests
 wait.
-4. `LoraWorker` adds the worker to RQ's set of the queue's workers; otherwise the API reports `no_worker`.
+4. `LoraWorker` adds the worker to RQ's set of the queue's workers. Without this step, the API reports
+  `no_worker`.
 
 Workers claim from the new queue after the next heartbeat, which writes `ServedModels` to Redis. The ports
-`Model` and `Adapters` (`worker.engine.ports`) lack methods for the steps 1 and 3. Also missing are:
+`Model` and `Adapters` (`worker.engine.ports`) have no methods for the steps 1 and 3 yet. A sender and
+persistence are missing, too:
 
-* A sender. It would publish a command on RQ's channel `rq:pubsub:<worker>` of each worker, which
-  `LoraWorker.handle_payload` receives. If API processes send it, their Redis user needs the permission to
-  publish there (`API` in `shared.queue.permissions`).
-* Persistence. A worker that starts later reads only `settings.adapters`, so it would not serve the adapter.
+* The sender would publish a command on each worker's channel `rq:pubsub:<worker>`, and
+  `LoraWorker.handle_payload` would receive it. If API processes send this command, their Redis user needs the
+  permission to publish on the channel (`API` in `shared.queue.permissions`).
+* Without persistence, a worker that starts later would not serve the adapter, because it reads only
+  `settings.adapters`.
 """
 
 import contextlib
@@ -36,7 +40,7 @@ from worker.model.versions import own_version
 
 
 class NewAdapter(NamedTuple):
-    """An adapter that was read, for `ServedModels.add` and `AdapterCache.keep`."""
+    """An adapter that was read, in the parts that `ServedModels.add` and `AdapterCache.keep` need."""
 
     model: ServedModel
     weights: SlotWeights
@@ -46,7 +50,10 @@ class AdapterStore:
     """Reads adapters from disk into host memory, and copies them from host memory into slots."""
 
     def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
-        """`served`: has the adapters' paths and versions. `base_name`: the base that they should declare."""
+        """`served`: has the adapters' paths and versions.
+
+        `base_name`: the base that their configs should name.
+        """
         self._model = model
         self._base_name = base_name
         self._lora = lora
@@ -96,7 +103,7 @@ class AdapterStore:
         return self._prepare(name, adapter)
 
     def put(self, name: str, weights: SlotWeights, slot: int) -> None:
-        """Replaces the contents of a slot by an adapter's weights; the next step can use them.
+        """Replaces the contents of a slot by an adapter's weights, which the next step can use.
 
         Raises:
             AdapterError: the weights don't fit into device memory; the slot's contents are then undefined.
@@ -113,7 +120,7 @@ class AdapterStore:
             self._lora.put(slot, SlotWeights({}))
 
     def _tokenizer(self, name: str, adapter: LoadedAdapter) -> tuple[Tokenizer, str]:
-        """Returns an adapter's tokenizer and version; the version covers a tokenizer other than the base's.
+        """Returns an adapter's tokenizer and version. If it has its own tokenizer, the version covers it.
 
         Raises:
             AdapterError: the model can't use the adapter's tokenizer, template or end tokens.

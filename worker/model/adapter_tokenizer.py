@@ -39,7 +39,7 @@ class TokenizerProblem(Exception):
 
 
 def own_files(folder: Path) -> dict[str, bytes]:
-    """Returns the contents of an adapter's files of the tokenizer, by their names relative to `folder`.
+    """Returns the contents of an adapter's tokenizer files, by names relative to `folder`.
 
     Raises:
         TokenizerProblem: a file is no regular file, or is too large.
@@ -61,11 +61,11 @@ def files_digest(files: dict[str, bytes]) -> str:
 def load_tokenizer(
     files: dict[str, bytes], base: Tokenizer, num_embeddings: int, renderer: Renderer = OWN_PROCESS
 ) -> Tokenizer:
-    """Returns the tokenizer that an adapter's files describe, or `base` if they describe the same one.
+    """Returns the tokenizer that an adapter's files describe, or `base` if both are equivalent.
 
-    The base's tokenizer, template and end tokens stand in for what the files leave out. The end token in
-    `tokenizer_config.json` replaces the one from the base's, and so do those in `generation_config.json`.
-    `renderer` runs a chat template that is not the base's.
+    If the files lack a tokenizer, a template or end tokens, those of the base are used. End tokens in the
+    adapter's `tokenizer_config.json` and `generation_config.json` replace the base's end tokens from the same
+    file. `renderer` runs a chat template that is not the base's.
 
     Raises:
         TokenizerProblem: the model can't use the tokenizer; the message names the file and the reason.
@@ -120,7 +120,7 @@ def _backend(files: dict[str, bytes], base: Tokenizer) -> Any:
 
 
 def _load(folder: Path, files: dict[str, bytes], base: Tokenizer) -> Any:
-    """Loads a tokenizer from a copy of the files, on top of the base's if they have no vocabulary."""
+    """Loads a tokenizer from a copy of the files, with the base's vocabulary if they have none."""
     from transformers import AutoTokenizer
 
     config = _json(files, _CONFIG_FILE)
@@ -146,7 +146,7 @@ def _load(folder: Path, files: dict[str, bytes], base: Tokenizer) -> Any:
 
 
 def _check_vocabulary(own: Any, base: Any, num_embeddings: int) -> None:
-    """Refuses tokens without embeddings, and a vocabulary that gives the base's ids other words."""
+    """Raises an error for tokens without embeddings, or if the base's ids have other words here."""
     theirs = {token_id: token for token, token_id in base.get_vocab().items()}
     renamed = base.added_tokens_decoder  # e.g. reserved tokens, which fine-tuning gives a meaning
     for token, token_id in sorted(own.get_vocab().items(), key=lambda entry: entry[1]):
@@ -163,7 +163,7 @@ def _check_vocabulary(own: Any, base: Any, num_embeddings: int) -> None:
 
 
 def _check_patterns(own: Any, base: Any) -> None:
-    """Refuses regular expressions of its own: one that backtracks would take up the worker's encoder."""
+    """Raises an error for regular expressions that the base lacks, since they might backtrack endlessly."""
     if new := sorted(_patterns(own) - _patterns(base)):
         raise TokenizerProblem(
             f"its tokenizer has a regular expression that the base's lacks: {new[0][:200]!r}; remove its "
@@ -172,7 +172,7 @@ def _check_patterns(own: Any, base: Any) -> None:
 
 
 def _patterns(backend: Any) -> set[str]:
-    """Returns the regular expressions of a tokenizer; those written in Python have none in their files."""
+    """Returns a tokenizer's regular expressions; a tokenizer written in Python has none in its files."""
     fast = getattr(backend, "backend_tokenizer", None)
     found: set[str] = set()
     parts = [] if fast is None else [json.loads(fast.to_str())]
@@ -188,7 +188,7 @@ def _patterns(backend: Any) -> set[str]:
 
 
 def _generation_eos(files: dict[str, bytes], num_embeddings: int) -> frozenset[int] | None:
-    """Returns the end tokens in `generation_config.json`, or None if it names none."""
+    """Returns the end tokens in `generation_config.json`, or None if the file names none."""
     declared = _json(files, GENERATION_FILE).get("eos_token_id")
     if declared is None:
         return None

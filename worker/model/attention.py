@@ -68,7 +68,7 @@ class QueryGroup:
 
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
-    """Attention metadata of one step: where its tokens are in the cache and in their sequences."""
+    """Attention metadata of one step: the places of its tokens in the cache and in their sequences."""
 
     cache_indices: Tensor
     """(T,): index of each token in the cache, block x block_size + offset."""
@@ -96,7 +96,7 @@ class AttentionMetadata:
 
 @dataclass(eq=False)
 class AttentionState:
-    """The attention function's inputs that transformers does not pass; all layers of a model share them."""
+    """Inputs of the attention function that transformers does not pass. All layers of a model share them."""
 
     kv_cache: PagedKVCache
     kernels: KernelState | None = None
@@ -149,7 +149,7 @@ def paged_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Stores `key` and `value` in the cache; returns the causal attention of `query` to the cache.
+    """Stores `key` and `value` in the cache, and returns the causal attention of `query` to the cache.
 
     `query` is (1, num_heads, T, head_dim), `key` and `value` are (1, num_kv_heads, T, head_dim); the output
     is (1, T, num_heads, head_dim).
@@ -190,7 +190,7 @@ def _attend(
 
 @cache
 def _register_fallback() -> None:
-    """Registers the function that the attention kernel calls for the cases that the kernel does not compute.
+    """Registers the function that the attention kernel calls for cases that it can't compute itself.
 
     These cases are capped scores, sinks, and the first call of a layer, which allocates the layer's cache.
     """
@@ -207,7 +207,7 @@ def _attend_for_kernel(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Calls `_attend`; takes the eight arguments that the operator has in C++."""
+    """Calls `_attend`, with the eight arguments of the C++ operator."""
     options = AttentionOptions(scaling, window, softcap, sinks)
     return _attend(_step.state, layer, query, key, value, options)
 
@@ -256,7 +256,7 @@ def _gather(layer: Tensor, block_tables: Tensor) -> Tensor:
 def _attend_slowly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions
 ) -> Tensor:
-    """Computes attention with options that PyTorch's kernel lacks: scores capped to ±`softcap`, and sinks.
+    """Computes attention with two options that PyTorch's kernel lacks: capped scores (±`softcap`), and sinks.
 
     The shapes are (n, num_kv_heads, num_groups x q or num_keys, head_dim), as in `_attend_group`.
     """

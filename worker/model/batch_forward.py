@@ -1,4 +1,4 @@
-"""Runs the forward pass of a scheduled batch: builds the input tensors and returns the logits."""
+"""Builds the input tensors of a scheduled batch, runs the forward pass, and returns the logits."""
 
 from collections.abc import Callable, Iterable
 
@@ -22,7 +22,10 @@ class BatchForward:
         device: torch.device,
         slot_of: Callable[[str], int],
     ) -> None:
-        """`forward`: runs for each batch. `slot_of`: returns an adapter's slot, or raises `AdapterError`."""
+        """`forward`: the model's forward pass.
+
+        `slot_of`: returns an adapter's slot, or raises `AdapterError`.
+        """
         self._forward = forward
         self._state = state
         self._lora = lora
@@ -54,7 +57,7 @@ class BatchForward:
 
 
 def attention_metadata(batch: Batch, block_size: int, device: torch.device) -> AttentionMetadata:
-    """Returns a batch's attention metadata: cache indices of its tokens, groups of sequences."""
+    """Returns a batch's attention metadata: the cache indices of its tokens, and its groups of sequences."""
     indices: list[int] = []
     decodes: list[tuple[int, ScheduledSequence]] = []
     chunks: list[tuple[int, ScheduledSequence]] = []

@@ -1,4 +1,4 @@
-"""A model's chat template: turns messages into text, and tells which characters a client wrote."""
+"""A model's chat template, which turns messages into text and tells which characters a client wrote."""
 
 import json
 import secrets
@@ -13,7 +13,7 @@ Messages = list[dict[str, Any]]
 
 
 class Renderer(Protocol):
-    """The interface through which chat templates are run."""
+    """The interface for code that runs chat templates."""
 
     def check(self, source: str) -> None:
         """Compiles a template; raises jinja2's errors if it has a wrong syntax."""
@@ -49,12 +49,12 @@ shows where the message ends. If its last character, a space, is missing, the te
 
 
 class ChatTemplate:
-    """A chat template in jinja2's language, and the form of messages that it reads."""
+    """A chat template in jinja2's language, and the form of messages that it expects."""
 
     def __init__(
         self, source: str, special_tokens: Mapping[str, Any], renderer: Renderer = OWN_PROCESS
     ) -> None:
-        """Renders probes, to find out in which form the template reads content and tool calls' arguments.
+        """Renders probes, to find out in which form the template expects content and arguments of tool calls.
 
         Raises:
             TemplateError: the template has a wrong syntax.
@@ -68,7 +68,7 @@ class ChatTemplate:
         self._reads_arguments_as_text = self._wants_text()
 
     def render(self, messages: Messages, inputs: TemplateInputs, tenant: str = "") -> Rendered:
-        """Returns the text of a chat, up to the header of the answer or the end of the message to continue.
+        """Returns the text of a chat, which ends where the model's text begins.
 
         Raises:
             InvalidRequest: the template refuses the chat of this tenant, or takes too much for it.
@@ -97,7 +97,7 @@ class ChatTemplate:
         return self._renderer.render(self.source, own, client, tenant=tenant)
 
     def _prepare(self, messages: Messages) -> Messages:
-        """Returns messages in the form that this template reads."""
+        """Returns messages in the form that this template expects."""
         return [self._prepare_message(message) for message in messages]
 
     def _prepare_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class ChatTemplate:
     def _wants_text(self) -> bool:
         """True if the template expects a tool call's arguments as JSON text, as DeepSeek's templates do.
 
-        With a mapping, such a template fails, or prints the mapping as Python does.
+        If such a template gets a mapping, it fails, or prints the mapping as Python does.
         """
         text = _PROBED_CALL["arguments"]
         shown = []
@@ -175,7 +175,7 @@ class ChatTemplate:
 
 
 def decode_arguments(arguments: Any) -> Any:
-    """Decodes the arguments of a tool call. Text with a JSON object becomes a dict.
+    """Decodes the arguments of a tool call: text that has a JSON object becomes a dict.
 
     None, `null` and blank text become an empty dict. Any other text stays as it is.
     """

@@ -1,4 +1,4 @@
-"""Reads files that anybody may have put into an adapter's folder: only regular ones of a sane size."""
+"""Reads files of adapters, which anybody may have written: only regular files up to a maximum size."""
 
 import json
 import os
@@ -13,7 +13,7 @@ MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 
 class FileProblem(Exception):
-    """A reason to refuse a file; names the file."""
+    """A reason not to read a file, with the file's name."""
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -21,7 +21,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileProblem: it is no regular file, or can't be opened.
+        FileProblem: the file is not regular, or can't be opened.
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for ever.
@@ -41,7 +41,7 @@ def read_file(path: Path, max_num_bytes: int) -> bytes:
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileProblem: it is no regular file, is too large, or can't be read.
+        FileProblem: the file is not regular, is too large, or can't be read.
     """
     with open_regular(path) as file:
         content = file.read(max_num_bytes + 1)
@@ -51,7 +51,7 @@ def read_file(path: Path, max_num_bytes: int) -> bytes:
 
 
 def read_json(path: Path, max_num_bytes: int = MAX_CONFIG_BYTES) -> Any:
-    """Returns the content of a JSON file; raises the same errors as `read_file`, also if it is not JSON."""
+    """Returns the content of a JSON file; raises the errors of `read_file`, also for other content."""
     content = read_file(path, max_num_bytes)
     try:
         return json.loads(content)
@@ -79,7 +79,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes in the header of a safetensors file, by the names of the tensors.
 
     Raises:
-        FileProblem: the header is damaged or too large, or the file has another size than its tensors.
+        FileProblem: the header is damaged or too large, or the file's size does not match its tensors.
     """
     with open_regular(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -101,10 +101,10 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_archive(path: Path) -> None:
-    """Checks that a file of torch's, a zip archive, contains no more than its size; torch never compresses.
+    """Checks that a weight file of torch, a zip archive, is not compressed: it could then fill the memory.
 
     Raises:
-        FileProblem: it is no regular file, or its content is compressed.
+        FileProblem: the file is not regular, or its content is compressed.
     """
     with open_regular(path) as file:
         if not zipfile.is_zipfile(file):

@@ -1,4 +1,4 @@
-"""Recognizes folders that are no plain model, and says by name what they are. Needs no torch."""
+"""Recognizes folders that contain something else than a plain model, and says what it is, without torch."""
 
 import json
 import re
@@ -30,11 +30,11 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def check_model(folder: Path, name: str) -> None:
-    """Checks that a folder has a model of which transformers can load plain weights.
+    """Checks that a folder has a model whose weights transformers can load, and which is not quantized.
 
     Raises:
-        ConfigurationError: the folder has an adapter, a quantized model, or no model; the message says which,
-            and how to serve it.
+        ConfigurationError: the folder has an adapter, a quantized model, or no model. The message says which
+            of these it is, and how to serve it.
     """
     if (folder / "adapter_config.json").exists():
         raise ConfigurationError(f"LORELAY_MODEL: {name} {_describe_adapter(folder, name)}")
@@ -49,7 +49,7 @@ def check_model(folder: Path, name: str) -> None:
 
 
 def describe_no_adapter(folder: Path) -> str:
-    """Says what a folder is that was given as an adapter, but has no `adapter_config.json`."""
+    """Describes the content of a folder that should have an adapter, but has no `adapter_config.json`."""
     if (folder / "config.json").exists():
         return "is not an adapter: it has no adapter_config.json, but is a whole model; serve it as MODEL"
     if inner := _inner_adapters(folder):
@@ -79,7 +79,7 @@ def _describe_other(folder: Path) -> str:
 
 
 def _inner_adapters(folder: Path) -> str | None:
-    """Returns the newest checkpoint of an adapter's training in this folder."""
+    """Returns the newest checkpoint of an adapter in this folder of a training run."""
     checkpoints = [path.parent for path in folder.glob("*/adapter_config.json")]
     return max(checkpoints, key=lambda path: path.stat().st_mtime).name if checkpoints else None
 
@@ -90,7 +90,7 @@ def _has_model_weights(folder: Path) -> bool:
 
 
 def _quantization(folder: Path) -> tuple[str, str] | None:
-    """Returns the method of quantization, and where the model says so; None if it is not quantized."""
+    """Returns the method of quantization and the place that names it; None if the model is not quantized."""
     config = _read_json(folder / "config.json")
     inner = [(f"{key}.", value) for key, value in config.items() if isinstance(value, dict)]
     for prefix, part in (("", config), *inner):
@@ -119,7 +119,7 @@ def _method(settings: Any) -> str:
 
 
 def _tensor_names(file: Path) -> list[str]:
-    """Returns the names of the tensors in a safetensors file; none if its header can't be read."""
+    """Returns the names of the tensors in a safetensors file; an empty list if its header can't be read."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         try:
@@ -130,7 +130,10 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; an empty one if there is none, as loading says what is wrong."""
+    """Returns the object in a JSON file; an empty object if there is none.
+
+    Loading then reports the reason.
+    """
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,9 +1,9 @@
-"""Compiles a model's forward pass, in a process of its own: `python -m worker.model.compile_graph`.
+"""Compiles a model's forward pass in a separate process: `python -m worker.model.compile_graph`.
 
-The graph is transformers' model, in which Linears and attention call the kernels of `kernels.native`. The
-kernels read weights, adapters and KV cache from the `KernelState` of the calling worker. The graph therefore
-contains no weights, and stays valid for any number of tokens and when adapters change. All operations between
-the kernels become C++.
+The compiled graph is the model of transformers, in which Linears and attention call the kernels of
+`kernels.native`. The kernels read weights, adapters and KV cache from the `KernelState` of the calling
+worker. The graph therefore contains no weights, and works with any number of tokens and any adapters. All
+operations between the kernels become C++.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    """Runs the `Job` in the first line of stdin; ends when stdin is closed, i.e. when the worker is gone."""
+    """Runs the `Job` in the first line of stdin; ends when stdin is closed, since the worker is then gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the scratch folder is removed
     os.nice(19)  # the worker serves requests meanwhile, and must not become slower
     with contextlib.suppress(OSError):  # only Linux has this file
@@ -100,7 +100,7 @@ def compile_graph(job: Job) -> None:
 
 
 class _ForwardPass(nn.Module):
-    """A module that calls the model, and that takes only the inputs that differ between steps."""
+    """A module that calls the model, with only those inputs that differ between steps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tensor_spec(tensor: Tensor) -> str:
-    """Returns dtype and shape of a tensor as text; both are fixed in a graph."""
+    """Returns dtype and shape of a tensor as text; a graph is valid only for these."""
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 

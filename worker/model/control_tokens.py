@@ -1,4 +1,4 @@
-"""Encodes rendered chats so that only the chat template's control tokens become tokens, not a client's."""
+"""Encodes rendered chats, in which control tokens count only if the chat template wrote them."""
 
 import json
 import re
@@ -31,8 +31,9 @@ _NO_WORDS = {
 def control_tokens(backend: FastTokenizer, template: str) -> dict[int, str]:
     """Returns ids and texts of a tokenizer's control tokens.
 
-    All special tokens are control tokens, and so is any other added token that stands in brackets or that the
-    template contains. The remaining added tokens, such as runs of spaces or words, are ordinary vocabulary.
+    All special tokens are control tokens. Another added token is a control token if it is enclosed in
+    brackets or occurs in the template. All other added tokens, such as runs of spaces or words, are ordinary
+    vocabulary.
     """
     return {
         token_id: token.content
@@ -48,10 +49,10 @@ def _is_markup(content: str, template: str) -> bool:
 
 
 class ControlTokens:
-    """Encodes text of which a client wrote a part. Methods may be called from any thread."""
+    """Encodes text that a client wrote in part. Methods may be called from any thread."""
 
     def __init__(self, backend: FastTokenizer, template: str) -> None:
-        """`backend`: a tokenizer that does not change any more. `template`: text of its chat templates."""
+        """`backend`: a tokenizer, which must not change later. `template`: the text of its chat templates."""
         self._backend = backend
         self._texts = control_tokens(backend, template)
         known = backend.get_added_tokens_decoder()
@@ -62,11 +63,11 @@ class ControlTokens:
     def encode(self, text: str, mask: bytes, *, add_special_tokens: bool = False) -> list[int]:
         """Returns the token ids of a text.
 
-        `mask` tells which characters a client wrote. A control token of which a client wrote any character is
-        encoded as ordinary text. If there is no such token, the ids are the tokenizer's own.
+        `mask` tells which characters a client wrote. If a client wrote any character of a control token, this
+        token is encoded as ordinary text. If there is no such token, the tokenizer itself encodes the text.
 
         Raises:
-            ValueError: the text has such a token, but this tokenizer can't encode it as text.
+            ValueError: a client wrote a control token, but this tokenizer can't encode it as text.
         """
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
@@ -86,7 +87,7 @@ class ControlTokens:
                 yield token_id, start, end
 
     def _copied(self) -> "_Copy":
-        """Returns the copy, which is made when a text first needs it: it takes a second, and memory."""
+        """Returns the copy, which is made at first use, because it takes a second, and memory."""
         with self._lock:
             if self._copy is None:
                 self._copy = _make_copy(self._backend, self._texts)
@@ -94,7 +95,7 @@ class ControlTokens:
 
 
 class _Copy(NamedTuple):
-    """A tokenizer that finds control tokens only by their stand-ins, texts that no client can guess."""
+    """A tokenizer that finds control tokens only by their stand-ins: texts that no client can guess."""
 
     backend: FastTokenizer
     own_ids: dict[int, int]
@@ -121,7 +122,7 @@ class _Copy(NamedTuple):
 
 
 def _make_copy(backend: FastTokenizer, texts: dict[int, str]) -> _Copy:
-    """Copies a tokenizer; the copy knows stand-ins for control tokens, and encodes their `texts` as any text.
+    """Copies a tokenizer. The copy finds only stand-ins of control tokens, not their `texts`.
 
     Raises:
         ValueError: the tokenizer can't be copied.
@@ -162,7 +163,7 @@ def _make_copy(backend: FastTokenizer, texts: dict[int, str]) -> _Copy:
 
 
 def _rename(model: dict[str, Any], removed: set[str]) -> None:
-    """Renames the `removed` control tokens in a tokenizer model's vocabulary, so that no text has them."""
+    """Renames the `removed` control tokens in a vocabulary, so that no text contains them."""
 
     def other(word: str) -> str:
         return f"\ue000{word}\ue001" if word in removed else word

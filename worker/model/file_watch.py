@@ -13,10 +13,10 @@ INTERVAL_S = 5.0
 
 
 class FileWatch:
-    """Logs a warning when weight files change, in a thread of its own, which a hanging disk may stop."""
+    """Logs a warning when weight files change. It has a thread of its own, since a disk may hang."""
 
     def __init__(self, folder: Path, stamps: Stamps, interval_s: float = INTERVAL_S) -> None:
-        """Compares the files in `folder` with `stamps`, those of the files that were loaded."""
+        """`folder`: the files to watch. `stamps`: their stamps at the time when they were loaded."""
         self._folder = folder
         self._stamps = stamps
         self._interval_s = interval_s
@@ -27,7 +27,7 @@ class FileWatch:
         threading.Thread(target=self._run, name="file watch", daemon=True).start()
 
     def check(self) -> bool:
-        """Returns True, and logs it, if the files are no longer those that the last check saw."""
+        """Returns True, and logs a warning, if the files have changed since the last check."""
         try:
             now = weight_stamps(self._folder)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""A model's forward pass: eager, or a compiled graph once its logits have agreed with the eager ones."""
+"""A model's forward pass: eager, or a compiled graph after its logits have agreed with the eager ones."""
 
 import logging
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class GraphSource(Protocol):
     """The folder of the graph's files."""
 
     def start(self, use: Callable[[Graph], None], give_up: Callable[[str], None]) -> None:
-        """Starts compiling, which ends with a call of `use` with the graph, or of `give_up` with an error.
+        """Starts compiling; calls `use` with the graph when it is ready, or `give_up` with an error.
 
         The call may come from any thread.
         """
@@ -82,8 +82,8 @@ class EagerForward:
 class CompiledForward:
     """A forward pass that is eager until its graph is compiled, and uses the graph from then on.
 
-    In the first steps with the graph, the eager pass runs, too, and the logits are compared. If they differ
-    in too many steps, the graph is refused, and the forward pass stays eager.
+    In the first steps with the graph, the eager pass runs, too, and the logits of the two are compared. If
+    they differ in too many steps, the graph is not used, and the forward pass stays eager.
     """
 
     def __init__(self, eager: Graph, source: GraphSource) -> None:
@@ -124,7 +124,8 @@ class CompiledForward:
     def _compare(self, graph: Graph, inputs: Inputs) -> Tensor:
         """Runs the graph and the eager pass, compares their logits, and returns the eager ones.
 
-        The eager pass runs last, so that its keys and values, not the unchecked graph's, stay in the cache.
+        The eager pass runs last, so that its keys and values stay in the cache, and not those of the
+        unchecked graph.
         """
         logits: Tensor | Exception
         try:
@@ -143,7 +144,7 @@ class CompiledForward:
         return expected
 
     def _judge(self, errors: list[float], is_single: bool, dtype: torch.dtype) -> None:
-        """Judges the graph by a step's errors, one for each row with finite eager logits; may be empty."""
+        """Accepts or refuses the graph by the errors of a step, one for each row with finite eager logits."""
         differing = [error for error in errors if not error <= TOLERANCES[dtype]]  # NaN differs, too
         if not differing:
             self._is_checked[is_single] = bool(errors)
@@ -156,7 +157,7 @@ class CompiledForward:
             )
 
     def _refuse(self, problem: str) -> None:
-        """Stays eager. Keeps the graph's files: without them, the next start would compile the same graph."""
+        """Stays eager. Keeps the graph's files, because the next start would otherwise compile it again."""
         self._stay_eager(f"the graph {problem}; remove {self._source.folder} to compile it again")
 
     def _stay_eager(self, reason: str) -> None:

@@ -37,12 +37,15 @@ LOCK_POLL_S = 0.2
 class GraphBuilder:
     """Provides the graph of one model: a separate process compiles it, and a thread of the worker loads it.
 
-    The graph's files are in a subfolder of the cache folder. The subfolder's name has a digest of all that
-    the graph depends on.
+    The graph's files are in a subfolder of the cache folder. The name of the subfolder contains a digest of
+    everything on which the graph depends.
     """
 
     def __init__(self, model: nn.Module, job: Job) -> None:
-        """`model`: the loaded model, whose tensors the graph will read. `job`: compiles the graph."""
+        """`model`: the loaded model, whose tensors the graph will read.
+
+        `job`: tells how to compile the graph.
+        """
         self.folder = Path(job.output)
         self._model = model
         self._job = job
@@ -162,10 +165,10 @@ def _try_to_lock(file: IO[str]) -> bool:
 def describe_job(
     folder: Path, model: Any, fused_linears: Sequence[FusedLinears], *, trust_remote_code: bool
 ) -> Job:
-    """Returns the job that compiles the model in `folder`, which is loaded as `model`.
+    """Returns the job that compiles `model`, which was loaded from `folder`.
 
-    The C++ kernels compute `fused_linears`. The name of the job's output folder contains a digest of all that
-    the graph depends on.
+    The C++ kernels compute `fused_linears`. The name of the job's output folder contains a digest of
+    everything on which the graph depends.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     names = {name for fused in fused_linears for name in fused.names}

@@ -9,8 +9,8 @@ from worker.model.kernels.native import KernelState
 class PagedKVCache:
     """Keys and values of each layer: tensors (num_blocks, block_size, num_kv_heads, head_dim).
 
-    A layer's tensors are allocated at its first write, because only the write shows their shapes: in some
-    models head sizes differ between layers, or between keys and values.
+    A layer's tensors are allocated at its first write, because only the write shows their shapes. In some
+    models, head sizes differ between layers, or between keys and values.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -20,7 +20,7 @@ class PagedKVCache:
         self._kernels: KernelState | None = None
 
     def share_with(self, kernels: KernelState) -> None:
-        """Passes the tensors of all layers to the kernels, also of layers that are allocated later."""
+        """Passes the tensors of all layers to the kernels, including layers that are allocated later."""
         self._kernels = kernels
         for number, layer in self._layers.items():
             kernels.set_cache(number, *layer)
@@ -45,8 +45,8 @@ class PagedKVCache:
         """Stores keys and values (T, num_kv_heads, head_dim) at `indices` (T,); returns the layer's tensors.
 
         An index is block x block_size + offset. Entries that are not finite are stored as finite numbers. A
-        NaN in a block would spoil the next sequence that gets the block: this sequence masks the entry, but
-        0 x NaN is NaN. The token with the NaN gets NaN logits all the same.
+        NaN would spoil the next sequence that gets its block, because even a masked entry is multiplied (by
+        0), and 0 x NaN is NaN. The logits of the token that had the NaN are NaN all the same.
         """
         tensors = self._layer(layer, key.transpose(0, 1), value.transpose(0, 1))
         for stored, new in zip(tensors, (key, value), strict=True):

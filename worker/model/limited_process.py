@@ -1,6 +1,7 @@
-"""Runs the chat templates and regular expressions of adapters in a process of its own, within limits.
+"""Runs the chat templates and regular expressions of adapters in a separate process, within limits.
 
-The base's template runs in the worker itself: the operator chose it. Anybody may have written an adapter's.
+The base's template runs in the worker itself, because the operator chose it. An adapter's template may have
+been written by anybody.
 """
 
 import contextlib
@@ -35,7 +36,10 @@ MAX_ANSWER_BYTES = 16 * MAX_TEXT_CHARS
 
 
 class LimitedProcess:
-    """Runs them in a process that is started for the first of them. Callable from any thread."""
+    """Runs templates and regular expressions in a process that starts at first use.
+
+    Callable from any thread.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -49,8 +53,8 @@ class LimitedProcess:
         """Compiles a template.
 
         Raises:
-            TemplateError: it can't be compiled.
-            LimitExceeded: it takes too long, or too much memory.
+            TemplateError: the template can't be compiled.
+            LimitExceeded: the template takes too long, or too much memory.
         """
         try:
             self._ask({"source": source})
@@ -60,13 +64,14 @@ class LimitedProcess:
     def render(
         self, source: str, own: Mapping[str, Any], client: Mapping[str, Any], *, tenant: str | None = None
     ) -> Rendered:
-        """Does the same as `marked_template.render`, and raises a RuntimeError with the template's reason.
+        """Does the same as `marked_template.render`; raises a RuntimeError for an error of the template.
 
-        `tenant`: the client that sent the chat; None for a chat of our own, which is never refused.
+        `tenant`: the client that sent the chat; None for a chat of Lorelay's own, which is never refused.
 
         Raises:
             LimitExceeded: the template takes too long, or too much memory.
-            NotNow: it did so with another chat of this tenant a moment ago, or the process does not answer.
+            NotNow: the template took too much with another chat of this tenant a moment ago, or the process
+                does not answer.
         """
         if tenant is not None and self._clock() < self._paused_until.get((source, tenant), 0):
             raise NotNow(f"another chat made it exceed its limits less than {PAUSE_S:g} s ago")
@@ -87,7 +92,7 @@ class LimitedProcess:
         """Matches a regular expression against names, as PEFT does.
 
         Raises:
-            LimitExceeded: that takes too long.
+            LimitExceeded: the match takes too long.
         """
         self._ask({"pattern": pattern, "names": list(names)})
 
@@ -146,7 +151,7 @@ class LimitedProcess:
 
 
 def _end(peer: socket.socket, process: "subprocess.Popen[bytes]") -> None:
-    """Closes the socket, and kills the process and its child, which are the only ones of their group."""
+    """Closes the socket, and kills the process and its child, which have a process group of their own."""
     peer.close()
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,9 +1,9 @@
-"""Runs what adapters bring along, within limits: `python -m worker.model.limited_process_main FD`.
+"""Runs templates and patterns of adapters within limits: `python -m worker.model.limited_process_main FD`.
 
-The first process imports all that is needed, and forks a child. The child answers requests on the socket FD
-until it exceeds a limit and the kernel ends it; then the first process answers the last request with an
-error, and forks another child, which takes milliseconds. Both end when the worker closes its end, or when the
-child is killed.
+The first process imports all modules, and forks a child. The child answers requests on the socket FD. If a
+request exceeds a limit, the kernel ends the child. The first process then answers this request with an error
+and forks another child, which takes milliseconds. Both processes end when the worker closes its end of the
+socket, or when the child is killed.
 """
 
 import json
@@ -100,7 +100,7 @@ def _serve(peer: socket.socket, limit_s: float) -> None:
 
 
 def _answer(request: dict[str, Any]) -> tuple[bytes, bytes]:
-    """Returns the text or the error as JSON, and the mask."""
+    """Returns the result of a request: the text or the error as JSON, and the mask."""
     try:
         text, mask = _do(request)
         if len(text) > MAX_TEXT_CHARS:
@@ -116,7 +116,7 @@ def _answer(request: dict[str, Any]) -> tuple[bytes, bytes]:
 
 
 def _do(request: dict[str, Any]) -> tuple[str, bytes]:
-    """Matches a pattern, renders a template, or compiles it; the names in the request tell which."""
+    """Matches a pattern, renders a template, or compiles a template, depending on the request's fields."""
     if "names" in request:
         _match(request["pattern"], request["names"])
     elif "client" in request:
@@ -127,7 +127,7 @@ def _do(request: dict[str, Any]) -> tuple[str, bytes]:
 
 
 def _match(pattern: str, names: list[str]) -> None:
-    """Matches a pattern in the ways in which PEFT does, depending on the field of the config."""
+    """Matches a pattern in all ways in which PEFT matches patterns of the config."""
     for form in (pattern, rf".*\.{pattern}\.(\d+)\.", rf"(.*\.)?({pattern})$"):
         try:
             compiled = re.compile(form)

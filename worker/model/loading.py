@@ -1,4 +1,4 @@
-"""Loads the base model: finds its folder and device, loads its weights, reads its context length."""
+"""Loads the base model: finds its folder and its device, loads its weights, and reads its context length."""
 
 import logging
 import os
@@ -43,7 +43,7 @@ def download(repository: str, revision: str | None, patterns: Iterable[str]) -> 
 
 
 def find_model(settings: WorkerSettings) -> Path:
-    """Returns the model's folder, after downloading the model if the setting is a Hugging Face id.
+    """Returns the model's folder; downloads the model if the setting is a Hugging Face id.
 
     Raises:
         ConfigurationError: there is no such folder or repository, or it has no model that can be served.
@@ -152,8 +152,8 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
 def _copy_from_files(model: Any) -> None:
     """Copies the weights into memory of their own.
 
-    On a CPU, they would otherwise stay pages of the files: if a file were truncated or overwritten, the
-    worker would die of SIGBUS, or compute with other weights under the same version.
+    On a CPU, weights are pages of their files until they are copied. If a file were truncated, the worker
+    would die of SIGBUS. If it were overwritten, the worker would use other weights under the same version.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

@@ -1,4 +1,4 @@
-"""LoRA in a mixed batch: each row of a layer's input gets the adapter of its own sequence.
+"""LoRA in a mixed batch, in which each row of a layer's input gets the adapter of its own sequence.
 
 A Linear with an adapter computes y = W x + scale · B (A x). The A and B of all adapters of a layer are
 stacked. The rows of a long prompt chunk are multiplied with their own adapter's part of the stack. All other
@@ -116,7 +116,10 @@ class _Part(NamedTuple):
 
 
 class LoraLayer:
-    """The adapters of one Linear; a forward hook or a C++ kernel adds their results to that of the Linear."""
+    """The adapters of one Linear.
+
+    A forward hook or a C++ kernel adds their outputs to the Linear's output.
+    """
 
     def __init__(
         self, linear: nn.Linear, number: int, dtype: torch.dtype, kernels: KernelState | None
@@ -255,8 +258,8 @@ class LoraStack:
         """Scales and converts an adapter's weights for `put`; may be called from any thread.
 
         Raises:
-            AdapterError: the adapter changes a layer whose input rows are not the batch's tokens in their
-                order (as in an expert), or its weights are not finite in the model's dtype.
+            AdapterError: the weights are not finite in the model's dtype, or the adapter changes a layer
+                whose input rows are not the batch's tokens in their order, such as a layer of an expert.
         """
         prepared: dict[str, tuple[Tensor, Tensor]] = {}
         for layer, weights in adapter.layers.items():
@@ -292,7 +295,7 @@ class LoraStack:
             self._layers[layer].put(slot, a, b)
 
     def set_rows(self, spans: Sequence[tuple[int, int]], sampled_rows: Sequence[int]) -> None:
-        """Sets which slot each token of the next forward pass uses, and each token whose logits it computes.
+        """Sets the slot of each token of the next forward pass, and the slots of the tokens that get logits.
 
         `spans` has (slot, number of tokens) of each sequence, in the order of the tokens.
         """
@@ -308,7 +311,7 @@ class LoraStack:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """True if every entry is finite; `isfinite().all()` would take ten times as long.
+    """True if every entry is finite. The usual `isfinite().all()` would take ten times as long.
 
     `aminmax` returns NaN if any entry is NaN.
     """
@@ -328,7 +331,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Returns a model's Linears by name, except subclasses that compute something else, such as routers."""
+    """Returns a model's Linears by name, without subclasses that compute something else, such as routers."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -1,8 +1,8 @@
 """Renders chat templates so that marks in the result tell which of its characters a client wrote.
 
-A template runs in a sandbox as in transformers, with the filters, functions and extensions of transformers.
-It can change a string only by operators, methods, filters and its output, and all of these are covered here.
-If the effect of an operation on the marks is not known, all of its result counts as the client's.
+A template runs in the same sandbox as in transformers, with the same filters, functions and extensions. It
+can change a string only by operators, methods, filters and its output. This module handles all of these. If
+the effect of an operation on the marks is not known, its whole result counts as the client's.
 """
 
 import functools
@@ -56,7 +56,7 @@ def compile_template(source: str) -> Any:
 
 
 def render(source: str, own: Mapping[str, Any], client: Mapping[str, Any]) -> Rendered:
-    """Renders a chat template; it is a program, and may raise any exception.
+    """Renders a chat template. A template is a program, so it may raise any exception.
 
     `own`: variables whose text counts as the template's. `client`: variables whose text a client wrote.
     """
@@ -65,7 +65,7 @@ def render(source: str, own: Mapping[str, Any], client: Mapping[str, Any]) -> Re
 
 
 class _MarkingGenerator(CodeGenerator):
-    """Compiles `~` and the output so that both keep marks."""
+    """Compiles the operator `~` and the output of a template so that both keep marks."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.write("environment.concat_marked((")
@@ -86,7 +86,7 @@ class _MarkingEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat_marked(values: tuple[Any, ...]) -> str:
-        """Joins the operands of `~`."""
+        """Joins the operands of the operator `~`."""
         return join(map(_finalize, values))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
@@ -97,7 +97,7 @@ class _MarkingEnvironment(ImmutableSandboxedEnvironment):
         return _mark_result(super().call, (__context, __obj, *args), kwargs, owner, __obj)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Returns a function that does the same as `str.format`, but in the sandbox, and keeps marks."""
+        """Returns a function that does the same as `str.format`, but in the sandbox and with marks."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None or isinstance(value.__self__, MarkedText):
             return wrapped
@@ -106,7 +106,7 @@ class _MarkingEnvironment(ImmutableSandboxedEnvironment):
         )
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Applies the operator `%`, which formats a string if `left` is one."""
+        """Applies the operator `%`, which formats `left` if it is a string."""
         operation = self.binop_table[operator]
         if type(left) is str and is_marked(right):
             return keep_marks(operation, left, right)
@@ -122,7 +122,7 @@ def _mark_result(
 
 
 def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a filter, so that its result counts as the client's if an argument has text of the client."""
+    """Wraps a filter: its result counts as the client's if an argument contains text of the client."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

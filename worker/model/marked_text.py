@@ -1,4 +1,4 @@
-"""Text that knows which of its characters a client wrote, and keeps that knowledge in string operations."""
+"""Strings that record which of their characters a client wrote, and keep this record in operations."""
 
 import operator
 import secrets
@@ -110,7 +110,7 @@ class MarkedText(str):
         return self._same_length(super().capitalize())
 
     def _cut(self, pieces: Iterable[str]) -> tuple["MarkedText", ...]:
-        """Marks pieces that follow each other without a gap."""
+        """Returns the pieces of this text, which follow each other without a gap, as marked texts."""
         found, position = [], 0
         for piece in pieces:
             found.append(self[position : position + len(piece)])
@@ -118,7 +118,10 @@ class MarkedText(str):
         return tuple(found)
 
     def _find(self, pieces: Iterable[str], separator_length: int) -> list["MarkedText"]:
-        """Marks pieces between which there are separators of this length; 0 means any white space."""
+        """Returns pieces of this text as marked texts.
+
+        Each separator has this length (0: any white space).
+        """
         found: list[MarkedText] = []
         position = 0
         for piece in pieces:
@@ -141,7 +144,7 @@ def join(pieces: Iterable[str], separator: str = "") -> MarkedText:
 
 
 def mark(value: Any) -> Any:
-    """Returns a copy of JSON data in which all strings are marked as the client's, except messages' roles.
+    """Returns a copy of JSON data in which all strings except messages' roles are marked as the client's.
 
     The keys of objects are marked, too.
     """
@@ -155,7 +158,7 @@ def mark(value: Any) -> Any:
 
 
 def _is_role(key: str, value: Any) -> bool:
-    """True for the role of a message, of which some templates make a control token."""
+    """True for the role of a message, which some templates turn into a control token."""
     return key == "role" and value in ROLES
 
 
@@ -171,7 +174,7 @@ def is_marked(value: Any) -> bool:
 
 
 def keep_marks(operation: Callable[..., Any], template: str, *args: Any, **kwargs: Any) -> Any:
-    """Formats `template` with arguments, whose marks stay where the result contains them unchanged."""
+    """Formats `template` with arguments. They keep their marks where the result contains them unchanged."""
     nonce = secrets.token_hex(8)
     texts: list[MarkedText] = []
 

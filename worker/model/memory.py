@@ -1,4 +1,4 @@
-"""Memory limits of KV cache and adapters, computed from the settings and the free memory."""
+"""Memory limits of the KV cache and the adapters, computed from the settings and the free memory."""
 
 import torch
 
@@ -17,7 +17,8 @@ DEFAULT_ADAPTER_SHARE = 0.1
 def num_free_bytes(device: torch.device) -> int:
     """Returns the free memory of the device.
 
-    For the CPU, it is the memory that is available on the machine, or less if the control group has a limit.
+    For the CPU, this is the memory that is available on the machine, or less if the control group has a
+    limit.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -27,7 +28,7 @@ def num_free_bytes(device: torch.device) -> int:
 
 
 def describe_limits() -> str:
-    """Describes for the log how much memory and how many threads this process may use, and why no more."""
+    """Describes for the log how much memory and how many threads the process may use, and why."""
     limit, quota = _binding_limit(), cpu_quota()
     by = f"by the control group's limit of {limit.num_bytes >> 20} MiB" if limit else "on the machine"
     of_quota = f", control group's quota: {quota:g} CPUs" if quota else ""
@@ -36,7 +37,7 @@ def describe_limits() -> str:
 
 
 def _binding_limit() -> MemoryLimit | None:
-    """Returns the control group's limit if it leaves less memory than the machine has available."""
+    """Returns the control group's limit if it leaves less memory than is available on the machine."""
     limit = memory_limit()
     return limit if limit and limit.num_free_bytes < _num_available_bytes() else None
 
@@ -48,14 +49,14 @@ def _num_available_bytes() -> int:
 
 
 def adapter_bytes(device: torch.device) -> int:
-    """Returns the default maximum number of bytes of adapters on a device."""
+    """Returns the default limit on the bytes of all adapters on a device."""
     return int(num_free_bytes(device) * DEFAULT_ADAPTER_SHARE)
 
 
 def num_cache_blocks(
     settings: WorkerSettings, device: torch.device, *, max_model_len: int, num_block_bytes: int
 ) -> int:
-    """Returns the number of blocks of the KV cache: as many as fit into memory, but no more than are useful.
+    """Returns the number of blocks of the KV cache: all that fit into memory, but no more than are useful.
 
     The useful blocks are those of a full batch of sequences of maximum length and, with a prefix cache, of
     `NUM_PREFIX_BATCHES` further batches.

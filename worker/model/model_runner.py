@@ -57,7 +57,7 @@ class ModelRunner:
         self._forward.wait()
 
     def close(self) -> None:
-        """Stops compiling, and watching the model's files."""
+        """Stops compiling, and stops watching the model's files."""
         self.watch.close()
         self._forward.close()
 
@@ -66,8 +66,8 @@ class ModelRunner:
         """Runs one forward pass; returns the next token of each sequence that `samples`, in batch order.
 
         A sequence whose logits are not finite gets an error. The block tables must have blocks for all
-        scheduled tokens; afterwards, the keys and values of these tokens are in the cache. The caller then
-        has to update `num_computed_tokens`.
+        scheduled tokens. After the call, the keys and values of these tokens are in the cache, and the caller
+        must update `num_computed_tokens`.
 
         Raises:
             AdapterError: a sequence names an adapter that isn't resident.

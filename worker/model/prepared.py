@@ -1,6 +1,6 @@
-"""Prepares a loaded transformers model: checks it, speeds its Linears up, allocates its KV cache.
+"""Prepares a loaded transformers model: checks it, makes its Linears faster, and allocates its KV cache.
 
-Linears are fused, packed for oneDNN and replaced by C++ kernels, each where possible.
+Where possible, Linears are fused, packed for oneDNN, and replaced by C++ kernels.
 """
 
 import logging
@@ -44,7 +44,7 @@ class PreparedModel:
 
 
 def prepare(model: Any, settings: WorkerSettings, kernels: KernelState | None) -> PreparedModel:
-    """Prepares a model that `loading.load_model` loaded; `kernels`, if given, compute Linears and attention.
+    """Prepares a model from `loading.load_model`; `kernels`, if given, compute Linears and attention.
 
     Raises:
         ConfigurationError: the model can't be served, or its KV cache doesn't fit into memory.

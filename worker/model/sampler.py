@@ -1,4 +1,4 @@
-"""Samples tokens from logits: greedily, or with random numbers that depend only on the request."""
+"""Samples tokens from logits, greedily or with random numbers that depend only on the request."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -123,7 +123,7 @@ def _scale(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow], group: 
 def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Samples a token of the whole vocabulary per row, (num_rows,): first a block, then a token in the block.
 
-    The sums of all blocks, and a running sum in one block, are less work than a running sum over all tokens.
+    Sums of all blocks and a running sum in one block take less time than a running sum over all tokens.
     """
     num_rows, vocab = scaled.shape
     blocks = _blocks(scaled.exp_())
@@ -139,8 +139,8 @@ def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Samples a token per row, (num_rows,), after top-k and then top-p.
 
-    Only the `_NUM_CANDIDATES` most likely tokens are looked at. A row for which these may be too few gets the
-    result `UNDECIDED`.
+    Only the `_NUM_CANDIDATES` most likely tokens are considered. If these may be too few for a row, the
+    result of the row is `UNDECIDED`.
     """
     vocab = scaled.shape[-1]
     likeliest, tokens = _largest(scaled, min(_NUM_CANDIDATES, vocab))
@@ -162,7 +162,7 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Samples like `_draw_likely`, but sorts the whole vocabulary, which is slow and decides every row."""
+    """Samples like `_draw_likely`, but sorts the whole vocabulary; this is slow, but decides every row."""
     vocab = scaled.shape[-1]
     weights, tokens = scaled.exp_().sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=weights.device)[:, None]
@@ -198,7 +198,7 @@ def _mass(weights: Tensor) -> Tensor:
 
 
 def _keep(weights: Tensor, mass: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Keeps the first of the descending weights that sum up to `top_p` of the mass; sets the others to 0."""
+    """Keeps the largest weights that together have `top_p` of the mass; sets all other weights to 0."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     top_p = cumulative.new_tensor([row.params.top_p for row in rows])[:, None]
     beyond = cumulative - weights >= top_p * mass

@@ -1,8 +1,8 @@
-"""Checks at load that a model's logits in batches over the paged cache equal those for single sequences.
+"""Checks that a loaded model computes the same logits in batches with the paged cache as without them.
 
 The check replaces a list of supported model families. Some models never call the attention function, some
-keep state outside of the KV cache, and some derive parameters from all tokens of a batch. Such a model gives
-other logits or lacks calls of the attention function, and is refused.
+keep state outside of the KV cache, and some derive parameters from all tokens of a batch. The check notices
+the missing calls or the wrong logits of such a model, and refuses it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,7 +48,7 @@ def num_blocks_needed(block_size: int) -> int:
 
 @dataclass
 class LinearCalls:
-    """Observations of how a model calls its Linears, over all steps."""
+    """Observations of how a model calls its Linears in the steps of the check."""
 
     see_tokens: dict[str, bool] = field(default_factory=dict)
     """True if each call of the Linear had one row per token of the step; by the Linear's name."""
@@ -69,7 +69,7 @@ class LinearCalls:
         return number_linears(self._group(tokens), heads)
 
     def _group(self, layers: Mapping[str, nn.Linear]) -> list[list[str]]:
-        """Groups the names of `layers`, in their order; neighbours that can be fused are in one group."""
+        """Groups the names of `layers`, in their order; a group has neighbours that can be fused."""
         groups: list[list[str]] = []
         for name, linear in layers.items():
             former = groups[-1][-1] if groups else ""
@@ -80,7 +80,7 @@ class LinearCalls:
         return groups
 
     def end_step(self, calls: Iterable[tuple[str, Tensor]]) -> None:
-        """Records a step's neighbours, from (name, input rows) of all calls in their order."""
+        """Records which Linears a step called back to back; `calls` has (name, input rows) of each call."""
         pairs = {
             (name, next_name) for (name, rows), (next_name, next_rows) in pairwise(calls) if rows is next_rows
         }
@@ -124,7 +124,7 @@ class SelfCheck:
         return calls
 
     def run_again(self, forward: Callable[[Batch], Tensor]) -> None:
-        """Repeats `run` after fused Linears and C++ kernels were put into a model that passed.
+        """Repeats `run` after fused Linears and C++ kernels were put into a model that had passed the check.
 
         Raises:
             ConfigurationError: the check fails now; the message says that this is a fault of Lorelay.
@@ -164,7 +164,7 @@ class SelfCheck:
 
 
 def _sequences(block_size: int) -> list[Sequence]:
-    """Returns empty sequences that get the cache's blocks in turn, beginning with the last block."""
+    """Returns empty sequences, whose block tables get the cache's blocks in turn, from the last block on."""
     free = list(range(num_blocks_needed(block_size)))
     sequences = [Sequence("self-check", n, None, SamplingParams(), [], 0, 1) for n in range(len(LENGTHS))]
     while free:
@@ -248,7 +248,7 @@ def _call_problem(model: Any, state: AttentionState) -> str | None:
 
 
 def logits_problem(errors: list[float], dtype: torch.dtype) -> str | None:
-    """Describes the fault if too many rows have a large relative error (`errors`); else returns None."""
+    """Describes the problem if too many relative errors of rows (`errors`) are large; None otherwise."""
     differing = [error for error in errors if not error <= TOLERANCES.get(dtype, 1e-3)]  # NaN differs, too
     if len(differing) <= (MAX_NUM_NOISY_ROWS if dtype.itemsize == 2 else 0):
         return None

@@ -69,7 +69,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
 def load_with_kernels(
     folder: Path, settings: WorkerSettings, device: torch.device
 ) -> tuple[Any, KernelState | None]:
-    """Loads the model and, in parallel, the C++ kernels, whose first build takes as long as the model.
+    """Loads the model and, in parallel, the C++ kernels: their first build takes as long as the model.
 
     The kernels are None if they can't be used.
     """
@@ -113,7 +113,7 @@ def _load_adapters(
     served: ServedModels,
     sources: Sequence[AdapterSource],
 ) -> None:
-    """Reads and checks all adapters; keeps as many in host memory and slots as fit."""
+    """Reads and checks all adapters; keeps those that fit in host memory and slots."""
     try:
         for source in sources:
             model, weights = store.read_new(source.name, source.path)

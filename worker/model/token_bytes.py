@@ -1,7 +1,7 @@
-"""Computes how many bytes of a text one token can stand for; an API refuses prompts that are too long by it.
+"""Computes the maximum number of bytes of a text per token; APIs use it to refuse prompts that are too long.
 
-The bound must hold for every text, because the API has no tokenizer. There is none if a tokenizer may drop
-text, or if one of its tokens stands for any number of characters.
+The maximum must hold for every text, because the API has no tokenizer. There is no maximum if a tokenizer may
+drop text, or if one of its tokens can stand for any number of characters.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ _KEEPING = ("ByteLevel", "Metaspace", "Digits")
 
 
 def max_token_bytes(state: dict[str, Any]) -> int:
-    """Returns the maximum number of ordinary bytes (`shared.text_size`) per token; 0 if there is no bound.
+    """Returns the maximum number of ordinary bytes (`shared.text_size`) per token; 0 if there is none.
 
     `state`: a tokenizer as `tokenizer.json` describes it.
     """
@@ -77,7 +77,7 @@ def _strips(token: dict[str, Any]) -> bool:
 
 
 def _ordinary_letters() -> set[str]:
-    """Returns the characters that stand for `ORDINARY_BYTES` in byte-level vocabularies, as in GPT-2."""
+    """Returns the characters that stand for `ORDINARY_BYTES` in byte-level vocabularies such as GPT-2's."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in BYTES if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}

@@ -98,7 +98,7 @@ class Tokenizer:
 
     @cached_property
     def max_token_bytes(self) -> int:
-        """Maximum number of bytes of a user's messages per token; 0 if tokenizer and template give none."""
+        """Maximum number of bytes of a user's messages per token; 0 if there is no such maximum."""
         if self._fast is None or not self._keeps_user_text:
             return 0
         return max_token_bytes(json.loads(self._fast.to_str()))
@@ -121,8 +121,8 @@ class Tokenizer:
     ) -> list[int]:
         """Returns the token ids of a chat: messages in the model's template, up to the assistant's turn.
 
-        If `inputs` continues the last message, the ids end inside of this message. Special tokens, including
-        BOS, come only from the template; the tokenizer adds none.
+        If `inputs` asks to continue the last message, the ids end inside this message. Special tokens,
+        including BOS, come only from the template. The tokenizer adds none.
 
         Raises:
             InvalidRequest: the template refuses the messages.
@@ -141,11 +141,11 @@ class Tokenizer:
 
     @property
     def template_sources(self) -> frozenset[str]:
-        """The sources of the chat templates, of which there is one, or another one for chats with tools."""
+        """The sources of the chat templates: one for all chats, or a second one for chats with tools."""
         return frozenset(self._templates)
 
     def _template(self, *, has_tools: bool) -> ChatTemplate:
-        """Returns the chat template; a tokenizer may have another one for chats with tools."""
+        """Returns the chat template; a tokenizer may have a separate template for chats with tools."""
         return self._templates[self.backend.get_chat_template(tools=[{}] if has_tools else None)]
 
     def _encode(self, rendered: Rendered, param: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -167,7 +167,7 @@ class Tokenizer:
         )
 
     def _find_of_client(self, text: str, mask: bytes) -> str | None:
-        """Returns the text of a control token of which a client wrote a part, or None."""
+        """Returns the text of a control token that a client wrote, wholly or in part; None without one."""
         for token in self.backend.added_tokens_encoder:
             start = text.find(token)
             while start >= 0:
@@ -223,7 +223,7 @@ def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:
 
 
 def as_ids(entry: int | list[int] | None) -> frozenset[int]:
-    """Returns the token ids in an entry of a config, which has one, several, or none."""
+    """Returns the token ids in an entry of a config: one, several or none."""
     if entry is None:
         return frozenset()
     return frozenset([entry] if isinstance(entry, int) else entry)

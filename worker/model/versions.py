@@ -1,4 +1,4 @@
-"""Weights versions, computed from files alone; all engines that serve the same files must report one version.
+"""Weights versions, computed from files alone. All engines must give the same version for the same files.
 
 The registry compares the versions of all workers, and a request runs only on workers that have its version.
 """
@@ -40,7 +40,7 @@ def own_version(adapter: str, tokenizer_digest: str) -> str:
 
 
 def adapter_version(config_file: Path, weight_file: Path) -> str:
-    """Returns the SHA-256 (hex) of an adapter's config and of the one weight file that is served."""
+    """Returns the SHA-256 (hex) of an adapter's config and of its weight file."""
     digest = hashlib.sha256()
     for file in (config_file, weight_file):
         with file.open("rb") as stream:

@@ -1,1 +1,1 @@
-"""The part of a worker between Redis and the engine, and its threads."""
+"""The part of a worker between Redis and the engine, with the worker's threads."""

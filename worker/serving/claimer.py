@@ -1,4 +1,4 @@
-"""Claims requests for a worker: reads waiting requests, chooses some by the order rule, and takes these."""
+"""Claims requests for a worker: reads waiting requests, chooses some by the order rule, and claims these."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ NUM_SPARE = 4
 
 
 class _Attempt(NamedTuple):
-    """A claim that was sent, and whose reply has not arrived."""
+    """A claim that was sent, but whose reply has not arrived."""
 
     claim_ids: list[str]
     picks: list[Pick]
@@ -38,7 +38,7 @@ class Claimer:
         slots: Callable[[], AdapterSlots],
         names_if_few: Callable[[int], Sequence[str]],
     ) -> None:
-        """`slots`: returns the current adapter slots. `names_if_few`: `ServedQueues.names_if_few`."""
+        """`slots` returns the current adapter slots; `names_if_few` is `ServedQueues.names_if_few`."""
         self._streams = streams
         self._order = order
         self._slots = slots
@@ -65,7 +65,7 @@ class Claimer:
         return claims
 
     def nothing_waits(self) -> None:
-        """Notes that no request of the base waits, so that closed adapters are reopened."""
+        """Reopens closed adapters, because no request of the base waits."""
         self._order.forget_closed()
 
     def _choose(self, running: Running) -> _Attempt:

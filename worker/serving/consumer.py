@@ -38,7 +38,7 @@ IO = "io"
 
 
 class _Share(NamedTuple):
-    """The number of sequences of a held request, with the queue and the tenant that are charged for them."""
+    """A held request's share: its number of sequences, and the queue and the tenant that they count for."""
 
     queue: str
     tenant: str
@@ -63,7 +63,7 @@ class HeldRequests:
 
     @property
     def has_suspect(self) -> bool:
-        """True if a held request is a suspect: it may have crashed a worker, so its steps must run alone."""
+        """True if a held request is a suspect: it may have crashed a worker, so it must run alone."""
         return self._suspect in self._shares
 
     def add(self, claim: Claim) -> None:
@@ -76,16 +76,19 @@ class HeldRequests:
                 self._suspect_until_event_no = len(claim.events) + NUM_EVENTS_TO_CLEAR
 
     def isolate(self, held: Held) -> None:
-        """Notes that the engine isolated this request. The engine pauses until Redis has recorded that."""
+        """Records that the engine isolated this request.
+
+        The engine pauses until Redis has recorded it, too.
+        """
         self._isolated = held
 
     @property
     def isolated(self) -> Held | None:
-        """The request that the engine isolated; None once the request is cleared or not held any more."""
+        """The request that the engine isolated; None if the request was cleared or is not held any more."""
         return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """Clears the suspect and returns true if it has produced enough events with the written `appends`."""
+        """Clears the suspect and returns true if, with these `appends`, it has written enough events."""
         is_cleared = any(
             append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends
@@ -132,9 +135,10 @@ def _share_of(claim: Claim) -> _Share:
 
 
 class _Pause(NamedTuple):
-    """Until `end_s` (monotonic), a worker with `num_long` long prompts or more looks for no further requests.
+    """A pause until `end_s` (monotonic) in which a worker with `num_long` long prompts does not look.
 
-    A look that passes over long requests costs Redis some milliseconds, and would be repeated in each turn.
+    A look that passes over long requests takes Redis some milliseconds. Without the pause, each turn would
+    repeat it.
     """
 
     num_long: int
@@ -142,7 +146,7 @@ class _Pause(NamedTuple):
 
 
 class Consumer:
-    """Passes requests from Redis to the engine, and events from the engine to Redis."""
+    """Passes requests from Redis to the engine, and events from the engine back to Redis."""
 
     def __init__(
         self,
@@ -187,7 +191,7 @@ class Consumer:
         return self._encoder.longest()
 
     def wake_engine(self) -> None:
-        """Wakes the engine loop if it waits for commands; called when an adapter has been read."""
+        """Wakes the engine loop if it waits for commands; called after an adapter was read."""
         self.commands.put(Commands())
 
     def drain(self) -> None:
@@ -206,7 +210,10 @@ class Consumer:
         self._encoder.stop()
 
     def run(self) -> None:
-        """Calls `turn` again and again until `stop`. While Redis is down, retries and keeps unsent events."""
+        """Repeats `turn` until `stop`.
+
+        While Redis is down, retries, and keeps the events that were not sent.
+        """
         while not self._stopped.is_set():
             try:
                 self.turn()
@@ -248,8 +255,8 @@ class Consumer:
     def hand_back(self, give_up_at: float = 0) -> int:
         """Hands all held requests back to their queues after `run` has ended; returns their number.
 
-        Retries until `give_up_at` (`time.monotonic()`). Other workers take over the remaining requests when
-        the leases of these requests expire.
+        Retries until `give_up_at` (`time.monotonic()`). Other workers take over requests that could not be
+        handed back when their leases expire.
 
         Raises:
             redis.RedisError: the server refused with an error that is not transient.
@@ -275,7 +282,7 @@ class Consumer:
             return
 
     def _send(self) -> bool:
-        """Writes the collected events, and acts on the reply; returns true if requests wait in a queue."""
+        """Writes the collected events, and handles the reply; returns true if requests wait in a queue."""
         appends = self._unsent
         isolated = self._held.isolated
         news = self._streams.append(self._held.snapshot(), appends, isolated.request_id if isolated else "")
@@ -295,8 +302,9 @@ class Consumer:
     def _pass_on(self, news: News, ended: set[str]) -> None:
         """Tells the engine which requests to abort and to drop.
 
-        `ended`: ids of requests that this append ended. `news` may report them as lost: if the first reply to
-        an append was lost, the reply to its repetition finds that these requests have no owner any more.
+        `ended`: ids of requests that this append ended. `news` may report them as lost, but they are not
+        dropped: if a reply to an append was lost, the append is repeated, and its requests then have no owner
+        any more.
         """
         lost = [request_id for request_id in news.lost if request_id not in ended]
         for request_id in lost:

@@ -1,4 +1,4 @@
-"""The engine loop: applies commands from the consumer, steps the engine, and returns its events."""
+"""The engine loop: carries out the consumer's commands, runs the engine's steps, and returns the events."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ WAKE_UP_S = 0.1
 
 
 class _Owned(NamedTuple):
-    """The claim of a request that the engine has, and its times (seconds) until the engine got it."""
+    """The claim of a request that the engine has, and the durations (s) of its stages before the engine."""
 
     held: Held
     queue_s: float
@@ -80,7 +80,7 @@ class EngineLoop:
         self._consumer.drain()
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Runs until no request is left after `drain`, until `drain_s` is over, or until `should_stop()`."""
+        """Runs until, after `drain`, no request is left or `drain_s` has passed, or until `should_stop()`."""
         while not (self._is_drained() or should_stop()):
             appends = self._apply_commands()
             appends += self._to_appends(self._engine.settle_adapters())
@@ -112,7 +112,7 @@ class EngineLoop:
         return self._hurried.is_set() or not self._held or self._clock() > self._drain_until
 
     def _apply_commands(self) -> list[Append]:
-        """Carries out the waiting commands; if the engine has nothing to run, waits briefly for a command."""
+        """Carries out the waiting commands. If the engine has nothing to run, waits briefly for a command."""
         appends: list[Append] = []
         is_idle = not self._engine.has_work or self._engine.is_stalled
         commands = self._next_commands(WAKE_UP_S if is_idle else None)
@@ -150,7 +150,7 @@ class EngineLoop:
         return appends
 
     def _stop(self, request_id: str) -> list[Append]:
-        """Stops a request. If its prompts are still being encoded, it is stopped when they arrive."""
+        """Stops a request. If its prompts are still being encoded, stops the request when they arrive."""
         if not self._engine.holds(request_id):
             held = self._held.snapshot()
             self._stopped_early &= set(held)
@@ -158,7 +158,7 @@ class EngineLoop:
         return self._to_appends(self._engine.stop_request(request_id))
 
     def _to_appends(self, outputs: list[Output]) -> list[Append]:
-        """Returns the outputs with the claims of their requests; forgets a claim at its terminal event."""
+        """Returns the outputs with the claims of their requests; a terminal event deletes the claim here."""
         return [
             self._end(output)
             if output.event.is_terminal
@@ -187,7 +187,7 @@ class EngineLoop:
             return None
 
     def _put(self, appends: list[Append]) -> None:
-        """Passes events to the consumer; blocks, and so pauses the engine, if too many steps are unsent."""
+        """Passes events to the consumer. If too many steps are unsent, blocks, which pauses the engine."""
         while not (self._hurried.is_set() or self._is_drained()):
             with contextlib.suppress(queue.Full):
                 self._consumer.outbox.put(appends, timeout=WAKE_UP_S)

@@ -19,11 +19,11 @@ class Failure:
 
     @property
     def is_crash(self) -> bool:
-        """True if the error may be due to a request, and counts as a crash: any error that is not Redis's."""
+        """True if the error counts as a crash, since a request may have caused it; False for Redis errors."""
         return self.error is not None and not isinstance(self.error, redis.RedisError)
 
     def report(self, error: BaseException) -> None:
-        """Logs an error, and keeps it if it is the first; the engine loop ends after its current step."""
+        """Logs an error, and keeps the first one. The engine loop then ends after its current step."""
         if isinstance(error, redis.RedisError):
             logger.error("Worker %s: %s", self._worker_name, explain(error))
         else:
@@ -31,7 +31,10 @@ class Failure:
         self.error = self.error or error
 
     def guard(self, run: Callable[[], None]) -> None:
-        """Runs the function of a thread; reports an error, because the worker needs every thread."""
+        """Runs the function of a thread.
+
+        If it fails, reports the error, because the worker needs every thread.
+        """
         try:
             run()
         except BaseException as error:

@@ -71,7 +71,7 @@ class Faults:
             death()
 
     def claimed(self, claims: Iterable[Claim]) -> None:
-        """Fault-injection point: requests have been claimed in Redis, but the worker does not know it yet."""
+        """Fault-injection point: requests have been claimed in Redis, but the reply is not processed yet."""
         for claim in claims:
             if _has(claim.request, self._poison):
                 self._poisoned.add(claim.held.request_id)
@@ -84,7 +84,7 @@ class Faults:
         self.reach("ending" if any(append.event.is_terminal for append in appends) else "appending")
 
     def appended(self, appends: Iterable[Append]) -> None:
-        """Fault-injection point: the append has been written to Redis, but its reply is not processed yet."""
+        """Fault-injection point: the append has been written to Redis, but the reply is not processed yet."""
         self.reach("ended" if any(append.event.is_terminal for append in appends) else "appended")
 
     def encoding(self, request: GenerationRequest) -> None:
@@ -121,7 +121,7 @@ class FaultyModel:
         return getattr(self._model, name)
 
     def run(self, batch: Batch) -> Sequence[Sampled]:
-        """Injects the fault that is due, if any, then runs one step."""
+        """Injects a fault if one is due, then runs one step."""
         self._faults.before_step([item.seq.request_id for item in batch])
         return self._model.run(batch)
 
@@ -172,7 +172,7 @@ def faulty_streams(streams: WorkerStreams, faults: Faults) -> WorkerStreams:
 
 
 def _has(request: GenerationRequest, word: str) -> bool:
-    """True if a word was given, and the prompt of the request contains it."""
+    """True if `word` is not empty and the prompt of the request contains it."""
     return bool(word) and word in str((request.messages, request.prompts))
 
 

@@ -1,4 +1,4 @@
-"""The worker's heartbeat thread: renews its own leases, and requeues requests whose leases expired."""
+"""The worker's heartbeat thread, which renews the worker's leases and requeues requests of dead workers."""
 
 import logging
 import threading
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Does a worker's periodic work in a separate thread, so that long steps don't delay this work.
+    """Does a worker's periodic work in a separate thread, so that long steps don't delay it.
 
-    Requests with expired leases are requeued, and requests of dead APIs aborted, only after the connection to
-    Redis has been up for the time of one lease: after a restart of Redis, every lease looks expired until its
-    owner can renew it.
+    After a restart of Redis, every lease looks expired until its owner renews it. This thread therefore
+    requeues requests with expired leases, and aborts requests of dead APIs, only after its connection to
+    Redis has been up for the duration of a lease.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Heartbeat:
         watch_engine: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`served` returns the worker's queues with their weights versions, see `UpkeepStreams.serve`."""
+        """`served` returns the worker's queues with their weights versions; see `UpkeepStreams.serve`."""
         self._streams = streams
         self._held = held
         self._consumer = consumer
@@ -58,7 +58,10 @@ class Heartbeat:
         self._stopped.set()
 
     def run(self) -> None:
-        """Calls `turn` again and again until `stop`; a later turn does what failed while Redis was down."""
+        """Repeats `turn` until `stop`.
+
+        If a part of a turn fails while Redis is down, a later turn does it.
+        """
         while not self._stopped.wait(min(self._settings.heartbeat_s, self._settings.reap_s)):
             self._watch_engine()
             try:
@@ -72,7 +75,7 @@ class Heartbeat:
                 self.outages.end("heartbeat")
 
     def turn(self) -> None:
-        """Renews leases, reaps expired leases, ends unserved requests, sweeps queues, each when it is due."""
+        """Renews leases, reaps requests, ends unserved requests, and sweeps queues, each when it is due."""
         now = self._clock()
         connected_s = now - self._connected_since if self._connected_since is not None else 0.0
         if now - self._renewed_at >= self._settings.heartbeat_s:

@@ -1,4 +1,4 @@
-"""Retries calls while Redis is down or reports transient errors; for threads that may block meanwhile."""
+"""Retries calls while Redis is down or reports transient errors; only for threads that may block."""
 
 import logging
 import threading
@@ -60,7 +60,7 @@ class Patience:
 
 
 def call_until(give_up_at: float, call: Callable[[], T]) -> T:
-    """Retries a call until it succeeds, and returns its result; for the shutdown of a worker.
+    """Retries a call until it succeeds, and returns its result; used in the shutdown of a worker.
 
     Raises:
         redis.RedisError: the error is not transient, or `time.monotonic()` has passed `give_up_at`.
@@ -75,7 +75,7 @@ def call_until(give_up_at: float, call: Callable[[], T]) -> T:
 
 
 class PatientRedis(NamingRedis):
-    """A client for `rq worker --connection-class`: retries while Redis reports a transient error (BUSY, …).
+    """A client for `rq worker --connection-class` that retries after transient errors of Redis, such as BUSY.
 
     `rq` asks Redis whether queues are suspended before it creates the worker, and ends if that call fails.
     After an error that is not transient, this client ends the process with one log line.
@@ -94,7 +94,7 @@ class _PatientRetry(Retry):
         self._pool = pool
 
     def __deepcopy__(self, memo: object) -> Self:
-        """Returns this object itself: redis-py makes a copy for each connection, but can't copy `_pool`."""
+        """Returns this object itself: redis-py copies it for each connection, but can't copy `_pool`."""
         return self
 
     def call_with_retry(self, do: Callable[[], T], *args: Any, **kwargs: Any) -> T:

@@ -21,7 +21,7 @@ Encode = Callable[[GenerationRequest], list[list[int]]]
 
 
 class Encoding(NamedTuple):
-    """A request that is being encoded, and for how long, in seconds."""
+    """A request that is being encoded, and the time (s) that this has taken so far."""
 
     held: Held
     model: str
@@ -43,7 +43,10 @@ class PromptEncoder:
         held: Container[Held],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`inbox`: gets each claim with its encoded prompts. `held`: only claims still in it are encoded."""
+        """`inbox`: receives each claim with its encoded prompts.
+
+        `held`: claims that are not in it are skipped.
+        """
         self._encode = encode
         self._inbox = inbox
         self._held = held

@@ -1,4 +1,4 @@
-"""The queues that a worker claims from and the cards that it registers, derived from `ServedModels`."""
+"""The queues from which a worker claims and the cards that it registers, computed from `ServedModels`."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -36,7 +36,7 @@ class ServedQueues:
         return {queue: version for queue, version in versions.items() if queue in self._only}
 
     def names_if_few(self, most: int) -> list[str]:
-        """Returns the queues from which the worker may claim; if more than `most`, [], in constant time."""
+        """Returns the queues from which the worker may claim, or at once [] if there are more than `most`."""
         num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
         return list(self.versions()) if num_queues <= most else []
 
@@ -65,7 +65,7 @@ class ServedQueues:
 
 
 def worker_facts(engine: Engine) -> WorkerFacts:
-    """Returns what a worker tells about itself with every heartbeat."""
+    """Returns the facts that a worker publishes about itself with every heartbeat."""
     return WorkerFacts(engine.max_model_len, engine.dtype, *engine.adapters.counts)
 
 

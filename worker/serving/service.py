@@ -1,4 +1,4 @@
-"""A worker without RQ: creates, connects, runs and stops the engine loop, the consumer and the heartbeat."""
+"""A worker without RQ, which creates, connects, runs and stops engine loop, consumer and heartbeat."""
 
 import gc
 import logging
@@ -98,15 +98,15 @@ class WorkerService:
         return self._engine.remains
 
     def report_outages_to(self, outages: Outages) -> None:
-        """Makes all threads report to `outages`, so that an outage of Redis is logged only once."""
+        """Makes all threads report to `outages`, so that each outage of Redis is logged only once."""
         self._consumer.outages = self._heartbeat.outages = outages
 
     def take_lease(self) -> None:
-        """Writes to Redis that this worker is alive and what it serves. Raises `redis.RedisError`."""
+        """Writes to Redis that this worker is alive, and what it serves; raises `redis.RedisError`."""
         self._heartbeat.turn()
 
     def drain(self) -> None:
-        """Stops claiming and lets running requests finish; a second call hands them all back at once."""
+        """Stops claiming and lets running requests finish. A second call hands back all requests at once."""
         self._loop.drain()
 
     def stop_request(self, request_id: str) -> None:
@@ -116,8 +116,9 @@ class WorkerService:
     def run(self, failure: Failure, give_up_at: Callable[[], float], *, burst: bool = False) -> None:
         """Serves until `drain`, until a thread fails, or with `burst` until no request waits.
 
-        Then the parts stop in this order: engine, I/O thread, hand-back of the remaining requests, heartbeat.
-        `give_up_at()` returns the `time.monotonic()` until which the hand-back is retried.
+        The end has four stages: the engine stops, the I/O thread stops, the remaining requests are handed
+        back, and the heartbeat stops. `give_up_at()` returns the `time.monotonic()` until which the third
+        stage is retried.
         """
         # Exclude libraries and model from garbage collection: they are never freed, and each scan of them
         # would pause all streams for 0.2 s.
@@ -150,7 +151,7 @@ class WorkerService:
 def _claimer(
     streams: WorkerStreams, queues: ServedQueues, engine: Engine, settings: WorkerSettings
 ) -> Claimer:
-    """Creates a claimer, with fairness weights from the settings and the use of slots from the engine."""
+    """Creates a claimer, which gets weights from the settings, and the use of slots from the engine."""
     order = WaitingOrder(
         queues.name_of(None),
         max_wait_s=settings.max_wait_s,

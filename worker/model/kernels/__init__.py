@@ -1,1 +1,1 @@
-"""C++ kernels, and settings of oneDNN and OpenMP, which must be made before torch is imported."""
+"""C++ kernels, and settings of oneDNN and OpenMP that must be set before torch is imported."""

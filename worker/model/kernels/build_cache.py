@@ -1,4 +1,4 @@
-"""The cache folder, which keeps built kernels, compiled graphs and digests of files for later starts."""
+"""The cache folder, which keeps kernels, compiled graphs and digests of files for later starts."""
 
 import contextlib
 import logging
@@ -37,9 +37,10 @@ def mark_used(path: Path) -> None:
 
 
 def drop_unused(folder: Path) -> None:
-    """Removes scratch folders of killed compilers, and entries that were unused for `MAX_UNUSED_S`.
+    """Removes the scratch folders of killed compilers, and entries that were not used for `MAX_UNUSED_S`.
 
-    Only one process at a time may call this function: it removes the scratch folder of any running compiler.
+    No other process may compile meanwhile, because this function would remove the scratch folder of its
+    compiler.
     """
     oldest_s = time.time() - MAX_UNUSED_S
     left = list(folder.glob(f"{SCRATCH_PREFIX}*"))
@@ -52,7 +53,7 @@ def drop_unused(folder: Path) -> None:
 
 
 def drop_truncated(folder: Path) -> None:
-    """Removes libraries that a power loss has truncated, because loading one would kill the process."""
+    """Removes libraries that a power loss has truncated: loading such a library would kill the process."""
     for library in (*folder.glob("kernels-*.so"), *folder.glob("graph-*/**/*.so")):
         try:
             if not _is_truncated(library):
@@ -70,8 +71,9 @@ def drop_truncated(folder: Path) -> None:
 def _is_truncated(library: Path) -> bool:
     """True if a 64-bit little-endian ELF file (man 5 elf) lacks its section table, the last part of the file.
 
-    After a power loss the file may have its full size but zeros where the section table should be; that
-    counts as truncated, too. Files of other formats count as complete, because loading them raises an error.
+    After a power loss, the file may have its full size, but zeros in place of the section table. Such a file
+    counts as truncated, too. Files of other formats count as complete, because loading them only raises an
+    error.
     """
     with library.open("rb") as file:
         header = file.read(64)

@@ -1,7 +1,7 @@
 """C++ kernels for the forward pass on a CPU: Linears with their adapters, attention, compiled graphs.
 
-The kernels are built once per machine, while the model is loaded. Without a compiler, PyTorch's operators
-compute the same results, but take longer.
+The kernels are built once per machine, while the model loads. Without a compiler, PyTorch's operators compute
+the same results, but take longer.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ def make_callable(device: torch.device, folder: Path | None = None) -> bool:
 
 
 class KernelState(Protocol):
-    """Inputs that the kernels do not get as arguments: weights, adapters, KV cache, attention metadata.
+    """Inputs of the kernels that are not arguments: weights, adapters, KV cache, attention metadata.
 
     Each model has its own state. Linears are identified by their numbers in `products.FusedLinears`.
     """
@@ -70,13 +70,15 @@ class KernelState(Protocol):
         is_packed: bool,
         sees_sampled_rows: bool,
     ) -> None:
-        """Sets fused Linears: Linear `number` has `sizes[0]` outputs, Linear `number + 1` has `sizes[1]`, ...
+        """Sets fused Linears.
 
-        `weight` is (sum of sizes, in), packed by `products.pack` if `is_packed`.
+        Linear `number` has `sizes[0]` outputs, Linear `number + 1` has `sizes[1]`, etc.
+
+        `weight` is (sum of sizes, in). If `is_packed` is true, `products.pack` has packed it.
         """
 
     def set_adapters(self, number: int, a: Tensor, b: Tensor, ranks: Tensor) -> None:
-        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out), scaled already.
+        """Sets a Linear's adapters: `a` (sum of ranks, in) and `b` (sum of ranks, out), which are scaled.
 
         The rows `ranks[s]` = (first, count) of `a` and `b` belong to slot s.
         """
@@ -96,7 +98,7 @@ class KernelState(Protocol):
         chunks: Tensor,
         chunk_tables: list[Tensor],
     ) -> None:
-        """Sets a step's attention metadata; makes the kernels that this thread calls use this `KernelState`.
+        """Sets a step's attention metadata; in this thread, the kernels use this `KernelState` from now on.
 
         `cache_indices` (T,) tells where to store the keys and values of all tokens. Row `rows[n]` is a decode
         at position `positions[n]` of a sequence with block table `tables[n]`. All other rows belong to prompt
@@ -156,7 +158,7 @@ class AttentionOptions(NamedTuple):
 
     @property
     def are_plain(self) -> bool:
-        """True if PyTorch's attention supports all parameters that are set."""
+        """True if PyTorch's attention supports all of these parameters that are set."""
         return self.softcap is None and self.sinks is None
 
 
@@ -198,8 +200,8 @@ def _are_loaded() -> bool:
 def fingerprint() -> str:
     """Returns a digest of all that the library depends on, including the CPU because of `-march=native`.
 
-    The kernel's release and the host's name are left out: if the digest had them, every update of the system
-    would have the operators and the graph built anew.
+    The digest leaves out the release of Linux and the name of the host. Otherwise, every update of the system
+    would lead to a new build of kernels and graph.
 
     Raises:
         OSError: there is no compiler.

@@ -1,4 +1,4 @@
-"""Limits the sizes of oneDNN's caches. Do not import torch here: it reads the limits when it is loaded."""
+"""Limits the sizes of oneDNN's caches. Do not import torch here, because torch reads the limits at import."""
 
 import os
 from collections.abc import MutableMapping
@@ -11,10 +11,10 @@ takes a quarter of a millisecond longer."""
 
 
 def bound_caches(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Limits oneDNN's caches, unless the operator's environment sets limits. Call it before torch is loaded.
+    """Limits oneDNN's caches, unless the environment sets limits; must be called before torch is imported.
 
-    Both caches have an entry for each shape of a matmul, and prompts keep bringing new numbers of rows. With
-    the default limit of 1,024 entries, a worker grows by several hundred MiB.
+    The caches have an entry for each shape of a matmul, and prompts of new lengths bring new shapes. With the
+    default limit of 1,024 entries, the memory of a worker would grow by several hundred MiB.
     """
     for name in _CAPACITIES:
         environ.setdefault(name, str(_NUM_ENTRIES))

@@ -1,9 +1,9 @@
 """Makes the matmuls of a model's Linears faster by fusing Linears and by packing weights.
 
-Linears that read the same input rows are fused: they are computed as one matmul, because each call has
-overhead. On a CPU, bfloat16 weights are packed, i.e. copied into the memory layout that oneDNN reads. A
-matmul of 16 rows takes two thirds of the time that it takes with plain weights, a matmul of a single row half
-of it.
+Linears that read the same input rows are fused into one matmul, because each matmul has overhead. On a CPU,
+bfloat16 weights are packed: they are copied into oneDNN's memory layout. With packed weights, a matmul of 16
+rows takes two thirds of the time that it takes with plain weights, and a matmul of one row takes half of the
+time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ _TYPICAL_NUM_ROWS = 16
 
 
 class FusedLinears(msgspec.Struct, frozen=True):
-    """Linears that read the same input and are computed as one matmul; may be a single Linear."""
+    """Linears that read the same input and are computed as one matmul, or a single Linear."""
 
     first_number: int
     """Number of the first Linear; the other Linears have the next numbers. Kernels and graphs use numbers."""
@@ -39,7 +39,7 @@ class FusedLinears(msgspec.Struct, frozen=True):
 
 
 def number_linears(groups: Iterable[Sequence[str]], head_names: Iterable[str]) -> list[FusedLinears]:
-    """Numbers the Linears: first those in `groups`, which get a row per token, then the heads."""
+    """Numbers the Linears: first those in `groups`, whose inputs have a row per token, then the heads."""
     numbered: list[FusedLinears] = []
     number = 0
     for names, is_head in (*((group, False) for group in groups), *(([name], True) for name in head_names)):
@@ -66,11 +66,11 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def fuse(linears: Sequence[nn.Linear], fused: FusedLinears, kernels: KernelState | None = None) -> bool:
-    """Fuses `linears` (the layers listed in `fused`) into a single matmul. Returns True if they are packed.
+    """Fuses `linears` (the layers that `fused` lists) into one matmul; returns True if they are packed.
 
     Either all Linears have a bias or none has one. With `kernels`, the C++ kernel computes the matmul. Packed
-    Linears lose their plain `weight`, to save memory. A head keeps its `weight`: an adapter that targets the
-    head may bring a copy of this weight, and the copy is compared with it.
+    Linears lose their plain `weight`, to save memory. A head keeps its `weight`, because adapters that target
+    the head may contain a copy of it, which is compared with it.
     """
     is_packed = can_pack(linears[0])
     weight, bias = _join([linear.weight for linear in linears]), None
@@ -97,7 +97,7 @@ def call_kernel(linears: Sequence[nn.Linear], fused: FusedLinears) -> None:
 
 
 def _join(parameters: Sequence[Tensor]) -> Tensor:
-    """Concatenates parameters in one tensor; to save memory, each parameter becomes a view of this tensor."""
+    """Concatenates parameters in one tensor. Each parameter becomes a view of this tensor, to save memory."""
     if len(parameters) == 1:
         return parameters[0].detach()
     joined = torch.cat([parameter.detach() for parameter in parameters])
@@ -137,7 +137,10 @@ class _SharedMatmul:
         self._parts: dict[int, Tensor] = {}
 
     def take(self, index: int, rows: Tensor) -> Tensor:
-        """Returns the output of Linear `index`; a second call for it computes the matmul again."""
+        """Returns the output of Linear `index`.
+
+        A second call for the same Linear computes the matmul again.
+        """
         if rows is not self._rows or index not in self._parts:
             self._rows = rows
             self._parts = dict(enumerate(torch.split(self._multiply(rows), self._sizes, dim=-1)))

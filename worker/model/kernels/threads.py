@@ -1,4 +1,4 @@
-"""Settings of OpenMP, PyTorch's thread pool. Do not import torch here: it reads them when it is loaded."""
+"""Settings of OpenMP, PyTorch's thread pool. Do not import torch here, because torch reads them at import."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ meanwhile, the step would take a fifth longer, because they would have to be wok
 def sleep_while_waiting(*, is_eager: bool = False, environ: MutableMapping[str, str] = os.environ) -> None:
     """Makes waiting threads sleep after a short spin, unless the operator's environment says otherwise.
 
-    Call it before torch is loaded. By default, threads spin for long. If another process takes a core, all
-    threads then spin, in each operation, until the thread on that core has run: a step takes ten times as
-    long.
+    This function must be called before torch is imported. With OpenMP's default, waiting threads spin for
+    long. If another process takes a core, all other threads then spin in each operation until the thread of
+    this core has run, and a step takes ten times as long.
     """
     if not any(choice in environ for choice in _CHOICES):
         environ["OMP_WAIT_POLICY"] = "passive"
