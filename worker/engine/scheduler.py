@@ -75,10 +75,7 @@ class Scheduler:
         )
 
     def isolate(self, request_id: str | None) -> None:
-        """Isolates a request: no request runs until `run_isolated`, then only this one.
-
-        None ends the isolation.
-        """
+        """Isolates a request: none runs until `run_isolated`, then only this one. None ends the isolation."""
         self._isolated = request_id
         self._may_run_isolated = False
 
@@ -117,8 +114,8 @@ class Scheduler:
     def postprocess(self, batch: Batch, sampled: Items[Sampled]) -> list[tuple[Sequence, Sampled]]:
         """Records the computed tokens of a step, and appends the sampled tokens to their sequences.
 
-        `sampled` has an entry for each scheduled sequence that `samples`. The result has these sequences,
-        each with its entry. If an entry is an error, the caller must end the sequence.
+        `sampled` has an entry for each sequence that `samples`. The result has these sequences with their
+        entries. If an entry is an error, the caller must end the sequence.
         """
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)
@@ -178,8 +175,7 @@ class Scheduler:
     def _schedule_prefill(self, num_ms: float) -> list[ScheduledSequence]:
         """Divides a step's prefill time: half for the longest-waiting prompt, half for the shortest prompts.
 
-        A short prompt thus soon overtakes long prompts. A long prompt takes at most twice as long as with all
-        of the prefill time.
+        A short prompt thus soon overtakes long ones. A long prompt takes at most twice as long as alone.
         """
         prompts = [seq for seq in self._running if seq.num_uncomputed_tokens > 1]
         if self._waiting:

@@ -88,7 +88,7 @@ class HeldRequests:
         return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """Clears the suspect and returns true if, with these `appends`, it has written enough events."""
+        """Clears the suspect if these `appends` have enough of its events; returns true if so."""
         is_cleared = any(
             append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends
@@ -210,10 +210,7 @@ class Consumer:
         self._encoder.stop()
 
     def run(self) -> None:
-        """Repeats `turn` until `stop`.
-
-        While Redis is down, retries, and keeps the events that were not sent.
-        """
+        """Repeats `turn` until `stop`. While Redis is down, retries, and keeps events that were not sent."""
         while not self._stopped.is_set():
             try:
                 self.turn()
@@ -255,8 +252,8 @@ class Consumer:
     def hand_back(self, give_up_at: float = 0) -> int:
         """Hands all held requests back to their queues after `run` has ended; returns their number.
 
-        Retries until `give_up_at` (`time.monotonic()`). Other workers take over requests that could not be
-        handed back when their leases expire.
+        Retries until `give_up_at` (`time.monotonic()`). When the leases of the remaining requests expire,
+        other workers take these over.
 
         Raises:
             redis.RedisError: the server refused with an error that is not transient.
@@ -302,9 +299,8 @@ class Consumer:
     def _pass_on(self, news: News, ended: set[str]) -> None:
         """Tells the engine which requests to abort and to drop.
 
-        `ended`: ids of requests that this append ended. `news` may report them as lost, but they are not
-        dropped: if a reply to an append was lost, the append is repeated, and its requests then have no owner
-        any more.
+        `ended`: ids of requests that this append ended. If the append had to be repeated, `news` reports
+        these requests as lost, but the engine need not drop them.
         """
         lost = [request_id for request_id in news.lost if request_id not in ended]
         for request_id in lost:
