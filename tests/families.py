@@ -82,15 +82,15 @@ NO_DECODERS = {"bert-generation", "trocr", "whisper", "xlnet"}
 """Families that transformers lists among causal language models, though they need an encoder or are one."""
 PAGE_FORMAT = """# Models
 
-Families of models, and which can be served. `./scripts/models` makes this page. For each family of causal
-language models in transformers {version} that reads text only, it serves a tiny random model in float64. Four
-prompts arrive one after the other, and are computed in chunks, in one batch. Their greedy tokens are compared
-with those of transformers' own `generate` for each prompt alone. {num_tried} families were tried:
-{counts[equal]} give exactly the same tokens, {counts[refused]} are refused when a worker starts, and
-{counts[differs]} differ.
+This page lists families of models, and tells which of them Lorelay can serve. `./scripts/models` makes it.
+The script tries each family of causal language models in transformers {version} that reads only text: it
+serves a tiny random model in float64, with four prompts, which arrive one after the other and are computed in
+chunks, in one batch. The script compares the greedy tokens with those of transformers' own `generate` for
+each prompt alone. {num_tried} families were tried: {counts[equal]} give exactly the same tokens,
+{counts[refused]} are refused when a worker starts, and {counts[differs]} differ.
 
-The tiny models have the kinds of layers of their family's default configuration. A family that is missing
-here may still work: a worker checks every model when it loads it, and refuses those that it can't serve.
+The tiny models have the same kinds of layers as the default configuration of their family. A family that is
+not on this page may still work: each worker checks its model at the start, and exits if it can't serve it.
 
 ## Equal to `generate`
 
@@ -105,7 +105,7 @@ here may still work: a worker checks every model when it loads it, and refuses t
 {refused}
 ## Not tried
 
-No tiny model of these could be made, or transformers' own `generate` failed on it.
+For these families, no tiny model could be made, or transformers' own `generate` failed on it.
 
 {untried}"""
 
