@@ -1,1 +1,4 @@
-"""The HTTP server of Lorelay: OpenAI's API in front of the queues. It never imports torch or transformers."""
+"""The HTTP server of Lorelay: OpenAI's API in front of the queues.
+
+This package imports no torch or transformers.
+"""

@@ -105,8 +105,8 @@ class BodyReader:
 def _check_declared_as_json(request: Request) -> None:
     """Refuses a body that is not declared as JSON.
 
-    A browser sends bodies of other types to the API for any web page. Before it sends JSON to another origin,
-    it asks the server for permission.
+    A browser sends bodies of other types to the API for any web page. Before a browser sends JSON to another
+    origin, it asks the server for permission.
 
     Raises:
         UnsupportedMediaType: `Content-Type` is missing, or one of its values is not JSON in UTF-8.

@@ -139,7 +139,7 @@ def _writer(request: GenerationRequest, body: ChatCompletionRequest) -> AnswerWr
 def _stream_writer(
     request: GenerationRequest, include_usage: bool, begun: Collection[int] = ()
 ) -> ChunkWriter:
-    """`begun`: the choices that a resumed stream has begun before; empty if it begins at its first event."""
+    """`begun`: the choices of which the client of a resumed stream has text already; else empty."""
     return ChunkWriter(
         _heading(request),
         include_usage=include_usage,

@@ -43,7 +43,7 @@ class ConnectionGuard:
     """Limits the connections of one API process.
 
     If there are too many connections, the guard closes the one that has waited longest for its client to send
-    a request. If no connection waits, it closes the one whose body has been arriving longest. If all
+    a request. If no connection waits, the guard closes the one whose body has been arriving longest. If all
     connections have complete requests, a new connection can only use the probes (`/health`, `/ready`).
     """
 

@@ -144,7 +144,8 @@ def _example(model: str) -> dict[str, Any]:
 def _with_models(schema: dict[str, Any], models: list[tuple[ModelCard, bool]] | None) -> dict[str, Any]:
     """Copies the schema, lists the models in its description, and names one in its example.
 
-    `models` has each model's card, and True if a live worker serves it; it is None if Redis can't be read.
+    `models` has each model's card, and True if a live worker serves the model. If Redis can't be read,
+    `models` is None.
     """
     schema = copy.deepcopy(schema)
     schema["info"]["description"] += f"\n\n{_describe(models)}"

@@ -1,4 +1,4 @@
-"""Layers around the whole application. They see every response, even one that a library writes."""
+"""Layers around the whole application. The layers see every response, even one that a library writes."""
 
 from collections.abc import Sequence
 

@@ -51,9 +51,9 @@ class GenerationCall:
 class GenerationResponse(Response):
     """Enqueues a request and answers with its events, as a stream or as one body.
 
-    An error that occurs before the first byte was sent is raised, and the exception handlers turn it into an
-    HTTP status; a later error is sent as the stream's last event. If the response ends before the request has
-    ended, the request is aborted, unless it is detached.
+    If an error occurs before the first byte was sent, it is raised, and the exception handlers turn it into
+    an HTTP status. A later error is sent as the stream's last event. If the response ends before the request
+    has ended, the request is aborted, unless it is detached.
     """
 
     def __init__(self, relay: Relay, settings: ApiSettings, call: GenerationCall) -> None:

@@ -185,7 +185,7 @@ async def _measure_gaps(server: Server, sizes: Sizes) -> Gaps:
 
 
 def without_end_tokens(extra: Mapping[str, Any], num_tokens: int) -> Mapping[str, Any]:
-    """Returns `extra`; if it ignores the end-of-text token, adds a `min_tokens` that bans this token.
+    """Returns `extra`, with a `min_tokens` that bans the end-of-text token if `extra` ignores this token.
 
     The end-of-text token has no text, so a step that samples it would look like a longer inter-token latency.
     """

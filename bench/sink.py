@@ -1,7 +1,4 @@
-"""A client that only counts the chunks of streams.
-
-It takes so little time that the server is the bottleneck.
-"""
+"""A client that only counts the chunks of streams, with so little work that the server is the bottleneck."""
 
 import asyncio
 import json

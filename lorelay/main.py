@@ -63,7 +63,7 @@ def _dashboard(args: argparse.Namespace) -> int:
 
 
 def _redis_url(args: argparse.Namespace) -> str:
-    """Returns the Redis URL from flags or environment; without one, the running embedded server's URL."""
+    """Returns the Redis URL from flags or environment, or else of the running embedded server."""
     if args.redis_url:
         return str(args.redis_url)
     if args.state_dir:

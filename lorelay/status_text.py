@@ -94,7 +94,7 @@ def _num_workers(model: ModelStatus) -> object:
 
 
 def _few(names: Sequence[str]) -> str:
-    """Returns the first names, and the number of the others."""
+    """Returns the first names, and the number of all further names."""
     rest = len(names) - MAX_NUM_QUEUES_SHOWN
     shown = ", ".join(names[:MAX_NUM_QUEUES_SHOWN]) or "-"
     return f"{shown}, {rest} more" if rest > 0 else shown

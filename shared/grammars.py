@@ -1,7 +1,7 @@
-"""Grammars of structured output: the limits for them, which the API and the workers share.
+"""Limits for the grammars of structured output, which the API and the workers share.
 
 A request carries a grammar as text, in llguidance's own format. The API checks this text before the enqueue,
-without a tokenizer; a worker compiles it for the tokenizer of the requested model.
+without a tokenizer. A worker compiles the text for the tokenizer of the requested model.
 """
 
 from llguidance import LLMatcher, LLParserLimits
@@ -16,7 +16,7 @@ def parser_limits() -> LLParserLimits:
 
 
 def fault_of(grammar: str) -> str | None:
-    """Returns the reason why no tokenizer can be used with a grammar, in one line; None if there is none."""
+    """Returns, in one line, why a grammar can't be used with any tokenizer; None if it can be used."""
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=parser_limits())
     return first_line(messages[0]) if is_error else None
 

@@ -1,7 +1,7 @@
 """Markers that say whether Lorelay serves a field of a request.
 
-The request models are the table of all fields: a field without a marker is served, one with `IGNORED` has no
-effect, and one with `Only` is refused, except with the marker's values. Schema, docs and tests read this
+The request models are the table of all fields. A field without a marker is served. A field with `IGNORED` has
+no effect. A field with `Only` is refused, except with the marker's values. Schema, docs and tests read this
 table through `field_table.rows`. To serve a field, remove its marker.
 """
 

@@ -61,8 +61,8 @@ def _decode(body: bytes) -> dict[str, Any]:
 def _has_too_many_values(body: bytes) -> Steps[bool]:
     """Returns True if the body has more values than allowed, without decoding it.
 
-    Every value follows a comma or an opening bracket, so these characters are counted. At first, those inside
-    strings are counted too; if the sum exceeds the limit, a second count leaves the strings out.
+    Every value follows a comma or an opening bracket, so these characters are counted. The first count
+    includes commas and brackets in strings. If it exceeds the limit, a second count leaves strings out.
     """
     if _num_separators(body) <= MAX_NUM_VALUES:
         return False

@@ -22,7 +22,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingFields(StrictModel):
-    """Fields that every route that generates has in common."""
+    """Fields of all routes that generate text."""
 
     n: Annotated[int, Field(ge=1, le=MAX_NUM_CHOICES), INTEGRAL] | None = None
     """Number of answers to the prompt, 1 to 128; each is a choice with its own `index`. Default: 1."""

@@ -138,7 +138,7 @@ def _to_exception(detail: ErrorDetails, body: Any) -> InvalidRequest:
 
 
 def _param(detail: ErrorDetails, body: Any) -> str:
-    """Returns the path of the invalid field in OpenAI's notation, e.g. `messages[0].role`."""
+    """Returns the path of the invalid field in OpenAI's notation, such as `messages[0].role`."""
     location = detail["loc"]
     field = detail.get("ctx", {}).get("field")
     path = _path(location, body, ends_outside=detail["type"] == "missing")

@@ -18,7 +18,7 @@ class LiveWorkers:
     """Answers whether a live worker serves the model of a waiting request."""
 
     def __init__(self, ask: Callable[[GenerationRequest], Awaitable[bool]], max_age_s: float) -> None:
-        """`ask` asks Redis; its answer, or its `QueueUnavailable`, stays in use for `max_age_s`."""
+        """`ask` asks Redis. Each answer, or `QueueUnavailable`, is reused for `max_age_s`."""
         self._ask = ask
         self._max_age_s = max_age_s
         self._locks: WeakValueDictionary[Model, asyncio.Lock] = WeakValueDictionary()

@@ -77,7 +77,7 @@ class QueueClient:
 
     @property
     def exchange_limit_s(self) -> float:
-        """Maximum time from the enqueue of a request to the end of its response; its log expires after it."""
+        """Maximum time from the enqueue of a request to the end of its response; logs are kept as long."""
         return self._settings.queue_time_limit_s + self._settings.generation_limit_s + LOG_MARGIN_S
 
     def deadline(self) -> float:

@@ -1,16 +1,16 @@
 """The periodic background tasks of an API process, which `Relay.start` in `api/relay/relay.py` starts.
 
-A Batch API would add a loop here. It would run in only one API process at a time, and enqueue detached
-requests of `RequestClass.BATCH` with `QueueClient.enqueue` whenever their queues have room. Traps:
+A Batch API would add a loop here. The loop would run in only one API process at a time. It would enqueue
+detached requests of `RequestClass.BATCH` with `QueueClient.enqueue`, whenever their queues have room. Traps:
 
 * `api.relay` must not import `api.contract`. So the Batch API's route, not its loop, must turn the uploaded
   file into `GenerationRequest`s.
 * `enqueue` has the same limits for interactive and batch requests. With these limits, a batch could fill a
   queue, and interactive clients would get 429: batch requests need a separate, lower limit.
 * A batch request that loses its worker gets the rank `BEGAN` (`make_place` in
-  `shared/queue/lua/waiting.lua`), above interactive requests. This rank is meant for streams.
+  `shared/queue/lua/waiting.lua`), above interactive requests. The rank `BEGAN` is meant for streams.
 * `new_request` in `api/generation.py` has no parameter for the class.
-* The `reader` key tells workers which API process gets a request's events. It expires
+* The `reader` key tells workers which API process gets a request's events. The key expires
   `QueueClient.exchange_limit_s` after the enqueue (by default 12 minutes), but a batch may wait longer.
 """
 

@@ -7,32 +7,33 @@ hold at least one of its sequences: the engine starts the other sequences once i
 
 Lines are compared by these keys, in this order:
 
-1. Class. Requests that ran before and lost their worker come first, because their clients watch a stalled
-  stream. Interactive requests come second, batch requests last. But while requests of other classes wait, one
-  in `BATCH_ONE_IN` of the claimed sequences is still a batch sequence. A batch request counts as interactive
-  if its deadline is less than `BATCH_URGENT_S` away.
-2. Residency. Adapters that are resident, or find an empty slot, come before adapters that would evict another
-   adapter. An adapter is overdue, and ranks like a resident one, once its oldest request has waited for
-   `max_wait_s` (a batch request: `BATCH_PATIENCE` times as long). If all slots are in use when an adapter
-   becomes overdue, the running adapter with the fewest sequences is closed: no more of its requests are
-   chosen until its running requests have ended and its slot is free. A request thus waits for a slot at most
-   `max_wait_s` plus the longest run of one adapter.
-3. Fairness between adapters. First comes the adapter with the fewest sequences on this worker, divided by the
-   adapter's weight; among equals, the one with the earliest virtual start time in `Shares`. Each claim adds
-   its number of sequences, divided by the weight, to the adapter's virtual time. Thus even a worker that
-   holds one sequence at a time serves two waiting adapters in proportion to their weights. Their virtual
-   times never differ by more than the cost of one request of each.
-4. Age. First comes the queue whose first request has waited longest.
-5. Fairness between the tenants of an adapter. Tenants are compared like adapters in keys 3 and 4, but without
-  weights.
-6. Order inside a line. The request with the lower priority number comes first, then the older request. Redis
-  keeps each line in this order.
+* Key 1, the class: requests that ran before and lost their worker come first, because their clients watch a
+  stalled stream. Interactive requests come second, batch requests last. But while requests of other classes
+  wait, one in `BATCH_ONE_IN` of the claimed sequences is still a batch sequence. A batch request counts as
+  interactive if its deadline is less than `BATCH_URGENT_S` away.
+* Key 2, the residency: adapters that are resident, or find an empty slot, come before adapters that would
+  evict another adapter. An adapter is overdue, and ranks like a resident one, once its oldest request has
+  waited for `max_wait_s` (a batch request: `BATCH_PATIENCE` times as long). If all slots are in use when an
+  adapter becomes overdue, the running adapter with the fewest sequences is closed: no more of its requests
+  are chosen until its running requests have ended and its slot is free. A request thus waits for a slot at
+  most `max_wait_s` plus the longest run of one adapter.
+* Key 3, fairness between adapters: the adapter with the fewest sequences on this worker, divided by the
+  adapter's weight, comes first. If two are equal, the one with the earlier virtual start time (`Shares`)
+  comes first. Each claim adds its number of sequences, divided by the weight, to the adapter's virtual time.
+  Thus even a worker that holds one sequence at a time serves two waiting adapters in proportion to their
+  weights. The virtual times of the two never differ by more than the cost of one request of each.
+* Key 4, the age: the queue whose first request has waited longest comes first.
+* Key 5, fairness between the tenants of an adapter: tenants are compared like adapters in keys 3 and 4, but
+  without weights.
+* Key 6, the order inside a line: the request with the lower priority number comes first, then the older
+  request. Redis keeps each line in this order.
 
-`look.lua` reads lines from a limited number of queues. It first reads queues whose adapters run or are
-resident, in the order of key 3. It then reads the same number of other queues: half of them are those whose
-first requests have waited longest, and half are drawn at random. From each queue, `look.lua` reads the line
-of the oldest request, and lines of a few tenants drawn at random. Because of the random half, a queue with
-only young requests is also read soon, however many queues have older requests.
+`look.lua` reads lines from a limited number of queues. First, it reads queues whose adapters run or are
+resident, in the order of key 3. Then `look.lua` reads the same number of other queues. Half of these are the
+queues whose first requests have waited longest, and half are drawn at random. From each queue, `look.lua`
+reads the line of the oldest request, and lines of a few tenants drawn at random. Because half of the other
+queues are drawn at random, a queue with only young requests is also read soon, however many queues have older
+requests.
 
 A new rule for tenants, such as weights, could compare only the tenants that were read. In each queue, these
 are at most 8 tenants for each class and version (`some_lines` in `look.lua`), and the tenant with the oldest

@@ -72,8 +72,8 @@ class UpkeepStreams:
     def renew(self, held: Iterable[Held], *, abort_unread: bool = False) -> News:
         """Renews the leases of this worker and of all requests that it holds.
 
-        With `abort_unread`, a request also counts as aborted if the lease of its API process has expired and
-        it is not detached. This does not happen if this worker's own lease had expired, too.
+        With `abort_unread`, a request that is not detached also counts as aborted if the lease of its API
+        process has expired. If this worker's own lease had expired, too, `abort_unread` has no effect.
         """
         reply = self._scripts["renew"](
             args=[

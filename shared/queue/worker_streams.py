@@ -44,11 +44,11 @@ class WorkerStreams(UpkeepStreams):
     ) -> tuple[list[Waiting], float]:
         """Returns the lines from which this worker may choose, and the time (ms) by the clock of Redis.
 
-        `near`: queues whose adapters need no free slot. Of these, the first `num_queues` with waiting
-        requests are read. `others`: the worker's other queues; if this is empty, all queues that the worker
-        serves. Of these, `num_queues` are read: half are the queues whose first requests have waited longest,
-        and half are drawn at random. Each returned line has up to `num_requests` requests. If `num_long` is
-        0, long requests are left out.
+        `near`: queues whose adapters need no free slot. Of the queues in `near`, the first `num_queues` with
+        waiting requests are read. `others`: the worker's other queues; empty stands for all queues that the
+        worker serves. Of the queues in `others`, `num_queues` are read: half are the queues whose first
+        requests have waited longest, and half are drawn at random. Each returned line has up to
+        `num_requests` requests. If `num_long` is 0, long requests are left out.
         """
         lines: list[Waiting] = []
         rank, now_ms = 0, 0.0
@@ -75,7 +75,7 @@ class WorkerStreams(UpkeepStreams):
         return lines, float(now_ms)
 
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick], num_long: int = NO_LIMIT) -> list[Claim]:
-        """Claims the first remaining request of each picked line; stops after a suspect.
+        """Claims the first request that is left in each picked line; stops after a suspect.
 
         At most `num_long` long requests are claimed. In place of further long ones, shorter requests behind
         them are claimed. A repeated call with the same claim ids returns the same requests. Requests with

@@ -127,8 +127,8 @@ class AdapterCache(Generic[W]):
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
         """Makes an adapter resident. If no slot is free, evicts the least recently used one not in `in_use`.
 
-        Returns True if the adapter is resident now. Returns False if it is still being read, if all slots are
-        in use, or if copying it into a slot failed; `settle` then returns the error.
+        Returns True if the adapter is resident now. Returns False if the adapter is still being read, if all
+        slots are in use, or if the copy into a slot failed. After a failed copy, `settle` returns the error.
         """
         if name is None:
             return True
@@ -193,7 +193,7 @@ class AdapterCache(Generic[W]):
             self.num_slots = min(self._num_wanted_slots, num_affordable)
 
     def _make_room(self, in_use: Collection[str | None]) -> bool:
-        """Evicts adapters (several if `num_slots` fell) until a slot is free; returns False if it can't."""
+        """Evicts adapters (several if `num_slots` fell) until a slot is free; False if all are in use."""
         while self._num_free_slots <= 0:
             victim = next((name for name in self._slots if name not in in_use), None)
             if victim is None:

@@ -71,7 +71,7 @@ class Tokenizer(Protocol):
 
     @property
     def definition(self) -> str | None:
-        """The tokenizer as `tokenizer.json` defines it, as JSON; None if it has no such definition."""
+        """The definition of the tokenizer, as JSON in the format of `tokenizer.json`; None if it has none."""
         ...
 
 
@@ -160,7 +160,7 @@ class Model(Protocol):
         """Runs one forward pass; returns the token or error of each sequence that `samples`, in batch order.
 
         Raises:
-            OutOfDeviceMemory: the step did not fit into memory. None of its tokens counts as computed.
+            OutOfDeviceMemory: the step did not fit into memory. No token of the step counts as computed.
         """
         ...
 

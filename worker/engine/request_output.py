@@ -180,5 +180,5 @@ class RequestOutput:
 
 
 def _between(begin_s: float | None, end_s: float | None) -> float | None:
-    """Returns the seconds between two times; None if one of them has not come, and so is None."""
+    """Returns the seconds between two times; None if one of the two is None."""
     return None if begin_s is None or end_s is None else round(end_s - begin_s, 4)

@@ -39,10 +39,10 @@ class Chunk(NamedTuple):
 class StepPace:
     """Keeps the duration of steps near `step_target_ms` by limiting the number of prompt tokens per step.
 
-    The cost of decodes is a fixed time plus a time per decoding sequence. It is measured in steps without
-    prompt tokens. The cost of chunks is a fixed time, plus a time per token, plus a time per attention pair.
-    It is measured as the rest of the time of steps with prompt tokens. A chunk at the end of a long prompt
-    costs more than a chunk at its beginning, because it has more attention pairs.
+    The cost of decodes is a fixed time plus a time per decoding sequence. Steps without prompt tokens measure
+    this cost. The cost of chunks is a fixed time, plus a time per token, plus a time per attention pair.
+    Steps with prompt tokens measure the sum of both costs. A chunk at the end of a long prompt costs more
+    than a chunk at its beginning, because it has more attention pairs.
     """
 
     def __init__(self, step_target_ms: float, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -3,11 +3,12 @@
 Adapters are added only when a worker starts, by `worker.model.startup`. To add an adapter while requests run,
 these steps would be needed:
 
-1. `AdapterStore.read_new`, in a separate thread, because it reads the disk.
-2. `shared.queue.registry.register`, with the adapter's card. If it raises `RegistryConflict`, stop here.
-3. `AdapterCache.keep`, then `ServedModels.add`, in the engine's thread. Until then, the adapter's requests
-wait.
-4. `LoraWorker` adds the worker to RQ's set of the queue's workers. Without this step, the API reports
+* Step 1: a separate thread calls `AdapterStore.read_new`, which reads the disk.
+* Step 2: the same thread calls `shared.queue.registry.register` with the adapter's card. If the call raises
+  `RegistryConflict`, the adapter can't be added.
+* Step 3: the engine's thread calls `AdapterCache.keep`, then `ServedModels.add`. Until then, the adapter's
+  requests wait.
+* Step 4: `LoraWorker` adds the worker to RQ's set of the queue's workers. Without this step, the API reports
   `no_worker`.
 
 Workers claim from the new queue after the next heartbeat, which writes `ServedModels` to Redis. The ports
@@ -120,7 +121,7 @@ class AdapterStore:
             self._lora.put(slot, SlotWeights({}))
 
     def _tokenizer(self, name: str, adapter: LoadedAdapter) -> tuple[Tokenizer, str]:
-        """Returns an adapter's tokenizer and version. If it has its own tokenizer, the version covers it.
+        """Returns an adapter's tokenizer and version; the version covers a tokenizer of the adapter's own.
 
         Raises:
             AdapterError: the model can't use the adapter's tokenizer, template or end tokens.

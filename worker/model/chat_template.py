@@ -71,8 +71,8 @@ class ChatTemplate:
         """Returns the text of a chat, which ends where the model's text begins.
 
         Raises:
-            InvalidRequest: the template refuses the chat of this tenant, or takes too much for it.
-            ServerBusy: the template can't be run at the moment, whatever the chat.
+            InvalidRequest: the template refuses the chat, or takes too much time or memory for it.
+            ServerBusy: the template can't be run at the moment with any chat.
         """
         try:
             # The last message gets `_CUT` at its end, by which `_cut` finds this end in the rendered text.

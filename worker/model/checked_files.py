@@ -51,7 +51,7 @@ def read_file(path: Path, max_num_bytes: int) -> bytes:
 
 
 def read_json(path: Path, max_num_bytes: int = MAX_CONFIG_BYTES) -> Any:
-    """Returns the content of a JSON file; raises the errors of `read_file`, also for other content."""
+    """Returns the content of a JSON file; raises the errors of `read_file`, also if it is not JSON."""
     content = read_file(path, max_num_bytes)
     try:
         return json.loads(content)

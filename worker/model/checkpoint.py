@@ -1,4 +1,4 @@
-"""Recognizes folders that contain something else than a plain model, and says what it is, without torch."""
+"""Describes folders without a plain model, such as those of adapters or quantized models; uses no torch."""
 
 import json
 import re

@@ -13,10 +13,10 @@ INTERVAL_S = 5.0
 
 
 class FileWatch:
-    """Logs a warning when weight files change. It has a thread of its own, since a disk may hang."""
+    """Logs a warning when weight files change; has a separate thread, because a disk may hang."""
 
     def __init__(self, folder: Path, stamps: Stamps, interval_s: float = INTERVAL_S) -> None:
-        """`folder`: the files to watch. `stamps`: their stamps at the time when they were loaded."""
+        """`folder`: has the files to watch. `stamps`: the stamps of these files when they were loaded."""
         self._folder = folder
         self._stamps = stamps
         self._interval_s = interval_s

@@ -83,7 +83,7 @@ class CompiledForward:
     """A forward pass that is eager until its graph is compiled, and uses the graph from then on.
 
     In the first steps with the graph, the eager pass runs, too, and the logits of the two are compared. If
-    they differ in too many steps, the graph is not used, and the forward pass stays eager.
+    the logits differ in too many steps, the graph is not used, and the forward pass stays eager.
     """
 
     def __init__(self, eager: Graph, source: GraphSource) -> None:

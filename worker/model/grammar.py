@@ -1,8 +1,9 @@
-"""Follows sequences through the grammars of structured output, and tells which tokens may come next.
+"""Follows sequences through the grammars of structured output, and computes which tokens may come next.
 
-llguidance compiles a grammar for a tokenizer, once for all requests that have both. A matcher is a copy of
-the compiled grammar that follows one sequence. It is derived from the sequence's output tokens alone, so that
-it is the same after a preemption, and on the worker that resumes the sequence after another one's death.
+The library llguidance compiles a grammar for a tokenizer, once for all requests with this pair. A matcher is
+a copy of the compiled grammar that follows one sequence. The state of a matcher depends only on the
+sequence's output tokens. A worker can therefore rebuild the matcher after a preemption, or after the death of
+another worker.
 """
 
 import logging
@@ -138,7 +139,7 @@ class Grammars:
 
 
 def _restrict(allowed: npt.NDArray[np.int32], matcher: LLMatcher, seq: Sequence) -> LorelayError | None:
-    """Removes end tokens from a mask where they may not come; returns the error of a failed matcher."""
+    """Removes end tokens from a mask if they may not come next; returns the error of a failed matcher."""
     if matcher.is_error():
         return _failure(matcher)
     # An end token may also be an ordinary one, such as a letter. Amid a string, it would end the sequence.

@@ -153,7 +153,8 @@ def _copy_from_files(model: Any) -> None:
     """Copies the weights into memory of their own.
 
     On a CPU, weights are pages of their files until they are copied. If a file were truncated, the worker
-    would die of SIGBUS. If it were overwritten, the worker would use other weights under the same version.
+    would die of SIGBUS. If the file were overwritten, the worker would use other weights under the same
+    version.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

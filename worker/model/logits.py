@@ -1,7 +1,7 @@
 """Adjusts logits before sampling; no other code changes logits.
 
-Biases and penalties are added first, then all tokens are banned that a sequence's grammar does not allow. The
-grammar wins: a bias can't make a token possible that would break it.
+Biases and penalties are added first. Then all tokens that a sequence's grammar does not allow are banned. The
+ban comes last, so that no bias can allow a token that breaks the grammar.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def adjust(
 
 
 def _apply(logits: Tensor, masks: Masks) -> Tensor:
-    """Returns a copy in which all tokens are minus infinity that the rows' grammars do not allow."""
+    """Returns a copy in which tokens that a row's grammar does not allow have minus infinity as logits."""
     rows = torch.tensor(masks.rows, device=logits.device)
     packed = torch.from_numpy(masks.allowed.view(np.uint8)).to(logits.device)
     # On the device, bits become bytes: only an eighth of the memory has to be copied there.

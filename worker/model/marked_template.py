@@ -1,8 +1,8 @@
 """Renders chat templates so that marks in the result tell which of its characters a client wrote.
 
-A template runs in the same sandbox as in transformers, with the same filters, functions and extensions. It
-can change a string only by operators, methods, filters and its output. This module handles all of these. If
-the effect of an operation on the marks is not known, its whole result counts as the client's.
+A template runs in the same sandbox as in transformers, with the same filters, functions and extensions. A
+template can change a string only by operators, methods, filters and its output, and this module handles all
+of these. If the effect of an operation on the marks is not known, its whole result counts as the client's.
 """
 
 import functools

@@ -174,7 +174,10 @@ def is_marked(value: Any) -> bool:
 
 
 def keep_marks(operation: Callable[..., Any], template: str, *args: Any, **kwargs: Any) -> Any:
-    """Formats `template` with arguments. They keep their marks where the result contains them unchanged."""
+    """Formats `template` with arguments.
+
+    Arguments keep their marks where the result contains them unchanged.
+    """
     nonce = secrets.token_hex(8)
     texts: list[MarkedText] = []
 

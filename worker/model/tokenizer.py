@@ -187,7 +187,7 @@ class Tokenizer:
 
     @property
     def definition(self) -> str | None:
-        """The tokenizer as `tokenizer.json` defines it, as JSON; None if it has no such definition."""
+        """The definition of the tokenizer, as JSON in the format of `tokenizer.json`; None if it has none."""
         return None if self._fast is None else str(self._fast.to_str())
 
     def decode(self, token_ids: Sequence[int]) -> str:

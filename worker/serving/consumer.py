@@ -88,7 +88,7 @@ class HeldRequests:
         return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """Clears the suspect if these `appends` have enough of its events; returns true if so."""
+        """Clears the suspect, and returns true, if these `appends` have the last event that clears it."""
         is_cleared = any(
             append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends

@@ -31,10 +31,7 @@ class Failure:
         self.error = self.error or error
 
     def guard(self, run: Callable[[], None]) -> None:
-        """Runs the function of a thread.
-
-        If it fails, reports the error, because the worker needs every thread.
-        """
+        """Runs the function of a thread, and reports its error, because the worker needs every thread."""
         try:
             run()
         except BaseException as error:

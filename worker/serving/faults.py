@@ -27,7 +27,7 @@ from worker.serving.prompt_encoder import Encode
 
 
 class Faults:
-    """The faults to inject into a worker. Its methods are the fault-injection points."""
+    """The faults to inject into a worker. The methods of this class are the fault-injection points."""
 
     def __init__(self, text: str = "") -> None:
         """Parses the words of `LORELAY_FAULTS`.

@@ -55,7 +55,7 @@ class HangWatch:
             self._end(HUNG_EXIT_CODE)
 
     def _blame_only(self, held: Held) -> None:
-        """Blames one request; without this, all requests of the worker would become suspects."""
+        """Counts the crash against one request, so that the worker's other requests don't become suspects."""
         try:
             self._blame(held)
         except redis.RedisError as error:
