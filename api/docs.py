@@ -9,17 +9,23 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import BaseRoute
 from starlette.staticfiles import StaticFiles
 
-from api.chat_routes import ABORT, CHAT_COMPLETIONS, RESUME, Deleted
+from api.chat_routes import CHAT_COMPLETIONS
+from api.completion_routes import COMPLETIONS
 from api.contract import field_table
 from api.contract.chat_answer import ChatCompletion, ChatCompletionChunk
 from api.contract.chat_request import ChatCompletionRequest
+from api.contract.completion_answer import Completion
+from api.contract.completion_request import CompletionRequest
+from api.contract.strict import StrictModel
 from api.errors import ErrorEnvelope
 from api.relay.relay import Relay
 from api.routes import Model, ModelList, Status
+from api.stored_routes import ABORT, RESUME, Deleted
 from shared.errors import QueueUnavailable
 from shared.messages import ModelCard
 
@@ -32,8 +38,11 @@ REFERENCE = "#/components/schemas/{}"
 KEYED_PREFIX = "/v1"
 ANSWERS: dict[str, dict[str, type]] = {
     CHAT_COMPLETIONS: {"application/json": ChatCompletion, "text/event-stream": ChatCompletionChunk},
-    RESUME: {"text/event-stream": ChatCompletionChunk},
-    ABORT: {"application/json": Deleted},
+    RESUME.format(CHAT_COMPLETIONS): {"text/event-stream": ChatCompletionChunk},
+    ABORT.format(CHAT_COMPLETIONS): {"application/json": Deleted},
+    COMPLETIONS: {"application/json": Completion, "text/event-stream": Completion},
+    RESUME.format(COMPLETIONS): {"text/event-stream": Completion},
+    ABORT.format(COMPLETIONS): {"application/json": Deleted},
     "/v1/models": {"application/json": ModelList},
     "/v1/models/{model_id}": {"application/json": Model},
     "/health": {"application/json": Status},
@@ -41,6 +50,11 @@ ANSWERS: dict[str, dict[str, type]] = {
     "/ready/{model_id}": {"application/json": Status},
 }
 """The answers of each path, by media type. A new path needs an entry: without it, there is no schema."""
+BODIES: dict[str, type[StrictModel]] = {
+    CHAT_COMPLETIONS: ChatCompletionRequest,
+    COMPLETIONS: CompletionRequest,
+}
+"""The request body of each path that takes one."""
 
 
 def install(app: FastAPI, relay: Relay) -> None:
@@ -77,8 +91,7 @@ def install(app: FastAPI, relay: Relay) -> None:
 def build_schema(routes: list[BaseRoute]) -> dict[str, Any]:
     """Builds the OpenAPI schema of `routes`, without the list of served models.
 
-    Only the request body of chat completions is described. Another route that takes a body, such as
-    `/v1/completions`, must be added to this function.
+    Only the request bodies in `BODIES` are described.
 
     Raises:
         KeyError: a path is missing in `ANSWERS`.
@@ -92,27 +105,28 @@ def build_schema(routes: list[BaseRoute]) -> dict[str, Any]:
             operation["responses"] = _responses(path)
             if path.startswith(KEYED_PREFIX):
                 operation["security"] = [{"ApiKey": []}]
-    schema["paths"][CHAT_COMPLETIONS]["post"]["requestBody"] = {
-        "required": True,
-        "content": {
-            "application/json": {"schema": _reference(ChatCompletionRequest), "example": _example("MODEL")}
-        },
-    }
+    for path, model in BODIES.items():
+        content = {"schema": _reference(model), "example": _example(path, "MODEL")}
+        schema["paths"][path]["post"]["requestBody"] = {
+            "required": True,
+            "content": {"application/json": content},
+        }
     return schema
 
 
 def _component_schemas() -> dict[str, Any]:
-    body = ChatCompletionRequest.model_json_schema(ref_template=REFERENCE.format("{model}"))
-    parts = body.pop("$defs")
+    _, bodies = models_json_schema(
+        [(model, "validation") for model in BODIES.values()], ref_template=REFERENCE.format("{model}")
+    )
+    components: dict[str, Any] = bodies["$defs"]
     for model in field_table.MODELS.values():
-        properties = (body if model is ChatCompletionRequest else parts[model.__name__])["properties"]
         for row in field_table.rows(model):
-            properties[row.name]["description"] = row.text
+            components[model.__name__]["properties"][row.name]["description"] = row.text
     _, answers = msgspec.json.schema_components(
         [*(cls for answer in ANSWERS.values() for cls in answer.values()), ErrorEnvelope],
         ref_template=REFERENCE.format("{name}"),
     )
-    return {ChatCompletionRequest.__name__: body, **parts, **answers}
+    return {**components, **answers}
 
 
 def _responses(path: str) -> dict[str, Any]:
@@ -128,7 +142,10 @@ def _reference(cls: type) -> dict[str, str]:
     return {"$ref": REFERENCE.format(cls.__name__)}
 
 
-def _example(model: str) -> dict[str, Any]:
+def _example(path: str, model: str) -> dict[str, Any]:
+    """Returns a body for a path of `BODIES`, which the documentation page sends as it is."""
+    if path == COMPLETIONS:
+        return {"model": model, "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
     return {
         "model": model,
         "messages": [
@@ -142,7 +159,7 @@ def _example(model: str) -> dict[str, Any]:
 
 
 def _with_models(schema: dict[str, Any], models: list[tuple[ModelCard, bool]] | None) -> dict[str, Any]:
-    """Copies the schema, lists the models in its description, and names one in its example.
+    """Copies the schema, lists the models in its description, and names one in its examples.
 
     `models` has each model's card, and True if a live worker serves the model. If Redis can't be read,
     `models` is None.
@@ -150,9 +167,10 @@ def _with_models(schema: dict[str, Any], models: list[tuple[ModelCard, bool]] | 
     schema = copy.deepcopy(schema)
     schema["info"]["description"] += f"\n\n{_describe(models)}"
     if models:
-        content = schema["paths"][CHAT_COMPLETIONS]["post"]["requestBody"]["content"]["application/json"]
         named = [card.name for card, served in models if served] or [models[0][0].name]
-        content["example"] = _example(named[0])
+        for path in BODIES:
+            content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+            content["example"] = _example(path, named[0])
     return schema
 
 

@@ -3,14 +3,24 @@
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request
 
+from api.contract.answer import Heading
+from api.contract.generation_fields import GenerationFields
 from api.relay.queue_client import QueueClient
 from shared.errors import ContextLengthExceeded, InvalidRequest
-from shared.messages import GenerationRequest, ModelCard, SamplingParams, TemplateInputs
+from shared.messages import (
+    NO_INPUTS,
+    GenerationRequest,
+    ModelCard,
+    SamplingParams,
+    TemplateInputs,
+    TextOrTokens,
+)
 from shared.queue.api_streams import FoundRequest
 from shared.settings import ApiSettings
 from shared.text_size import num_ordinary_bytes
@@ -21,47 +31,58 @@ LOG_PAGE = 256
 """Number of events that `find_begun` reads at once."""
 
 
-class Chat(NamedTuple):
-    """The parts of a request that the chat template gets."""
+class Input(NamedTuple):
+    """The text that a request continues: either a chat or prompts."""
 
-    messages: list[dict[str, Any]]
-    inputs: TemplateInputs
+    messages: Sequence[dict[str, Any]] = ()
+    template_inputs: TemplateInputs = NO_INPUTS
+    """Inputs of the chat template besides the messages."""
+    prompts: tuple[TextOrTokens, ...] = ()
+    echo: bool = False
+    """True if each answer begins with its prompt."""
 
 
 def new_request(
     id_prefix: str,
     card: ModelCard,
     settings: ApiSettings,
+    body: GenerationFields,
+    source: Input,
     *,
-    sampling: SamplingParams,
-    chat: Chat,
     tenant: str,
-    cache_salt: str | None,
     detached: bool,
 ) -> GenerationRequest:
     """Returns a request for the model of `card`, with a new id and the time limits of the settings.
 
     Raises:
-        ContextLengthExceeded: the chat can't fit into the context; see `check_length`.
+        ContextLengthExceeded: a prompt can't fit into the context; see `check_length`.
+        InvalidRequest: prompts times `n` are more sequences than the settings allow.
     """
-    check_length(card, chat, sampling)
-    return GenerationRequest(
+    sampling = body.to_sampling()
+    check_length(card, source, sampling)
+    request = GenerationRequest(
         request_id=f"{id_prefix}-{uuid.uuid4().hex}",
         model=card.name,
         base=card.base,
-        messages=chat.messages,
-        template_inputs=chat.inputs,
+        messages=list(source.messages),
+        template_inputs=source.template_inputs,
+        prompts=source.prompts,
+        echo=source.echo,
+        n=body.num_choices,
+        continuous_usage=body.continuous_usage,
         sampling=sampling,
         adapter_name=card.adapter_name,
         adapter_version=card.version if card.adapter_name is not None else None,
         base_version=(card.version if card.adapter_name is None else card.base_version) or None,
         created=int(time.time()),
         tenant=tenant,
-        cache_salt=cache_salt or "",
+        cache_salt=body.cache_salt or "",
         wait_limit_s=settings.queue_time_limit_s,
         generation_limit_s=settings.generation_limit_s,
         detached=detached,
     )
+    check_num_sequences(request, settings)
+    return request
 
 
 def check_num_sequences(request: GenerationRequest, settings: ApiSettings) -> None:
@@ -72,10 +93,11 @@ def check_num_sequences(request: GenerationRequest, settings: ApiSettings) -> No
     """
     limit = settings.max_sequences_per_request
     if request.num_sequences > limit:
+        param = "n" if request.n > 1 else "prompt"
         raise InvalidRequest(
-            f"Invalid value for 'n': at most {limit} answers to all prompts together are allowed here, "
+            f"Invalid value for '{param}': at most {limit} answers to all prompts together are allowed here, "
             f"not {request.num_sequences}.",
-            param="n",
+            param=param,
         )
 
 
@@ -93,24 +115,38 @@ def model_in(raw: bytes) -> str | None:
         return None
 
 
-def check_length(card: ModelCard, chat: Chat, sampling: SamplingParams) -> None:
-    """Refuses a chat that is too long for the context with any possible tokenization.
+def check_length(card: ModelCard, source: Input, sampling: SamplingParams) -> None:
+    """Refuses a chat or prompt that can't fit into the context, however its text is encoded.
 
-    Only the text of user messages counts, without spaces at its ends: a chat template may drop the rest.
+    Of a chat, only the text of user messages counts, without spaces at its ends: a chat template may drop the
+    rest.
 
     Raises:
-        ContextLengthExceeded: the chat is too long for any tokenization.
+        ContextLengthExceeded: the chat or a prompt is too long for any tokenization.
     """
-    if not card.max_token_bytes:
-        return
-    size = sum(_user_bytes(message) for message in chat.messages if message.get("role") == "user")
-    num_tokens = -(-size // card.max_token_bytes)
+    if source.messages:
+        size = sum(_user_bytes(message) for message in source.messages if message.get("role") == "user")
+        _check_bytes(card, size, "messages", sampling)
+    for prompt in source.prompts:
+        if isinstance(prompt, str):
+            _check_bytes(card, num_ordinary_bytes(prompt.strip()), "prompt", sampling)
+        else:
+            _check_tokens(card, len(prompt), f"{len(prompt)} tokens were given in the prompt", sampling)
+
+
+def _check_bytes(card: ModelCard, size: int, place: str, sampling: SamplingParams) -> None:
+    if card.max_token_bytes:
+        num_tokens = -(-size // card.max_token_bytes)
+        given = f"{size} bytes of text, which are {num_tokens} tokens or more, were given in the {place}"
+        _check_tokens(card, num_tokens, given, sampling)
+
+
+def _check_tokens(card: ModelCard, num_tokens: int, given: str, sampling: SamplingParams) -> None:
     asked = sampling.max_tokens or sampling.min_tokens
     if num_tokens + (asked or 1) > card.max_model_len:
         completion = f" and {asked} tokens for the completion" if asked else ""
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {card.max_model_len} tokens, but {size} bytes of text, "
-            f"which are {num_tokens} tokens or more, were given in the messages{completion}."
+            f"This model's maximum context length is {card.max_model_len} tokens, but {given}{completion}."
         )
 
 
@@ -118,6 +154,11 @@ def _user_bytes(message: dict[str, Any]) -> int:
     content = message.get("content")
     texts = [content] if isinstance(content, str) else [part.get("text") for part in content or ()]
     return sum(num_ordinary_bytes(text.strip()) for text in texts if isinstance(text, str))
+
+
+def heading_of(request: GenerationRequest) -> Heading:
+    """Returns the fields that all chunks of an answer have in common."""
+    return Heading(request.request_id, request.created, request.model)
 
 
 def wants_detach(request: Request) -> bool:

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from api.auth import ApiKeyCheck
 from api.chat_routes import add_chat_routes
+from api.completion_routes import add_completion_routes
 from api.contract.server_events import on_one_line
 from api.exchange_log import exchange_of
 from api.keyring import Keyring
@@ -53,6 +54,7 @@ def build_routes(relay: Relay, settings: ApiSettings, keyring: Keyring) -> APIRo
     keys = ApiKeyCheck(keyring)
     keyed = APIRouter(dependencies=[Depends(keys)])
     add_chat_routes(keyed, relay, settings, keys)
+    add_completion_routes(keyed, relay, settings, keys)
     _add_model_routes(keyed, relay.queue)
     _add_probes(router, relay.queue)
     router.include_router(keyed)

@@ -154,6 +154,8 @@ class GenerationRequest(Message, frozen=True):
     detached: bool = False
     """True if the request continues when its client disconnects; the client can then resume the stream."""
     template_inputs: TemplateInputs = NO_INPUTS
+    echo: bool = False
+    """True if the text of each choice begins with its prompt; only for `prompts`."""
     continuous_usage: bool = False
     """True if the first event must have `usage_so_far`; workers of an earlier release leave the field out."""
 
@@ -184,9 +186,9 @@ class GenerationRequest(Message, frozen=True):
         Schema 1 can express only one chat with n = 1 and unchanged logits. Schema 2 can express all requests
         without `template_inputs` and `cache_salt`. A worker that knows only schema 2 would ignore a salt, and
         would share the request's prefix with all requests of the tenant. Schema 3 can express all requests
-        without a grammar.
+        without a grammar and without `echo`.
         """
-        if self.sampling.grammar:
+        if self.sampling.grammar or self.echo:
             return 4
         if self.cache_salt or not self.template_inputs.are_known_to_all:
             return 3

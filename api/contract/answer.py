@@ -54,3 +54,23 @@ def to_usage_body(usage: Usage) -> UsageBody:
     total = usage.prompt_tokens + usage.completion_tokens
     details = PromptTokensDetails(usage.cached_tokens)
     return UsageBody(usage.prompt_tokens, usage.completion_tokens, total, details)
+
+
+class RunningUsage:
+    """Counts the tokens of a request, event by event, for clients that get the counts in each chunk."""
+
+    def __init__(self) -> None:
+        self._at_first: Usage | None = None
+        self._num_tokens = 0
+
+    def add(self, event: StreamEvent) -> None:
+        """Counts the tokens of an event."""
+        self._num_tokens += len(event.token_ids)
+        self._at_first = self._at_first or event.usage_so_far or event.usage
+
+    def to_body(self) -> UsageBody | None:
+        """Returns the counts so far; None if the worker is of an earlier release, which doesn't tell them."""
+        first = self._at_first
+        if first is None:
+            return None
+        return to_usage_body(Usage(first.prompt_tokens, self._num_tokens, first.cached_tokens))

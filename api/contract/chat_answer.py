@@ -6,7 +6,14 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from api.contract.answer import FINISH_REASONS, Heading, PublicFinishReason, UsageBody, to_usage_body
+from api.contract.answer import (
+    FINISH_REASONS,
+    Heading,
+    PublicFinishReason,
+    RunningUsage,
+    UsageBody,
+    to_usage_body,
+)
 from api.contract.server_events import DONE, on_one_line, render_data, render_id
 from shared.messages import StreamEvent, Usage
 
@@ -69,26 +76,6 @@ class ChatCompletion(msgspec.Struct, frozen=True):
 _encode = msgspec.json.encode
 _MARK = "text"
 """Placeholder for the text of a chunk; the encoded chunk is split at the placeholder."""
-
-
-class RunningUsage:
-    """Counts the tokens of a request, event by event, for clients that get the counts in each chunk."""
-
-    def __init__(self) -> None:
-        self._at_first: Usage | None = None
-        self._num_tokens = 0
-
-    def add(self, event: StreamEvent) -> None:
-        """Counts the tokens of an event."""
-        self._num_tokens += len(event.token_ids)
-        self._at_first = self._at_first or event.usage_so_far or event.usage
-
-    def to_body(self) -> UsageBody | None:
-        """Returns the counts so far; None if the worker is of an earlier release, which reports none."""
-        first = self._at_first
-        if first is None:
-            return None
-        return to_usage_body(Usage(first.prompt_tokens, self._num_tokens, first.cached_tokens))
 
 
 class ChunkWriter:

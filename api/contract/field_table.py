@@ -1,4 +1,4 @@
-"""The table of all fields of a chat completion, for the OpenAPI schema, docs/fields.md and the tests."""
+"""The table of all fields of requests, for the OpenAPI schema, docs/fields.md and the tests."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from api.contract.chat_messages import ChatMessage, FunctionCall, TextPart, ToolCall
 from api.contract.chat_request import ChatCompletionRequest
 from api.contract.chat_tools import FunctionDefinition, Tool
+from api.contract.completion_request import CompletionRequest
 from api.contract.fields import Ignored, Only, either
 from api.contract.generation_fields import StreamOptions
 from api.contract.strict import StrictModel
@@ -17,7 +18,8 @@ from api.contract.unserved import CacheOptions
 State = Literal["served", "without effect", "refused"]
 STATES: tuple[State, ...] = ("served", "without effect", "refused")
 MODELS: dict[str, type[StrictModel]] = {
-    "The body": ChatCompletionRequest,
+    "The body of a chat completion": ChatCompletionRequest,
+    "The body of a completion": CompletionRequest,
     "`stream_options`": StreamOptions,
     "`prompt_cache_options`": CacheOptions,
     "`messages[]`": ChatMessage,
@@ -60,11 +62,16 @@ def _row(name: str, field: FieldInfo) -> Row:
 
 
 def as_markdown() -> str:
-    """Returns the tables of docs/fields.md: for each model, its fields by state."""
+    """Returns the tables of docs/fields.md: for each model, its fields by state.
+
+    The table of the completion leaves out the fields that are the same in a chat completion.
+    """
     sections = []
+    of_chats = set(rows(ChatCompletionRequest))
     for place, model in MODELS.items():
         lines = [f"## {place}", "", "| field | state | |", "|---|---|---|"]
-        ordered = sorted(rows(model), key=lambda row: STATES.index(row.state))
+        listed = [row for row in rows(model) if model is not CompletionRequest or row not in of_chats]
+        ordered = sorted(listed, key=lambda row: STATES.index(row.state))
         lines += [f"| `{row.name}` | {row.state} | {_cell(row)} |" for row in ordered]
         sections.append("\n".join(lines))
     return "\n\n".join(sections) + "\n"

@@ -91,6 +91,25 @@ def test_a_message_is_continued_and_each_chunk_counts_the_tokens(served: Deploym
     assert continued < anew
 
 
+def test_a_completion_continues_texts_and_tokens_without_a_chat_template(served: Deployment) -> None:
+    client = served.client()
+    options = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    texts = ["Once upon", "a time"]
+    alone = [client.completions.create(model="a", prompt=text, **options) for text in texts]
+    together = client.completions.create(model="a", prompt=texts, echo=True, **options)
+    assert [choice.text for choice in together.choices] == [
+        text + answer.choices[0].text for text, answer in zip(texts, alone, strict=True)
+    ]
+    assert together.usage.completion_tokens == 2 * 16
+    streamed = {0: "", 1: ""}
+    for chunk in client.completions.create(model="a", prompt=texts, stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(streamed.values()) == [answer.choices[0].text for answer in alone]
+    with pytest.raises(openai.BadRequestError, match="a token id that the model lacks") as caught:
+        client.completions.create(model="a", prompt=[5, 10**6])
+    assert caught.value.param == "prompt"
+
+
 def test_adapters_that_take_turns_on_one_slot_answer_as_when_each_has_its_own(
     served: Deployment, deploy: Deploy, tiny_adapters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from shared.errors import ContextLengthExceeded, GenerationFailed, InvalidRequest, LorelayError
-from shared.messages import GenerationRequest, StreamEvent
-from worker.engine.ports import Model
+from shared.messages import GenerationRequest, StreamEvent, TextOrTokens
+from worker.engine.ports import Model, Tokenizer
 from worker.engine.records import Prompts
 from worker.engine.request_output import RequestOutput, SequenceOutput
 from worker.engine.sequence import Sequence
@@ -75,7 +75,9 @@ class Intake:
             cache_salt=request.cache_salt,
         )
         tokenizer = model.tokenizer
-        return SequenceOutput(seq, tokenizer.detokenizer(), _marks(tokenizer.special_tokens, request))
+        prefix = _text_of(request.prompts[seq.prompt_no], tokenizer) if request.echo else ""
+        marks = _marks(tokenizer.special_tokens, request)
+        return SequenceOutput(seq, tokenizer.detokenizer(), marks, prefix)
 
     def _check_tokens(self, request: GenerationRequest, prompts: list[list[int]]) -> None:
         """Refuses token ids outside the vocabulary, which would make a step of all running requests fail.
@@ -113,6 +115,14 @@ class Intake:
         if num_prompt_tokens + (asked or 1) > context:
             raise _too_long(num_prompt_tokens, request, context)
         return sampling.max_tokens or context - num_prompt_tokens
+
+
+def _text_of(prompt: TextOrTokens, tokenizer: Tokenizer) -> str:
+    """Returns the text of a prompt, without its special tokens if it consists of token ids."""
+    if isinstance(prompt, str):
+        return prompt
+    detokenizer = tokenizer.detokenizer()
+    return "".join(map(detokenizer.add, prompt))
 
 
 def _marks(special_tokens: Mapping[int, str], request: GenerationRequest) -> Mapping[int, str]:

@@ -62,7 +62,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode_text(self, text: str) -> list[int]:
-        """Returns the token ids of a text. Raises `InvalidRequest` if the text can't be tokenized."""
+        """Returns the token ids of a text, in which the names of control tokens become these tokens.
+
+        Raises:
+            InvalidRequest: the text can't be tokenized.
+        """
         ...
 
     def detokenizer(self) -> Detokenizer:

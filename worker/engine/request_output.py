@@ -18,9 +18,15 @@ NO_MARKS: Mapping[int, str] = MappingProxyType({})
 class SequenceOutput:
     """Turns the tokens of one sequence into text, and decides at which token the sequence ends."""
 
-    def __init__(self, seq: Sequence, detokenizer: Detokenizer, marks: Mapping[int, str] = NO_MARKS) -> None:
-        """`marks`: the special tokens that stop strings contain, as texts by id."""
+    def __init__(
+        self, seq: Sequence, detokenizer: Detokenizer, marks: Mapping[int, str] = NO_MARKS, prefix: str = ""
+    ) -> None:
+        """`marks`: the special tokens that stop strings contain, as texts by id.
+
+        `prefix`: text that precedes the text of the first token, such as the prompt.
+        """
         self.seq = seq
+        self._prefix = prefix
         self._marks = marks
         self._detokenizer = detokenizer
         self._stop_checker = StopChecker(seq.sampling.stop)
@@ -30,6 +36,7 @@ class SequenceOutput:
         if event.finish_reason is not None:
             self.seq.finish_reason, self.seq.status = event.finish_reason, SequenceStatus.FINISHED
         for token_id in event.token_ids:
+            self._prefix = ""
             self.seq.token_ids.append(token_id)
             text = self._detokenizer.add(token_id)
             if self.seq.num_output_tokens > self.seq.sampling.min_tokens:
@@ -40,6 +47,10 @@ class SequenceOutput:
 
         The token must be in `seq.token_ids` already. Stop strings within the first `min_tokens` are ignored.
         """
+        prefix, self._prefix = self._prefix, ""
+        return prefix + self._complete(token_id)
+
+    def _complete(self, token_id: int) -> str:
         seq = self.seq
         # A grammar allows an end token only where the output may end; its own text would break the form.
         ends_grammar = bool(seq.sampling.grammar) and token_id in seq.eos_token_ids

@@ -34,7 +34,7 @@ class Tokenizer:
         """Wraps `backend`, a transformers tokenizer with a chat template.
 
         `generation_eos` are ids that end a sequence besides the tokenizer's own. If `parses_control_tokens`
-        is true, the text of a control token in a message or prompt becomes that token. `renderer` runs the
+        is true, the text of a control token in a message becomes that token. `renderer` runs the
         chat templates.
 
         Raises:
@@ -134,10 +134,12 @@ class Tokenizer:
     def encode_text(self, text: str) -> list[int]:
         """Returns the token ids of a text, with the special tokens that the tokenizer adds to every text.
 
+        The names of control tokens in the text become these tokens.
+
         Raises:
             InvalidRequest: the text can't be tokenized.
         """
-        return self._encode(Rendered(text, CLIENT * len(text)), "prompt", add_special_tokens=True)
+        return self._encode(Rendered(text, OWN * len(text)), "prompt", add_special_tokens=True)
 
     @property
     def template_sources(self) -> frozenset[str]:

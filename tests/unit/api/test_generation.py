@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
-from api.generation import Chat, check_length
+from api.generation import Input, check_length
 from shared.errors import ContextLengthExceeded
-from shared.messages import NO_INPUTS, ModelCard, SamplingParams
+from shared.messages import ModelCard, SamplingParams, TextOrTokens
 
 CARD = ModelCard("m", "m", "folder", "v", 1, max_model_len=100, max_token_bytes=4)
 
 
 def check(*messages: dict[str, Any], card: ModelCard = CARD, **sampling: Any) -> None:
-    check_length(card, Chat(list(messages), NO_INPUTS), SamplingParams(**sampling))
+    check_length(card, Input(list(messages)), SamplingParams(**sampling))
 
 
 def said(text: Any, role: str = "user") -> dict[str, Any]:
@@ -58,3 +58,14 @@ def test_the_tokens_to_generate_count_too() -> None:
 
 def test_without_a_bound_a_worker_decides() -> None:
     check(said("x" * 9999), card=ModelCard("m", "m", "folder", "v", 1, max_model_len=100))
+
+
+@pytest.mark.parametrize("prompt", ["x" * 397, (1,) * 100, "\u20ac" * 133])
+def test_a_prompt_that_can_not_fit_into_the_context_is_refused(prompt: TextOrTokens) -> None:
+    with pytest.raises(ContextLengthExceeded, match=r"100 tokens, but .* were given in the prompt"):
+        check_length(CARD, Input(prompts=("ok", prompt)), SamplingParams())
+
+
+@pytest.mark.parametrize("prompt", ["x" * 396, (1,) * 99, " " * 999 + "x"])
+def test_a_prompt_that_could_fit_is_never_refused(prompt: TextOrTokens) -> None:
+    check_length(CARD, Input(prompts=("ok", prompt)), SamplingParams())

@@ -9,7 +9,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from openai.resources.chat.completions import Completions
-from openai.types import chat
+from openai.resources.completions import Completions as TextCompletions
+from openai.types import chat, completion_create_params
 from openai.types.chat import completion_create_params as params
 from pydantic import BaseModel
 
@@ -17,6 +18,7 @@ from api.chat_routes import parse_chat
 from api.contract.chat_messages import ChatMessage, FunctionCall, TextPart, ToolCall
 from api.contract.chat_request import ChatCompletionRequest
 from api.contract.chat_tools import FunctionDefinition, Tool
+from api.contract.completion_request import CompletionRequest
 from api.contract.field_table import MODELS, as_markdown, rows
 from api.contract.fields import Only
 from api.contract.generation_fields import StreamOptions
@@ -36,6 +38,8 @@ def body_with(model: type[StrictModel], fields: dict[str, Any]) -> dict[str, Any
     """Returns a valid body to which `fields` are added at the place of `model`."""
     message: dict[str, Any] = {"role": "assistant", "content": "hi"}
     body: dict[str, Any] = {"model": "m", "stream": True, "tool_choice": "none", "messages": [message]}
+    if model is CompletionRequest:
+        return {"model": "m", "prompt": "hi", "stream": True} | fields
     if model is ChatCompletionRequest:
         body |= fields
     elif model is StreamOptions:
@@ -57,8 +61,9 @@ def body_with(model: type[StrictModel], fields: dict[str, Any]) -> dict[str, Any
     return body
 
 
-def parse_body(body: dict[str, Any]) -> ChatCompletionRequest:
-    return parse(ChatCompletionRequest, json.dumps(body).encode())
+def parse_body(body: dict[str, Any]) -> StrictModel:
+    model = CompletionRequest if "prompt" in body else ChatCompletionRequest
+    return parse(model, json.dumps(body).encode())
 
 
 def parse_text(name: str, written: str) -> ChatCompletionRequest:
@@ -87,6 +92,11 @@ OFFICIAL = {
         params.CompletionCreateParamsNonStreaming, params.CompletionCreateParamsStreaming
     )
     | set(signature(Completions.create).parameters) - NOT_IN_A_BODY,
+    CompletionRequest: fields_of_client(
+        completion_create_params.CompletionCreateParamsNonStreaming,
+        completion_create_params.CompletionCreateParamsStreaming,
+    )
+    | set(signature(TextCompletions.create).parameters) - NOT_IN_A_BODY,
     StreamOptions: fields_of_client(chat.ChatCompletionStreamOptionsParam),
     CacheOptions: fields_of_client(params.PromptCacheOptions),
     ChatMessage: fields_of_client(
@@ -281,8 +291,12 @@ ODD_VALUES: list[Any] = [
 
 def outcome_of(given: dict[str, Any]) -> GenerationRequest | InvalidRequest:
     """Returns what becomes of a body: a request for the workers, or the error that refuses it."""
+    raw = json.dumps(given).encode()
     try:
-        body, messages = run_at_once(parse_chat(json.dumps(given).encode()))
+        if "prompt" in given:
+            text = parse(CompletionRequest, raw)
+            return GenerationRequest("id", "m", "base", text.to_sampling(), prompts=text.prompt)
+        body, messages = run_at_once(parse_chat(raw))
     except InvalidRequest as error:
         return error
     inputs = body.to_template_inputs()

@@ -121,6 +121,17 @@ def test_a_request_that_lost_its_worker_at_any_event_goes_on_in_all_its_sequence
         check_blocks(bench.blocks)
 
 
+def test_each_choice_of_an_echoed_prompt_begins_with_it_once_whatever_worker_goes_on() -> None:
+    request, plain = request_of(echo=True), texts(run(request_of()))
+    echoed = run(request)
+    prompts = (PROMPTS[0], bytes(PROMPTS[1]).decode(), PROMPTS[2])
+    assert texts(echoed) == {index: prompts[index // 2] + text for index, text in plain.items()}
+    for num_written in range(1, len(echoed)):
+        bench = Bench()
+        bench.add(request, echoed[:num_written])
+        assert texts(echoed[:num_written] + bench.finish()) == texts(echoed)
+
+
 @pytest.mark.parametrize("num_choices", [1, 2, 5, 12])
 def test_of_a_prompt_at_most_one_block_is_computed_again_for_each_further_choice(num_choices: int) -> None:
     bench = Bench()

@@ -152,12 +152,10 @@ def test_no_operation_of_a_template_makes_a_control_token_of_a_clients_text(temp
     assert controls(backend, ids) == ["<s>", "</s>"]
 
 
-def test_control_tokens_in_a_text_prompt_are_text_and_the_tokenizers_own_are_added() -> None:
+def test_control_tokens_in_the_prompt_of_a_completion_count_and_the_tokenizers_own_are_added() -> None:
     backend = wrap(byte_level(), CHATML)
     tokenizer = Tokenizer(backend, frozenset())
-    assert controls(backend, tokenizer.encode_text(ATTACK)) == ["<s>"]
-    assert backend.decode(tokenizer.encode_text(ATTACK)) == f"<s>{ATTACK}"
-    for text in ORDINARY:
+    for text in (ATTACK, *ORDINARY):
         assert tokenizer.encode_text(text) == backend(text)["input_ids"]
 
 
@@ -166,7 +164,6 @@ def test_who_builds_prompts_by_hand_can_have_control_tokens_in_text() -> None:
     tokenizer = Tokenizer(backend, frozenset(), parses_control_tokens=True)
     expected = backend.apply_chat_template(chat(ATTACK), add_generation_prompt=True)["input_ids"]
     assert tokenizer.encode_chat(chat(ATTACK)) == expected
-    assert tokenizer.encode_text(ATTACK) == backend(ATTACK)["input_ids"]
 
 
 def test_added_words_and_html_are_vocabulary_and_added_markup_is_not() -> None:
