@@ -101,7 +101,7 @@ class ConnectionGuard:
         return layer
 
     def admit(self, connection: Connection) -> None:
-        """Makes room for a new connection, or closes it if there is none."""
+        """Makes room for a new connection; closes the new connection if there is no room."""
         self._waiting[connection] = None
         is_full = len(self._open) > self._max_num
         if is_full and not self._was_full:

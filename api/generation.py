@@ -205,7 +205,7 @@ def check_resumable(found: FoundRequest, first_event_no: int) -> None:
 
 
 async def find_begun(queue: QueueClient, request: GenerationRequest, first_event_no: int) -> set[int]:
-    """Returns the choices with an event before `first_event_no`: their clients have got the role already.
+    """Returns the choices with an event before `first_event_no`, whose role the client has already.
 
     Raises:
         QueueUnavailable: Redis can't be read.

@@ -1,8 +1,8 @@
 """Compares the speed of two checkouts of Lorelay, which run the same benchmark loads in turn.
 
 `python -m bench.compare --before FOLDER --model MODEL --adapters "a=PATH b=PATH"` compares the checkout in
-FOLDER with this checkout. Both deployments run all the time. Each round measures both, in alternating order.
-The command prints a JSON line per load: medians, and ratios with 90 % intervals.
+FOLDER with this checkout. Both deployments run all the time. Each round measures both deployments, in
+alternating order. The command prints a JSON line per load: medians, and ratios with 90 % intervals.
 """
 
 import argparse

@@ -186,7 +186,10 @@ INPUTS: dict[str, HostileInput] = BODIES | HEADS | CONNECTIONS | NOT_READ | LONG
 
 
 class Crowd:
-    """Hostile clients that send the named inputs in turn. Each opens a new connection when one is over."""
+    """Hostile clients that send the named inputs in turn.
+
+    Each client opens a new connection when its connection has ended.
+    """
 
     def __init__(self, target: Target, names: Sequence[str], num_connections: int) -> None:
         """Builds all bytes in advance, so that this takes no time during the attack."""
@@ -273,7 +276,7 @@ async def _status(reader: asyncio.StreamReader, manner: Manner) -> str:
 
 
 async def _play_on_orders(crowd: Crowd) -> None:
-    """Starts an attack at a line on standard input, ends it at the next, and repeats this."""
+    """Starts an attack at a line on standard input, ends the attack at the next line, and so on."""
     loop = asyncio.get_running_loop()
 
     def order() -> Awaitable[str]:

@@ -2,8 +2,8 @@
 
 `python -m bench.memory --model MODEL --minutes 10 --adapters 1000` requests all adapters in turn, so that
 each adapter is read from disk. The command prints JSON: the worker's memory over time and at the end, and the
-faults found. The exit code is 1 if there are faults. Linux only; the worker reads further settings from
-`LORELAY_*`.
+faults found. The exit code is 1 if there are faults. The command runs only on Linux. The worker reads further
+settings from `LORELAY_*`.
 """
 
 import argparse

@@ -160,7 +160,10 @@ def _worker(connection: redis.Redis, name: str, base: str | None, is_alive: bool
 
 
 def _state_alive(rq_state: str, served: dict[str, str] | None) -> WorkerState:
-    """Returns the state of a worker with a lease. `served`: None if Redis lost the record of its queues."""
+    """Returns the state of a worker with a lease.
+
+    `served`: the worker's queues; None if Redis lost this record.
+    """
     if served == {}:
         return WorkerState.DRAINING
     known = {str(state): state for state in (WorkerState.BUSY, WorkerState.SUSPENDED)}
@@ -191,7 +194,10 @@ def _served(connection: redis.Redis, worker_name: str) -> dict[str, str] | None:
 
 
 def _num_serving(card: ModelCard, served: Sequence[dict[str, str]]) -> int:
-    """Returns the number of workers that serve a model in its version. The empty version matches any."""
+    """Returns the number of workers that serve a model in its version.
+
+    An empty version matches any version.
+    """
     queue = queue_name(card.base, card.adapter_name)
     versions = [queues[queue] for queues in served if queue in queues]
     return sum(

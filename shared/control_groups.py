@@ -1,7 +1,6 @@
 """Limits that containers and systemd set for a process, with control groups (cgroups, versions 1 and 2).
 
-Without these limits, a process would see only the resources of the whole machine, such as the free memory in
-`/proc/meminfo`.
+Other numbers of the kernel, such as the free memory in `/proc/meminfo`, describe the whole machine.
 """
 
 import math

@@ -106,7 +106,7 @@ class TemplateInputs(Message, frozen=True):
 
     @property
     def are_known_to_all(self) -> bool:
-        """True if workers that know only schemas 1 and 2 ignore these inputs, but build the right prompt."""
+        """True if a worker that ignores these inputs (schema 1 or 2) builds the right prompt all the same."""
         return not (self.tools or self.continue_final_message or self.variables.keys() - TEMPLATE_HINTS)
 
 
@@ -162,7 +162,7 @@ class GenerationRequest(Message, frozen=True):
     def without_prompt(self) -> "GenerationRequest":
         """Returns a copy without prompt and grammar, which may be large.
 
-        Readers of events don't need them.
+        Readers of events need neither.
         """
         sampling = msgspec.structs.replace(self.sampling, grammar="")
         return msgspec.structs.replace(
@@ -304,7 +304,7 @@ class ModelCard(Message, frozen=True, omit_defaults=False):
 
 
 class WorkerFacts(Message, frozen=True, omit_defaults=False):
-    """Facts about itself that a serving worker writes to Redis with every heartbeat."""
+    """Facts that a serving worker writes about itself to Redis with every heartbeat."""
 
     max_model_len: int
     dtype: str = ""

@@ -82,10 +82,10 @@ NO_DECODERS = {"bert-generation", "trocr", "whisper", "xlnet"}
 """Families that transformers lists among causal language models, though they need an encoder or are one."""
 PAGE_FORMAT = """# Models
 
-This page lists families of models, and tells which of them Lorelay can serve. `./scripts/models` makes it.
-The script tries each family of causal language models in transformers {version} that reads only text: it
-serves a tiny random model in float64, with four prompts, which arrive one after the other and are computed in
-chunks, in one batch. The script compares the greedy tokens with those of transformers' own `generate` for
+This page lists families of models, and tells which of them Lorelay can serve. `./scripts/models` makes this
+page. The script tries each family of causal language models in transformers {version} that reads only text:
+it serves a tiny random model in float64, with four prompts, which arrive one after the other and are computed
+in chunks, in one batch. The script compares the greedy tokens with those of transformers' own `generate` for
 each prompt alone. {num_tried} families were tried: {counts[equal]} give exactly the same tokens,
 {counts[refused]} are refused when a worker starts, and {counts[differs]} differ.
 

@@ -180,7 +180,7 @@ class LoraWorker(RqWorker):
             return service.num_claimed > 0
 
     def _announce(self, service: WorkerService, queues: ServedQueues, facts: WorkerFacts) -> None:
-        """Takes the worker's lease, then registers the models, so that they have a live worker at once."""
+        """Takes the worker's lease, then registers the models, so that each model has a live worker."""
         self._patience.call(service.take_lease)
         self._patience.call(lambda: registry.register(self.connection, queues.cards()))
         self._patience.call(lambda: registry.end_loading(self.connection, self._model_names))
@@ -223,7 +223,7 @@ class LoraWorker(RqWorker):
                 pipeline.execute()
 
     def _streams(self, settings: WorkerSettings) -> WorkerStreams:
-        """Creates `WorkerStreams` on a new connection. Each thread has one, so that none blocks another."""
+        """Creates `WorkerStreams` with a new connection, so that no thread blocks another thread."""
         return WorkerStreams(
             connect_like(self.connection, socket_timeout_s=SOCKET_TIMEOUT_S),
             base=settings.base_name,

@@ -37,8 +37,8 @@ def run_at_once(steps: Steps[Value]) -> Value:
 class StepRunner:
     """Runs computations in an event loop, but only one long computation at a time.
 
-    A computation is long if it takes more than `STEP_S`. If several long ones ran at once, each would take
-    `STEP_S` before the event loop served other requests again.
+    A computation is long if it takes more than `STEP_S`. If several long computations ran at once, each would
+    take `STEP_S` before the event loop served other requests again.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -64,8 +64,8 @@ def connect_async(
 ) -> redis.asyncio.Redis:
     """Returns an asyncio client of Redis with few retries, because HTTP requests wait for the replies.
 
-    The Redis client opens at most `max_num_connections` connections. If all are in use, a command waits up to
-    `socket_timeout_s` for one.
+    The Redis client opens at most `max_num_connections` connections. If all connections are in use, a command
+    waits up to `socket_timeout_s` for a free one.
     """
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         settings.redis_url,
@@ -95,7 +95,7 @@ def check_server(connection: redis.Redis) -> None:
 def retry_briefly(connection: redis.Redis) -> None:
     """Makes a client retry its commands for about 2 s after a lost connection.
 
-    RQ's code needs this, because it does not handle lost connections.
+    RQ's code needs such a client, because it does not handle lost connections.
     """
     connection.set_retry(Retry(ExponentialBackoff(cap=0.5, base=0.05), 7))
 

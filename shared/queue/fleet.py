@@ -100,8 +100,8 @@ def read_facts(encoded: object) -> WorkerFacts | None:
 def common_length(peers: Iterable[Peer], stored: ModelCard) -> int:
     """Returns the shortest context length of the live workers of a model.
 
-    A worker of the previous release does not publish its length, and counts with the length of the registered
-    card. The result is also the card's length if no live worker serves the model.
+    A worker of the previous release does not publish its length, so the length of the registered card is used
+    for this worker. The result is also the card's length if no live worker serves the model.
     """
     queue = queue_name(stored.base, stored.adapter_name)
     serving = [peer.facts for peer in peers if queue in peer.queues]

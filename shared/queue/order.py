@@ -28,15 +28,15 @@ Lines are compared by these keys, in this order:
 * Key 6, the order inside a line: the request with the lower priority number comes first, then the older
   request. Redis keeps each line in this order.
 
-`look.lua` reads lines from a limited number of queues. First, it reads queues whose adapters run or are
-resident, in the order of key 3. Then `look.lua` reads the same number of other queues. Half of these are the
-queues whose first requests have waited longest, and half are drawn at random. From each queue, `look.lua`
+`look.lua` reads lines from a limited number of queues. First, `look.lua` reads queues whose adapters run or
+are resident, in the order of key 3. Then `look.lua` reads the same number of other queues. Half of these are
+the queues whose first requests have waited longest, and half are drawn at random. From each queue, `look.lua`
 reads the line of the oldest request, and lines of a few tenants drawn at random. Because half of the other
 queues are drawn at random, a queue with only young requests is also read soon, however many queues have older
 requests.
 
-A new rule for tenants, such as weights, could compare only the tenants that were read. In each queue, these
-are at most 8 tenants for each class and version (`some_lines` in `look.lua`), and the tenant with the oldest
+A new rule for tenants, such as weights, could compare only the tenants that were read. Of each queue,
+`look.lua` reads at most 8 tenants for each class and version (`some_lines`), and the tenant with the oldest
 request.
 """
 

@@ -1,6 +1,6 @@
 """The Redis permissions that workers, APIs and `lorelay status` need, and a check for missing permissions.
 
-Redis checks the permission for a command already when the command is queued in a transaction. `check`
+Redis checks the permission for a command when the command is queued in a transaction, before EXEC. `check`
 therefore queues every command with example arguments, and closes the connection without EXEC, so that nothing
 is executed.
 """

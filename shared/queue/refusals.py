@@ -58,7 +58,7 @@ def _what_failed(error: redis.RedisError) -> str:
 
 
 def _name(args: tuple[Any, ...]) -> str:
-    """Returns the name of a command, or of the script if the command runs one of our scripts."""
+    """Returns the name of a command, or of the script if the command runs one of Lorelay's scripts."""
     if args[0] == "EVALSHA":
         return f"the script {_script_names().get(str(args[1]), args[1])}"
     return str(args[0])
@@ -66,7 +66,7 @@ def _name(args: tuple[Any, ...]) -> str:
 
 @cache
 def _script_names() -> dict[str, str]:
-    """Returns the names of our scripts by the SHA-1 that `EVALSHA` sends."""
+    """Returns the names of Lorelay's scripts by the SHA-1 that `EVALSHA` sends."""
     files = (resources.files("shared.queue") / "lua").iterdir()
     names = [file.name.removesuffix(".lua") for file in files if file.name.endswith(".lua")]
     return {hashlib.sha1(script_source(name).encode()).hexdigest(): name for name in names}

@@ -67,7 +67,7 @@ def register(connection: redis.Redis, cards: Iterable[ModelCard]) -> None:
 def follow_workers(
     connection: redis.Redis, cards: Sequence[ModelCard], worker_name: str, facts: WorkerFacts
 ) -> dict[str, Peer]:
-    """Sets the context length in the entries of these cards to the shortest one of each model's live workers.
+    """Sets the context length in these cards' entries to the shortest length of each model's live workers.
 
     `worker_name`, `facts`: the name and the facts of the calling worker. Entries of other weights stay as
     they are, and so do entries that can't be read. Returns the live workers of the base by name.

@@ -77,9 +77,9 @@ class WorkerStreams(UpkeepStreams):
     def claim(self, claim_ids: Sequence[str], picks: Sequence[Pick], num_long: int = NO_LIMIT) -> list[Claim]:
         """Claims the first request that is left in each picked line; stops after a suspect.
 
-        At most `num_long` long requests are claimed. In place of further long ones, shorter requests behind
-        them are claimed. A repeated call with the same claim ids returns the same requests. Requests with
-        unreadable records end as failed.
+        At most `num_long` long requests are claimed. In place of further long requests, shorter requests
+        behind these are claimed. A repeated call with the same claim ids returns the same requests. Requests
+        with unreadable records end as failed.
         """
         claimed, unreadable = self._scripts["claim"](
             args=[

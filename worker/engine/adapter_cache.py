@@ -1,4 +1,4 @@
-"""Decides where each adapter is: in a slot on the device, in host memory, or only on disk; has no tensors."""
+"""Decides where each adapter is: in a slot on the device, in host memory, or only on disk."""
 
 import logging
 import queue
@@ -125,7 +125,9 @@ class AdapterCache(Generic[W]):
         return self._slots[name]
 
     def bring(self, name: str | None, in_use: Collection[str | None]) -> bool:
-        """Makes an adapter resident. If no slot is free, evicts the least recently used one not in `in_use`.
+        """Makes an adapter resident.
+
+        If no slot is free, evicts the least recently used adapter that is not in `in_use`.
 
         Returns True if the adapter is resident now. Returns False if the adapter is still being read, if all
         slots are in use, or if the copy into a slot failed. After a failed copy, `settle` returns the error.

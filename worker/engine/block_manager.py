@@ -89,7 +89,7 @@ class BlockManager:
         seq.num_computed_tokens = len(seq.block_table) * self.block_size
 
     def has_prompt(self, seq: Sequence) -> bool:
-        """True if all shareable blocks of a sequence's prompt are published, or if it has no such block."""
+        """True if all shareable blocks of a sequence's prompt are published, or if there are none."""
         num_blocks = (seq.num_prompt_tokens - 1) // self.block_size if self._shares_prefixes else 0
         return not num_blocks or self._block_keys(seq, num_blocks)[-1] in self._published
 

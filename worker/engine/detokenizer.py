@@ -71,7 +71,9 @@ class Detokenizer:
         self._num_released = len(self._decode(self._window))
 
     def _shorten(self, text: str, whole: str) -> None:
-        """Drops tokens from the middle of the window, whose text is `whole` and then only `REPLACEMENT`.
+        """Drops tokens from the middle of the window.
+
+        After the text `whole`, all tokens decode to `REPLACEMENT`.
 
         If the window kept all tokens that complete no character, each further token would take longer to
         decode.
@@ -88,10 +90,10 @@ class Detokenizer:
 class StopChecker:
     """Cuts a streamed text before the first stop string in it.
 
-    The first stop string is the one that ends first. If two end at the same character, the text is cut before
-    the longer one. The result does not depend on the pieces in which the text arrives. A stop string may
-    contain special tokens. The text of a special token, called a mark, is compared with the stop strings, but
-    never released.
+    The first stop string is the one that ends first. If two stop strings end at the same character, the text
+    is cut before the longer one. The result does not depend on the pieces in which the text arrives. A stop
+    string may contain special tokens. The text of a special token, called a mark, is compared with the stop
+    strings, but never released.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -102,7 +104,7 @@ class StopChecker:
         """Start and end of each mark within the held text."""
 
     def add(self, text: str, mark: str = "") -> tuple[str, bool]:
-        """Returns the text that may be released now, and True if it ends at a stop string.
+        """Returns the text that may be released now, and True if a stop string ends this text.
 
         A piece of text that may be the start of a stop string is held back until the following text shows
         whether it is. `mark` is the text of a special token that follows `text`, or empty.

@@ -1,4 +1,4 @@
-"""The ports (interfaces) of an engine: `Engine` for the code that calls it, and the ports that it calls.
+"""The ports (interfaces) of an engine: the code that runs it uses `Engine`; it uses the other ports.
 
 To add a second engine, write a class with the methods of `Engine` in a new folder beside `worker.model`,
 then:
@@ -217,7 +217,7 @@ class Engine(Protocol):
     def encode(self, request: GenerationRequest) -> list[list[int]]:
         """Returns the token ids of each prompt of a request; a prompt of some MB takes seconds.
 
-        The grammar of the request is compiled here, too, before its first step.
+        A grammar of the request is also compiled here, before the first step.
 
         Raises:
             InvalidRequest: a prompt can't be tokenized, the chat template refuses it, or the grammar can't be
@@ -273,7 +273,10 @@ class Engine(Protocol):
         ...
 
     def run_isolated(self) -> None:
-        """Lets the isolated request run. The caller must first record in Redis that it runs alone."""
+        """Lets the isolated request run.
+
+        The caller must first record in Redis that this request runs alone.
+        """
         ...
 
     def end_isolation(self) -> None:
@@ -285,11 +288,14 @@ class Engine(Protocol):
         ...
 
     def abort_request(self, request_id: str) -> list[Output]:
-        """Ends a request whose client disconnected or canceled. Returns [] if the engine doesn't have it."""
+        """Ends a request whose client disconnected or canceled it.
+
+        Returns [] if the engine doesn't have the request.
+        """
         ...
 
     def stop_request(self, request_id: str) -> list[Output]:
-        """Ends a request that an operator stopped, with an error event; [] if the engine doesn't have it."""
+        """Ends a request that an operator stopped; returns its error event, or [] if it is not here."""
         ...
 
     def drop_request(self, request_id: str) -> None:

@@ -120,7 +120,7 @@ class RequestOutput:
         return True
 
     def add(self, index: int, token: Sampled) -> Output:
-        """Returns the event for a sequence's new token. An error in its place ends the whole request."""
+        """Returns the event for a sequence's new token. If `token` is an error, it ends the whole request."""
         if not isinstance(token, SampledToken):
             return self.fail(token)
         if self._first_token_s is None:

@@ -65,7 +65,7 @@ class Scheduler:
         return self._blocks.num_blocks - self._blocks.num_free_blocks
 
     def add(self, seq: Sequence) -> None:
-        """Appends a sequence to the waiting ones."""
+        """Appends a sequence to the waiting sequences."""
         self._waiting.append(seq)
 
     def requests_waiting_for(self, adapter_name: str) -> list[str]:
@@ -168,7 +168,7 @@ class Scheduler:
         return ready
 
     def _fit(self, seq: Sequence, num_ms: float, max_num_tokens: int, min_num_tokens: int = 0) -> int:
-        """Returns the number of tokens that a sequence can compute next in `num_ms`, within both limits."""
+        """Returns how many tokens fit into `num_ms`, but between `min_num_tokens` and `max_num_tokens`."""
         num_tokens = max(min_num_tokens, self._pace.num_tokens(num_ms, seq.num_computed_tokens))
         return int(min(seq.num_uncomputed_tokens, max_num_tokens, num_tokens))
 

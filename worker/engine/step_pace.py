@@ -70,7 +70,7 @@ class StepPace:
         return max(1e-6, target_ms - decodes_ms - self._chunks.ms((1, 0, 0)))
 
     def chunk_ms(self, chunk: Chunk) -> float:
-        """Returns how many of the milliseconds of `prefill_ms` a chunk takes."""
+        """Returns the estimated milliseconds for a chunk, which count against `prefill_ms`."""
         return self._chunks.ms((0, chunk.num_tokens, chunk.num_pairs))
 
     def num_tokens(self, num_ms: float, num_tokens_before: int) -> float:

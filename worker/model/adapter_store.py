@@ -6,7 +6,7 @@ these steps would be needed:
 * Step 1: a separate thread calls `AdapterStore.read_new`, which reads the disk.
 * Step 2: the same thread calls `shared.queue.registry.register` with the adapter's card. If the call raises
   `RegistryConflict`, the adapter can't be added.
-* Step 3: the engine's thread calls `AdapterCache.keep`, then `ServedModels.add`. Until then, the adapter's
+* Step 3: the engine's thread calls `AdapterCache.keep`, then `ServedModels.add`. Before step 3, the adapter's
   requests wait.
 * Step 4: `LoraWorker` adds the worker to RQ's set of the queue's workers. Without this step, the API reports
   `no_worker`.

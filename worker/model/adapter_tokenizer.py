@@ -120,7 +120,7 @@ def _backend(files: dict[str, bytes], base: Tokenizer) -> Any:
 
 
 def _load(folder: Path, files: dict[str, bytes], base: Tokenizer) -> Any:
-    """Loads a tokenizer from a copy of the files, with the base's vocabulary if they have none."""
+    """Loads a tokenizer from a copy of the files, with the base's vocabulary if the files have none."""
     from transformers import AutoTokenizer
 
     config = _json(files, _CONFIG_FILE)
@@ -146,7 +146,7 @@ def _load(folder: Path, files: dict[str, bytes], base: Tokenizer) -> Any:
 
 
 def _check_vocabulary(own: Any, base: Any, num_embeddings: int) -> None:
-    """Raises an error for tokens without embeddings, or if the base's ids have other words here."""
+    """Raises an error for tokens without embeddings, or if the base's ids stand for other words."""
     theirs = {token_id: token for token, token_id in base.get_vocab().items()}
     renamed = base.added_tokens_decoder  # e.g. reserved tokens, which fine-tuning gives a meaning
     for token, token_id in sorted(own.get_vocab().items(), key=lambda entry: entry[1]):

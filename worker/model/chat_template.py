@@ -68,7 +68,7 @@ class ChatTemplate:
         self._reads_arguments_as_text = self._wants_text()
 
     def render(self, messages: Messages, inputs: TemplateInputs, tenant: str = "") -> Rendered:
-        """Returns the text of a chat, which ends where the model's text begins.
+        """Returns the rendered text of a chat, up to the place where the model's text begins.
 
         Raises:
             InvalidRequest: the template refuses the chat, or takes too much time or memory for it.

@@ -130,10 +130,7 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; an empty object if there is none.
-
-    Loading then reports the reason.
-    """
+    """Returns the object in a JSON file, or an empty object."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):

@@ -87,7 +87,7 @@ class ControlTokens:
                 yield token_id, start, end
 
     def _copied(self) -> "_Copy":
-        """Returns the copy, which is made at first use, because it takes a second, and memory."""
+        """Returns the copy of the tokenizer, which is made at first use: it takes a second, and memory."""
         with self._lock:
             if self._copy is None:
                 self._copy = _make_copy(self._backend, self._texts)

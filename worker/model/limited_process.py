@@ -1,7 +1,7 @@
 """Runs the chat templates and regular expressions of adapters in a separate process, within limits.
 
-The base's template runs in the worker itself, because the operator chose it. An adapter's template may have
-been written by anybody.
+The base's template runs in the worker itself, because the operator chose it. Anybody may have written the
+template of an adapter.
 """
 
 import contextlib

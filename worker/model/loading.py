@@ -150,7 +150,7 @@ def load_model(folder: Path, settings: WorkerSettings, device: torch.device) -> 
 
 
 def _copy_from_files(model: Any) -> None:
-    """Copies the weights into memory of their own.
+    """Copies the weights from the pages of their files into other memory.
 
     On a CPU, weights are pages of their files until they are copied. If a file were truncated, the worker
     would die of SIGBUS. If the file were overwritten, the worker would use other weights under the same

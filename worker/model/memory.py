@@ -28,7 +28,7 @@ def num_free_bytes(device: torch.device) -> int:
 
 
 def describe_limits() -> str:
-    """Describes for the log how much memory and how many threads the process may use, and why."""
+    """Describes for the log how much memory and how many threads the process may use, and the reason."""
     limit, quota = _binding_limit(), cpu_quota()
     by = f"by the control group's limit of {limit.num_bytes >> 20} MiB" if limit else "on the machine"
     of_quota = f", control group's quota: {quota:g} CPUs" if quota else ""

@@ -1,6 +1,6 @@
 """Prepares a loaded transformers model: checks it, makes its Linears faster, and allocates its KV cache.
 
-Where possible, Linears are fused, packed for oneDNN, and replaced by C++ kernels.
+Linears are fused, packed for oneDNN, and computed by C++ kernels, each where possible.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Checks that a loaded model computes the same logits in batches with the paged cache as without them.
+"""Checks that a loaded model gives the same logits with batches and paged cache as without.
 
 The check replaces a list of supported model families. Some models never call the attention function, some
 keep state outside of the KV cache, and some derive parameters from all tokens of a batch. The check notices
@@ -139,7 +139,7 @@ class SelfCheck:
 
     @contextmanager
     def _refused_on_error(self, what: str) -> Iterator[None]:
-        """Turns any error into a refusal, because an unknown model may raise any exception."""
+        """Turns any exception of the unknown model into a `ConfigurationError`."""
         try:
             yield
         except Exception as error:

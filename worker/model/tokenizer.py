@@ -179,7 +179,7 @@ class Tokenizer:
         return None
 
     def says_the_same(self, other: "Tokenizer") -> bool:
-        """Returns True if both encode and decode everything in the same way, with the same end tokens."""
+        """Returns True if both tokenizers encode and decode everything alike, with the same end tokens."""
         return self._identity() == other._identity()
 
     def _identity(self) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ class HeldRequests:
     def isolate(self, held: Held) -> None:
         """Records that the engine isolated this request.
 
-        The engine pauses until Redis has recorded it, too.
+        The engine pauses until Redis has recorded this, too.
         """
         self._isolated = held
 
@@ -88,7 +88,7 @@ class HeldRequests:
         return self._isolated if self._isolated == self._suspect and self._isolated in self._shares else None
 
     def is_cleared_by(self, appends: Iterable[Append]) -> bool:
-        """Clears the suspect, and returns true, if these `appends` have the last event that clears it."""
+        """Clears the suspect, and returns true, if it has survived the events in these `appends`."""
         is_cleared = any(
             append.held == self._suspect and append.event.event_no >= self._suspect_until_event_no
             for append in appends
@@ -138,7 +138,7 @@ class _Pause(NamedTuple):
     """A pause until `end_s` (monotonic) in which a worker with `num_long` long prompts does not look.
 
     A look that passes over long requests takes Redis some milliseconds. Without the pause, each turn would
-    repeat it.
+    repeat this look.
     """
 
     num_long: int

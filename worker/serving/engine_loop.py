@@ -80,7 +80,7 @@ class EngineLoop:
         self._consumer.drain()
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Runs until, after `drain`, no request is left or `drain_s` has passed, or until `should_stop()`."""
+        """Runs until `should_stop()`, or, after `drain`, until no request is left or `drain_s` has passed."""
         while not (self._is_drained() or should_stop()):
             appends = self._apply_commands()
             appends += self._to_appends(self._engine.settle_adapters())

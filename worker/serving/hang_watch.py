@@ -18,7 +18,7 @@ HUNG_EXIT_CODE = 70
 class HangWatch:
     """Ends the process without clean-up if a part of it hangs: other workers then take over its requests.
 
-    A thread that encodes can't be stopped, so a chat template without end would keep other prompts out.
+    A thread that encodes can't be stopped, so a chat template that never ends would block other prompts.
     """
 
     def __init__(

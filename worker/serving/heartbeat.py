@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """Does a worker's periodic work in a separate thread, so that long steps don't delay it.
+    """Does a worker's periodic work in a separate thread, so that long steps don't delay this work.
 
     After a restart of Redis, every lease looks expired until its owner renews it. This thread therefore
     requeues requests with expired leases, and aborts requests of dead APIs, only after its connection to
@@ -60,7 +60,7 @@ class Heartbeat:
     def run(self) -> None:
         """Repeats `turn` until `stop`.
 
-        If a part of a turn fails while Redis is down, a later turn does it.
+        If a part of a turn fails while Redis is down, a later turn repeats this part.
         """
         while not self._stopped.wait(min(self._settings.heartbeat_s, self._settings.reap_s)):
             self._watch_engine()

@@ -77,7 +77,7 @@ def call_until(give_up_at: float, call: Callable[[], T]) -> T:
 class PatientRedis(NamingRedis):
     """A client for `rq worker --connection-class` that retries after transient errors of Redis, such as BUSY.
 
-    `rq` asks Redis whether queues are suspended before it creates the worker, and ends if that call fails.
+    Before `rq` creates the worker, it asks Redis whether queues are suspended, and ends if this call fails.
     After an error that is not transient, this client ends the process with one log line.
     """
 

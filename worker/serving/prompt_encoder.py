@@ -45,7 +45,7 @@ class PromptEncoder:
     ) -> None:
         """`inbox`: receives each claim with its encoded prompts.
 
-        `held`: claims that are not in it are skipped.
+        `held`: claims that are not in this container are skipped.
         """
         self._encode = encode
         self._inbox = inbox

@@ -36,7 +36,7 @@ class ServedQueues:
         return {queue: version for queue, version in versions.items() if queue in self._only}
 
     def names_if_few(self, most: int) -> list[str]:
-        """Returns the queues from which the worker may claim, or at once [] if there are more than `most`."""
+        """Returns the queues from which the worker may claim; [] if there are more than `most`."""
         num_queues = 1 + len(self._models.adapters) if self._only is None else len(self._only)
         return list(self.versions()) if num_queues <= most else []
 

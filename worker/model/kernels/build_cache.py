@@ -39,8 +39,7 @@ def mark_used(path: Path) -> None:
 def drop_unused(folder: Path) -> None:
     """Removes the scratch folders of killed compilers, and entries that were not used for `MAX_UNUSED_S`.
 
-    No other process may compile meanwhile, because this function would remove the scratch folder of its
-    compiler.
+    No compiler may run meanwhile, because this function would remove the scratch folder of the compiler.
     """
     oldest_s = time.time() - MAX_UNUSED_S
     left = list(folder.glob(f"{SCRATCH_PREFIX}*"))

@@ -1,4 +1,7 @@
-"""Settings of OpenMP, PyTorch's thread pool. Do not import torch here, because torch reads them at import."""
+"""Settings of OpenMP, PyTorch's thread pool.
+
+Do not import torch here, because torch reads these settings at import.
+"""
 
 import os
 import shutil
