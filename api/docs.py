@@ -143,7 +143,7 @@ def _reference(cls: type) -> dict[str, str]:
 
 
 def _example(path: str, model: str) -> dict[str, Any]:
-    """Returns a body for a path of `BODIES`, which the documentation page sends as it is."""
+    """Returns an example of a body for a path in `BODIES`; the documentation page sends the example."""
     if path == COMPLETIONS:
         return {"model": model, "prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
     return {

@@ -116,7 +116,7 @@ def model_in(raw: bytes) -> str | None:
 
 
 def check_length(card: ModelCard, source: Input, sampling: SamplingParams) -> None:
-    """Refuses a chat or prompt that can't fit into the context, however its text is encoded.
+    """Refuses a chat or prompt that is too long for the context with any possible tokenization.
 
     Of a chat, only the text of user messages counts, without spaces at its ends: a chat template may drop the
     rest.
@@ -157,7 +157,7 @@ def _user_bytes(message: dict[str, Any]) -> int:
 
 
 def heading_of(request: GenerationRequest) -> Heading:
-    """Returns the fields that all chunks of an answer have in common."""
+    """Returns the fields that are the same in all chunks of an answer."""
     return Heading(request.request_id, request.created, request.model)
 
 

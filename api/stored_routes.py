@@ -1,4 +1,4 @@
-"""The routes of a request that is in the queue already: resume its stream, abort it."""
+"""The routes for a request that was sent earlier: resume its stream, and abort it."""
 
 from collections.abc import Collection
 from typing import Literal, NamedTuple, Protocol
@@ -31,12 +31,12 @@ class Deleted(msgspec.Struct, frozen=True):
 
 
 class StreamWriters(Protocol):
-    """Creates the writer of a request's stream."""
+    """A function that creates the writer of a request's stream."""
 
     def __call__(
         self, request: GenerationRequest, include_usage: bool, begun: Collection[int] = ()
     ) -> AnswerWriter:
-        """`begun`: the choices of which the client has got events before; empty if the stream begins."""
+        """`begun`: the choices of which the client has events already; empty for a new stream."""
 
 
 class Kind(NamedTuple):
@@ -55,7 +55,7 @@ class Kind(NamedTuple):
 def add_stored_routes(
     router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck, kind: Kind
 ) -> None:
-    """Adds these routes for one kind of answer to `router`, whose dependency checks the API keys."""
+    """Adds the routes of this module for one kind of answer to `router`, which checks the API keys."""
     queue = relay.queue
 
     @router.get(RESUME.format(kind.path), summary="Resume a stream", tags=[kind.tag])

@@ -46,7 +46,7 @@ def memory_limit(root: Path = Path("/")) -> MemoryLimit | None:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Returns how many CPUs' time this process may use by its groups' quotas, or None without a quota."""
+    """Returns the CPU quota of this process's groups, as a number of CPUs; None without a quota."""
     quotas = [*map(_cpu_max, _groups(root, None)), *map(_cfs_quota, _groups(root, "cpu"))]
     return min((quota for quota in quotas if quota), default=None)
 

@@ -69,7 +69,7 @@ class RunningUsage:
         self._at_first = self._at_first or event.usage_so_far or event.usage
 
     def to_body(self) -> UsageBody | None:
-        """Returns the counts so far; None if the worker is of an earlier release, which doesn't tell them."""
+        """Returns the counts so far; None if the worker is of an earlier release, which reports none."""
         first = self._at_first
         if first is None:
             return None

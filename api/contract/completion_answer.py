@@ -30,7 +30,7 @@ class TextLogprobs(msgspec.Struct, frozen=True):
 
 
 class TextChoice(msgspec.Struct, frozen=True):
-    """One of the answers to a prompt, or the part of it that a chunk adds."""
+    """One of the answers to a prompt, or the part of an answer that a chunk adds."""
 
     index: int
     text: str
@@ -50,7 +50,7 @@ class Completion(msgspec.Struct, frozen=True):
 
 
 class LogprobsWriter:
-    """Converts the logprobs of one choice, event by event, and counts the characters of its tokens."""
+    """Converts the logprobs of one choice, event by event, and counts the characters of the tokens."""
 
     def __init__(self) -> None:
         self._num_chars = 0
@@ -74,7 +74,7 @@ def _body_logprobs(positions: list[PositionLogprobs]) -> TextLogprobs | None:
 
 
 def _name(token_bytes: bytes) -> str:
-    """Returns a token's text; for a part of a character, `bytes:` and its bytes in hexadecimal digits."""
+    """Returns a token's text; if this is no whole character, `bytes:` and the bytes in hexadecimal digits."""
     try:
         return token_bytes.decode()
     except UnicodeDecodeError:
@@ -105,7 +105,7 @@ class TextChunkWriter:
         self._logprobs: dict[int, LogprobsWriter] = {}
 
     def render(self, event: StreamEvent) -> bytes:
-        """Returns the chunks of one event, possibly none; usage and `[DONE]` come last."""
+        """Returns the chunks for one event, possibly none; usage and `[DONE]` are last."""
         if self._running is not None:
             self._running.add(event)
         parts = []
@@ -147,7 +147,7 @@ class TextBodyWriter:
         self._finish_reasons: list[PublicFinishReason] = ["stop"] * num_choices
 
     def render(self, event: StreamEvent) -> bytes:
-        """Returns no bytes until the last event, the one with `usage`; then the whole body."""
+        """Returns the whole body for the last event, which has `usage`, and no bytes for earlier events."""
         self._texts[event.index].append(event.text)
         self._logprobs[event.index].extend(event.logprobs or ())
         if event.finish_reason is not None:

@@ -20,7 +20,7 @@ _TEXT = {"type": "string"}
 
 
 def _to_prompts(value: Any) -> tuple[TextOrTokens, ...]:
-    """Returns the prompts of a `prompt` field: a text, texts, the token ids of one prompt, or of several."""
+    """Returns the prompts in the field `prompt`, which has one or several texts or lists of token ids."""
     if isinstance(value, str) or _are_tokens(value):
         return (_to_prompt(value),)
     if not isinstance(value, list) or not value:
@@ -65,7 +65,7 @@ Prompts = Annotated[
 
 
 class CompletionRequest(ExtensionFields, LabelFields, GenerationFields):
-    """The body of a completion request; null in a field other than `model` and `prompt` means its default."""
+    """The body of a completion request. Except in `model` and `prompt`, null stands for a field's default."""
 
     prompt: Prompts
     """A text, a list of texts, the token ids of one prompt, or a list of such lists."""

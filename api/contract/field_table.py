@@ -64,7 +64,7 @@ def _row(name: str, field: FieldInfo) -> Row:
 def as_markdown() -> str:
     """Returns the tables of docs/fields.md: for each model, its fields by state.
 
-    The table of the completion leaves out the fields that are the same in a chat completion.
+    The table of completions leaves out fields that are the same in chat completions.
     """
     sections = []
     of_chats = set(rows(ChatCompletionRequest))

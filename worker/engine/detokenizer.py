@@ -71,9 +71,7 @@ class Detokenizer:
         self._num_released = len(self._decode(self._window))
 
     def _shorten(self, text: str, whole: str) -> None:
-        """Drops tokens from the middle of the window.
-
-        After the text `whole`, all tokens decode to `REPLACEMENT`.
+        """Drops tokens from the middle of the window, if its whole characters (`whole`) stay the same.
 
         If the window kept all tokens that complete no character, each further token would take longer to
         decode.

@@ -118,7 +118,7 @@ class Intake:
 
 
 def _text_of(prompt: TextOrTokens, tokenizer: Tokenizer) -> str:
-    """Returns the text of a prompt, without its special tokens if it consists of token ids."""
+    """Returns the text of a prompt; leaves out special tokens if the prompt consists of token ids."""
     if isinstance(prompt, str):
         return prompt
     detokenizer = tokenizer.detokenizer()
