@@ -85,7 +85,8 @@ def parse_chat(raw: bytes) -> Steps[tuple[ChatCompletionRequest, list[dict[str, 
 def _writer(request: GenerationRequest, body: ChatCompletionRequest) -> AnswerWriter:
     if body.stream:
         return _stream_writer(request, body.include_usage)
-    return BodyWriter(heading_of(request), request.n)
+    has_logprobs = request.sampling.logprobs is not None
+    return BodyWriter(heading_of(request), request.n, has_logprobs=has_logprobs)
 
 
 def _stream_writer(

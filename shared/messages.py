@@ -17,6 +17,8 @@ INT64_MAX = 2**63 - 1
 MAX_NUM_STOPS = 64
 MAX_NUM_LOGPROBS = 20
 """Maximum number of alternatives for which logprobs are reported, as at OpenAI."""
+MIN_LOGPROB = -9999.0
+"""The log probability that stands for minus infinity, as at OpenAI, because JSON has no infinity."""
 MAX_NUM_CHOICES = 128
 MAX_NUM_PROMPTS = 2048
 MAX_SALT_LENGTH = 512
@@ -186,9 +188,9 @@ class GenerationRequest(Message, frozen=True):
         Schema 1 can express only one chat with n = 1 and unchanged logits. Schema 2 can express all requests
         without `template_inputs` and `cache_salt`. A worker that knows only schema 2 would ignore a salt, and
         would share the request's prefix with all requests of the tenant. Schema 3 can express all requests
-        without a grammar and without `echo`.
+        without a grammar, `echo` and `logprobs`, which earlier workers ignore.
         """
-        if self.sampling.grammar or self.echo:
+        if self.sampling.grammar or self.echo or self.sampling.logprobs is not None:
             return 4
         if self.cache_salt or not self.template_inputs.are_known_to_all:
             return 3

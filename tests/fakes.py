@@ -182,3 +182,6 @@ class FakeTokenizer:
 
     def detokenizer(self) -> FakeDetokenizer:
         return FakeDetokenizer()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()

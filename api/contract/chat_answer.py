@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from api.contract.answer import (
     FINISH_REASONS,
@@ -13,6 +13,12 @@ from api.contract.answer import (
     RunningUsage,
     UsageBody,
     to_usage_body,
+)
+from api.contract.chat_logprobs import (
+    ChoiceLogprobs,
+    encode_positions,
+    join_positions,
+    to_choice_logprobs,
 )
 from api.contract.server_events import DONE, on_one_line, render_data, render_id
 from shared.messages import StreamEvent, Usage
@@ -30,7 +36,7 @@ class ChunkChoice(msgspec.Struct, frozen=True):
 
     index: int
     delta: Delta
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: PublicFinishReason | None = None
 
 
@@ -58,7 +64,7 @@ class Choice(msgspec.Struct, frozen=True):
 
     index: int
     message: AssistantMessage
-    logprobs: None
+    logprobs: ChoiceLogprobs | None
     finish_reason: PublicFinishReason
 
 
@@ -112,7 +118,11 @@ class ChunkWriter:
         if event.index not in self._begun:
             self._begun.add(event.index)
             parts.append(self._chunk(event.index, Delta(role="assistant", content="")))
-        if event.text:
+        if event.logprobs:
+            # Text may be held back for a later chunk. The tokens of this event have log probabilities anyway.
+            logprobs = to_choice_logprobs(event.logprobs)
+            parts.append(self._chunk(event.index, Delta(content=event.text), logprobs=logprobs))
+        elif event.text:
             parts.append(self._text_chunk(event.index, event.text))
         if event.finish_reason is not None:
             parts.append(self._chunk(event.index, Delta(), FINISH_REASONS[event.finish_reason]))
@@ -135,8 +145,14 @@ class ChunkWriter:
             frame = self._frames[index] = before, after
         return b"%b%b%b" % (frame[0], on_one_line(_encode(text)), frame[1])
 
-    def _chunk(self, index: int, delta: Delta, finish_reason: PublicFinishReason | None = None) -> bytes:
-        choice = ChunkChoice(index, delta, None, finish_reason)
+    def _chunk(
+        self,
+        index: int,
+        delta: Delta,
+        finish_reason: PublicFinishReason | None = None,
+        logprobs: ChoiceLogprobs | None = None,
+    ) -> bytes:
+        choice = ChunkChoice(index, delta, logprobs, finish_reason)
         if not self._include_usage:
             return self._render([choice], UNSET)
         return self._render([choice], None if self._running is None else self._running.to_body())
@@ -154,14 +170,19 @@ class BodyWriter:
 
     is_stream = False
 
-    def __init__(self, heading: Heading, num_choices: int) -> None:
+    def __init__(self, heading: Heading, num_choices: int, *, has_logprobs: bool = False) -> None:
+        """`has_logprobs`: true if the client asked for log probabilities."""
         self._heading = heading
+        self._has_logprobs = has_logprobs
+        self._positions: list[list[Raw]] = [[] for _ in range(num_choices)]
         self._texts: list[list[str]] = [[] for _ in range(num_choices)]
         self._finish_reasons: list[PublicFinishReason] = ["stop"] * num_choices
 
     def render(self, event: StreamEvent) -> bytes:
         """Returns the whole body for the last event, which has `usage`, and no bytes for earlier events."""
         self._texts[event.index].append(event.text)
+        if event.logprobs:
+            self._positions[event.index] += encode_positions(event.logprobs)
         if event.finish_reason is not None:
             self._finish_reasons[event.index] = FINISH_REASONS[event.finish_reason]
         return b"" if event.usage is None else self._body(event.usage)
@@ -169,9 +190,14 @@ class BodyWriter:
     def _body(self, usage: Usage) -> bytes:
         heading = self._heading
         choices = [
-            Choice(index, AssistantMessage("assistant", "".join(texts)), None, finish_reason)
-            for index, (texts, finish_reason) in enumerate(
-                zip(self._texts, self._finish_reasons, strict=True)
+            Choice(
+                index,
+                AssistantMessage("assistant", "".join(texts)),
+                join_positions(positions) if self._has_logprobs else None,
+                finish_reason,
+            )
+            for index, (texts, positions, finish_reason) in enumerate(
+                zip(self._texts, self._positions, self._finish_reasons, strict=True)
             )
         ]
         body = ChatCompletion(

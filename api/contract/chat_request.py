@@ -7,12 +7,12 @@ from pydantic import FailFast, Field, ValidationInfo, field_validator, model_val
 from api.contract.chat_messages import ChatMessage
 from api.contract.chat_tools import FunctionDefinition, Tool
 from api.contract.extensions import ExtensionFields
-from api.contract.fields import Only
+from api.contract.fields import INTEGRAL, Only
 from api.contract.generation_fields import GenerationFields, NumTokens
 from api.contract.strict import BOUNDED, StrictModel, invalid, unsupported
 from api.contract.template_variables import TemplateVariables
 from api.contract.unserved import LabelFields, Object, UnservedOpenAIFields
-from shared.messages import NO_INPUTS, TemplateInputs
+from shared.messages import MAX_NUM_LOGPROBS, NO_INPUTS, TemplateInputs
 
 MAX_NUM_MESSAGES = 10_000
 MAX_NUM_TOOLS = 128
@@ -29,6 +29,21 @@ class ServedFields(GenerationFields):
     """Maximum number of tokens to generate. Default: up to the model's context length; -1 means the same."""
     max_tokens: NumTokens = None
     """Older name of `max_completion_tokens`, which takes precedence if both are given."""
+    logprobs: bool | None = None
+    """Reports the log probability of each token of the answer, by the model's own distribution."""
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_NUM_LOGPROBS), INTEGRAL] | None = None
+    """Number of most likely tokens to report at each position, 0 to 20. Only with `logprobs: true`."""
+
+    @model_validator(mode="after")
+    def _alternatives_have_a_token(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("only allowed when 'logprobs' is true", field="top_logprobs")
+        return self
+
+    @property
+    def num_alternatives(self) -> int | None:
+        """Number of alternatives to report for each token; None if no log probabilities are wanted."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class TemplateFields(StrictModel):

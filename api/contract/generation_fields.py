@@ -147,5 +147,6 @@ class GenerationFields(SamplingFields):
             min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
             stop=tuple(self.stop or ()),
+            logprobs=self.num_alternatives,
             **self.to_adjustments(),
         )

@@ -38,6 +38,11 @@ class SamplingFields(StrictModel):
         """The number of answers to each prompt."""
         return self.n or 1
 
+    @property
+    def num_alternatives(self) -> int | None:
+        """Number of alternatives to report for each token; None if no log probabilities are wanted."""
+        return None
+
     def to_adjustments(self) -> dict[str, Any]:
         """Returns the fields of `SamplingParams` that change the distribution, by name."""
         return {

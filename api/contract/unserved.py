@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import StringConstraints
 
-from api.contract.fields import IGNORED, INTEGRAL, Only
+from api.contract.fields import IGNORED, Only
 from api.contract.strict import BOUNDED, StrictModel, at_most
 
 Object = Annotated[dict[str, Any], BOUNDED]
@@ -45,10 +45,6 @@ class LabelFields(StrictModel):
 class UnservedOpenAIFields(StrictModel):
     """OpenAI's fields that Lorelay refuses, except with the value that means the same as no value."""
 
-    logprobs: Annotated[bool | None, Only(False)] = None
-    """Log probabilities of the tokens of the answer."""
-    top_logprobs: Annotated[Annotated[int, Field(ge=0, le=20), INTEGRAL] | None, Only(0)] = None
-    """Number of alternatives to each token."""
     response_format: Annotated[Object | None, Only({"type": "text"})] = None
     """Format of the answer, such as JSON with a schema."""
     modalities: Annotated[list[str] | None, BOUNDED, Only(["text"])] = None

@@ -8,7 +8,7 @@ import pytest
 import redis
 from openai.types.chat import ChatCompletionChunk
 
-from shared.messages import ErrorInfo, FinishReason, Usage
+from shared.messages import ErrorInfo, FinishReason, PositionLogprobs, TokenLogprob, Usage
 from tests.integration.api_harness import ApiServer, ScriptedWorker, running_api
 from tests.redis_server import RedisServer
 
@@ -111,3 +111,29 @@ def test_a_bias_for_a_token_that_the_model_lacks_is_refused_by_the_worker(
     )
     with worker.answering_with({"text": "", "error": error}):
         assert refusal(client, logit_bias={"999": 1}) == ("invalid_request_error", "logit_bias")
+
+
+POSITION = PositionLogprobs(TokenLogprob(7, b"\xe2", -0.5), (TokenLogprob(8, b"a", -0.25),))
+
+
+def test_log_probabilities_reach_the_client_in_a_body_and_in_chunks(
+    client: openai.OpenAI, worker: ScriptedWorker
+) -> None:
+    fields: Any = {"logprobs": True, "top_logprobs": 1}
+    last = {"text": "a", "finish_reason": FinishReason.STOP, "usage": Usage(5, 1), "logprobs": (POSITION,)}
+    with worker.answering_with(last) as claims:
+        completion = client.chat.completions.create(model="base", messages=MESSAGES, **fields)
+        chunks = list(client.chat.completions.create(model="base", messages=MESSAGES, stream=True, **fields))
+    assert [claim.request.sampling.logprobs for claim in claims] == [1, 1]
+    assert claims[0].request.schema_version == 4
+    for logprobs in (completion.choices[0].logprobs, chunks[1].choices[0].logprobs):
+        assert logprobs is not None
+        assert logprobs.content is not None
+        (position,) = logprobs.content
+        assert (position.token, position.logprob, position.bytes) == ("\ufffd", -0.5, [0xE2])
+        assert [(top.token, top.logprob) for top in position.top_logprobs] == [("a", -0.25)]
+
+
+def test_wrong_numbers_of_alternatives_are_refused_by_name(client: openai.OpenAI) -> None:
+    assert refusal(client, logprobs=True, top_logprobs=21) == ("invalid_request_error", "top_logprobs")
+    assert refusal(client, top_logprobs=2) == ("invalid_request_error", "top_logprobs")

@@ -77,7 +77,7 @@ class Intake:
         tokenizer = model.tokenizer
         prefix = _text_of(request.prompts[seq.prompt_no], tokenizer) if request.echo else ""
         marks = _marks(tokenizer.special_tokens, request)
-        return SequenceOutput(seq, tokenizer.detokenizer(), marks, prefix)
+        return SequenceOutput(seq, tokenizer, marks, prefix)
 
     def _check_tokens(self, request: GenerationRequest, prompts: list[list[int]]) -> None:
         """Refuses token ids outside the vocabulary, which would make a step of all running requests fail.

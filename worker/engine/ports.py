@@ -74,6 +74,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def token_bytes(self) -> Callable[[int], bytes]:
+        """Function that returns the bytes of a token by its id; they may be a part of a character."""
+        ...
+
+    @property
     def definition(self) -> str | None:
         """The definition of the tokenizer, as JSON in the format of `tokenizer.json`; None if it has none."""
         ...

@@ -5,9 +5,17 @@ from types import MappingProxyType
 from typing import Any
 
 from shared.errors import GenerationFailed, LorelayError
-from shared.messages import FinishReason, GenerationRequest, StreamEvent, Usage
+from shared.messages import (
+    MIN_LOGPROB,
+    FinishReason,
+    GenerationRequest,
+    PositionLogprobs,
+    StreamEvent,
+    TokenLogprob,
+    Usage,
+)
 from worker.engine.detokenizer import StopChecker
-from worker.engine.ports import Detokenizer
+from worker.engine.ports import Tokenizer
 from worker.engine.records import Output
 from worker.engine.sequence import Sampled, SampledToken, Sequence, SequenceStatus
 
@@ -19,7 +27,7 @@ class SequenceOutput:
     """Turns the tokens of one sequence into text, and decides at which token the sequence ends."""
 
     def __init__(
-        self, seq: Sequence, detokenizer: Detokenizer, marks: Mapping[int, str] = NO_MARKS, prefix: str = ""
+        self, seq: Sequence, tokenizer: Tokenizer, marks: Mapping[int, str] = NO_MARKS, prefix: str = ""
     ) -> None:
         """`marks`: the special tokens that stop strings contain, as texts by id.
 
@@ -27,8 +35,9 @@ class SequenceOutput:
         """
         self.seq = seq
         self._prefix = prefix
+        self._token_bytes = tokenizer.token_bytes
         self._marks = marks
-        self._detokenizer = detokenizer
+        self._detokenizer = tokenizer.detokenizer()
         self._stop_checker = StopChecker(seq.sampling.stop)
 
     def resume(self, event: StreamEvent) -> None:
@@ -70,6 +79,16 @@ class SequenceOutput:
         else:
             return text
         return text + self._stop_checker.flush()
+
+    def logprobs(self, token: SampledToken) -> tuple[PositionLogprobs, ...] | None:
+        """Returns the log probabilities at a token's position; None if the request did not ask for them."""
+        if token.logprob is None:
+            return None
+        top = tuple(self._entry(token_id, logprob) for token_id, logprob in token.alternatives)
+        return (PositionLogprobs(self._entry(token.token_id, token.logprob), top),)
+
+    def _entry(self, token_id: int, logprob: float) -> TokenLogprob:
+        return TokenLogprob(token_id, self._token_bytes(token_id), max(logprob, MIN_LOGPROB))
 
 
 class RequestOutput:
@@ -129,7 +148,7 @@ class RequestOutput:
         text = output.add(token.token_id)
         finish_reason = output.seq.finish_reason
         self._num_running -= finish_reason is not None
-        return self._event(index, (token.token_id,), text, finish_reason)
+        return self._event(index, (token.token_id,), text, finish_reason, output.logprobs(token))
 
     def abort(self) -> Output:
         """Returns the terminal event of a request whose client disconnected or canceled."""
@@ -149,7 +168,12 @@ class RequestOutput:
         return self._limit_s is not None and self._clock() - self._started_s > self._limit_s
 
     def _event(
-        self, index: int, token_ids: tuple[int, ...], text: str, finish_reason: FinishReason | None
+        self,
+        index: int,
+        token_ids: tuple[int, ...],
+        text: str,
+        finish_reason: FinishReason | None,
+        logprobs: tuple[PositionLogprobs, ...] | None = None,
     ) -> Output:
         """Returns the next event, which is the terminal event if no sequence is running any more."""
         event_no, has_ended = self._next_event_no, not self._num_running
@@ -157,7 +181,9 @@ class RequestOutput:
         usage = self._usage() if has_ended else None
         is_first = self._tells_usage_so_far and event_no == 0 and not has_ended
         so_far = self._usage() if is_first else None
-        event = StreamEvent(event_no, index, token_ids, text, None, finish_reason, usage, usage_so_far=so_far)
+        event = StreamEvent(
+            event_no, index, token_ids, text, logprobs, finish_reason, usage, usage_so_far=so_far
+        )
         return Output(self.request_id, event, self._meta(finish_reason) if has_ended else None)
 
     def _usage(self) -> Usage:

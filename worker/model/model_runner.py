@@ -11,6 +11,7 @@ from worker.model.batch_forward import BatchForward
 from worker.model.file_watch import FileWatch
 from worker.model.forward import Forward
 from worker.model.grammar import Grammars
+from worker.model.logprobs import with_logprobs
 from worker.model.lora import SlotWeights
 from worker.model.prepared import PreparedModel
 from worker.model.sampler import SamplingRow, sample
@@ -82,7 +83,8 @@ class ModelRunner:
         seqs = [item.seq for item in batch if item.samples]
         # The masks are computed while a GPU still runs the forward pass.
         masks = self._grammars.masks(seqs)
-        sampled = sample(logits, [sampling_row(seq) for seq in seqs], masks)
+        rows = [sampling_row(seq) for seq in seqs]
+        sampled = with_logprobs(sample(logits, rows, masks), logits, rows)
         if masks is not None:
             sampled = [masks.errors.get(row, token) for row, token in enumerate(sampled)]
         return sampled

@@ -143,7 +143,7 @@ def _draw_likely(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     result of the row is `UNDECIDED`.
     """
     vocab = scaled.shape[-1]
-    likeliest, tokens = _largest(scaled, min(_NUM_CANDIDATES, vocab))
+    likeliest, tokens = largest(scaled, min(_NUM_CANDIDATES, vocab))
     weights = likeliest.exp()
     top_k = torch.tensor([row.params.top_k or vocab for row in rows], device=scaled.device)[:, None]
     weights = weights.masked_fill(torch.arange(weights.shape[-1], device=scaled.device) >= top_k, 0)
@@ -171,7 +171,7 @@ def _draw_sorted(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return tokens.gather(-1, _draw(kept, rows)).squeeze(-1)
 
 
-def _largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest(scaled: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Returns the largest entries in descending order, and their indices: (num_rows, count) each.
 
     Equal entries are in the order of their indices.

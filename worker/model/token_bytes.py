@@ -76,12 +76,16 @@ def _strips(token: dict[str, Any]) -> bool:
     return bool(token.get("lstrip") or token.get("rstrip"))
 
 
-def _ordinary_letters() -> set[str]:
-    """Returns the characters that stand for `ORDINARY_BYTES` in byte-level vocabularies such as GPT-2's."""
+def byte_letters() -> dict[int, str]:
+    """Returns the character that stands for each byte in byte-level vocabularies such as GPT-2's."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in BYTES if byte not in printable]
     letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(0x100 + number) for number, byte in enumerate(others)}
+    return letters | {byte: chr(0x100 + number) for number, byte in enumerate(others)}
+
+
+def _ordinary_letters() -> set[str]:
+    letters = byte_letters()
     return {letters[byte] for byte in ORDINARY_BYTES}
 
 

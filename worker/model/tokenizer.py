@@ -16,6 +16,7 @@ from worker.model.control_tokens import ControlTokens
 from worker.model.marked_template import Rendered
 from worker.model.marked_text import CLIENT, OWN
 from worker.model.token_bytes import max_token_bytes
+from worker.model.token_pieces import TokenPieces
 
 _PROBE = "lorelay probe"
 
@@ -52,6 +53,8 @@ class Tokenizer:
             if token.special
         }
         """The text of each special token by its id; `decode` skips these tokens."""
+        self.token_bytes = TokenPieces(backend).bytes_of
+        """Returns the bytes that a token stands for, by its id."""
         self._silent: dict[int, bool] = {}
         self._fast = getattr(backend, "backend_tokenizer", None)
         self._templates: dict[str, ChatTemplate] = {}

@@ -120,6 +120,7 @@ def test_a_request_out_of_range_is_refused(field: dict[str, Any]) -> None:
         ({"messages": CHAT, "template_inputs": TemplateInputs(variables={"reasoning_effort": "low"})}, 1, 1),
         ({"messages": CHAT, "cache_salt": "of one tenant"}, 1, 3),
         ({"messages": CHAT, "sampling": SamplingParams(grammar="{}")}, 1, 4),
+        ({"messages": CHAT, "sampling": SamplingParams(logprobs=0)}, 1, 4),
     ],
 )
 def test_a_request_that_earlier_workers_cant_serve_is_of_the_newer_schema(

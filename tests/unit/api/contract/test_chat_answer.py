@@ -8,7 +8,7 @@ import pytest
 from api.contract.answer import Heading
 from api.contract.chat_answer import BodyWriter, ChunkWriter
 from api.contract.server_events import DONE
-from shared.messages import FinishReason, StreamEvent, Usage
+from shared.messages import FinishReason, PositionLogprobs, StreamEvent, TokenLogprob, Usage
 
 HEADING = Heading("chatcmpl-1", 1_700_000_000, "m")
 USAGE = Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=2)
@@ -106,3 +106,52 @@ def test_continuous_usage_needs_include_usage() -> None:
     writer = ChunkWriter(HEADING, include_usage=False, continuous_usage=True)
     chunks = decode(b"".join(writer.render(event) for event in STREAM))
     assert not any("usage" in chunk for chunk in chunks)
+
+
+def position(token_bytes: bytes, *top: tuple[bytes, float]) -> PositionLogprobs:
+    alternatives = tuple(TokenLogprob(n, text, logprob) for n, (text, logprob) in enumerate(top))
+    return PositionLogprobs(TokenLogprob(9, token_bytes, -0.5), alternatives)
+
+
+LOGPROBS = [
+    StreamEvent(0, token_ids=(1,), logprobs=(position(b"\xf0\x9f", (b"a\n", -0.25), (b"", -9999.0)),)),
+    StreamEvent(1, token_ids=(2,), text="\U0001f600", logprobs=(position(b"\x98\x80"),)),
+    StreamEvent(
+        2, token_ids=(3,), logprobs=(position(b"<e>"),), finish_reason=FinishReason.STOP, usage=USAGE
+    ),
+]
+"""A character of two tokens, and an end token without text."""
+CONTENT = [
+    {
+        "token": "\ufffd",
+        "logprob": -0.5,
+        "bytes": [0xF0, 0x9F],
+        "top_logprobs": [
+            {"token": "a\n", "logprob": -0.25, "bytes": [97, 10]},
+            {"token": "", "logprob": -9999.0, "bytes": []},
+        ],
+    },
+    {"token": "\ufffd\ufffd", "logprob": -0.5, "bytes": [0x98, 0x80], "top_logprobs": []},
+    {"token": "<e>", "logprob": -0.5, "bytes": [60, 101, 62], "top_logprobs": []},
+]
+
+
+def test_every_token_has_its_log_probabilities_in_the_stream_also_while_its_text_is_held_back() -> None:
+    writer = ChunkWriter(HEADING, include_usage=False)
+    chunks = decode(b"".join(writer.render(event) for event in LOGPROBS))
+    assert [(c["choices"][0]["delta"], c["choices"][0]["logprobs"]) for c in chunks] == [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": ""}, {"content": CONTENT[:1], "refusal": None}),
+        ({"content": "\U0001f600"}, {"content": CONTENT[1:2], "refusal": None}),
+        ({"content": ""}, {"content": CONTENT[2:], "refusal": None}),
+        ({}, None),
+    ]
+
+
+def test_a_body_has_the_log_probabilities_of_all_tokens_of_each_choice() -> None:
+    writer = BodyWriter(HEADING, 2, has_logprobs=True)
+    body = json.loads([writer.render(event) for event in LOGPROBS][-1])
+    assert [choice["logprobs"] for choice in body["choices"]] == [
+        {"content": CONTENT, "refusal": None},
+        {"content": [], "refusal": None},
+    ]

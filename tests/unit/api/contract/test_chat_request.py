@@ -100,6 +100,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": "1"}, "n"),
     ({"n": 129}, "n"),
+    ({"logprobs": 5}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ({"top_logprobs": 1}, "top_logprobs"),
+    ({"logprobs": False, "top_logprobs": 1}, "top_logprobs"),
     ({"presence_penalty": 2.1}, "presence_penalty"),
     ({"frequency_penalty": -2.1}, "frequency_penalty"),
     ({"logit_bias": {"7": 101}}, "logit_bias.7"),
@@ -136,8 +141,6 @@ def test_a_name_without_end_is_not_repeated_in_full() -> None:
 
 NOT_SERVED: dict[str, tuple[list[Any], list[Any]]] = {
     # field: (neutral values, values that are refused)
-    "logprobs": ([False], [True]),
-    "top_logprobs": ([0], [5]),
     "tools": ([[]], []),
     "tool_choice": (["none", "auto"], ["required", {"type": "function"}]),
     "functions": ([[]], []),

@@ -134,6 +134,9 @@ class NumberTokenizer:
     ) -> list[int]:
         return list(messages[0]["content"])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
+
     def detokenizer(self) -> FakeDetokenizer:
         return FakeDetokenizer()
 

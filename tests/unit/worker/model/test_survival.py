@@ -10,6 +10,7 @@ from shared.messages import FinishReason, GenerationRequest, SamplingParams, Str
 from tests.fakes import FakeModel, build_engine, encoded
 from tests.streams import make_request
 from worker.engine.sequence import Batch, Sampled, Sequence
+from worker.model.logprobs import with_logprobs
 from worker.model.model_runner import sampling_row
 from worker.model.sampler import sample
 
@@ -22,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "greedy with penalties": {"temperature": 0, "presence_penalty": 1.5, "frequency_penalty": 0.7},
     "penalties": {"presence_penalty": -2.0, "frequency_penalty": 1.0, "top_p": 0.9},
     "bias": {"logit_bias": {97: 3.0, 98: 2.0, 99: -100.0}, "top_k": 20},
+    "log probabilities": {"logprobs": 3, "presence_penalty": 1.0, "stop": ("abc",)},
     "stop strings": {"stop": ("a", "bc"), "logit_bias": {97: 2.0, 98: 3.0}},
     "a stop string after the minimum": {"stop": ("a",), "logit_bias": {97: 4.0}, "min_tokens": 5},
     "an end after the minimum": {"logit_bias": {0: 6.0}, "min_tokens": 4},
@@ -40,7 +42,8 @@ class ToyModel(FakeModel):
         seqs = [item.seq for item in batch if item.samples]
         if not seqs:
             return []
-        return sample(torch.stack([logits_of(seq) for seq in seqs]), [sampling_row(seq) for seq in seqs])
+        logits, rows = torch.stack([logits_of(seq) for seq in seqs]), [sampling_row(seq) for seq in seqs]
+        return with_logprobs(sample(logits, rows), logits, rows)
 
 
 def logits_of(seq: Sequence) -> torch.Tensor:
