@@ -124,7 +124,7 @@ def _split_group(line: str, is_wanted: Callable[[str], bool]) -> str | None:
 
 
 def _find_mount(root: Path, controller: str | None) -> tuple[str, str] | None:
-    """Returns the group that is mounted and its mount point, from `/proc/self/mountinfo` (see `proc(5)`)."""
+    """Returns the mounted group and its mount point, from `/proc/self/mountinfo` (see `proc(5)`)."""
 
     def parse(line: str) -> tuple[str, str] | None:
         mount, _, source = line.partition(" - ")

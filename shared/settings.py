@@ -49,7 +49,7 @@ def _check_keys_file(path: Path) -> Path:
 
 
 def _check_origins(value: Any) -> Any:
-    """Splits a text into origins; raises an error for an origin that no browser sends (with a path)."""
+    """Splits a text into origins; raises an error for an origin with a path, or in capital letters."""
     origins = tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
     for origin in origins:
         if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", origin):

@@ -22,7 +22,7 @@ IGNORED = Ignored()
 
 
 class Only:
-    """Marks a field that is refused, except with null or a value that means the same as leaving it out."""
+    """Marks a field that is refused, unless its value is null or means the same as leaving the field out."""
 
     def __init__(self, *values: Any, instead: str = "") -> None:
         """Accepts `values` besides null; `instead` tells clients what to send in place of other values."""

@@ -59,7 +59,7 @@ def _decode(body: bytes) -> dict[str, Any]:
 
 
 def _has_too_many_values(body: bytes) -> Steps[bool]:
-    """Returns True if the body has more values than allowed, without decoding it.
+    """Returns True if a body has more values than allowed; counts them without decoding the body.
 
     Every value follows a comma or an opening bracket, so these characters are counted. The first count
     includes commas and brackets in strings. If it exceeds the limit, a second count leaves strings out.

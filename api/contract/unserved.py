@@ -43,7 +43,7 @@ class LabelFields(StrictModel):
 
 
 class UnservedOpenAIFields(StrictModel):
-    """OpenAI's fields that Lorelay refuses, except with the value that means the same as no value."""
+    """OpenAI's fields that Lorelay refuses, unless a value means the same as leaving the field out."""
 
     response_format: Annotated[Object | None, Only({"type": "text"})] = None
     """Format of the answer, such as JSON with a schema."""

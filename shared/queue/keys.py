@@ -129,9 +129,9 @@ def log(request_id: str) -> str:
 def reaped(worker_name: str) -> str:
     """A hash about a worker whose requests were reaped.
 
-    `num`: number of requests that were reaped from the worker. `lone`: 1 if one of them was isolated.
-    Writer and reader: reap. The hash expires after a minute. If the worker turns out to be alive, renew
-    deletes the hash.
+    `num`: number of requests that were reaped from the worker. `lone`: 1 if one of these requests was
+    isolated. Writer and reader: reap. The hash expires after a minute. If the worker turns out to be alive,
+    renew deletes the hash.
     """
     return f"{PREFIX}:reaped:{worker_name}"
 

@@ -1,4 +1,7 @@
-"""The models that a worker serves. Only this module stores their names, versions, sources and tokenizers."""
+"""The models that a worker serves.
+
+Only this module stores the names, versions, sources and tokenizers of these models.
+"""
 
 import threading
 from collections.abc import Iterator, Mapping

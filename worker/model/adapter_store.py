@@ -53,7 +53,7 @@ class AdapterStore:
     def __init__(self, model: Any, base_name: str, lora: LoraStack, served: ServedModels) -> None:
         """`served`: has the adapters' paths and versions.
 
-        `base_name`: the base that their configs should name.
+        `base_name`: the base that the adapters' configs should name.
         """
         self._model = model
         self._base_name = base_name

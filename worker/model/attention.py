@@ -96,7 +96,7 @@ class AttentionMetadata:
 
 @dataclass(eq=False)
 class AttentionState:
-    """Inputs of the attention function that transformers does not pass. All layers of a model share them."""
+    """Inputs of the attention function that transformers does not pass; they are the same for all layers."""
 
     kv_cache: PagedKVCache
     kernels: KernelState | None = None

@@ -65,7 +65,7 @@ def check_size(path: Path, max_num_bytes: int) -> None:
     """Checks that a file is regular and not too large, without reading it.
 
     Raises:
-        FileProblem: it is no regular file, or is too large.
+        FileProblem: the file is not regular, or is too large.
     """
     with open_regular(path) as file:
         num_bytes = os.fstat(file.fileno()).st_size

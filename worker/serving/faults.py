@@ -1,14 +1,15 @@
 """Fault injection for crash tests, configured by `LORELAY_FAULTS`; by default nothing is injected.
 
-Words, separated by spaces:
-    kill=POINT:N    the worker kills itself (SIGKILL) when it reaches a fault-injection point for the Nth
-                    time; the points are claimed, appending, appended, ending, ended
-    fail=POINT:N    an exception is raised at that point, in the I/O thread
-    poison=WORD     the worker kills itself in the first step of a request whose prompt contains WORD
-    raise=WORD      an exception is raised in the first step of a request whose prompt contains WORD
-    stuck=WORD      the encoding of a request whose prompt contains WORD never ends
-    oom=N           each step of more than N sequences runs out of device memory
-    hang=N          the Nth step never ends
+The variable contains words, separated by spaces:
+
+* `kill=POINT:N`: the worker kills itself (SIGKILL) when it reaches a fault-injection point for the Nth time.
+  The points are claimed, appending, appended, ending and ended.
+* `fail=POINT:N`: an exception is raised at this point, in the I/O thread.
+* `poison=WORD`: the worker kills itself in the first step of a request whose prompt contains WORD.
+* `raise=WORD`: an exception is raised in the first step of a request whose prompt contains WORD.
+* `stuck=WORD`: the encoding of a request whose prompt contains WORD never ends.
+* `oom=N`: each step of more than N sequences runs out of device memory.
+* `hang=N`: the Nth step never ends.
 """
 
 import os
