@@ -143,7 +143,7 @@ def test_requests_for_weights_that_no_live_worker_has_end_with_an_error_of_their
     streams = serving(connection, "new", NEW)
     assert judge(connection, streams) == [gone]
     assert error_code(connection, gone) == "adapter_version_gone"
-    assert connection.hget(Job.key_for(gone), "status") == b"failed"
+    assert connection.hmget(Job.key_for(gone), "status", "request") == [b"failed", b""]
     assert claimed_ids(streams) == [served]
 
 

@@ -52,6 +52,7 @@ local function check(id, queue, served, is_served)
   if not is_served and registered_version(model or '') == version then return end
   unqueue(id, queue, 1)
   finish_ownerless(id, nobody(base, queue), event, { 'failed', '{}', '', exc_text, failure_ttl })
+  drop_prompt(id)
   ended[#ended + 1] = id
 end
 

@@ -184,7 +184,8 @@ end
 -- Life (s) of what is left of a refused request whose client waits for the answer, or has left.
 local REFUSED_TTL_S = 60
 
--- Empties the prompt of a request that never runs again. It may be megabytes, which would stay until the job expires.
+-- Empties the prompt of a request that never runs again. It may be megabytes, which would stay until the job expires: a
+-- client could fill Redis with requests that no worker takes in time.
 -- HDEL is avoided so that an API can abort requests even while its Redis user has only the rules of the release before,
 -- which lack +hdel. Its log and `/ready` ask for the missing rules then (shared/queue/permissions.py).
 local function drop_prompt(id) redis.call('HSET', job_key(id), 'request', '') end

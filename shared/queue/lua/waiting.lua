@@ -196,5 +196,6 @@ local function end_overdue(id, base, queue)
   unqueue(id, queue, 0)
   finish_ownerless(id, nobody(base, queue), QUEUE_TIMEOUT,
     { 'failed', '{}', '', QUEUE_TIMEOUT_RESULT, math.floor(to_number(ttl, 86400)) })
+  drop_prompt(id)
   return true
 end

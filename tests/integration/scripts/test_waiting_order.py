@@ -405,6 +405,7 @@ def check_timed_out(connection: redis.Redis, request_id: str) -> None:
     assert job.get_status() == "failed"
     assert "queue_timeout" in job.latest_result().exc_string
     assert request_id.encode() not in connection.lrange(LIST, 0, -1)
+    assert connection.hget(Job.key_for(request_id), "request") == b""
 
 
 def test_an_overdue_request_is_ended_and_not_begun(
@@ -455,7 +456,7 @@ def test_a_request_without_a_limit_has_no_deadline(
     assert not connection.hexists(Job.key_for(request_id), "deadline_ms")
 
 
-def test_an_overdue_request_that_an_operator_requeues_runs(
+def test_an_overdue_request_that_an_operator_requeues_fails_because_its_prompt_is_gone(
     connection: redis.Redis, api: BlockingApi, streams: WorkerStreams
 ) -> None:
     request_id = api.enqueue(make_request("a", wait_limit_s=100))
@@ -463,4 +464,5 @@ def test_an_overdue_request_that_an_operator_requeues_runs(
     assert claimed_ids(streams) == []
     Job.fetch(request_id, connection, JSONSerializer).requeue()
     streams.sweep([QUEUE])
-    assert claimed_ids(streams) == [request_id]
+    assert claimed_ids(streams) == []
+    assert "it has no request" in Job.fetch(request_id, connection, JSONSerializer).meta["unreadable"]
