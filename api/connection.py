@@ -113,8 +113,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Ends the response. The connection then waits for the next request, or runs it if it has arrived.
 
-        If a part of the next request arrived during the response, its time limits begin now: the client may
-        have waited for the response, and until now uvicorn did not read the next body.
+        If a part of the next request arrived during the response, the time limits of this request begin now,
+        because the client may have waited for the response.
         """
         if self._cycles:
             self._cycles.popleft()

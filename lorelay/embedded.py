@@ -109,7 +109,7 @@ class StateFolder:
         self._release()
 
     def command(self, binary: Path) -> list[str]:
-        """Returns the server's command line, which turns on the append-only file, and has no TCP port."""
+        """Returns the server's command line: append-only file on, no eviction, no TCP port."""
         options = {
             "port": "0",
             "unixsocket": str(self.socket_path),

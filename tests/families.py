@@ -83,11 +83,11 @@ NO_DECODERS = {"bert-generation", "trocr", "whisper", "xlnet"}
 PAGE_FORMAT = """# Models
 
 This page lists families of models, and tells which of them Lorelay can serve. `./scripts/models` makes this
-page. The script tries each family of causal language models in transformers {version} that reads only text:
-it serves a tiny random model in float64, with four prompts, which arrive one after the other and are computed
-in chunks, in one batch. The script compares the greedy tokens with those of transformers' own `generate` for
-each prompt alone. {num_tried} families were tried: {counts[equal]} give exactly the same tokens,
-{counts[refused]} are refused when a worker starts, and {counts[differs]} differ.
+page. The script tries each family of causal language models in transformers {version} that reads only text,
+with a tiny random model in float64. It sends four prompts one after the other, which are computed in chunks,
+in one batch. The greedy tokens are compared with those of transformers' own `generate` for each prompt alone.
+{num_tried} families were tried: {counts[equal]} give exactly the same tokens, {counts[refused]} are refused
+when a worker starts, and {counts[differs]} differ.
 
 The tiny models have the same kinds of layers as the default configuration of their family. A family that is
 not on this page may still work: each worker checks its model at the start, and exits if it can't serve it.

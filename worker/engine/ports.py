@@ -1,14 +1,14 @@
-"""The ports (interfaces) of an engine: the code that runs it uses `Engine`; it uses the other ports.
+"""The ports (interfaces) of an engine. Serving code calls `Engine`, and an engine calls the other ports.
 
-To add a second engine, write a class with the methods of `Engine` in a new folder beside `worker.model`,
-then:
+To add a second engine, write a class with the methods of `Engine` in a new folder beside `worker.model`. This
+also needs four changes elsewhere:
 
-* let `LoraWorker.load_engine` (`worker/lora_worker.py`) choose the engine, by a setting in
-`shared/settings.py`
-* list the engine's package in `pyproject.toml`, with the imports that this package may have
-* compute weights versions with `worker/model/versions.py`, which needs no torch: with other versions, the
-  registry would refuse the engine's models, and requests could not move between the engines
-* let the engine pass `tests/unit/worker/engine/test_engine_contract.py`
+* `LoraWorker.load_engine` (`worker/lora_worker.py`) must choose the engine, by a setting in
+  `shared/settings.py`.
+* `pyproject.toml` must list the engine's package, with the imports that this package may have.
+* The engine must compute weights versions with `worker/model/versions.py`, which needs no torch. With other
+  versions, the registry would refuse the engine's models, and requests could not move between the engines.
+* `tests/unit/worker/engine/test_engine_contract.py` must pass with the engine.
 
 To run `BatchingEngine` on another kind of model, write a class with the methods of `Model`.
 """

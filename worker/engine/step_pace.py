@@ -118,7 +118,7 @@ class _Cost:
         """Moves the estimate part of the way towards a measurement; the first time, all of the way.
 
         A measurement far above the estimate counts as only `max_surprise` times the estimate, because other
-        work on the machine has probably caused it, and the next step may be normal again.
+        work on the machine has probably caused it.
         """
         estimate_ms, is_guess = self.ms(amounts), self._is_guess
         self._is_guess = False

@@ -258,8 +258,8 @@ class LoraStack:
         """Scales and converts an adapter's weights for `put`; may be called from any thread.
 
         Raises:
-            AdapterError: the weights are not finite in the model's dtype, or the adapter changes a layer
-                whose input rows are not the batch's tokens in their order, such as a layer of an expert.
+            AdapterError: the weights are not finite in the model's dtype, or the adapter changes a layer that
+                does not get all tokens of the batch in their order, such as an expert.
         """
         prepared: dict[str, tuple[Tensor, Tensor]] = {}
         for layer, weights in adapter.layers.items():
