@@ -17,6 +17,7 @@ from api.contract.steps import StepRunner, Steps, each
 from api.contract.strict import parsed
 from api.exchange_log import exchange_of
 from api.generation import Input, heading_of, model_in, new_request, wants_detach
+from api.grammars import GrammarChecker
 from api.relay.relay import Relay
 from api.responses import GenerationCall, GenerationResponse
 from api.stored_routes import Kind, add_stored_routes
@@ -28,7 +29,9 @@ CHAT_COMPLETIONS = "/v1/chat/completions"
 ID_PREFIX = "chatcmpl"
 
 
-def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck) -> None:
+def add_chat_routes(
+    router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck, grammars: GrammarChecker
+) -> None:
     """Adds the routes of this module to `router`, whose dependency checks the API keys."""
     queue, runner, bodies = relay.queue, StepRunner(), BodyReader(settings)
 
@@ -48,6 +51,7 @@ def add_chat_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys
             tenant=client.tenant,
             detached=wants_detach(request),
         )
+        generation = await grammars.bind(generation, body.form)
         call = GenerationCall(generation, _writer(generation, body), client.tenant, admit_until)
         return GenerationResponse(relay, settings, call)
 

@@ -15,6 +15,7 @@ from api.contract.steps import StepRunner
 from api.contract.strict import parsed
 from api.exchange_log import exchange_of
 from api.generation import Input, heading_of, model_in, new_request, wants_detach
+from api.grammars import GrammarChecker
 from api.relay.relay import Relay
 from api.responses import GenerationCall, GenerationResponse
 from api.stored_routes import Kind, add_stored_routes
@@ -26,7 +27,9 @@ COMPLETIONS = "/v1/completions"
 ID_PREFIX = "cmpl"
 
 
-def add_completion_routes(router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck) -> None:
+def add_completion_routes(
+    router: APIRouter, relay: Relay, settings: ApiSettings, keys: ApiKeyCheck, grammars: GrammarChecker
+) -> None:
     """Adds the routes of this module to `router`, whose dependency checks the API keys."""
     queue, runner, bodies = relay.queue, StepRunner(), BodyReader(settings)
 
@@ -51,6 +54,7 @@ def add_completion_routes(router: APIRouter, relay: Relay, settings: ApiSettings
             writer = _stream_writer(generation, body.include_usage)
         else:
             writer = TextBodyWriter(heading_of(generation), generation.num_sequences)
+        generation = await grammars.bind(generation, body.form)
         call = GenerationCall(generation, writer, client.tenant, admit_until)
         return GenerationResponse(relay, settings, call)
 

@@ -11,6 +11,7 @@ from api.chat_routes import add_chat_routes
 from api.completion_routes import add_completion_routes
 from api.contract.server_events import on_one_line
 from api.exchange_log import exchange_of
+from api.grammars import GrammarChecker
 from api.keyring import Keyring
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
@@ -53,8 +54,9 @@ def build_routes(relay: Relay, settings: ApiSettings, keyring: Keyring) -> APIRo
     router = APIRouter()
     keys = ApiKeyCheck(keyring)
     keyed = APIRouter(dependencies=[Depends(keys)])
-    add_chat_routes(keyed, relay, settings, keys)
-    add_completion_routes(keyed, relay, settings, keys)
+    grammars = GrammarChecker(settings)
+    add_chat_routes(keyed, relay, settings, keys, grammars)
+    add_completion_routes(keyed, relay, settings, keys, grammars)
     _add_model_routes(keyed, relay.queue)
     _add_probes(router, relay.queue)
     router.include_router(keyed)

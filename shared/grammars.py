@@ -8,20 +8,24 @@ from llguidance import LLMatcher, LLParserLimits
 
 MAX_GRAMMAR_BYTES = 128 * 1024
 """Maximum size of a grammar; the check of one of this size takes about a second of a core."""
+MAX_LEXER_FUEL = 300_000
+"""Maximum effort for the regular expressions of a grammar, in llguidance's unit: about 0.3 s of a core."""
 
 
 def parser_limits() -> LLParserLimits:
     """Returns the limits of llguidance, whose error messages then leave out the grammar itself."""
-    return LLParserLimits(verbose_errors=False)
+    return LLParserLimits(initial_lexer_fuel=MAX_LEXER_FUEL, verbose_errors=False)
 
 
 def fault_of(grammar: str) -> str | None:
     """Returns, in one line, why a grammar can't be used with any tokenizer; None if it can be used."""
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=parser_limits())
-    return first_line(messages[0]) if is_error else None
+    return reason_in(messages[0]) if is_error else None
 
 
-def first_line(message: str) -> str:
-    """Returns the first line of a message of llguidance; further lines repeat the grammar or a state."""
-    line = next(iter(message.splitlines()), "").strip()
-    return line[:300] or "unknown error"
+def reason_in(message: str) -> str:
+    """Returns the reason in a message of llguidance, most lines of which repeat the grammar or a state."""
+    lines = [line.strip() for line in message.splitlines()] or [""]
+    # A message about a regular expression ends with a line of its own for the reason.
+    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join(part[:300] for part in (lines[0], *reasons)) or "unknown error"

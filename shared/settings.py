@@ -144,6 +144,8 @@ class ApiSettings(Settings):
     """Maximum wait for the first token before a stream's headers are sent without it."""
     max_silence_s: Seconds = 0.5
     """Seconds without an event for a stream, after which the API reads the stream's log in Redis."""
+    json_whitespace: Literal["compact", "flexible"] = "compact"
+    """White space in answers that must be JSON: none, or as the model likes."""
     max_inbox_events: Count = 256
     """Maximum number of events buffered per stream; the API reads further events from the log."""
     max_body_bytes: Count = 4 * 1024 * 1024

@@ -8,6 +8,7 @@ from api.contract.chat_messages import ChatMessage
 from api.contract.chat_tools import FunctionDefinition, Tool
 from api.contract.extensions import ExtensionFields
 from api.contract.fields import INTEGRAL, Only
+from api.contract.form_fields import FormFields
 from api.contract.generation_fields import GenerationFields, NumTokens
 from api.contract.strict import BOUNDED, StrictModel, invalid, unsupported
 from api.contract.template_variables import TemplateVariables
@@ -98,7 +99,9 @@ class TemplateFields(StrictModel):
         return TemplateInputs(tools, variables, bool(self.continue_final_message))
 
 
-class ChatCompletionRequest(ExtensionFields, UnservedOpenAIFields, LabelFields, TemplateFields, ServedFields):
+class ChatCompletionRequest(
+    ExtensionFields, UnservedOpenAIFields, LabelFields, TemplateFields, FormFields, ServedFields
+):
     """The body of a chat completion request; a field with the value null gets its default."""
 
     @model_validator(mode="after")

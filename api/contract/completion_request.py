@@ -7,6 +7,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from api.contract.extensions import ExtensionFields
 from api.contract.fields import INTEGRAL, Only
+from api.contract.form_fields import FormFields
 from api.contract.generation_fields import INT64_MAX, GenerationFields
 from api.contract.strict import invalid, unsupported
 from api.contract.unserved import LabelFields
@@ -64,7 +65,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(ExtensionFields, LabelFields, GenerationFields):
+class CompletionRequest(ExtensionFields, LabelFields, FormFields, GenerationFields):
     """The body of a completion request. Except in `model` and `prompt`, null stands for a field's default."""
 
     prompt: Prompts

@@ -43,14 +43,7 @@ class VllmFields(StrictModel):
     chat_template: Annotated[Any, Only()] = None
     media_io_kwargs: Annotated[Any, Only({})] = None
     mm_processor_kwargs: Annotated[Any, Only({})] = None
-    structured_outputs: Annotated[Any, Only()] = None
     structural_tag: Annotated[Any, Only()] = None
-    guided_json: Annotated[Any, Only()] = None
-    guided_regex: Annotated[Any, Only()] = None
-    guided_choice: Annotated[Any, Only()] = None
-    guided_grammar: Annotated[Any, Only()] = None
-    guided_decoding_backend: Annotated[Any, Only()] = None
-    guided_whitespace_pattern: Annotated[Any, Only()] = None
     thinking_token_budget: Annotated[Any, Only()] = None
     include_reasoning: Annotated[Any, Only(True)] = None
     priority: Annotated[Any, Only(0)] = None
@@ -71,8 +64,6 @@ class VllmFields(StrictModel):
 class SglangFields(StrictModel):
     """Fields of SGLang that vLLM doesn't have."""
 
-    regex: Annotated[Any, Only()] = None
-    ebnf: Annotated[Any, Only()] = None
     stop_regex: Annotated[Any, Only([])] = None
     no_stop_trim: Annotated[Any, Only(False)] = None
     separate_reasoning: Annotated[Any, Only(True)] = None
@@ -164,8 +155,6 @@ class LlamaCppFields(StrictModel):
     post_sampling_probs: Annotated[Any, Only(False)] = None
     t_max_predict_ms: Annotated[Any, Only(0, -1)] = None
     id_slot: Annotated[Any, Only(-1)] = None
-    grammar: Annotated[Any, Only("")] = None
-    json_schema: Annotated[Any, Only({})] = None
     lora: Annotated[Any, Only([], instead="name the adapter as model")] = None
     response_fields: Annotated[Any, Only([])] = None
     return_tokens: Annotated[Any, Only(False)] = None

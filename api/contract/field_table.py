@@ -11,6 +11,7 @@ from api.contract.chat_request import ChatCompletionRequest
 from api.contract.chat_tools import FunctionDefinition, Tool
 from api.contract.completion_request import CompletionRequest
 from api.contract.fields import Ignored, Only, either
+from api.contract.form_fields import JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from api.contract.generation_fields import StreamOptions
 from api.contract.strict import StrictModel
 from api.contract.unserved import CacheOptions
@@ -21,6 +22,9 @@ MODELS: dict[str, type[StrictModel]] = {
     "The body of a chat completion": ChatCompletionRequest,
     "The body of a completion": CompletionRequest,
     "`stream_options`": StreamOptions,
+    "`response_format`": ResponseFormat,
+    "`response_format.json_schema`": JsonSchemaFormat,
+    "`structured_outputs`": StructuredOutputs,
     "`prompt_cache_options`": CacheOptions,
     "`messages[]`": ChatMessage,
     "`messages[].content[]`": TextPart,

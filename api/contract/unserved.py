@@ -45,8 +45,6 @@ class LabelFields(StrictModel):
 class UnservedOpenAIFields(StrictModel):
     """OpenAI's fields that Lorelay refuses, unless a value means the same as leaving the field out."""
 
-    response_format: Annotated[Object | None, Only({"type": "text"})] = None
-    """Format of the answer, such as JSON with a schema."""
     modalities: Annotated[list[str] | None, BOUNDED, Only(["text"])] = None
     """Kinds of output."""
     audio: Annotated[Object | None, Only()] = None

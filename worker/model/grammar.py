@@ -22,7 +22,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 
 from shared.control_groups import num_usable_cores
 from shared.errors import GenerationFailed, InvalidRequest, LorelayError, UnsupportedParameter
-from shared.grammars import first_line, parser_limits
+from shared.grammars import parser_limits, reason_in
 from shared.logs import fields
 from worker.engine.ports import Tokenizer
 from worker.engine.sequence import Sequence
@@ -89,7 +89,7 @@ class Grammars:
             raise UnsupportedParameter("The model's tokenizer can't be used with a grammar or JSON schema.")
         compiled = LLMatcher(prepared, grammar, log_level=0, limits=parser_limits())
         if compiled.is_error():
-            raise InvalidRequest(f"The grammar can't be compiled: {first_line(compiled.get_error())}")
+            raise InvalidRequest(f"The grammar can't be compiled: {reason_in(compiled.get_error())}")
         with self._lock:
             self._compiled[key] = compiled
             while len(self._compiled) > MAX_NUM_COMPILED:
@@ -163,7 +163,7 @@ def _ban(allowed: npt.NDArray[np.int32], token_ids: Iterable[int]) -> None:
 
 
 def _failure(matcher: LLMatcher) -> GenerationFailed:
-    reason = first_line(matcher.get_error())
+    reason = reason_in(matcher.get_error())
     return GenerationFailed(f"The answer can't be continued by its grammar: {reason}")
 
 

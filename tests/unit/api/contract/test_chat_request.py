@@ -145,7 +145,6 @@ NOT_SERVED: dict[str, tuple[list[Any], list[Any]]] = {
     "tool_choice": (["none", "auto"], ["required", {"type": "function"}]),
     "functions": ([[]], []),
     "function_call": (["none", "auto"], [{"name": "f"}]),
-    "response_format": ([{"type": "text"}], [{"type": "json_object"}]),
     "modalities": ([["text"]], [["text", "audio"]]),
     "audio": ([], [{"voice": "x"}]),
     "prediction": ([], [{"type": "content"}]),

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from openai.resources.chat.completions import Completions
 from openai.resources.completions import Completions as TextCompletions
-from openai.types import chat, completion_create_params
+from openai.types import chat, completion_create_params, shared_params
 from openai.types.chat import completion_create_params as params
 from pydantic import BaseModel
 
@@ -21,6 +21,7 @@ from api.contract.chat_tools import FunctionDefinition, Tool
 from api.contract.completion_request import CompletionRequest
 from api.contract.field_table import MODELS, as_markdown, rows
 from api.contract.fields import Only
+from api.contract.form_fields import JsonSchemaFormat, ResponseFormat, StructuredOutputs
 from api.contract.generation_fields import StreamOptions
 from api.contract.steps import run_at_once
 from api.contract.strict import StrictModel, parse
@@ -34,6 +35,14 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 
+OBJECTS: dict[type[StrictModel], str] = {
+    StreamOptions: "stream_options",
+    StructuredOutputs: "structured_outputs",
+    CacheOptions: "prompt_cache_options",
+}
+"""Fields of the body whose values are objects with optional fields only, by their models."""
+
+
 def body_with(model: type[StrictModel], fields: dict[str, Any]) -> dict[str, Any]:
     """Returns a valid body to which `fields` are added at the place of `model`."""
     message: dict[str, Any] = {"role": "assistant", "content": "hi"}
@@ -42,10 +51,12 @@ def body_with(model: type[StrictModel], fields: dict[str, Any]) -> dict[str, Any
         return {"model": "m", "prompt": "hi", "stream": True} | fields
     if model is ChatCompletionRequest:
         body |= fields
-    elif model is StreamOptions:
-        body["stream_options"] = fields
-    elif model is CacheOptions:
-        body["prompt_cache_options"] = fields
+    elif model in OBJECTS:
+        body[OBJECTS[model]] = fields
+    elif model is ResponseFormat:
+        body["response_format"] = {"type": "text"} | fields
+    elif model is JsonSchemaFormat:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}} | fields}
     elif model is ChatMessage:
         message |= fields
     elif model is TextPart:
@@ -98,6 +109,13 @@ OFFICIAL = {
     )
     | set(signature(TextCompletions.create).parameters) - NOT_IN_A_BODY,
     StreamOptions: fields_of_client(chat.ChatCompletionStreamOptionsParam),
+    ResponseFormat: fields_of_client(
+        shared_params.ResponseFormatText,
+        shared_params.ResponseFormatJSONObject,
+        shared_params.ResponseFormatJSONSchema,
+    ),
+    JsonSchemaFormat: fields_of_client(shared_params.response_format_json_schema.JSONSchema),
+    StructuredOutputs: set(),
     CacheOptions: fields_of_client(params.PromptCacheOptions),
     ChatMessage: fields_of_client(
         *get_args(chat.ChatCompletionMessageParam),
@@ -162,7 +180,6 @@ def test_a_refused_field_is_named_with_any_other_value(model: type[StrictModel])
         {"repeat_penalty": "1"},
         {"echo": 0},
         {"lora": {}},
-        {"grammar": []},
     ],
     ids=str,
 )

@@ -1,0 +1,101 @@
+"""Turns the form that a client asked for into a grammar, and checks it before the enqueue."""
+
+import asyncio
+import hashlib
+import json
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import msgspec
+from llguidance import LLMatcher, grammar_from
+
+from api.contract.form_fields import Form, as_schema
+from shared.errors import InvalidRequest
+from shared.grammars import MAX_GRAMMAR_BYTES, fault_of, reason_in
+from shared.messages import GenerationRequest
+from shared.settings import ApiSettings
+
+if TYPE_CHECKING:  # only the stub has this type
+    from llguidance._lib import JsonCompileOptions
+
+LARGE_GRAMMAR_BYTES = 8 * 1024
+MAX_NUM_CHECKED = 1_000
+
+
+class GrammarChecker:
+    """Builds and checks the grammars of one API process, in threads beside its event loop."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self._is_flexible = settings.json_whitespace == "flexible"
+        self._checked: OrderedDict[bytes, str | None] = OrderedDict()
+        """The fault of each grammar that was checked last, by the grammar's hash; None for a good one."""
+        # A large grammar may take a second of a core. So only one is checked at a time, beside a small one.
+        self._large, self._small = asyncio.Semaphore(1), asyncio.Semaphore(1)
+
+    async def bind(self, request: GenerationRequest, form: Form | None) -> GenerationRequest:
+        """Returns the request with the grammar of a form; the request itself if its answer may be any text.
+
+        Raises:
+            InvalidRequest: the form can't be enforced; see `build`.
+        """
+        if form is None:
+            return request
+        sampling = msgspec.structs.replace(request.sampling, grammar=await self.build(form))
+        return msgspec.structs.replace(request, sampling=sampling)
+
+    async def build(self, form: Form) -> str:
+        """Returns the grammar of a form, as workers expect it.
+
+        Raises:
+            InvalidRequest: the form can't be enforced; the message names the field and the reason.
+        """
+        try:
+            grammar = await asyncio.to_thread(self._serialize, form)
+        # llguidance raises only ValueErrors, and its converter of GBNF also RecursionErrors.
+        except (ValueError, RecursionError) as error:
+            raise _refusal(form, reason_in(str(error))) from None
+        if len(grammar) > MAX_GRAMMAR_BYTES:
+            raise _refusal(form, f"larger than {MAX_GRAMMAR_BYTES} bytes")
+        key = hashlib.sha256(grammar.encode()).digest()
+        if key not in self._checked:
+            async with self._large if len(grammar) > LARGE_GRAMMAR_BYTES else self._small:
+                self._checked[key] = await asyncio.to_thread(fault_of, grammar)
+            while len(self._checked) > MAX_NUM_CHECKED:
+                self._checked.popitem(last=False)
+        if fault := self._checked[key]:
+            raise _refusal(form, fault)
+        return grammar
+
+    def _serialize(self, form: Form) -> str:
+        """Converts a form to llguidance's format.
+
+        Raises:
+            ValueError: the form is too large, or has a wrong syntax.
+        """
+        if form.kind == "json_schema":
+            schema = as_schema(form.value)
+            _check_size(schema)
+            # Nothing that the schema demands may be ignored, even if the schema itself allows it.
+            exact: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
+            if form.whitespace:
+                exact["whitespace_flexible"], exact["whitespace_pattern"] = True, form.whitespace
+            elif form.whitespace is not None:
+                exact["whitespace_flexible"], exact["whitespace_pattern"] = False, None
+            defaults: JsonCompileOptions = {"whitespace_flexible": self._is_flexible}
+            return LLMatcher.grammar_from_json_schema(schema, defaults=defaults, overrides=exact)
+        if form.kind == "choice":
+            _check_size("".join(form.value))
+            words = " | ".join(json.dumps(word, ensure_ascii=False) for word in form.value)
+            return LLMatcher.grammar_from_lark(f"start: {words}")
+        _check_size(form.value)
+        return grammar_from(form.kind, form.value)
+
+
+def _check_size(text: str) -> None:
+    # A text of surrogates without partners, which JSON can express, raises a ValueError.
+    if len(text.encode()) > MAX_GRAMMAR_BYTES:
+        raise ValueError(f"larger than {MAX_GRAMMAR_BYTES} bytes")
+
+
+def _refusal(form: Form, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"Invalid value for '{form.field}': {reason}.", param=form.field)
