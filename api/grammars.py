@@ -33,7 +33,7 @@ class GrammarChecker:
         self._large, self._small = asyncio.Semaphore(1), asyncio.Semaphore(1)
 
     async def bind(self, request: GenerationRequest, form: Form | None) -> GenerationRequest:
-        """Returns the request with the grammar of a form; the request itself if its answer may be any text.
+        """Returns the request with the grammar of `form`; without a form, returns the request unchanged.
 
         Raises:
             InvalidRequest: the form can't be enforced; see `build`.
@@ -44,7 +44,7 @@ class GrammarChecker:
         return msgspec.structs.replace(request, sampling=sampling)
 
     async def build(self, form: Form) -> str:
-        """Returns the grammar of a form, as workers expect it.
+        """Returns the grammar of a form, in the format that workers expect.
 
         Raises:
             InvalidRequest: the form can't be enforced; the message names the field and the reason.

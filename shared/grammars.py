@@ -24,7 +24,7 @@ def fault_of(grammar: str) -> str | None:
 
 
 def reason_in(message: str) -> str:
-    """Returns the reason in a message of llguidance, most lines of which repeat the grammar or a state."""
+    """Returns the reason in an error message of llguidance, without the lines that repeat the grammar."""
     lines = [line.strip() for line in message.splitlines()] or [""]
     # A message about a regular expression ends with a line of its own for the reason.
     reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -188,7 +188,7 @@ class GenerationRequest(Message, frozen=True):
         Schema 1 can express only one chat with n = 1 and unchanged logits. Schema 2 can express all requests
         without `template_inputs` and `cache_salt`. A worker that knows only schema 2 would ignore a salt, and
         would share the request's prefix with all requests of the tenant. Schema 3 can express all requests
-        without a grammar, `echo` and `logprobs`, which earlier workers ignore.
+        without a grammar, `echo` and `logprobs`. Earlier workers would ignore these three.
         """
         if self.sampling.grammar or self.echo or self.sampling.logprobs is not None:
             return 4

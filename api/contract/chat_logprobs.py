@@ -18,7 +18,7 @@ class AlternativeToken(msgspec.Struct, frozen=True):
 
 
 class ChosenToken(msgspec.Struct, frozen=True):
-    """The token of the answer at a position, and the most likely tokens there, the chosen one included."""
+    """The token of the answer at a position, and the most likely tokens at this position."""
 
     token: str
     logprob: float
@@ -27,7 +27,7 @@ class ChosenToken(msgspec.Struct, frozen=True):
 
 
 class ChoiceLogprobs(msgspec.Struct, frozen=True):
-    """The log probabilities of the tokens of one choice, or of a part of it."""
+    """The log probabilities of the tokens of one choice, or of a part of the choice."""
 
     content: list[ChosenToken]
     refusal: None = None
@@ -39,7 +39,7 @@ def to_choice_logprobs(positions: Iterable[PositionLogprobs]) -> ChoiceLogprobs:
 
 
 def encode_positions(positions: Iterable[PositionLogprobs]) -> list[msgspec.Raw]:
-    """Returns the JSON of each position; to encode all at the end of a long answer would take long."""
+    """Returns the JSON of each position, because encoding all positions at the end would take long."""
     return [msgspec.Raw(msgspec.json.encode(_chosen(position))) for position in positions]
 
 

@@ -1,4 +1,4 @@
-"""Fields that bind the answer to a form, of OpenAI, vLLM, SGLang and llama.cpp."""
+"""The fields of OpenAI, vLLM, SGLang and llama.cpp that set the form of the answer."""
 
 import json
 import warnings
@@ -18,7 +18,7 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 class Form(NamedTuple):
-    """The form that an answer must have, as the client gave it."""
+    """The form that an answer must have, as the client specified it."""
 
     kind: Literal["json_schema", "regex", "choice", "grammar"]
     value: Any
@@ -46,7 +46,7 @@ with warnings.catch_warnings():
         """The schema is enforced as it is written, whatever the value."""
 
     class StructuredOutputs(StrictModel):
-        """vLLM's way to bind the answer to a form; only one of the forms can be given."""
+        """vLLM's object that sets the form of the answer; only one of its forms can be set."""
 
         json: Schema | None = None  # type: ignore[assignment]
         """JSON schema, as an object or as text."""
@@ -84,7 +84,7 @@ class ResponseFormat(StrictModel):
 
 
 class FormFields(StrictModel):
-    """The fields that bind the answer to a form, at most one of which can be given."""
+    """The fields that set the form of the answer; a request can set only one of them."""
 
     response_format: ResponseFormat | None = None
     """Form of the answer: text, any JSON object, or JSON that follows a schema. Default: text."""
@@ -172,7 +172,7 @@ class FormFields(StrictModel):
         ]
 
     def _whitespace(self) -> str | None:
-        """Returns the regular expression for white space within JSON that the client gave, if any."""
+        """Returns the client's regular expression for white space within JSON, if there is one."""
         if self.guided_whitespace_pattern is not None:
             return self.guided_whitespace_pattern
         given = self.structured_outputs
@@ -185,7 +185,7 @@ def as_schema(value: dict[str, Any] | str) -> str:
     """Returns a JSON schema as text, with its keys in their order.
 
     Raises:
-        ValueError: a text is no JSON, or the schema is no object.
+        ValueError: the text is not JSON, or the schema is not an object.
     """
     schema = json.loads(value) if isinstance(value, str) else value
     if not isinstance(schema, dict):

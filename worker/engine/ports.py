@@ -75,7 +75,7 @@ class Tokenizer(Protocol):
 
     @property
     def token_bytes(self) -> Callable[[int], bytes]:
-        """Function that returns the bytes of a token by its id; they may be a part of a character."""
+        """Function that returns the bytes of a token by its id; the bytes may be a part of a character."""
         ...
 
     @property

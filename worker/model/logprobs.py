@@ -1,6 +1,7 @@
 """Computes the log probabilities of sampled tokens and of the most likely alternatives to them.
 
-They are those of the model's own distribution: before temperature, bias, penalties, grammar, top-k and top-p.
+The probabilities are the model's own, before temperature, bias, penalties, grammar, top-k and top-p change
+them.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from worker.model.sampler import SamplingRow, largest
 
 
 def with_logprobs(sampled: list[Sampled], logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
-    """Adds log probabilities to the tokens of the rows that ask for them, and leaves the others alone.
+    """Adds log probabilities to the tokens of the rows whose requests ask for them.
 
     `logits`: the model's logits (num_rows, vocab), which nothing has changed.
     """

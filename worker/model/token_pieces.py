@@ -1,4 +1,4 @@
-"""Gives the bytes that single tokens stand for, which log probabilities report."""
+"""The bytes that single tokens stand for, which answers with log probabilities contain."""
 
 import json
 import re
@@ -14,8 +14,8 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 class TokenPieces:
     """The bytes of each token of a transformers tokenizer. May be used from any thread.
 
-    A token may be a part of a character. The bytes of an output's tokens, joined, are its text, except that
-    decoders of SentencePiece's vocabularies drop a space at the beginning.
+    A token may be a part of a character. The joined bytes of all tokens of an output are the bytes of its
+    text. But decoders of SentencePiece's vocabularies drop a space at the beginning of the text.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -57,7 +57,7 @@ class TokenPieces:
 
 
 def _decoder_steps(fast: Any) -> frozenset[str]:
-    """Returns the types of the steps of a tokenizer's decoder; none if it has no decoder."""
+    """Returns the types of the steps in a tokenizer's decoder; an empty set if there is no decoder."""
     if fast is None or fast.decoder is None:
         return frozenset()
     state = json.loads(fast.decoder.__getstate__())
