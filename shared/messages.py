@@ -87,13 +87,31 @@ class SamplingParams(Message, frozen=True):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     """Both penalties are OpenAI's: they count the tokens generated so far, not the prompt's tokens."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Tokens less likely than this part of the likeliest token's probability are not sampled."""
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    """Divides positive logits of tokens in prompt and output, and multiplies negative ones; 1 means none."""
+    allowed_token_ids: tuple[TokenId, ...] = ()
+    """The only tokens that may be sampled; empty if all may."""
     grammar: str = ""
     """The grammar that the output must follow, as llguidance serializes it; empty if there is none."""
 
     @property
     def adjusts_logits(self) -> bool:
         """True if a bias or a penalty changes the logits; workers that know only schema 1 apply neither."""
-        return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
+        return (
+            bool(self.logit_bias or self.presence_penalty or self.frequency_penalty) or self.repeats_or_bars
+        )
+
+    @property
+    def repeats_or_bars(self) -> bool:
+        """True if the logits of repeated or of forbidden tokens change."""
+        return self.repetition_penalty != 1 or bool(self.allowed_token_ids)
+
+    @property
+    def needs_schema_4(self) -> bool:
+        """True if earlier workers would ignore one of the parameters."""
+        return bool(self.grammar or self.logprobs is not None or self.min_p or self.repeats_or_bars)
 
 
 class TemplateInputs(Message, frozen=True):
@@ -188,9 +206,9 @@ class GenerationRequest(Message, frozen=True):
         Schema 1 can express only one chat with n = 1 and unchanged logits. Schema 2 can express all requests
         without `template_inputs` and `cache_salt`. A worker that knows only schema 2 would ignore a salt, and
         would share the request's prefix with all requests of the tenant. Schema 3 can express all requests
-        without a grammar, `echo` and `logprobs`. Earlier workers would ignore these three.
+        without `echo` and the sampling parameters of `needs_schema_4`.
         """
-        if self.sampling.grammar or self.echo or self.sampling.logprobs is not None:
+        if self.echo or self.sampling.needs_schema_4:
             return 4
         if self.cache_salt or not self.template_inputs.are_known_to_all:
             return 3

@@ -7,8 +7,6 @@ servers describes them.
 
 from typing import Annotated, Any
 
-from pydantic import Field
-
 from api.contract.fields import IGNORED, INTEGRAL, Only
 from api.contract.strict import BOUNDED, StrictModel
 
@@ -19,8 +17,6 @@ ONCE_HERE = "send its fields themselves: OpenAI's Python client does so with thi
 class VllmFields(StrictModel):
     """Fields of vLLM, including its earlier releases."""
 
-    min_p: Annotated[float | None, Field(ge=0, le=1), Only(0)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0), Only(1)] = None
     length_penalty: Annotated[Any, Only(1)] = None
     use_beam_search: Annotated[Any, Only(False)] = None
     best_of: Annotated[Any, Only(1)] = None
@@ -35,7 +31,6 @@ class VllmFields(StrictModel):
     truncation_side: Annotated[Any, Only()] = None
     prompt_logprobs: Annotated[Any, Only()] = None
     logprob_token_ids: Annotated[Any, Only([])] = None
-    allowed_token_ids: Annotated[Any, Only([])] = None
     bad_words: Annotated[Any, Only([])] = None
     echo: Annotated[Any, Only(False)] = None
     add_special_tokens: Annotated[Any, Only(False)] = None
@@ -98,9 +93,6 @@ class LmdeployFields(StrictModel):
     """Fields of lmdeploy that vLLM and SGLang don't have."""
 
     session_id: Annotated[Annotated[int, INTEGRAL] | None, Only(-1)] = None
-    min_new_tokens: Annotated[
-        Annotated[int, Field(ge=0), INTEGRAL] | None, Only(0, instead="use min_tokens")
-    ] = None
     do_preprocess: Annotated[Any, Only(True)] = None
 
 
@@ -135,7 +127,6 @@ class LlamaCppFields(StrictModel):
     """Parameter of `mirostat`."""
     adaptive_decay: Annotated[Any, IGNORED] = None
     """Parameter of `adaptive_target`."""
-    repeat_penalty: Annotated[Any, Only(1)] = None
     dynatemp_range: Annotated[Any, Only(0)] = None
     xtc_probability: Annotated[Any, Only(0)] = None
     dry_multiplier: Annotated[Any, Only(0)] = None

@@ -93,6 +93,8 @@ class GenerationFields(SamplingFields):
     """Maximum number of tokens to generate."""
     min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX), INTEGRAL] | None = None
     """Minimum number of tokens before an end-of-text token or stop string may end the answer. Default: 0."""
+    min_new_tokens: Annotated[int, Field(ge=0, le=INT64_MAX), INTEGRAL] | None = None
+    """Name of `min_tokens` at lmdeploy; without effect if both are given."""
     ignore_eos: bool | None = None
     """Continues after the model's end-of-text token. Default: false."""
     stop: Stop | None = None
@@ -113,14 +115,20 @@ class GenerationFields(SamplingFields):
     def _fields_fit_together(self) -> Self:
         if self.stream_options is not None and not (self.stream or self.stream_options.is_neutral):
             raise invalid("only allowed when 'stream' is true", field="stream_options")
-        if self.min_tokens and self.max_output_tokens and self.min_tokens > self.max_output_tokens:
-            raise invalid("must not exceed the maximum number of tokens to generate", field="min_tokens")
+        name = "min_new_tokens" if self.min_tokens is None else "min_tokens"
+        if self.min_output_tokens > (self.max_output_tokens or INT64_MAX):
+            raise invalid("must not exceed the maximum number of tokens to generate", field=name)
         return self
 
     @property
     def max_output_tokens(self) -> int | None:
         """Maximum number of tokens to generate; None if only the context limits it."""
         return self.max_tokens
+
+    @property
+    def min_output_tokens(self) -> int:
+        """Minimum number of tokens to generate, from `min_tokens` or `min_new_tokens`."""
+        return (self.min_new_tokens if self.min_tokens is None else self.min_tokens) or 0
 
     @property
     def include_usage(self) -> bool:
@@ -144,7 +152,7 @@ class GenerationFields(SamplingFields):
             top_k=top_k,
             seed=secrets.randbits(SEED_BITS) if self.seed is None else self.seed % 2**SEED_BITS,
             max_tokens=self.max_output_tokens,
-            min_tokens=self.min_tokens or 0,
+            min_tokens=self.min_output_tokens,
             ignore_eos=bool(self.ignore_eos),
             stop=tuple(self.stop or ()),
             logprobs=self.num_alternatives,

@@ -18,6 +18,8 @@ def _check_token_id(written: str) -> str:
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenIdText = Annotated[str, AfterValidator(_check_token_id)]
+TokenIdNumber = Annotated[int, Field(ge=0, le=INT32_MAX), INTEGRAL]
+Repetition = Annotated[float, Field(ge=0.01, le=100)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -32,6 +34,14 @@ class SamplingFields(StrictModel):
     """Number from -2 to 2 that is subtracted from the logits of tokens in the answer so far. Default: 0."""
     frequency_penalty: Penalty | None = None
     """Number from -2 to 2 that is subtracted for each occurrence of the token. Default: 0."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Samples only tokens at least this number times as likely as the likeliest, as at vLLM. Default: 0."""
+    repetition_penalty: Repetition | None = None
+    """Divides the positive logits of tokens of prompt and answer, as at vLLM; 0.01 to 100. Default: 1."""
+    repeat_penalty: Repetition | None = None
+    """Name of `repetition_penalty` at llama.cpp; without effect if both are given."""
+    allowed_token_ids: Annotated[list[TokenIdNumber], BOUNDED] | None = None
+    """The only tokens that may be generated, up to 1,000. Default: all, which [] means, too."""
 
     @property
     def num_choices(self) -> int:
@@ -49,4 +59,7 @@ class SamplingFields(StrictModel):
             "logit_bias": {int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()},
             "presence_penalty": self.presence_penalty or 0.0,
             "frequency_penalty": self.frequency_penalty or 0.0,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty or self.repeat_penalty or 1.0,
+            "allowed_token_ids": tuple(self.allowed_token_ids or ()),
         }

@@ -90,8 +90,11 @@ class Intake:
             raise InvalidRequest("The prompt has no tokens.", param=param)
         if any(map(self._lacks, prompts)):
             raise InvalidRequest("The prompt has a token id that the model lacks.", param=param)
-        if self._lacks(list(request.sampling.logit_bias)):
-            raise InvalidRequest("'logit_bias' names a token id that the model lacks.", param="logit_bias")
+        sampling = request.sampling
+        named = {"logit_bias": [*sampling.logit_bias], "allowed_token_ids": [*sampling.allowed_token_ids]}
+        for field, token_ids in named.items():
+            if self._lacks(token_ids):
+                raise InvalidRequest(f"'{field}' names a token id that the model lacks.", param=field)
 
     def _check_log(self, output: RequestOutput) -> None:
         """Refuses a log that can't be continued. No worker writes such a log, but another program may.

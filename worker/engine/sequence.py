@@ -68,6 +68,12 @@ class LogitAdjustments(NamedTuple):
     """Number subtracted from the logit of each token that occurs in the output."""
     frequency_penalty: float = 0.0
     """Number subtracted from a token's logit for each occurrence of the token in the output."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of the tokens in `seen`, and multiplies negative ones."""
+    seen: TokenCounts | None = None
+    """The tokens of prompt and output; None without a repetition penalty."""
+    allowed: Collection[int] = ()
+    """The only token ids that may be sampled; empty if all may."""
     output_counts: TokenCounts | None = None
     """The tokens of the sequence's output so far, to which the penalties apply; None without penalties."""
 
@@ -116,6 +122,9 @@ class Sequence:
     output_counts: TokenCounts = field(default_factory=TokenCounts)
     """Counts of the output tokens that `logit_adjustments` has counted so far; empty without penalties."""
 
+    seen: TokenCounts = field(default_factory=TokenCounts)
+    """Counts of the tokens of prompt and output; empty without a repetition penalty."""
+
     @property
     def prompt_key(self) -> tuple[str, int]:
         """Key of the prompt: equal for all choices of one prompt of one request."""
@@ -152,7 +161,13 @@ class Sequence:
         if sampling.presence_penalty or sampling.frequency_penalty:
             counts = self.output_counts
             counts.add(self.token_ids[self.num_prompt_tokens + counts.num_counted :])
+        repeats = sampling.repetition_penalty != 1
+        if repeats:
+            self.seen.add(self.token_ids[self.seen.num_counted :])
         return LogitAdjustments(
+            repetition_penalty=sampling.repetition_penalty,
+            seen=self.seen if repeats else None,
+            allowed=sampling.allowed_token_ids,
             banned=self.eos_token_ids if bans_end else (),
             bias=sampling.logit_bias,
             presence_penalty=sampling.presence_penalty,

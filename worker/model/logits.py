@@ -1,7 +1,8 @@
 """Adjusts logits before sampling; no other code changes logits.
 
-Biases and penalties are added first. Then all tokens that a sequence's grammar does not allow are banned. The
-ban comes last, so that no bias can allow a token that breaks the grammar.
+Repetition penalties come first, then biases and the other penalties, then lists of allowed tokens. All tokens
+that a sequence's grammar does not allow are banned last, so that no bias can allow a token that breaks the
+grammar.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def adjust(
     logits: Tensor, adjustments: Sequence[LogitAdjustments | None], masks: Masks | None = None
 ) -> Tensor:
     """Returns `logits` (num_rows, vocab) with each row adjusted; `logits` itself if nothing changes."""
-    changed = _add(logits, adjustments)
+    changed = _allow(_add(_repel(logits, adjustments), adjustments), adjustments)
     return changed if masks is None or not masks.rows else _apply(changed, masks)
 
 
@@ -45,6 +46,36 @@ def _apply(logits: Tensor, masks: Masks) -> Tensor:
     # Tokens beyond the tokenizer's vocabulary stand for no text; models pad their vocabulary with them.
     allowed = functional.pad(allowed, (0, logits.shape[1] - allowed.shape[1]))
     return logits.index_put((rows,), logits[rows].masked_fill(~allowed, -torch.inf))
+
+
+def _repel(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Tensor:
+    """Returns the logits with repetition penalties; `logits` itself if there are none."""
+    found = [
+        (row, one.repetition_penalty, np.array(one.seen.token_ids, np.int64))
+        for row, one in enumerate(adjustments)
+        if one is not None and one.seen is not None
+    ]
+    if not found:
+        return logits
+    sizes = [len(token_ids) for _, _, token_ids in found]
+    rows = np.repeat([row for row, _, _ in found], sizes)
+    token_ids = np.concatenate([token_ids for _, _, token_ids in found])
+    index = tuple(torch.from_numpy(np.stack((rows, token_ids))).to(logits.device))
+    penalties = torch.from_numpy(np.repeat([penalty for _, penalty, _ in found], sizes)).to(logits)
+    values = logits[index]
+    return logits.index_put(index, torch.where(values > 0, values / penalties, values * penalties))
+
+
+def _allow(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Tensor:
+    """Returns the logits with minus infinity for tokens that are not allowed; `logits` if all are."""
+    limited = {row: one.allowed for row, one in enumerate(adjustments) if one is not None and one.allowed}
+    if not limited:
+        return logits
+    changed = logits.clone()
+    for row, allowed in limited.items():
+        index = torch.tensor(list(allowed), device=logits.device)
+        changed[row] = torch.full_like(logits[row], -torch.inf).index_copy(0, index, logits[row, index])
+    return changed
 
 
 def _add(logits: Tensor, adjustments: Sequence[LogitAdjustments | None]) -> Tensor:

@@ -117,7 +117,12 @@ def _scale(logits: Tensor, largest: Tensor, rows: Sequence[SamplingRow], group: 
     dtype = torch.promote_types(logits.dtype, torch.float32)
     scaled = logits.to(dtype, copy=True).sub_(largest.to(dtype)[:, None])
     temperatures = scaled.new_tensor([max(rows[n].params.temperature, MIN_TEMPERATURE) for n in group])
-    return scaled.div_(temperatures[:, None])
+    scaled.div_(temperatures[:, None])
+    if any(rows[n].params.min_p for n in group):
+        # The likeliest token has the number 0, so a token's number is the logarithm of its relative weight.
+        lowest = scaled.new_tensor([rows[n].params.min_p for n in group]).log()
+        scaled.masked_fill_(scaled < lowest[:, None], -torch.inf)
+    return scaled
 
 
 def _draw_any(scaled: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -121,6 +121,9 @@ def test_a_request_out_of_range_is_refused(field: dict[str, Any]) -> None:
         ({"messages": CHAT, "cache_salt": "of one tenant"}, 1, 3),
         ({"messages": CHAT, "sampling": SamplingParams(grammar="{}")}, 1, 4),
         ({"messages": CHAT, "sampling": SamplingParams(logprobs=0)}, 1, 4),
+        ({"messages": CHAT, "sampling": SamplingParams(min_p=0.1)}, 1, 4),
+        ({"messages": CHAT, "sampling": SamplingParams(repetition_penalty=1.1)}, 1, 4),
+        ({"messages": CHAT, "sampling": SamplingParams(allowed_token_ids=(5,))}, 1, 4),
     ],
 )
 def test_a_request_that_earlier_workers_cant_serve_is_of_the_newer_schema(

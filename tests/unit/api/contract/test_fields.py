@@ -177,7 +177,7 @@ def test_a_refused_field_is_named_with_any_other_value(model: type[StrictModel])
     [
         {"priority": False},
         {"best_of": True},
-        {"repeat_penalty": "1"},
+        {"dynatemp_range": "0"},
         {"echo": 0},
         {"lora": {}},
     ],

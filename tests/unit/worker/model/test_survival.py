@@ -24,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "penalties": {"presence_penalty": -2.0, "frequency_penalty": 1.0, "top_p": 0.9},
     "bias": {"logit_bias": {97: 3.0, 98: 2.0, 99: -100.0}, "top_k": 20},
     "log probabilities": {"logprobs": 3, "presence_penalty": 1.0, "stop": ("abc",)},
+    "min-p and repetition": {"min_p": 0.05, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    "allowed tokens": {"allowed_token_ids": tuple(range(97, 110)), "repetition_penalty": 0.8, "top_p": 0.95},
     "stop strings": {"stop": ("a", "bc"), "logit_bias": {97: 2.0, 98: 3.0}},
     "a stop string after the minimum": {"stop": ("a",), "logit_bias": {97: 4.0}, "min_tokens": 5},
     "an end after the minimum": {"logit_bias": {0: 6.0}, "min_tokens": 4},
