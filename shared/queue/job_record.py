@@ -1,10 +1,12 @@
 """Builds RQ's job hash for a generation request."""
 
-from functools import cache
+from functools import lru_cache
+from typing import Any
 
 from redis import Redis
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.utils import now, utcformat
 
 from shared.messages import GenerationRequest
 from shared.queue.places import order_field
@@ -13,31 +15,16 @@ FUNCTION = "worker.jobs.generate"
 """The function named in `job.data`. The prompt is in a separate field, which no RQ command or log shows."""
 
 
-@cache
-def _unconnected() -> Redis:
-    return Redis()
-
-
 def job_fields(
     request: GenerationRequest, queue: str, client: str, result_ttl_s: int, failure_ttl_s: int
 ) -> dict[str, bytes | str | int | float]:
     """Returns the fields of a request's job hash: RQ's own fields, and those that Lorelay adds."""
-    job = Job.create(
-        FUNCTION,
-        id=request.request_id,
-        origin=queue,
-        connection=_unconnected(),
-        serializer=JSONSerializer,
-        description=f"request to {request.model}",
-        timeout=int(request.generation_limit_s) if request.generation_limit_s else None,
-        result_ttl=result_ttl_s,
-        failure_ttl=failure_ttl_s,
-    )
-    fields = {name: value for name, value in job.to_dict().items() if value is not None}
+    limit_s = int(request.generation_limit_s) if request.generation_limit_s else None
     encoded = request.encode()
     return (
-        fields
+        _rq_fields(request.model, queue, limit_s, result_ttl_s, failure_ttl_s)
         | {
+            "created_at": utcformat(now()),
             "request": encoded,
             "bytes": len(encoded),
             "client": client,
@@ -49,6 +36,24 @@ def job_fields(
         }
         | ({"outline": outline(request)} if request.detached else {})
     )
+
+
+@lru_cache(maxsize=1024)
+def _rq_fields(
+    model: str, queue: str, limit_s: int | None, result_ttl_s: int, failure_ttl_s: int
+) -> dict[str, Any]:
+    """Returns RQ's fields, which are equal for all requests to a model; the caller replaces `created_at`."""
+    job = Job.create(
+        FUNCTION,
+        origin=queue,
+        connection=Redis(),
+        serializer=JSONSerializer,
+        description=f"request to {model}",
+        timeout=limit_s,
+        result_ttl=result_ttl_s,
+        failure_ttl=failure_ttl_s,
+    )
+    return {name: value for name, value in job.to_dict().items() if value is not None}
 
 
 def outline(request: GenerationRequest) -> bytes:
