@@ -9,7 +9,7 @@ import logging
 import resource
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import uvicorn
@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.connection import Connection
 from api.errors import error_response
-from api.layers import log_exchange, name_charset
+from api.layers import as_exchange
 from shared.errors import ServerBusy
 from shared.logs import fields
 from shared.settings import ApiSettings
@@ -92,11 +92,10 @@ class ConnectionGuard:
     def protect(self, app: ASGIApp) -> ASGIApp:
         """Wraps `app`: while there are too many connections, all requests except probes get `server_busy`."""
 
-        async def layer(scope: Scope, receive: Receive, send: Send) -> None:
+        def layer(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
             if scope["type"] == "http" and len(self._open) > self._max_num and scope["path"] not in PROBES:
-                await log_exchange(name_charset(error_response(ServerBusy())))(scope, receive, send)
-            else:
-                await app(scope, receive, send)
+                return as_exchange(error_response(ServerBusy()))(scope, receive, send)
+            return app(scope, receive, send)
 
         return layer
 

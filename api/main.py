@@ -13,12 +13,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from api import docs, errors
 from api.connections import LAST_WORDS_S, ConnectionGuard
 from api.keyring import Keyring
-from api.layers import allow_origins, log_exchange, name_charset
+from api.layers import allow_origins, as_exchange
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from api.routes import build_routes
@@ -33,11 +33,11 @@ class Application(FastAPI):
     def __init__(self, cors_origins: Sequence[str], **options: Any) -> None:
         """Creates the application with FastAPI's `options`; web pages of `cors_origins` may call it."""
         super().__init__(**options)
-        self._layers = log_exchange(name_charset(allow_origins(super().__call__, cors_origins)))
+        self._cors_origins = cors_origins
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handles one HTTP exchange, or the events of start and shutdown."""
-        await self._layers(scope, receive, send)
+    def build_middleware_stack(self) -> ASGIApp:
+        """Returns FastAPI's middleware inside the layers."""
+        return as_exchange(allow_origins(super().build_middleware_stack(), self._cors_origins))
 
 
 def create_app(settings: ApiSettings | None = None, redis_settings: RedisSettings | None = None) -> FastAPI:

@@ -58,8 +58,9 @@ def build_routes(relay: Relay, settings: ApiSettings, keyring: Keyring) -> APIRo
     add_chat_routes(keyed, relay, settings, keys, grammars)
     add_completion_routes(keyed, relay, settings, keys, grammars)
     _add_model_routes(keyed, relay.queue)
-    _add_probes(router, relay.queue)
+    # FastAPI tries the routes in this order, and the first one gets the most requests.
     router.include_router(keyed)
+    _add_probes(router, relay.queue)
     return router
 
 
