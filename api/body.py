@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from email.message import Message
+from functools import lru_cache
 
 from starlette.requests import Request
 
@@ -19,9 +20,9 @@ FREE_BYTES = 16 * 1024
 class _Arriving:
     """A request body that is being received; a part of it is in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, until: float) -> None:
         self.body = bytearray()
-        self.timeout = asyncio.timeout(None)
+        self.timeout = asyncio.timeout_at(until)
         self.was_evicted = False
 
     @property
@@ -57,7 +58,7 @@ class BodyReader:
         announced = request.headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self._settings.max_body_bytes:
             raise self._too_large()
-        arriving = _Arriving()
+        arriving = _Arriving(until=asyncio.get_running_loop().time() + self._settings.body_limit_s)
         self._arriving[arriving] = None
         try:
             await self._fill(arriving, request)
@@ -69,8 +70,7 @@ class BodyReader:
 
     async def _fill(self, arriving: _Arriving, request: Request) -> None:
         try:
-            async with arriving.timeout as timeout, aclosing(request.stream()) as parts:
-                timeout.reschedule(asyncio.get_running_loop().time() + self._settings.body_limit_s)
+            async with arriving.timeout, aclosing(request.stream()) as parts:
                 async for part in parts:
                     self._add(arriving, part)
         except TimeoutError:
@@ -117,6 +117,7 @@ def _check_declared_as_json(request: Request) -> None:
         raise UnsupportedMediaType(f"The body must be JSON with the header 'Content-Type: {JSON}', {given}.")
 
 
+@lru_cache
 def _is_json(content_type: str) -> bool:
     message = Message()
     message["Content-Type"] = content_type

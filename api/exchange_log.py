@@ -5,6 +5,7 @@ import logging
 import re
 import time
 import uuid
+from functools import cached_property
 
 from starlette.types import Scope
 
@@ -38,7 +39,6 @@ class ExchangeLog:
     def __init__(self, scope: Scope) -> None:
         self._method, self._path = str(scope.get("method", "")), str(scope.get("path", ""))
         self._client_id = _id_from_client(scope)
-        self._own_id = f"req-{uuid.uuid4().hex}"
         self._begun_at = time.monotonic()
         self._request: GenerationRequest | None = None
         self._tenant = ""
@@ -51,6 +51,10 @@ class ExchangeLog:
         self._status = 0
         self._first_event_s: float | None = None
         self._timings: Timings | None = None
+
+    @cached_property
+    def _own_id(self) -> str:
+        return f"req-{uuid.uuid4().hex}"
 
     @property
     def request_id(self) -> str:
@@ -174,7 +178,7 @@ def exchange_of(scope: Scope) -> ExchangeLog:
 
 def _id_from_client(scope: Scope) -> str:
     """Returns the client's `X-Request-Id`, shortened, with `_` for characters that could forge a log line."""
-    given = next((value for name, value in scope.get("headers", ()) if name.lower() == REQUEST_ID), b"")
+    given = dict(reversed(scope.get("headers", ()))).get(REQUEST_ID, b"")  # the first, if there are several
     cut = given.strip()[:MAX_ID_LENGTH].decode("latin-1")
     return re.sub(r"[^A-Za-z0-9._:/@+=-]", "_", cut)
 

@@ -157,6 +157,8 @@ def error_of(event: StreamEvent) -> LorelayError | None:
     """Returns the error that an event reports, or None."""
     if event.error is not None:
         return from_info(event.error)
+    if event.finish_reason is None:
+        return None
     if event.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
         return GenerationFailed(f"The generation ended with '{event.finish_reason}'.")
     return None

@@ -111,7 +111,11 @@ class Inbox:
                 raise self._error
             if self._loop.time() >= until:
                 return []
-            await self._wait(until)
+            # A timer that rings earlier is kept, too: a new timer for each token would cost CPU time.
+            if self._alarm is None or self._alarm.when() > until:
+                self._set_alarm(until)
+            self._waiter = self._loop.create_future()
+            await self._waiter
 
     async def wait_for_event(self) -> None:
         """Returns when `get` has an event or an error; not to be called while `get` runs."""
@@ -132,13 +136,9 @@ class Inbox:
             self._call_for_log()
         return events
 
-    async def _wait(self, until: float) -> None:
-        # A timer that rings at `until` or earlier is kept: a new timer for each token would cost CPU time.
-        if self._alarm is None or self._alarm.when() > until:
-            self.close()
-            self._alarm = self._loop.call_at(until, self._ring)
-        self._waiter = self._loop.create_future()
-        await self._waiter
+    def _set_alarm(self, until: float) -> None:
+        self.close()
+        self._alarm = self._loop.call_at(until, self._ring)
 
     def _ring(self) -> None:
         self._alarm = None
