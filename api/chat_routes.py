@@ -11,7 +11,7 @@ from api.body import BodyReader
 from api.contract.answer import AnswerWriter
 from api.contract.chat_answer import BodyWriter, ChunkWriter
 from api.contract.chat_messages import ChatMessage
-from api.contract.chat_request import ChatCompletionRequest
+from api.contract.chat_request import ChatCompletionRequest, UsualChatRequest
 from api.contract.json_body import is_long
 from api.contract.steps import StepRunner, Steps, each
 from api.contract.strict import parsed
@@ -66,7 +66,7 @@ def add_chat_routes(
 
 async def _read_chat(
     request: Request, bodies: BodyReader, runner: StepRunner
-) -> tuple[ChatCompletionRequest, list[dict[str, Any]]]:
+) -> tuple[UsualChatRequest, list[dict[str, Any]]]:
     """Reads and parses the body of a request, and records for the log line which model it names."""
     exchange = exchange_of(request.scope)
     async with bodies.read(request) as raw:
@@ -79,14 +79,14 @@ async def _read_chat(
     return body, messages
 
 
-def parse_chat(raw: bytes) -> Steps[tuple[ChatCompletionRequest, list[dict[str, Any]]]]:
+def parse_chat(raw: bytes) -> Steps[tuple[UsualChatRequest, list[dict[str, Any]]]]:
     """Parses a request body step by step; returns the parsed body, and its messages for the chat template."""
-    body = yield from parsed(ChatCompletionRequest, raw, {"messages": ChatMessage})
+    body = yield from parsed((UsualChatRequest, ChatCompletionRequest), raw, {"messages": ChatMessage})
     messages = yield from each(ChatMessage.to_template, body.messages)
     return body, messages
 
 
-def _writer(request: GenerationRequest, body: ChatCompletionRequest) -> AnswerWriter:
+def _writer(request: GenerationRequest, body: UsualChatRequest) -> AnswerWriter:
     if body.stream:
         return _stream_writer(request, body.include_usage)
     has_logprobs = request.sampling.logprobs is not None

@@ -72,7 +72,7 @@ async def _read(request: Request, bodies: BodyReader, runner: StepRunner) -> Com
     exchange = exchange_of(request.scope)
     async with bodies.read(request) as raw:
         try:
-            body = await runner.run(parsed(CompletionRequest, raw), is_long=is_long(raw))
+            body = await runner.run(parsed((CompletionRequest,), raw), is_long=is_long(raw))
         except InvalidRequest:
             exchange.note_model(model_in(raw))
             raise

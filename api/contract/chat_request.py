@@ -99,10 +99,11 @@ class TemplateFields(StrictModel):
         return TemplateInputs(tools, variables, bool(self.continue_final_message))
 
 
-class ChatCompletionRequest(
-    ExtensionFields, UnservedOpenAIFields, LabelFields, TemplateFields, FormFields, ServedFields
-):
-    """The body of a chat completion request; a field with the value null gets its default."""
+class UsualChatRequest(UnservedOpenAIFields, LabelFields, TemplateFields, FormFields, ServedFields):
+    """The body of a chat completion request without fields that only other servers have.
+
+    Pydantic takes 0.3 µs for each field of a model that a body lacks, and other servers have 150 fields.
+    """
 
     @model_validator(mode="after")
     def _continues_a_text(self) -> Self:
@@ -115,3 +116,7 @@ class ChatCompletionRequest(
     def max_output_tokens(self) -> int | None:
         """Maximum number of tokens to generate, from `max_completion_tokens` or `max_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class ChatCompletionRequest(ExtensionFields, UsualChatRequest):
+    """The body of a chat completion request; a field with the value null gets its default."""

@@ -79,11 +79,13 @@ def invalid(message: str, *, field: str | None = None) -> PydanticCustomError:
 
 def parse(model: type[Model], body: bytes) -> Model:
     """Parses a request body as `model` without a pause; see `parsed`."""
-    return run_at_once(parsed(model, body))
+    return run_at_once(parsed((model,), body))
 
 
-def parsed(model: type[Model], body: bytes, items: Mapping[str, type[StrictModel]] = {}) -> Steps[Model]:
-    """Parses a request body as `model`, step by step.
+def parsed(
+    models: Sequence[type[Model]], body: bytes, items: Mapping[str, type[StrictModel]] = {}
+) -> Steps[Model]:
+    """Parses a request body step by step, as the first of `models` with all of its fields, else as the last.
 
     `items` maps each field that may be a long list to the model of the list's items. One item is one step.
 
@@ -92,7 +94,8 @@ def parsed(model: type[Model], body: bytes, items: Mapping[str, type[StrictModel
         InvalidRequest: the body is no JSON object, has too many values, or a field is invalid; `param` names
             the first such field.
     """
-    value = yield from decoded(body, lambda beginning: _refuse_beginning(model, beginning))
+    value = yield from decoded(body, lambda beginning: _refuse_beginning(models[-1], beginning))
+    model = next((model for model in models if value.keys() <= model.model_fields.keys()), models[-1])
     if value.keys() <= model.model_fields.keys():
         for field, item_model in items.items():
             if isinstance(value.get(field), list):

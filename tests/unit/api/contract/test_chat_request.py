@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from api.contract.chat_request import ChatCompletionRequest
-from api.contract.strict import parse
+from api.contract.chat_request import ChatCompletionRequest, UsualChatRequest
+from api.contract.steps import run_at_once
+from api.contract.strict import parse, parsed
 from shared.errors import InvalidRequest, UnsupportedParameter
 
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -284,3 +285,13 @@ def test_a_long_list_is_refused_without_an_error_for_each_item(fields: dict[str,
     with pytest.raises(ValidationError) as caught:
         ChatCompletionRequest.model_validate({**HELLO, **fields})
     assert caught.value.error_count() < 10
+
+
+def test_a_body_is_parsed_alike_with_and_without_fields_of_other_servers() -> None:
+    models = (UsualChatRequest, ChatCompletionRequest)
+    usual = json.dumps({**HELLO, "seed": 5, "max_tokens": 7, "stop": "x", "user": "u", "n": 1})
+    foreign = usual.replace("{", '{"best_of": 1, ', 1)
+    small, large = (run_at_once(parsed(models, text.encode())) for text in (usual, foreign))
+    assert (type(small), type(large)) == models
+    assert small.to_sampling() == large.to_sampling()
+    assert small.model_dump().items() <= large.model_dump().items()
