@@ -49,6 +49,11 @@ class Process:
         return self._log.read_text()
 
     @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._popen.pid
+
+    @property
     def is_running(self) -> bool:
         return self._popen.poll() is None
 

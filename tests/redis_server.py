@@ -94,7 +94,10 @@ class RedisServer:
         assert self._process is None, "the server is running already"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
-            [self._binary, *self._arguments()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [self._binary, *self._arguments()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            restore_signals=False,  # SIGXFSZ stays ignored, so a limit on file sizes acts as a full disk
         )
         self._wait_until_it_answers()
         return self

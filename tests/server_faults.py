@@ -1,9 +1,11 @@
 """States of a real server in which it answers "not now", each for the time of a context."""
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 
 import redis
 
@@ -65,6 +67,45 @@ def full(connection: redis.Redis) -> Iterator[None]:
 
 
 @contextmanager
+def unsaved(connection: redis.Redis) -> Iterator[None]:
+    """MISCONF: the server could not write its last snapshot, because a folder has the name of the file."""
+    folder = Path(connection.config_get("dir")["dir"]) / connection.config_get("dbfilename")["dbfilename"]
+    folder.mkdir()
+    try:
+        # The server refuses writes only if it is to save snapshots on its own, too.
+        with configured(connection, "save", "86400 1000000"):
+            wait_until(lambda: not connection.info("persistence")["rdb_bgsave_in_progress"])
+            connection.bgsave()
+            wait_until(lambda: connection.info("persistence")["rdb_last_bgsave_status"] == "err")
+            yield
+    finally:
+        folder.rmdir()
+
+
+@contextmanager
+def disk_full(pid: int) -> Iterator[None]:
+    """A process can't make any file longer; it gets an error if it ignores SIGXFSZ, as Python does."""
+    inherited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _limit_files(pid, (1, inherited[1]))
+    try:
+        yield
+    finally:
+        _limit_files(pid, inherited)
+
+
+def _limit_files(pid: int, limits: tuple[int, int]) -> None:
+    with suppress(ProcessLookupError):  # the process may have ended meanwhile
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+
+
+@contextmanager
+def without_space(connection: redis.Redis) -> Iterator[None]:
+    """MISCONF: the server can't write to its append-only file, if it has one."""
+    with disk_full(connection.info("server")["process_id"]):
+        yield
+
+
+@contextmanager
 def configured(connection: redis.Redis, name: str, value: str | int) -> Iterator[None]:
     """Sets an option of the server within the context."""
     before = connection.config_get(name)[name]
@@ -82,6 +123,7 @@ FAULTS: dict[str, Fault] = {
     "READONLY": demoted,
     "MASTERDOWN": orphaned,
     "OOM": full,
+    "MISCONF": unsaved,
 }
 """The faults, by the error code that the server then answers with."""
 

@@ -5,16 +5,18 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from tests.chaos import jumping_clock
 from tests.chaos.cluster import API_LEASE_S, LEASE_S, ChaosWorker, Cluster
 from tests.chaos.garbled import garble_request, garble_shared
 from tests.chaos.neighbors import Neighbors
 from tests.chaos.proxy import Proxy, script_marker
-from tests.server_faults import strike
+from tests.deployment import Process
+from tests.server_faults import disk_full, strike, without_space
 from tests.waiting import wait_until
 
 START_LIMIT_S = 60
 WORKER_SCRIPTS = ("claim", "append", "renew", "reap", "sweep", "hand_back")
-SAID = ("BUSY", "NOREPLICAS", "READONLY")
+SAID = ("BUSY", "NOREPLICAS", "READONLY", "MISCONF")
 WEIGHTS = {"worker killed": 4, "worker frozen": 2, "worker drained": 2, "stock worker beside ours": 0}
 """The weights with which faults are drawn; 1 for those not listed. A stock worker beside the other faults has
 lost a request once, for a reason not found yet (docs/promises.md), so it is not drawn."""
@@ -57,6 +59,9 @@ class FaultMaker:
             "hostile body": self.neighbors.send_hostile_bodies,
             "client that never reads": self.neighbors.read_nothing,
             "flood of long prompts": self.neighbors.flood,
+            "clock jumps": self._jump,
+            "disk of a process full": self._fill_disk,
+            "disk of Redis full": self._fill_disk_of_redis,
             **{f"Redis says {code}": partial(self._say, code) for code in SAID},
         }
 
@@ -137,6 +142,21 @@ class FaultMaker:
 
     def _say(self, code: str) -> None:
         strike(self._cluster.connection, code, self._rng.uniform(0.5, 3.0))
+
+    def _jump(self) -> None:
+        self._process().send(self._rng.choice((jumping_clock.FORWARD, jumping_clock.BACK)))
+
+    def _fill_disk(self) -> None:
+        with disk_full(self._process().pid):
+            time.sleep(self._rng.uniform(0.5, 3.0))
+
+    def _fill_disk_of_redis(self) -> None:
+        with without_space(self._cluster.connection):
+            time.sleep(self._rng.uniform(0.5, 3.0))
+
+    def _process(self) -> Process:
+        """A process of ours: a worker that serves, or the API."""
+        return self._rng.choice([*(worker.process for worker in self._serving()), self._cluster.api.process])
 
     def _kill_redis(self) -> None:
         self._cluster.server.kill()

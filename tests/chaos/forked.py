@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.chaos import jumping_clock
 from tests.deployment import ROOT, Process
 from tests.waiting import wait_until
 
@@ -27,9 +28,13 @@ class ForkedProcess(Process):
     """A child of the nursery, with the methods of a process that was started from here."""
 
     def __init__(self, pid: int, log: Path, exit_codes: Mapping[int, int]) -> None:
-        self.pid = pid
+        self._pid = pid
         self._log = log
         self._exit_codes = exit_codes
+
+    @property
+    def pid(self) -> int:
+        return self._pid
 
     @property
     def is_running(self) -> bool:
@@ -153,6 +158,7 @@ def _become(arguments: list[str], environment: dict[str, str], log: str) -> int:
     sys.argv = ["rq", *arguments]
     from rq.cli import main as rq_main
 
+    jumping_clock.install()
     try:
         rq_main()
     except SystemExit as end:
