@@ -80,6 +80,10 @@ class SamplingParams(Message, frozen=True):
     min_tokens: Annotated[int, Meta(ge=0, le=INT64_MAX)] = 0
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], Meta(max_length=MAX_NUM_STOPS)] = ()
+    stop_token_ids: tuple[TokenId, ...] = ()
+    """Tokens that end the output besides the model's own end tokens, also with `ignore_eos`."""
+    includes_stop: bool = False
+    """True if the text includes the stop string, or the text of the stop token, that ends it."""
     logprobs: Annotated[int, Meta(ge=0, le=MAX_NUM_LOGPROBS)] | None = None
     """Number of alternatives to report per token; None means that no logprobs are reported."""
     logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]] = {}
@@ -99,19 +103,14 @@ class SamplingParams(Message, frozen=True):
     @property
     def adjusts_logits(self) -> bool:
         """True if a bias or a penalty changes the logits; workers that know only schema 1 apply neither."""
-        return (
-            bool(self.logit_bias or self.presence_penalty or self.frequency_penalty) or self.repeats_or_bars
-        )
-
-    @property
-    def repeats_or_bars(self) -> bool:
-        """True if the logits of repeated or of forbidden tokens change."""
-        return self.repetition_penalty != 1 or bool(self.allowed_token_ids)
+        adds = self.logit_bias or self.presence_penalty or self.frequency_penalty
+        return bool(adds or self.repetition_penalty != 1 or self.allowed_token_ids)
 
     @property
     def needs_schema_4(self) -> bool:
         """True if earlier workers would ignore one of the parameters."""
-        return bool(self.grammar or self.logprobs is not None or self.min_p or self.repeats_or_bars)
+        changes = self.grammar or self.min_p or self.repetition_penalty != 1 or self.allowed_token_ids
+        return bool(changes or self.logprobs is not None or self.stop_token_ids or self.includes_stop)
 
 
 class TemplateInputs(Message, frozen=True):

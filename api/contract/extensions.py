@@ -8,7 +8,7 @@ servers describes them.
 from typing import Annotated, Any
 
 from api.contract.fields import IGNORED, INTEGRAL, Only
-from api.contract.strict import BOUNDED, StrictModel
+from api.contract.strict import StrictModel
 
 FROM_KWARGS = "use chat_template_kwargs"
 ONCE_HERE = "send its fields themselves: OpenAI's Python client does so with this argument"
@@ -21,10 +21,6 @@ class VllmFields(StrictModel):
     use_beam_search: Annotated[Any, Only(False)] = None
     best_of: Annotated[Any, Only(1)] = None
     watermarking: Annotated[Any, Only(False)] = None
-    stop_token_ids: Annotated[
-        list[Annotated[int, INTEGRAL]] | None, BOUNDED, Only([], instead="use stop")
-    ] = None
-    include_stop_str_in_output: Annotated[bool | None, Only(False)] = None
     skip_special_tokens: Annotated[bool | None, Only(True)] = None
     spaces_between_special_tokens: Annotated[Any, Only(True)] = None
     truncate_prompt_tokens: Annotated[Any, Only()] = None

@@ -42,6 +42,10 @@ class SamplingFields(StrictModel):
     """Name of `repetition_penalty` at llama.cpp; without effect if both are given."""
     allowed_token_ids: Annotated[list[TokenIdNumber], BOUNDED] | None = None
     """The only tokens that may be generated, up to 1,000. Default: all, which [] means, too."""
+    stop_token_ids: Annotated[list[TokenIdNumber], BOUNDED] | None = None
+    """Token ids that end the answer besides the model's own, also with `ignore_eos`; up to 1,000."""
+    include_stop_str_in_output: bool | None = None
+    """Leaves the stop string, or the text of the stop token, at the end of the answer. Default: false."""
 
     @property
     def num_choices(self) -> int:
@@ -54,12 +58,14 @@ class SamplingFields(StrictModel):
         return None
 
     def to_adjustments(self) -> dict[str, Any]:
-        """Returns the fields of `SamplingParams` that change the distribution, by name."""
+        """Returns the fields of `SamplingParams` that these fields set, by name."""
         return {
             "logit_bias": {int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()},
             "presence_penalty": self.presence_penalty or 0.0,
             "frequency_penalty": self.frequency_penalty or 0.0,
             "min_p": self.min_p or 0.0,
             "repetition_penalty": self.repetition_penalty or self.repeat_penalty or 1.0,
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "includes_stop": bool(self.include_stop_str_in_output),
             "allowed_token_ids": tuple(self.allowed_token_ids or ()),
         }

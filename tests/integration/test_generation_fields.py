@@ -142,15 +142,22 @@ def test_wrong_numbers_of_alternatives_are_refused_by_name(client: openai.OpenAI
 def test_the_extensions_of_the_distribution_reach_the_worker(
     client: openai.OpenAI, worker: ScriptedWorker
 ) -> None:
-    extensions = {"min_p": 0.1, "repeat_penalty": 1.2, "allowed_token_ids": [5, 6], "min_new_tokens": 3}
+    extensions: dict[str, Any] = {
+        "min_p": 0.1,
+        "repeat_penalty": 1.2,
+        "allowed_token_ids": [5, 6],
+        "min_new_tokens": 3,
+    }
+    extensions |= {"stop_token_ids": [7], "include_stop_str_in_output": True}
     with worker.answering("a") as claims:
         client.chat.completions.create(model="base", messages=MESSAGES, extra_body=extensions)
     sampling = claims[0].request.sampling
+    assert (sampling.stop_token_ids, sampling.includes_stop) == ((7,), True)
     assert (sampling.min_p, sampling.repetition_penalty, sampling.min_tokens) == (0.1, 1.2, 3)
     assert sampling.allowed_token_ids == (5, 6)
     assert claims[0].request.schema_version == 4
 
 
 def test_wrong_extensions_of_the_distribution_are_refused_by_name(client: openai.OpenAI) -> None:
-    for name, value in {"min_p": 2, "repetition_penalty": 0, "allowed_token_ids": -1}.items():
+    for name, value in {"min_p": 2, "repetition_penalty": 0, "stop_token_ids": -1}.items():
         assert refusal(client, extra_body={name: value}) == ("invalid_request_error", name)

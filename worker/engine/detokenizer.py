@@ -94,7 +94,9 @@ class StopChecker:
     strings, but never released.
     """
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
+    def __init__(self, stop: tuple[str, ...], *, includes_stop: bool = False) -> None:
+        """`includes_stop`: true if the text is cut after the stop string, and not before it."""
+        self._includes_stop = includes_stop
         self._stop = tuple(word for word in stop if word)
         self._held = ""
         """Text that may be the start of a stop string, marks included."""
@@ -115,7 +117,8 @@ class StopChecker:
             text += mark
         found = [(start + len(word), start) for word in self._stop if (start := text.find(word)) >= 0]
         if found:
-            return self._release(text, min(found)[1], keeps=False), True
+            end, start = min(found)
+            return self._release(text, end if self._includes_stop else start, keeps=False), True
         return self._release(text, len(text) - self._num_held(text), keeps=True), False
 
     def flush(self) -> str:

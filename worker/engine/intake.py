@@ -92,6 +92,7 @@ class Intake:
             raise InvalidRequest("The prompt has a token id that the model lacks.", param=param)
         sampling = request.sampling
         named = {"logit_bias": [*sampling.logit_bias], "allowed_token_ids": [*sampling.allowed_token_ids]}
+        named["stop_token_ids"] = [*sampling.stop_token_ids]
         for field, token_ids in named.items():
             if self._lacks(token_ids):
                 raise InvalidRequest(f"'{field}' names a token id that the model lacks.", param=field)

@@ -38,7 +38,8 @@ class SequenceOutput:
         self._token_bytes = tokenizer.token_bytes
         self._marks = marks
         self._detokenizer = tokenizer.detokenizer()
-        self._stop_checker = StopChecker(seq.sampling.stop)
+        self._stop_checker = StopChecker(seq.sampling.stop, includes_stop=seq.sampling.includes_stop)
+        self._stop_token_ids = frozenset(seq.sampling.stop_token_ids)
 
     def resume(self, event: StreamEvent) -> None:
         """Adds the tokens of an event that an earlier worker wrote; the event's text is not sent again."""
@@ -63,16 +64,18 @@ class SequenceOutput:
         seq = self.seq
         # A grammar allows an end token only where the output may end; its own text would break the form.
         ends_grammar = bool(seq.sampling.grammar) and token_id in seq.eos_token_ids
-        text = "" if ends_grammar else self._detokenizer.add(token_id)
         num_tokens = seq.num_output_tokens
         may_end = num_tokens > seq.sampling.min_tokens
+        is_stop = may_end and token_id in self._stop_token_ids
+        is_hidden = ends_grammar or (is_stop and not seq.sampling.includes_stop)
+        text = "" if is_hidden else self._detokenizer.add(token_id)
         if may_end:
             text, stopped = self._stop_checker.add(text, self._marks.get(token_id, ""))
             if stopped:
                 seq.finish_reason = FinishReason.STOP
                 return text
         is_end = may_end and token_id in seq.eos_token_ids and not seq.sampling.ignore_eos
-        if is_end or ends_grammar:
+        if is_end or is_stop or ends_grammar:
             seq.finish_reason = FinishReason.STOP
         elif num_tokens >= seq.max_tokens:
             seq.finish_reason = FinishReason.LENGTH

@@ -168,7 +168,7 @@ class Sequence:
             repetition_penalty=sampling.repetition_penalty,
             seen=self.seen if repeats else None,
             allowed=sampling.allowed_token_ids,
-            banned=self.eos_token_ids if bans_end else (),
+            banned=self.eos_token_ids.union(sampling.stop_token_ids) if bans_end else (),
             bias=sampling.logit_bias,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,

@@ -122,6 +122,8 @@ def test_a_request_out_of_range_is_refused(field: dict[str, Any]) -> None:
         ({"messages": CHAT, "sampling": SamplingParams(grammar="{}")}, 1, 4),
         ({"messages": CHAT, "sampling": SamplingParams(logprobs=0)}, 1, 4),
         ({"messages": CHAT, "sampling": SamplingParams(min_p=0.1)}, 1, 4),
+        ({"messages": CHAT, "sampling": SamplingParams(stop_token_ids=(7,))}, 1, 4),
+        ({"messages": CHAT, "sampling": SamplingParams(includes_stop=True)}, 1, 4),
         ({"messages": CHAT, "sampling": SamplingParams(repetition_penalty=1.1)}, 1, 4),
         ({"messages": CHAT, "sampling": SamplingParams(allowed_token_ids=(5,))}, 1, 4),
     ],

@@ -102,6 +102,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"n": "1"}, "n"),
     ({"n": 129}, "n"),
     ({"min_p": 1.1}, "min_p"),
+    ({"stop_token_ids": [1, 2**31]}, "stop_token_ids[1]"),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"repeat_penalty": 101}, "repeat_penalty"),
     ({"allowed_token_ids": [1, -1]}, "allowed_token_ids[1]"),
@@ -160,8 +162,6 @@ NOT_SERVED: dict[str, tuple[list[Any], list[Any]]] = {
     "store": ([False], [True]),
     "service_tier": (["auto", "default"], ["flex", "priority"]),
     "skip_special_tokens": ([True], [False]),
-    "stop_token_ids": ([[]], [[2]]),
-    "include_stop_str_in_output": ([False], [True]),
     "add_generation_prompt": ([True], [False]),
     "session_id": ([-1], [7]),
 }

@@ -226,6 +226,8 @@ def test_logits_that_give_no_token_end_the_whole_request_once() -> None:
         ({"prompts": ("",)}, "prompt", "no tokens"),
         ({"prompts": ("x" * 65,)}, "prompt", "65 tokens were given in the prompt"),
         ({"sampling": SamplingParams(logit_bias={2**20: 1.0})}, "logit_bias", "token id"),
+        ({"sampling": SamplingParams(allowed_token_ids=(2**20,))}, "allowed_token_ids", "token id"),
+        ({"sampling": SamplingParams(stop_token_ids=(2**20,))}, "stop_token_ids", "token id"),
     ],
 )
 def test_prompts_that_the_model_cant_take_are_refused_by_name(
@@ -284,3 +286,25 @@ def test_a_request_that_has_memory_for_two_of_its_sequences_runs_two_at_once() -
     assert len(ends(events)) == 5
     assert max(map(len, bench.model.batches)) == 2
     assert bench.engine.max_num_sequences == 2
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({}, "ab"),
+        ({"includes_stop": True}, "abc"),
+        ({"min_tokens": 3}, "abcab"),
+        ({"ignore_eos": True}, "ab"),
+    ],
+    ids=str,
+)
+def test_a_stop_token_ends_the_answer_after_the_minimum_and_its_text_stays_only_if_asked_for(
+    sampling: dict[str, object], expected: str
+) -> None:
+    bench = Bench(FakeModel(lambda seq: ord("abcabc"[seq.num_output_tokens]), block_size=BLOCK_SIZE))
+    params = SamplingParams(max_tokens=6, stop_token_ids=(ord("c"),), **sampling)  # type: ignore[arg-type]
+    bench.add(request_of(prompts=("abc",), n=1, sampling=params))
+    events = bench.finish()
+    assert texts(events) == {0: expected}
+    assert ends(events) == {0: FinishReason.STOP}
+    assert events[-1].token_ids == (ord("c"),)

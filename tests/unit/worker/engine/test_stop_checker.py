@@ -34,6 +34,17 @@ def test_without_stop_strings_text_passes_at_once() -> None:
     assert StopChecker(()).add("hello") == ("hello", False)
 
 
+def test_a_stop_string_that_stays_ends_the_text_in_whatever_pieces_it_comes() -> None:
+    for pieces in (["Hi!\nUs", "er: more"], ["Hi!\nUser: more"], [*"Hi!\nUser: more"]):
+        checker = StopChecker(("\nUser:",), includes_stop=True)
+        shown, stopped = "", False
+        for piece in pieces:
+            if not stopped:
+                released, stopped = checker.add(piece)
+                shown += released
+        assert (shown, stopped) == ("Hi!\nUser:", True)
+
+
 def test_a_stop_string_across_pieces_is_cut_off() -> None:
     assert run(("\n\nUser:",), ["Hi", "!\n", "\nUs", "er: more"]) == ("Hi!", True)
 

@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "min-p and repetition": {"min_p": 0.05, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
     "allowed tokens": {"allowed_token_ids": tuple(range(97, 110)), "repetition_penalty": 0.8, "top_p": 0.95},
     "stop strings": {"stop": ("a", "bc"), "logit_bias": {97: 2.0, 98: 3.0}},
+    "stop tokens": {"stop_token_ids": (97, 98), "logit_bias": {97: 2.0, 98: 3.0}, "min_tokens": 3},
+    "stop strings that stay": {"stop": ("a", "bc"), "includes_stop": True, "logit_bias": {98: 4.0, 99: 4.0}},
     "a stop string after the minimum": {"stop": ("a",), "logit_bias": {97: 4.0}, "min_tokens": 5},
     "an end after the minimum": {"logit_bias": {0: 6.0}, "min_tokens": 4},
 }
@@ -108,4 +110,6 @@ def test_the_cases_do_what_their_names_say() -> None:
     assert {event.finish_reason for event in ends["plain"]} == {FinishReason.LENGTH}
     assert FinishReason.STOP in {event.finish_reason for event in ends["stop strings"]}
     assert FinishReason.STOP in {e.finish_reason for e in ends["a stop string after the minimum"]}
+    assert FinishReason.STOP in {event.finish_reason for event in ends["stop tokens"]}
+    assert FinishReason.STOP in {event.finish_reason for event in ends["stop strings that stay"]}
     assert FinishReason.STOP in {event.finish_reason for event in ends["an end after the minimum"]}
