@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from shared.control_groups import num_usable_cores
 from shared.errors import GenerationFailed, InvalidRequest, LorelayError, UnsupportedParameter
@@ -132,7 +132,10 @@ class Grammars:
         """Computes the masks of all matchers in parallel."""
         largest = max((one.vocab_size for one in self._tokenizers.values() if one is not None), default=0)
         allowed = np.zeros((len(matchers), -(-largest // _BITS)), np.int32)
-        if matchers:
+        # A single mask is not worth the wait for another thread.
+        if len(matchers) == 1:
+            fill_next_token_bitmask(matchers[0], allowed)
+        elif matchers:
             numbered = [(matcher, number) for number, matcher in enumerate(matchers)]
             fill_next_token_bitmask_par(self._executor, numbered, allowed)
         return allowed
