@@ -73,14 +73,14 @@ class Process:
         self._popen.kill()
         self._popen.wait()
 
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text: str, limit_s: float = START_LIMIT_S) -> None:
         """Returns when the process has written `text`; fails if it ended before."""
 
         def said() -> bool:
             assert text in self.output or self.is_running, self.output
             return text in self.output
 
-        wait_until(said, START_LIMIT_S, f"{text!r} in {self._log}")
+        wait_until(said, limit_s, f"{text!r} in {self._log}")
 
 
 class Deployment:

@@ -1,6 +1,7 @@
 """A mixed batch on the real model in float32, against PEFT's own `generate` with each adapter alone."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,16 @@ PROMPTS = ("What is the capital of France?", "Tell me about the sea.", "The bus 
 NUM_TOKENS = 40
 TIE = 1e-4
 """Top logits nearer than this may come in either order in float32."""
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sets torch to one thread; of two, each would wait at each operation for the one that is delayed."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

@@ -151,6 +151,7 @@ def test_32_streams_over_base_and_adapters_get_what_each_gets_alone_from_one_wor
     assert second.stop() == 0
 
 
+@pytest.mark.timeout(300)
 def test_a_worker_that_has_compiled_its_forward_pass_answers_as_before(
     served: Deployment, connection: redis.Redis, deploy: Deploy
 ) -> None:
@@ -161,7 +162,8 @@ def test_a_worker_that_has_compiled_its_forward_pass_answers_as_before(
     deployment = deploy(compile="graph")
     worker = deployment.start_worker()
     deployment.start_api()
-    worker.wait_for("forward pass: compiled")
+    # The compiler has the lowest priority, so other tests may take most of its time.
+    worker.wait_for("forward pass: compiled", 240)
     client = deployment.client()
     wait_until(lambda: [found.forward for found in read_status(connection).workers] == ["compiled"])
     with ThreadPoolExecutor(len(work)) as pool:
