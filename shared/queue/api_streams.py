@@ -94,7 +94,14 @@ class ApiStreams:
             QueueFull: one of the limits is reached.
         """
         queue = queue_name(request.base, request.adapter_name)
-        fields = job_fields(request, queue, client, result_ttl_s, failure_ttl_s)
+        fields = job_fields(
+            request,
+            queue,
+            client,
+            result_ttl_s=result_ttl_s,
+            failure_ttl_s=failure_ttl_s,
+            stream_ttl_s=stream_ttl_s,
+        )
         flat = [item for field in fields.items() for item in field]
         reply = await self._enqueue(
             args=[

@@ -1,5 +1,6 @@
 """Builds RQ's job hash for a generation request."""
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +17,24 @@ FUNCTION = "worker.jobs.generate"
 
 
 def job_fields(
-    request: GenerationRequest, queue: str, client: str, result_ttl_s: int, failure_ttl_s: int
+    request: GenerationRequest,
+    queue: str,
+    client: str,
+    *,
+    result_ttl_s: int,
+    failure_ttl_s: int,
+    stream_ttl_s: float,
 ) -> dict[str, bytes | str | int | float]:
-    """Returns the fields of a request's job hash: RQ's own fields, and those that Lorelay adds."""
+    """Returns the fields of a request's job hash: RQ's own fields, and those that Lorelay adds.
+
+    `stream_ttl_s`: the longest time for which the client may wait. If a stock `rq worker` fails the job, RQ's
+    `failure_ttl` must not let it expire sooner, because the request then goes back to its queue.
+    """
+    rqs_failure_ttl_s = max(failure_ttl_s, math.ceil(stream_ttl_s))
     limit_s = int(request.generation_limit_s) if request.generation_limit_s else None
     encoded = request.encode()
     return (
-        _rq_fields(request.model, queue, limit_s, result_ttl_s, failure_ttl_s)
+        _rq_fields(request.model, queue, limit_s, result_ttl_s, rqs_failure_ttl_s)
         | {
             "created_at": utcformat(now()),
             "request": encoded,
@@ -33,6 +45,7 @@ def job_fields(
             "version": request.weights_version,
             "detached": int(request.detached),
             "order": order_field(request),
+            "keep_failed_s": failure_ttl_s,
         }
         | ({"outline": outline(request)} if request.detached else {})
     )

@@ -17,9 +17,8 @@ from tests.waiting import wait_until
 START_LIMIT_S = 60
 WORKER_SCRIPTS = ("claim", "append", "renew", "reap", "sweep", "hand_back")
 SAID = ("BUSY", "NOREPLICAS", "READONLY", "MISCONF")
-WEIGHTS = {"worker killed": 4, "worker frozen": 2, "worker drained": 2, "stock worker beside ours": 0}
-"""The weights with which faults are drawn; 1 for those not listed. A stock worker beside the other faults has
-lost a request once, for a reason not found yet (docs/promises.md), so it is not drawn."""
+WEIGHTS = {"worker killed": 4, "worker frozen": 2, "worker drained": 2}
+"""The weights with which faults are drawn; 1 for those not listed."""
 
 
 class FaultMaker:

@@ -1,7 +1,8 @@
 -- Aborts a request whose client disconnected or canceled it. A queued request is removed and never starts; a running
 -- request is flagged, so that its worker ends it.
 -- ARGV: id, '1' to leave a running request alone, ttl (s) of the canceled job.
--- Returns the state in which the request was: 'queued', 'running' or 'gone'.
+-- Returns the state in which the request was: 'queued', 'running' or 'gone'. 'queued' includes requests that a stock
+-- worker took, since they would wait again, and those that an earlier call removed, since a call may be repeated.
 local id, only_queued, ttl = ARGV[1], ARGV[2] == '1', tonumber(ARGV[3])
 
 local function cancel(queue, base)
@@ -15,19 +16,20 @@ local function cancel(queue, base)
 end
 
 local function abort()
-  local status, queue, base = unpack(redis.call('HMGET', job_key(id), 'status', 'origin', 'base'))
-  if status == 'queued' then
+  local status, queue, base, has_ended = unpack(redis.call('HMGET', job_key(id), 'status', 'origin', 'base', 'has_ended'))
+  if status and redis.call('EXISTS', owner_key(id)) == 1 then
+    if not only_queued then redis.call('HSET', owner_key(id), 'aborted', 1) end
+    return 'running'
+  elseif status == 'queued' then
     cancel(queue, base)
     return 'queued'
-  elseif status == 'started' and redis.call('EXISTS', owner_key(id)) == 0 then
-    return 'gone'
-  elseif status == 'started' then
-    if not only_queued then
-      redis.call('HSET', owner_key(id), 'aborted', 1)
-    end
-    return 'running'
+  elseif taken_status(id) then
+    reset_job(id, queue)
+    cancel(queue, base)
+    return 'queued'
   end
-  return 'gone'
+  local was_canceled_here = status == 'canceled' and not has_ended and redis.call('HGET', job_key(id), 'request') == ''
+  return was_canceled_here and 'queued' or 'gone'
 end
 
 return guarded(id, '', nil, abort) or 'gone'

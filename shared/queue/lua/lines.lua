@@ -40,10 +40,11 @@ local function can_run(reader, job, queue)
     and (not job.version or job.version == '' or has == '' or job.version == has)
 end
 
--- Removes a request that is not queued any more from its queue's list. If only its place was left, a worker of another
--- class may have taken the request, which then goes back.
+-- Removes a request that is not queued any more from its queue's list. If a worker of another class has taken the
+-- request, it goes back.
 local function drop_request(id, queue, status)
-  if redis.call('LREM', queue_key(queue), 0, id) > 0 then check_status(id, status) else take_back(id) end
+  if redis.call('LREM', queue_key(queue), 0, id) == 0 then return take_back(id) end
+  if taken_status(id) then put_back(id, queue) else check_status(id, status) end
 end
 
 -- Returns place, id and job of the first request of a line that a worker can run, or nil. Skips requests of newer

@@ -227,6 +227,13 @@ local function finish_ownerless(id, owner, format, outcome)
   finish(id, owner, outcome)
 end
 
+-- Time (s) for which a request that a script ends as failed is kept. `failure_ttl` is RQ's, which is longer (job_record.py);
+-- jobs of an earlier release have only that.
+local function failure_ttl(id)
+  local own, rqs = unpack(redis.call('HMGET', job_key(id), 'keep_failed_s', 'failure_ttl'))
+  return math.floor(to_number(own or rqs, 86400))
+end
+
 -- Unreadable records, part 2: records of a single request.
 
 local UNREADABLE = '{"event_no":%d,"finish_reason":"error","error":{"code":"generation_failed",'
@@ -255,15 +262,14 @@ local function set_aside(id, base, queue, reason)
   keep_if('zset', executions_key(id))
   keep_if('stream', results_key(id))
   local owner = get_owner(id)
-  local origin, ttl = unpack(redis.call('HMGET', job_key(id), 'origin', 'failure_ttl'))
+  local origin = redis.call('HGET', job_key(id), 'origin')
   for field, value in pairs(nobody(base, queue or origin or '')) do owner[field] = owner[field] or value end
   keep_if('hash', execution_key(id .. ':' .. owner.claim_id))
   unqueue(id, queue or owner.queue, 0)
   if redis.call('EXISTS', job_key(id)) == 1 then
     redis.call('HSET', job_key(id), 'unreadable', reason)
     local meta = cjson.encode({ error = 'generation_failed', unreadable = reason })
-    finish_ownerless(id, owner, UNREADABLE,
-      { 'failed', meta, '', UNREADABLE_RESULT, math.floor(to_number(ttl, 86400)) })
+    finish_ownerless(id, owner, UNREADABLE, { 'failed', meta, '', UNREADABLE_RESULT, failure_ttl(id) })
   else
     tell_end(id, UNREADABLE)
     drop_ownership(id, owner)

@@ -1,21 +1,39 @@
 -- Repairs `waiting` and the index of queues that were changed with RQ's tools (`rq requeue`, `rq empty`, a dashboard),
 -- removes expired jobs from RQ's registries, ends overdue requests at the front of a queue, puts back requests that a stock
--- worker took and never began, and renames keys of a wrong type.
+-- worker took and did not end, and renames keys of a wrong type.
 -- ARGV: base, then the queues of the base. Returns {number of these queues with waiting requests, unreadable}.
 local base = ARGV[1]
 local MAX_NUM_ENDED = 100
 local count = 0
 
--- Repairs a claim whose owner or lease was deleted or garbled. If the owner is missing, RQ's entry for the claim is
--- removed. If the lease is missing, the request gets an expired lease: the request's worker renews the lease, or, if
--- that worker is dead, another worker requeues the request (reap.lua).
+local STUCK_MS = 5000
+-- Age at which the note of a stuck request is from an earlier time that it was taken, because sweeps come more often.
+local OLD_NOTE_MS = 30000
+
+-- Looks at a request in one of RQ's lists where only a stock worker puts it, for the milliseconds until it has ended the
+-- job. If the request has stood there for STUCK_MS, that worker was stopped, and the request goes back on its queue.
+-- Returns true if its entry in the list has no use any more. Jobs of other programs keep theirs.
+local function settle(id, queue)
+  local status, request, since_ms = unpack(redis.call('HMGET', job_key(id), 'status', 'request', 'stuck_since_ms'))
+  if not status then return true end
+  if not request then return false end
+  if (status ~= 'queued' and status ~= 'started') or redis.call('EXISTS', owner_key(id)) == 1 then return true end
+  local stuck_ms = now_ms - to_number(since_ms, 0)
+  if stuck_ms > OLD_NOTE_MS then redis.call('HSET', job_key(id), 'stuck_since_ms', now_ms) end
+  if stuck_ms > OLD_NOTE_MS or stuck_ms < STUCK_MS then return false end
+  put_back(id, queue)
+  return true
+end
+
+-- Repairs a claim whose lease was deleted or garbled: the request gets an expired lease, which the request's worker
+-- renews, or, if that worker is dead, another worker requeues the request (reap.lua). An entry without an owner is a
+-- stock worker's, or its owner was lost.
 local function mend_entry(queue, composite)
   local id, claim_id = composite:match('^(.*):(.*)$')
   local owner = id and guarded(id, base, nil, get_owner, id)
   if owner and owner.claim_id == claim_id then
     if not redis.call('ZSCORE', leases_key(base), id) then redis.call('ZADD', leases_key(base), now_ms, id) end
-  elseif not id or redis.pcall('HEXISTS', job_key(id), 'request') ~= 0 or redis.call('EXISTS', job_key(id)) == 0 then
-    -- If the job has no `request` field, a plain RQ worker is running it, and its entry stays.
+  elseif not id or guarded(id, base, nil, settle, id, queue) then
     redis.call('ZREM', registry_key('wip', queue), composite)
   end
 end
@@ -27,30 +45,11 @@ local function end_overdue_heads(queue)
   end
 end
 
-local STUCK_MS = 5000
--- Age at which the note of a stuck request is from an earlier time that it was taken, because sweeps come more often.
-local OLD_NOTE_MS = 30000
-
--- Puts a request back on its queue if it stands in `list` for STUCK_MS and its job has not begun.
-local function put_back_stuck(id, queue, list)
-  local status, request, stuck_since_ms = unpack(redis.call('HMGET', job_key(id), 'status', 'request', 'stuck_since_ms'))
-  if status ~= 'queued' or not request then return end
-  local stuck_ms = now_ms - to_number(stuck_since_ms, 0)
-  if stuck_ms > OLD_NOTE_MS then return redis.call('HSET', job_key(id), 'stuck_since_ms', now_ms) end
-  if stuck_ms < STUCK_MS then return end
-  redis.call('LREM', list, 0, id)
-  redis.call('HDEL', job_key(id), 'stuck_since_ms')
-  redis.call('LREM', queue_key(queue), 0, id)
-  redis.call('LPUSH', queue_key(queue), id)
-  add_place(id, queue, make_place(id))
-end
-
--- Puts back requests that a stock worker took and did not begin. It moves their ids to a list beside the queue's, where
--- they stay if it is stopped before it has marked the job as started, which takes milliseconds.
-local function put_back_all_stuck(queue)
-  local list = shared_key('list', RQ .. ':queue:' .. queue .. ':intermediate')
-  for _, id in ipairs(redis.call('LRANGE', list, 0, MAX_NUM_ENDED - 1)) do
-    guarded(id, base, queue, put_back_stuck, id, queue, list)
+-- Looks at the requests that stock workers have popped and not begun. They stand in the list for good if such a worker is
+-- stopped before it has marked their jobs as started.
+local function settle_all(queue)
+  for _, id in ipairs(redis.call('LRANGE', intermediate_key(queue), 0, MAX_NUM_ENDED - 1)) do
+    if guarded(id, base, nil, settle, id, queue) then redis.call('LREM', intermediate_key(queue), 0, id) end
   end
 end
 
@@ -68,7 +67,7 @@ for i = 2, #ARGV do
   for _, composite in ipairs(redis.call('ZRANGE', registry_key('wip', queue), 0, -1)) do
     mend_entry(queue, composite)
   end
-  put_back_all_stuck(queue)
+  settle_all(queue)
   if redis.call('LLEN', queue_key(queue)) > 0 then
     end_overdue_heads(queue)
     trim_index(queue)

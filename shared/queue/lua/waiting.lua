@@ -60,11 +60,49 @@ local function add_place(id, queue, place)
   return is_new
 end
 
+-- Requests that a worker of another class (a stock `rq worker`) took. Such a worker can't run them: it marks the job as
+-- started, then as ended. It writes neither an owner nor `has_ended`, which our workers write. If it was stopped in
+-- between, it may write so late that the request waits or runs again.
+
+-- Returns the status of a request that another worker took and that neither runs nor has ended; nil for other requests.
+local function taken_status(id)
+  local TAKEN = { started = true, failed = true, finished = true, stopped = true }
+  local status, base, has_ended, request =
+    unpack(redis.call('HMGET', job_key(id), 'status', 'base', 'has_ended', 'request'))
+  if not TAKEN[status] or not base or not request or request == '' or has_ended then return nil end
+  return redis.call('EXISTS', owner_key(id)) == 0 and status or nil
+end
+
+-- Makes the job of a request one that waits, whatever another worker wrote to it. Without PERSIST, the job would expire.
+local function reset_job(id, queue)
+  redis.call('HDEL', job_key(id), 'ended_at', 'stuck_since_ms')
+  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
+  redis.call('PERSIST', job_key(id))
+  redis.call('DEL', results_key(id))
+  for _, name in ipairs({ 'failed', 'finished' }) do redis.call('ZREM', registry_key(name, queue), id) end
+end
+
+-- The list beside a queue's to which a stock worker moves the id of a request until it marks the job as started.
+local function intermediate_key(queue) return shared_key('list', RQ .. ':queue:' .. queue .. ':intermediate') end
+
+-- Puts a request at the front of its queue's list, and at its place in the index.
+local function put_back(id, queue)
+  reset_job(id, queue)
+  redis.call('LREM', intermediate_key(queue), 0, id)
+  redis.call('LREM', queue_key(queue), 0, id)
+  redis.call('LPUSH', queue_key(queue), id)
+  add_place(id, queue, make_place(id))
+end
+
 -- Checks that a request in the list has its place; removes the request from the list if the job is not queued any more.
 -- Returns {status, enqueue time (ms), true if something was repaired}.
 local function check_place(id, queue)
   local status, enqueued_ms, place, has_ended =
     unpack(redis.call('HMGET', job_key(id), 'status', 'enqueued_ms', 'place', 'has_ended'))
+  if status ~= 'queued' and taken_status(id) then
+    reset_job(id, queue)
+    status = 'queued'
+  end
   check_status(id, status)
   local is_mended
   if status ~= 'queued' then
@@ -152,9 +190,9 @@ local function requeue(id, owner)
   local origin, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
   if origin ~= owner.queue or base ~= owner.base then refuse('its job and its owner name two queues') end
   drop_ownership(id, owner)
+  reset_job(id, owner.queue)
   -- The deadline is for the first start of the request, and this request has started in time.
   redis.call('HDEL', job_key(id), 'deadline_ms')
-  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
   redis.call('LPUSH', queue_key(owner.queue), id)
   add_place(id, owner.queue, make_place(id, true))
   update_waiting(owner.base, owner.queue)
@@ -163,23 +201,15 @@ end
 
 local MAX_NUM_TAKEN = 3
 
--- Puts a request back on its queue that a worker of another class (a stock `rq worker`) took. Such a worker can't run
--- the request and ends the job, without the last event and `has_ended`, which our workers write. Returns 'queued' if the
--- request waits again, 'taken' if this has happened MAX_NUM_TAKEN times before, 'other' if it was not taken.
+-- Puts a request back on its queue that a worker of another class took and ended. Returns 'queued' if the request waits
+-- again, 'taken' if this has happened MAX_NUM_TAKEN times before, 'other' if it was not taken, or was only begun: such a
+-- worker ends it within milliseconds, or else sweep.lua puts it back.
 function take_back(id)
-  local ENDED = { failed = true, finished = true, stopped = true }
-  local status, queue, base, has_ended, request =
-    unpack(redis.call('HMGET', job_key(id), 'status', 'origin', 'base', 'has_ended', 'request'))
-  if not base or not request or request == '' or has_ended or not ENDED[status] then return 'other' end
-  if redis.call('EXISTS', owner_key(id)) == 1 then return 'other' end
+  local status = taken_status(id)
+  if not status or status == 'started' then return 'other' end
   if increment(job_key(id), 'taken') > MAX_NUM_TAKEN then return 'taken' end
-  for _, name in ipairs({ 'failed', 'finished' }) do redis.call('ZREM', registry_key(name, queue), id) end
-  redis.call('HDEL', job_key(id), 'ended_at')
-  redis.call('HSET', job_key(id), 'status', 'queued', 'worker_name', '', 'started_at', '')
-  redis.call('PERSIST', job_key(id))
-  redis.call('LREM', queue_key(queue), 0, id)
-  redis.call('LPUSH', queue_key(queue), id)
-  add_place(id, queue, make_place(id))
+  local queue, base = unpack(redis.call('HMGET', job_key(id), 'origin', 'base'))
+  put_back(id, queue)
   update_waiting(base, queue)
   ring(base)
   return 'queued'
@@ -190,12 +220,11 @@ local QUEUE_TIMEOUT, QUEUE_TIMEOUT_RESULT = '@QUEUE_TIMEOUT@', '@QUEUE_TIMEOUT_R
 -- Ends a waiting request whose deadline has passed, and then returns true. Requests that an operator requeued have no
 -- deadline.
 local function end_overdue(id, base, queue)
-  local deadline_ms, has_ended, ttl =
-    unpack(redis.call('HMGET', job_key(id), 'deadline_ms', 'has_ended', 'failure_ttl'))
+  local deadline_ms, has_ended = unpack(redis.call('HMGET', job_key(id), 'deadline_ms', 'has_ended'))
   if has_ended or to_number(deadline_ms, now_ms) >= now_ms then return false end
   unqueue(id, queue, 0)
   finish_ownerless(id, nobody(base, queue), QUEUE_TIMEOUT,
-    { 'failed', '{}', '', QUEUE_TIMEOUT_RESULT, math.floor(to_number(ttl, 86400)) })
+    { 'failed', '{}', '', QUEUE_TIMEOUT_RESULT, failure_ttl(id) })
   drop_prompt(id)
   return true
 end

@@ -63,15 +63,6 @@ def test_a_worker_of_ours_that_meets_a_taken_request_takes_it_back(
     assert [claimed.held.request_id for claimed in claim(streams)] == [request_id]
 
 
-def test_a_request_whose_stock_worker_died_in_the_middle_ends_with_its_clients_limit(
-    connection: redis.Redis, api: BlockingApi
-) -> None:
-    request_id = api.enqueue(make_request())
-    connection.lrem(LIST, 0, request_id)
-    connection.hset(Job.key_for(request_id), "status", "started")
-    assert api.abort(request_id, only_queued=True) == "gone"
-
-
 def test_a_request_that_a_stock_worker_took_and_never_began_goes_back(
     connection: redis.Redis, api: BlockingApi, streams: WorkerStreams
 ) -> None:

@@ -911,7 +911,7 @@ def test_a_job_of_somebody_else_on_our_queue_fails_and_blocks_nobody(
     assert foreign.get_status() == JobStatus.FAILED
 
 
-@pytest.mark.parametrize("status", ["started", "finished", "deferred", "no status of RQ's"])
+@pytest.mark.parametrize("status", ["deferred", "no status of RQ's"])
 def test_a_request_that_waits_with_another_status_is_set_aside(
     connection: redis.Redis, api: BlockingApi, status: str
 ) -> None:
