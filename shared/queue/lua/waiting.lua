@@ -15,8 +15,11 @@ local PLACE = '^[012]|%x%x%x%x%x%x%x%x|%x%x%x%x%x%x%x%x|%d%d%d%d%d%d%d%d%d%d|%d%
 -- The `order` field for requests of an earlier release, which lack this field.
 local DEFAULT_ORDER = '1|00000000|2147483648|000001'
 local NO_VERSION = '00000000'
--- Maximum number of requests that one comparison reads from the front of a list.
+-- Maximum number of requests that one comparison reads from each end of a list.
 local MAX_MENDED = 1000
+-- Maximum number of requests that `update_waiting` removes from a list, and of entries that `trim_index` removes from each
+-- end of an index. Without a limit, one call would stop the server for seconds if other programs left thousands of them.
+local MAX_DROPPED = 500
 -- Added to the scores in `waiting` of queues where only batch requests wait, so that these queues sort last.
 local BATCH_OFFSET_MS = 2 ^ 50
 
@@ -95,8 +98,9 @@ local function put_back(id, queue)
 end
 
 -- Checks that a request in the list has its place; removes the request from the list if the job is not queued any more.
--- Returns {status, enqueue time (ms), true if something was repaired}.
-local function check_place(id, queue)
+-- `count`: as in LREM, 1 to search the list from the front, -1 from the back. Returns {status, enqueue time (ms), true if
+-- something was repaired}.
+local function check_place(id, queue, count)
   local status, enqueued_ms, place, has_ended =
     unpack(redis.call('HMGET', job_key(id), 'status', 'enqueued_ms', 'place', 'has_ended'))
   if status ~= 'queued' and taken_status(id) then
@@ -106,7 +110,7 @@ local function check_place(id, queue)
   check_status(id, status)
   local is_mended
   if status ~= 'queued' then
-    unqueue(id, queue, 1)
+    unqueue(id, queue, count)
     is_mended = true
   elseif place and id_of(place) == id and not has_ended then
     is_mended = redis.call('ZADD', order_key(queue), 'NX', 0, place) == 1
@@ -122,17 +126,17 @@ end
 local function mend_index(base, queue)
   local num_missing = redis.call('LLEN', queue_key(queue)) - redis.call('ZCARD', order_key(queue))
   local from_back = -1
-  while num_missing > 0 do
+  for _ = 1, math.min(num_missing, MAX_MENDED) do
     local id = redis.call('LINDEX', queue_key(queue), from_back)
     if not id then return end
-    local checked = guarded(id, base, queue, check_place, id, queue)
+    local checked = guarded(id, base, queue, check_place, id, queue, -1)
     if checked and not checked[3] then break end
     num_missing = num_missing - 1
     if checked and checked[1] == 'queued' then from_back = from_back - 1 end
   end
   if num_missing <= 0 then return end
   for _, id in ipairs(redis.call('LRANGE', queue_key(queue), 0, MAX_MENDED - 1)) do
-    local checked = guarded(id, base, queue, check_place, id, queue)
+    local checked = guarded(id, base, queue, check_place, id, queue, 1)
     if not checked or checked[3] then num_missing = num_missing - 1 end
     if num_missing == 0 then return end
   end
@@ -145,10 +149,10 @@ local function trim_index(queue)
   local key = order_key(queue)
   -- Foreign entries whose score is not 0 sort to the ends. If these entries stayed, BYLEX searches would miss places.
   for _, position in ipairs({ 0, -1 }) do
-    local place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
-    while place and (score ~= '0' or not id_of(place)) do
+    for _ = 1, MAX_DROPPED do
+      local place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
+      if not place or (score == '0' and id_of(place)) then break end
       redis.call('ZREM', key, place)
-      place, score = unpack(redis.call('ZRANGE', key, position, position, 'WITHSCORES'))
     end
   end
   if redis.call('ZCARD', key) <= redis.call('LLEN', queue_key(queue)) then return end
@@ -162,20 +166,22 @@ local function trim_index(queue)
 end
 
 -- Removes, from the front of a queue's list, requests whose jobs are not queued any more; then sets the score of the
--- queue in `waiting` to the enqueue time of its first request.
+-- queue in `waiting` to the enqueue time of its first request. If there are too many for one call, the queue stays in
+-- `waiting`, or gets into it, and the next call removes more.
 local function update_waiting(base, queue)
-  while true do
+  for _ = 1, MAX_DROPPED do
     local head = redis.call('LINDEX', queue_key(queue), 0)
     if not head then
       redis.call('DEL', order_key(queue))
       return redis.call('ZREM', waiting_key(base), queue)
     end
-    local job = guarded(head, base, queue, check_place, head, queue)
+    local job = guarded(head, base, queue, check_place, head, queue, 1)
     if job and job[1] == 'queued' then
       local first = redis.call('ZRANGE', order_key(queue), 0, 0)[1]
       return redis.call('ZADD', waiting_key(base), to_number(job[2], now_ms) + offset_ms(first), queue)
     end
   end
+  redis.call('ZADD', waiting_key(base), 'NX', now_ms, queue)
 end
 
 local ABORTED = '{"event_no":%d,"finish_reason":"abort","usage":{"prompt_tokens":0,"completion_tokens":0}}'

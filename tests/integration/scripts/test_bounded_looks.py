@@ -14,6 +14,7 @@ from tests.streams import BASE, QUEUES, BlockingApi, claimer, make_request, runn
 QUEUE = f"{BASE}-a"
 MAX_PASSES = 128
 MAX_REMOVED = 500
+MAX_MENDED = 1000
 
 
 @pytest.fixture
@@ -111,3 +112,46 @@ def test_a_claim_takes_bounded_time_if_the_list_has_lost_the_requests_of_an_inde
     assert claims.claim(running(1)) == []
     assert claims.lost_race
     assert connection.zcard(keys.order(QUEUE)) == 100
+
+
+@pytest.mark.parametrize("end", ["front", "back"])
+def test_thousands_of_dead_requests_at_an_end_of_a_list_are_removed_by_several_calls(
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams, end: str
+) -> None:
+    mine = api.enqueue(make_request("a"))
+    dead = [f"dead-{number}" for number in range(5000)]
+    (connection.lpush if end == "front" else connection.rpush)(f"rq:queue:{QUEUE}", *dead)
+    num_calls = 0
+    while (num_left := connection.llen(f"rq:queue:{QUEUE}")) > 1:
+        streams.sweep([QUEUE])
+        num_calls += 1
+        assert num_left - connection.llen(f"rq:queue:{QUEUE}") <= 2 * MAX_MENDED + MAX_REMOVED
+        assert connection.zscore(keys.waiting(BASE), QUEUE) is not None
+    assert num_calls > 1
+    assert [claim.held.request_id for claim in claimer(streams).claim(running(1))] == [mine]
+
+
+def test_a_call_that_finds_only_dead_requests_leaves_the_rest_to_the_next(
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams
+) -> None:
+    request_id = api.enqueue(make_request("a"))
+    connection.rpush(f"rq:queue:{QUEUE}", *(f"dead-{number}" for number in range(3 * MAX_REMOVED)))
+    api.abort(request_id)
+    assert connection.llen(f"rq:queue:{QUEUE}") == 2 * MAX_REMOVED
+    while connection.zscore(keys.waiting(BASE), QUEUE) is not None:
+        num_left = connection.llen(f"rq:queue:{QUEUE}")
+        assert claimer(streams).claim(running(1)) == []
+        assert connection.llen(f"rq:queue:{QUEUE}") < num_left
+    assert not connection.exists(f"rq:queue:{QUEUE}", keys.order(QUEUE))
+
+
+@pytest.mark.parametrize("score", [-1, 1])
+def test_thousands_of_foreign_entries_in_an_index_are_removed_by_several_sweeps(
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams, score: int
+) -> None:
+    mine = api.enqueue(make_request("a"))
+    connection.zadd(keys.order(QUEUE), {f"foreign-{number}": score for number in range(3 * MAX_REMOVED)})
+    while (num_left := connection.zcard(keys.order(QUEUE))) > 1:
+        streams.sweep([QUEUE])
+        assert 0 < num_left - connection.zcard(keys.order(QUEUE)) <= MAX_REMOVED + 100
+    assert [claim.held.request_id for claim in claimer(streams).claim(running(1))] == [mine]
