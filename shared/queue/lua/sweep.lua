@@ -15,9 +15,8 @@ local OLD_NOTE_MS = 30000
 -- Returns true if its entry in the list has no use any more. Jobs of other programs keep theirs.
 local function settle(id, queue)
   local status, request, since_ms = unpack(redis.call('HMGET', job_key(id), 'status', 'request', 'stuck_since_ms'))
-  if not status then return true end
-  if not request then return false end
-  if (status ~= 'queued' and status ~= 'started') or redis.call('EXISTS', owner_key(id)) == 1 then return true end
+  if not request then return not status end
+  if status ~= 'queued' and taken_status(id) ~= 'started' then return true end
   local stuck_ms = now_ms - to_number(since_ms, 0)
   if stuck_ms > OLD_NOTE_MS then redis.call('HSET', job_key(id), 'stuck_since_ms', now_ms) end
   if stuck_ms > OLD_NOTE_MS or stuck_ms < STUCK_MS then return false end

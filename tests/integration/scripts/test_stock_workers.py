@@ -1,5 +1,6 @@
 """A stock worker of RQ takes a request and is stopped, dies, or writes late, at every place in between."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -153,13 +154,30 @@ def test_a_stream_whose_request_a_dead_stock_worker_has_begun_continues_after_it
     assert [event.event_no for event in again.events] == [0]
 
 
+@pytest.mark.parametrize("is_begun", [False, True])
 def test_an_entry_of_a_request_that_is_canceled_meanwhile_is_removed(
-    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams, stock: StockWorker
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams, stock: StockWorker, is_begun: bool
 ) -> None:
     request_id = api.enqueue(make_request())
     stock.register()
     assert api.abort(request_id) == "queued"
-    streams.sweep([BASE])
+    if is_begun:
+        stock.begin_late()
+    assert streams.sweep([BASE]) == 0
+    assert remains(connection) == []
+
+
+def test_a_request_that_a_stock_worker_begins_after_its_end_does_not_run_again(
+    connection: redis.Redis, api: BlockingApi, streams: WorkerStreams, stock: StockWorker
+) -> None:
+    request_id = api.enqueue(make_request())
+    stock.register()
+    sweep_until_stuck(connection, streams, request_id)
+    (claimed,) = claim(streams)
+    streams.append([claimed.held], [last(claimed, 0)])
+    connection.zadd(f"rq:wip:{BASE}", {f"{request_id}:stock": time.time() + 60})
+    stock.begin_late()
+    assert streams.sweep([BASE]) == 0
     assert remains(connection) == []
 
 
