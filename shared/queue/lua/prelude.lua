@@ -229,7 +229,7 @@ end
 
 -- Time (s) for which a request that a script ends as failed is kept. `failure_ttl` is RQ's, which is longer (job_record.py);
 -- jobs of an earlier release have only that.
-local function failure_ttl(id)
+local function keep_failed_s(id)
   local own, rqs = unpack(redis.call('HMGET', job_key(id), 'keep_failed_s', 'failure_ttl'))
   return math.floor(to_number(own or rqs, 86400))
 end
@@ -269,7 +269,7 @@ local function set_aside(id, base, queue, reason)
   if redis.call('EXISTS', job_key(id)) == 1 then
     redis.call('HSET', job_key(id), 'unreadable', reason)
     local meta = cjson.encode({ error = 'generation_failed', unreadable = reason })
-    finish_ownerless(id, owner, UNREADABLE, { 'failed', meta, '', UNREADABLE_RESULT, failure_ttl(id) })
+    finish_ownerless(id, owner, UNREADABLE, { 'failed', meta, '', UNREADABLE_RESULT, keep_failed_s(id) })
   else
     tell_end(id, UNREADABLE)
     drop_ownership(id, owner)

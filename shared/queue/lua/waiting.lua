@@ -230,7 +230,7 @@ local function end_overdue(id, base, queue)
   if has_ended or to_number(deadline_ms, now_ms) >= now_ms then return false end
   unqueue(id, queue, 0)
   finish_ownerless(id, nobody(base, queue), QUEUE_TIMEOUT,
-    { 'failed', '{}', '', QUEUE_TIMEOUT_RESULT, failure_ttl(id) })
+    { 'failed', '{}', '', QUEUE_TIMEOUT_RESULT, keep_failed_s(id) })
   drop_prompt(id)
   return true
 end
