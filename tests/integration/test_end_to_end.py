@@ -66,6 +66,37 @@ def test_the_base_and_each_adapter_answer_in_their_own_way(served: Deployment) -
     assert answers == {model: ask_streaming(client, model, "hi") for model in MODELS}
 
 
+def test_many_fields_of_a_generation_work_together_in_a_body_and_in_a_stream(served: Deployment) -> None:
+    client = served.client()
+    asked = {
+        **{"model": "a", "messages": [{"role": "user", "content": "hi"}], "n": 3, "seed": 5},
+        **{"max_tokens": 12, "logprobs": True, "top_logprobs": 2, "frequency_penalty": 0.5},
+        **{"logit_bias": {"40": -100}, "extra_body": {"min_p": 0.001, "repetition_penalty": 1.1}},
+    }
+    choices = client.chat.completions.create(**asked).choices
+    texts, positions = ["", "", ""], [[], [], []]
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        positions[choice.index] += choice.logprobs.content if choice.logprobs else []
+    assert len(set(texts)) == 3
+    assert texts == [choice.message.content for choice in choices]
+    for choice, streamed in zip(choices, positions, strict=True):
+        # Other prompts in the cache change the last bits of the logits.
+        whole = choice.logprobs.content
+        assert [position.bytes for position in whole] == [position.bytes for position in streamed]
+        assert [one.logprob for one in whole] == pytest.approx([one.logprob for one in streamed])
+        assert [len(position.top_logprobs) for position in streamed] == [2] * 12
+        written = bytes(byte for position in streamed for byte in position.bytes)
+        assert written.decode(errors="replace").startswith(choice.message.content)
+    stopped = client.chat.completions.create(
+        **(asked | {"n": 1, "extra_body": {"stop_token_ids": list(range(4, 260))}})
+    )
+    assert (stopped.choices[0].finish_reason, stopped.usage.completion_tokens) == ("stop", 1)
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        client.chat.completions.create(**(asked | {"logit_bias": {"99999": 1}}))
+
+
 def test_a_message_is_continued_and_each_chunk_counts_the_tokens(served: Deployment) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Once"}]
     usages = [
