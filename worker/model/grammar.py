@@ -154,7 +154,17 @@ def _restrict(allowed: npt.NDArray[np.int32], matcher: LLMatcher, seq: Sequence)
         # Once the grammar is complete, only end tokens are left: then min_tokens can't be reached.
         if without_end.any():
             allowed[:] = without_end
-    return None if allowed.any() else GenerationFailed("The grammar allows no further token.")
+    if not allowed.any():
+        return GenerationFailed("The grammar allows no further token.")
+    asked = seq.sampling.allowed_token_ids
+    if asked and not any(_has(allowed, token_id) for token_id in asked):
+        return GenerationFailed("The grammar allows none of the tokens in 'allowed_token_ids' next.")
+    return None
+
+
+def _has(allowed: npt.NDArray[np.int32], token_id: int) -> bool:
+    word, bit = divmod(token_id, _BITS)
+    return word < len(allowed) and bool(allowed[word] >> bit & 1)
 
 
 def _ban(allowed: npt.NDArray[np.int32], token_ids: Iterable[int]) -> None:

@@ -248,6 +248,14 @@ def test_a_stop_string_ends_the_answer_amid_the_grammar(runner: ModelRunner) -> 
     assert (text_of(events), reason_of(events)) == ("abc", FinishReason.STOP)
 
 
+def test_a_grammar_that_needs_a_token_outside_the_allowed_ones_is_an_error_that_says_so(
+    runner: ModelRunner,
+) -> None:
+    events = answer(runner, request_of(regex_grammar("[0-9]{3}"), allowed_token_ids=(100, 101)))
+    assert events[-1].error is not None
+    assert "allowed_token_ids" in events[-1].error.message
+
+
 def test_a_grammar_that_cant_be_compiled_is_an_error_of_its_request(runner: ModelRunner) -> None:
     (event,) = answer(runner, request_of("no grammar"))
     assert event.error is not None
