@@ -25,7 +25,9 @@ def with_logprobs(sampled: list[Sampled], logits: Tensor, rows: Sequence[Samplin
     }
     if not tokens:
         return sampled
-    asked = logits[torch.tensor([*tokens], device=logits.device)]
+    # A copy of all rows would cost as much as their log_softmax.
+    is_all = len(tokens) == len(rows)
+    asked = logits if is_all else logits[torch.tensor([*tokens], device=logits.device)]
     asked = asked.to(torch.promote_types(asked.dtype, torch.float32)).log_softmax(dim=-1)
     chosen_ids = torch.tensor([[token.token_id] for token in tokens.values()], device=logits.device)
     chosen: list[float] = asked.gather(-1, chosen_ids).squeeze(-1).tolist()
