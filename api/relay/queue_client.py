@@ -206,7 +206,7 @@ class QueueClient:
     async def take_back(self, request_id: str) -> str:
         """Puts a request back on its queue that a stock `rq worker` took and failed.
 
-        Returns `queued` if the request waits again, `taken` if this has happened three times before, `other`
+        Returns `queued` if the request waits again, `taken` if this has happened ten times before, `other`
         if no such worker took it.
         """
         async with queue_errors(self.deadline()):

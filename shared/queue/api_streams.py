@@ -135,7 +135,7 @@ class ApiStreams:
     async def take_back(self, request_id: str) -> str:
         """Puts a request back on its queue that a worker of another class has taken and failed.
 
-        Returns `queued` if the request waits again, `taken` if this has happened three times before, and
+        Returns `queued` if the request waits again, `taken` if this has happened ten times before, and
         `other` if no such worker has taken the request.
         """
         reply = await self._take_back(args=[request_id])

@@ -205,7 +205,7 @@ local function requeue(id, owner)
   ring(owner.base)
 end
 
-local MAX_NUM_TAKEN = 3
+local MAX_NUM_TAKEN = 10
 
 -- Puts a request back on its queue that a worker of another class took and ended. Returns 'queued' if the request waits
 -- again, 'taken' if this has happened MAX_NUM_TAKEN times before, 'other' if it was not taken, or was only begun: such a

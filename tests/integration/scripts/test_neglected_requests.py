@@ -13,7 +13,7 @@ from shared.queue.api_streams import TakenByOther
 from shared.queue.worker_streams import WorkerStreams
 from tests.streams import BASE, BlockingApi, claim, last, make_request, token, worker_streams
 
-MAX_NUM_TAKEN = 3
+MAX_NUM_TAKEN = 10
 LIST = f"rq:queue:{BASE}"
 
 
