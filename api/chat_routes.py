@@ -47,11 +47,13 @@ def add_chat_routes(
             card,
             settings,
             body,
-            Input(messages, body.to_template_inputs()),
+            Input(messages, body.to_template_inputs(), body.to_tool_choice()),
             tenant=client.tenant,
             detached=wants_detach(request),
         )
         generation = await grammars.bind(generation, body.form)
+        if generation.tool_choice and generation.tool_choice.is_required:
+            await grammars.check_tools(generation.template_inputs.tools)
         call = GenerationCall(generation, _writer(generation, body), client.tenant, admit_until)
         return GenerationResponse(relay, settings, call)
 
@@ -90,7 +92,16 @@ def _writer(request: GenerationRequest, body: UsualChatRequest) -> AnswerWriter:
     if body.stream:
         return _stream_writer(request, body.include_usage)
     has_logprobs = request.sampling.logprobs is not None
-    return BodyWriter(heading_of(request), request.n, has_logprobs=has_logprobs)
+    return BodyWriter(
+        heading_of(request),
+        request.n,
+        has_logprobs=has_logprobs,
+        has_legacy_calls=_has_legacy_calls(request),
+    )
+
+
+def _has_legacy_calls(request: GenerationRequest) -> bool:
+    return request.tool_choice is not None and request.tool_choice.is_legacy
 
 
 def _stream_writer(
@@ -103,5 +114,6 @@ def _stream_writer(
         # A stream that is resumed later than at its first event lacks the counts until then.
         continuous_usage=request.continuous_usage and not begun,
         with_ids=request.detached,
+        has_legacy_calls=_has_legacy_calls(request),
         begun=begun,
     )

@@ -27,7 +27,7 @@ from api.relay.relay import Relay
 from api.routes import Model, ModelList, Status
 from api.stored_routes import ABORT, RESUME, Deleted
 from shared.errors import QueueUnavailable
-from shared.messages import ModelCard
+from shared.model_cards import ModelCard
 
 TITLE = "Lorelay"
 VERSION = "0.1.0"

@@ -16,11 +16,12 @@ from shared.errors import ContextLengthExceeded, InvalidRequest
 from shared.messages import (
     NO_INPUTS,
     GenerationRequest,
-    ModelCard,
     SamplingParams,
     TemplateInputs,
     TextOrTokens,
+    ToolChoice,
 )
+from shared.model_cards import ModelCard
 from shared.queue.api_streams import FoundRequest
 from shared.settings import ApiSettings
 from shared.text_size import num_ordinary_bytes
@@ -36,6 +37,7 @@ class Input(NamedTuple):
 
     messages: Sequence[dict[str, Any]] = ()
     template_inputs: TemplateInputs = NO_INPUTS
+    tool_choice: ToolChoice | None = None
     """Inputs of the chat template besides the messages."""
     prompts: tuple[TextOrTokens, ...] = ()
     echo: bool = False
@@ -66,6 +68,7 @@ def new_request(
         base=card.base,
         messages=list(source.messages),
         template_inputs=source.template_inputs,
+        tool_choice=source.tool_choice,
         prompts=source.prompts,
         echo=source.echo,
         n=body.num_choices,

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from llguidance import LLMatcher, grammar_from
@@ -42,6 +42,16 @@ class GrammarChecker:
             return request
         sampling = msgspec.structs.replace(request.sampling, grammar=await self.build(form))
         return msgspec.structs.replace(request, sampling=sampling)
+
+    async def check_tools(self, tools: list[dict[str, Any]]) -> None:
+        """Checks that a model can be forced to call these tools with arguments that fit their schemas.
+
+        Raises:
+            InvalidRequest: a schema can't be enforced; the message names its tool and the reason.
+        """
+        for number, tool in enumerate(tools):
+            if schema := tool["function"].get("parameters"):
+                await self.build(Form("json_schema", schema, f"tools[{number}].function.parameters"))
 
     async def build(self, form: Form) -> str:
         """Returns the grammar of a form, in the format that workers expect.

@@ -16,7 +16,7 @@ from api.keyring import Keyring
 from api.relay.queue_client import QueueClient
 from api.relay.relay import Relay
 from shared.errors import ModelNotFound
-from shared.messages import ModelCard
+from shared.model_cards import ModelCard
 from shared.settings import ApiSettings
 
 

@@ -12,7 +12,7 @@ import msgspec
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from shared.messages import ModelCard, WorkerFacts
+from shared.model_cards import ModelCard, WorkerFacts
 from shared.queue import keys, registry
 from shared.queue.connections import is_wrong_type
 from shared.queue.fleet import read_facts

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from lorelay.status import ModelStatus, QueueStatus, Status, WorkerStatus
-from shared.messages import WorkerFacts
+from shared.model_cards import WorkerFacts
 
 MAX_NUM_QUEUES_SHOWN = 3
 NONE = "NONE"

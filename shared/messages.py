@@ -117,7 +117,7 @@ class TemplateInputs(Message, frozen=True):
     """Inputs of the chat template besides the messages."""
 
     tools: list[dict[str, Any]] = []
-    """Functions that the template describes to the model, in OpenAI's format; the model can't call them."""
+    """Functions that the template describes to the model, in OpenAI's format."""
     variables: dict[str, str | int | float | bool | None] = {}
     """Variables of the template, by name; templates ignore names that they don't know."""
     continue_final_message: bool = False
@@ -127,6 +127,19 @@ class TemplateInputs(Message, frozen=True):
     def are_known_to_all(self) -> bool:
         """True if a worker that ignores these inputs (schema 1 or 2) builds the right prompt all the same."""
         return not (self.tools or self.continue_final_message or self.variables.keys() - TEMPLATE_HINTS)
+
+
+class ToolChoice(Message, frozen=True):
+    """Which of the tools of a chat the model may call, or must call."""
+
+    is_required: bool = False
+    """True if the answer consists of one or more calls; false if the model decides."""
+    names: tuple[str, ...] = ()
+    """The tools that may be called; empty if all of them may be."""
+    is_single: bool = False
+    """True if an answer has at most one call."""
+    is_legacy: bool = False
+    """True if the client sent `functions`, and expects `function_call` in place of `tool_calls`."""
 
 
 NO_INPUTS = TemplateInputs()
@@ -173,6 +186,8 @@ class GenerationRequest(Message, frozen=True):
     detached: bool = False
     """True if the request continues when its client disconnects; the client can then resume the stream."""
     template_inputs: TemplateInputs = NO_INPUTS
+    tool_choice: ToolChoice | None = None
+    """None if the model must not call tools; the template may describe them all the same."""
     echo: bool = False
     """True if the text of each choice begins with its prompt; only for `prompts`."""
     continuous_usage: bool = False
@@ -205,9 +220,9 @@ class GenerationRequest(Message, frozen=True):
         Schema 1 can express only one chat with n = 1 and unchanged logits. Schema 2 can express all requests
         without `template_inputs` and `cache_salt`. A worker that knows only schema 2 would ignore a salt, and
         would share the request's prefix with all requests of the tenant. Schema 3 can express all requests
-        without `echo` and the sampling parameters of `needs_schema_4`.
+        without `echo`, `tool_choice` and the sampling parameters of `needs_schema_4`.
         """
-        if self.echo or self.sampling.needs_schema_4:
+        if self.echo or self.tool_choice or self.sampling.needs_schema_4:
             return 4
         if self.cache_salt or not self.template_inputs.are_known_to_all:
             return 3
@@ -268,6 +283,18 @@ class Timings(Message, frozen=True):
     """Name of the worker that ended the request."""
 
 
+class ToolCallPart(Message, frozen=True):
+    """A part of a tool call: its name with its id comes first, then the text of its arguments."""
+
+    index: int
+    """Number of the call within its message."""
+    id: str = ""
+    """Id of the call; empty in all parts of a call but the first."""
+    name: str = ""
+    arguments: str = ""
+    """JSON text to be appended to the arguments of the call."""
+
+
 class StreamEvent(Message, frozen=True):
     """One entry of a request's token log.
 
@@ -288,6 +315,11 @@ class StreamEvent(Message, frozen=True):
     """Set in terminal events that a worker writes; workers of the previous release leave it out."""
     usage_so_far: Usage | None = None
     """Token counts at the first event, if the request has `continuous_usage`; later events add tokens."""
+    reasoning: str = ""
+    """Text of the model's reasoning, which is not part of `text`."""
+    tool_calls: tuple[ToolCallPart, ...] = ()
+    reasoning_tokens: int = 0
+    """Number of completion tokens that belong to reasoning; only in the terminal event."""
 
     @property
     def is_terminal(self) -> bool:
@@ -295,54 +327,5 @@ class StreamEvent(Message, frozen=True):
         return self.usage is not None or self.error is not None
 
 
-class ModelCard(Message, frozen=True, omit_defaults=False):
-    """The registry's entry for a base model or an adapter."""
-
-    name: str
-    base: str
-    source: str
-    """The configured folder or Hugging Face id."""
-    version: str
-    """SHA-256 (hex) of the weight files."""
-    created: int
-    """Unix time in seconds."""
-    max_model_len: int
-    adapter_name: str | None = None
-    """None for the base model itself."""
-    base_version: str = ""
-    """The version of the base that this model belongs to; empty if an earlier release wrote the card."""
-    max_token_bytes: int = 0
-    """Maximum number of bytes (UTF-8) of user messages that a token stands for; 0 if there is no bound."""
-
-    @property
-    def weights_version(self) -> str:
-        """The version of the weights that answer requests for this model; empty if unknown."""
-        if self.adapter_name is None:
-            return self.version
-        return weights_version(self.base_version, self.version) if self.base_version else ""
-
-
-class WorkerFacts(Message, frozen=True, omit_defaults=False):
-    """Facts that a serving worker writes about itself to Redis with every heartbeat."""
-
-    max_model_len: int
-    dtype: str = ""
-    """The number type of the base's weights, such as `bfloat16`."""
-    num_adapters: int = 0
-    num_resident: int = 0
-    """Number of adapters in slots on the device."""
-    num_resident_bytes: int = 0
-    num_slots: int = 0
-    num_cached: int = 0
-    """Number of adapters in host memory; some of them are resident, too."""
-    num_cached_bytes: int = 0
-    num_on_disk: int = 0
-    """Number of adapters that are neither in a slot nor in host memory."""
-    num_reads: int = 0
-    """Number of times that an adapter was read from disk since the worker serves."""
-
-
 decode_request = msgspec.json.Decoder(GenerationRequest).decode
 decode_event = msgspec.json.Decoder(StreamEvent).decode
-decode_card = msgspec.json.Decoder(ModelCard).decode
-decode_facts = msgspec.json.Decoder(WorkerFacts).decode

@@ -180,6 +180,12 @@ class FakeTokenizer:
     def encode_text(self, text: str) -> list[int]:
         return self.encode_chat([{"content": text}])
 
+    def grammar_of(self, request: GenerationRequest) -> str:
+        return request.sampling.grammar
+
+    def message_parser(self, request: GenerationRequest, index: int, prompt: object) -> None:
+        return None
+
     def detokenizer(self) -> FakeDetokenizer:
         return FakeDetokenizer()
 

@@ -19,7 +19,7 @@ from rq.worker.base import DequeueStrategy, WorkerStatus
 
 from shared.errors import ConfigurationError, LorelayError
 from shared.logs import fields
-from shared.messages import ModelCard, WorkerFacts
+from shared.model_cards import ModelCard, WorkerFacts
 from shared.queue import keys, permissions, registry
 from shared.queue.connections import SOCKET_TIMEOUT_S, check_server, connect_like, same_server
 from shared.queue.fleet import describe_differences

@@ -3,6 +3,7 @@
 from typing import Literal, Protocol
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from shared.messages import StreamEvent, Usage
 
@@ -21,6 +22,12 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """The number of completion tokens that belong to the model's reasoning."""
+
+    reasoning_tokens: int
+
+
 class UsageBody(msgspec.Struct, frozen=True):
     """Token counts of a request."""
 
@@ -28,6 +35,7 @@ class UsageBody(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class Heading(msgspec.Struct, frozen=True):
@@ -49,11 +57,12 @@ class AnswerWriter(Protocol):
         """Returns the bytes that an event adds to the body, possibly none; the event must have no error."""
 
 
-def to_usage_body(usage: Usage) -> UsageBody:
+def to_usage_body(usage: Usage, reasoning_tokens: int = 0) -> UsageBody:
     """Returns the token counts in OpenAI's format."""
     total = usage.prompt_tokens + usage.completion_tokens
     details = PromptTokensDetails(usage.cached_tokens)
-    return UsageBody(usage.prompt_tokens, usage.completion_tokens, total, details)
+    reasoning = CompletionTokensDetails(reasoning_tokens) if reasoning_tokens else UNSET
+    return UsageBody(usage.prompt_tokens, usage.completion_tokens, total, details, reasoning)
 
 
 class RunningUsage:

@@ -1,22 +1,21 @@
 """The body of `POST /v1/chat/completions`."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import FailFast, Field, ValidationInfo, field_validator, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from api.contract.chat_messages import ChatMessage
-from api.contract.chat_tools import FunctionDefinition, Tool
 from api.contract.extensions import ExtensionFields
-from api.contract.fields import INTEGRAL, Only
+from api.contract.fields import INTEGRAL
 from api.contract.form_fields import FormFields
 from api.contract.generation_fields import GenerationFields, NumTokens
-from api.contract.strict import BOUNDED, StrictModel, invalid, unsupported
+from api.contract.strict import invalid, unsupported
 from api.contract.template_variables import TemplateVariables
-from api.contract.unserved import LabelFields, Object, UnservedOpenAIFields
+from api.contract.tool_fields import ToolFields
+from api.contract.unserved import LabelFields, UnservedOpenAIFields
 from shared.messages import MAX_NUM_LOGPROBS, NO_INPUTS, TemplateInputs
 
 MAX_NUM_MESSAGES = 10_000
-MAX_NUM_TOOLS = 128
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
@@ -47,17 +46,9 @@ class ServedFields(GenerationFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class TemplateFields(StrictModel):
+class TemplateFields(ToolFields):
     """Fields that the chat template gets besides the messages."""
 
-    tool_choice: Annotated[str | Object | None, Only("none", "auto")] = None
-    """Choice of tools that the model calls. No model does so here: with `tools`, it must be `none`."""
-    tools: Annotated[list[Tool], Field(max_length=MAX_NUM_TOOLS), BOUNDED] | None = None
-    """Functions that the chat template describes to the model. Only with `tool_choice: "none"`."""
-    function_call: Annotated[str | Object | None, Only("none", "auto")] = None
-    """Older name of `tool_choice`."""
-    functions: Annotated[list[FunctionDefinition], Field(max_length=MAX_NUM_TOOLS), BOUNDED] | None = None
-    """Older form of `tools`. Only with `function_call: "none"`."""
     reasoning_effort: Effort | None = None
     """Hint for templates that know it; others ignore it."""
     chat_template_kwargs: TemplateVariables | None = None
@@ -69,18 +60,8 @@ class TemplateFields(StrictModel):
     continue_final_message: bool | None = None
     """Continues the last message, which must be the assistant's, in place of a new one. Default: false."""
 
-    @field_validator("tools", "functions", mode="before")
-    @classmethod
-    def _are_not_called(cls, value: Any, info: ValidationInfo) -> Any:
-        choice = "tool_choice" if info.field_name == "tools" else "function_call"
-        if value and info.data.get(choice, "none") != "none":
-            raise unsupported(f'only [] is served here, or tools that are not called: add "{choice}": "none"')
-        return value
-
     @model_validator(mode="after")
     def _continues_or_answers(self) -> Self:
-        if self.tools and self.functions:
-            raise invalid("'tools' are given already", field="functions")
         if self.add_generation_prompt is False and not self.continue_final_message:
             raise unsupported("only true is served here", field="add_generation_prompt")
         if self.add_generation_prompt and self.continue_final_message:
@@ -89,8 +70,7 @@ class TemplateFields(StrictModel):
 
     def to_template_inputs(self) -> TemplateInputs:
         """Returns the inputs of the chat template besides the messages."""
-        tools = [tool.function.to_template() for tool in self.tools or ()]
-        tools += [function.to_template() for function in self.functions or ()]
+        tools = self.described
         hints = {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.enable_thinking}
         given = {**hints, **(self.chat_template_kwargs or {})}
         variables = {name: value for name, value in given.items() if value is not None}

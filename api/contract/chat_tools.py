@@ -33,17 +33,20 @@ def _check_finite(value: Any) -> Any:
 Schema = Annotated[dict[str, Any], AfterValidator(_check_finite)]
 
 
+FunctionName = Annotated[str, StringConstraints(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+
+
 class FunctionDefinition(StrictModel):
     """A function that the chat template describes to the model."""
 
-    name: Annotated[str, StringConstraints(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    name: FunctionName
     """The function's name: up to 64 letters, digits, `_`, `-` and `.`."""
     description: str | None = None
     """The purpose of the function."""
     parameters: Schema | None = None
     """The function's parameters, as a JSON schema."""
     strict: Annotated[bool | None, IGNORED] = None
-    """Calls that fit the schema exactly."""
+    """Calls that fit the schema exactly; calls that `tool_choice` demands fit it in any case."""
     defer_loading: Annotated[Any, Only(False)] = None
 
     def to_template(self) -> dict[str, Any]:

@@ -38,8 +38,6 @@ class LabelFields(StrictModel):
     """Up to 16 pairs of texts."""
     verbosity: Annotated[Literal["low", "medium", "high"] | None, IGNORED] = None
     """Hint for OpenAI's models; for others, the prompt says how long an answer should be."""
-    parallel_tool_calls: Annotated[bool | None, IGNORED] = None
-    """Permission for several calls in one answer; an answer has none."""
 
 
 class UnservedOpenAIFields(StrictModel):

@@ -17,7 +17,8 @@ from shared.errors import (
     QueueUnavailable,
     ServerDraining,
 )
-from shared.messages import GenerationRequest, ModelCard, StreamEvent
+from shared.messages import GenerationRequest, StreamEvent
+from shared.model_cards import ModelCard
 from shared.queue import keys, presence, registry
 from shared.queue.api_streams import ApiStreams, FoundRequest, QueueLimits
 from shared.queue.connections import connect_async

@@ -7,7 +7,7 @@ import msgspec
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from shared.messages import ModelCard, WorkerFacts, decode_facts
+from shared.model_cards import ModelCard, WorkerFacts, decode_facts
 from shared.queue import keys
 from shared.queue.connections import is_wrong_type
 from shared.queue.names import queue_name, slug

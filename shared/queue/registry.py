@@ -17,7 +17,7 @@ from rq.defaults import RQ_KEY_PREFIX
 
 from shared.errors import LorelayError, ModelNotFound, NotServedYet, RegistryConflict
 from shared.logs import fields
-from shared.messages import ModelCard, WorkerFacts, decode_card
+from shared.model_cards import ModelCard, WorkerFacts, decode_card
 from shared.queue import keys
 from shared.queue.connections import is_wrong_type
 from shared.queue.fleet import Peer, common_length, read_live, read_peers

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from rq.job import Job
 
-from shared.messages import decode_card
+from shared.model_cards import decode_card
 from shared.queue import keys
 from tests.chaos.checker import Reference, check_quiet, find_faults
 from tests.chaos.cluster import BASE, ChaosWorker, Cluster

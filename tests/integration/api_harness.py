@@ -13,7 +13,8 @@ import uvicorn
 
 from api.main import create_app
 from api.relay.relay import Relay
-from shared.messages import ErrorInfo, FinishReason, ModelCard, StreamEvent, Usage
+from shared.messages import ErrorInfo, FinishReason, StreamEvent, Usage
+from shared.model_cards import ModelCard
 from shared.queue import registry
 from shared.queue.names import queue_name
 from shared.queue.records import Append, Claim

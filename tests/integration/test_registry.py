@@ -10,7 +10,7 @@ import redis.asyncio
 from lorelay.status import read_status
 from lorelay.status_text import to_text
 from shared.errors import ConfigurationError, ModelNotFound, NotServedYet, RegistryConflict
-from shared.messages import ModelCard, WorkerFacts
+from shared.model_cards import ModelCard, WorkerFacts
 from shared.queue import keys, presence, registry
 from shared.queue.connections import check_server, connect_like, same_server
 from shared.queue.fleet import describe_differences

@@ -5,7 +5,8 @@ import redis
 from rq.job import Job
 
 from shared.errors import RegistryConflict
-from shared.messages import ModelCard, decode_event
+from shared.messages import decode_event
+from shared.model_cards import ModelCard
 from shared.queue import keys, registry
 from shared.queue.slot_plan import AdapterSlots
 from shared.queue.worker_streams import WorkerStreams

@@ -9,7 +9,7 @@ import redis.asyncio
 
 from lorelay.status import read_status
 from shared.errors import LorelayError
-from shared.messages import ModelCard
+from shared.model_cards import ModelCard
 from shared.queue import registry
 from tests.deployment import BIN, Deployment, Process
 from tests.redis_server import RedisServer

@@ -3,13 +3,17 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+import msgspec
+
 from shared.errors import ContextLengthExceeded, GenerationFailed, InvalidRequest, LorelayError
-from shared.messages import GenerationRequest, StreamEvent, TextOrTokens
-from worker.engine.ports import Model, Tokenizer
+from shared.messages import GenerationRequest, SamplingParams, StreamEvent, TextOrTokens
+from worker.engine.message_output import MessageOutput
+from worker.engine.ports import Model
 from worker.engine.records import Prompts
 from worker.engine.request_output import RequestOutput, SequenceOutput
 from worker.engine.sequence import Sequence
 from worker.engine.served_models import ServedModel
+from worker.engine.tokenizer_port import Tokenizer
 
 
 class Intake:
@@ -26,8 +30,8 @@ class Intake:
     def encode(self, request: GenerationRequest) -> list[list[int]]:
         """Returns the token ids of each prompt, and compiles the grammar. May be called from any thread."""
         tokenizer = self._model.served.model_of(request).tokenizer
-        if request.sampling.grammar:
-            self._model.compile_grammar(request.sampling.grammar, tokenizer)
+        if grammar := tokenizer.grammar_of(request):
+            self._model.compile_grammar(grammar, tokenizer)
         if not request.prompts:
             return [tokenizer.encode_chat(request.messages, request.template_inputs, request.tenant)]
         return [
@@ -48,8 +52,9 @@ class Intake:
         if isinstance(prompts, LorelayError):
             raise prompts
         self._check_tokens(request, prompts)
+        sampling = msgspec.structs.replace(request.sampling, grammar=model.tokenizer.grammar_of(request))
         outputs = [
-            self._sequence_output(request, model, index, prompts[index // request.n])
+            self._sequence_output(request, sampling, model, index, prompts[index // request.n])
             for index in range(len(prompts) * request.n)
         ]
         output = RequestOutput(request, outputs, self._clock)
@@ -58,13 +63,18 @@ class Intake:
         return output
 
     def _sequence_output(
-        self, request: GenerationRequest, model: ServedModel, index: int, prompt: list[int]
+        self,
+        request: GenerationRequest,
+        sampling: SamplingParams,
+        model: ServedModel,
+        index: int,
+        prompt: list[int],
     ) -> SequenceOutput:
         seq = Sequence(
             request_id=request.request_id,
             index=index,
             adapter_name=request.adapter_name,
-            sampling=request.sampling,
+            sampling=sampling,
             token_ids=list(prompt),
             num_prompt_tokens=len(prompt),
             max_tokens=self._num_tokens_to_generate(len(prompt), request),
@@ -75,8 +85,10 @@ class Intake:
             cache_salt=request.cache_salt,
         )
         tokenizer = model.tokenizer
-        prefix = _text_of(request.prompts[seq.prompt_no], tokenizer) if request.echo else ""
         marks = _marks(tokenizer.special_tokens, request)
+        if parser := None if request.prompts else tokenizer.message_parser(request, index, prompt):
+            return MessageOutput(seq, tokenizer, parser, request.tool_choice, marks)
+        prefix = _text_of(request.prompts[seq.prompt_no], tokenizer) if request.echo else ""
         return SequenceOutput(seq, tokenizer, marks, prefix)
 
     def _check_tokens(self, request: GenerationRequest, prompts: list[list[int]]) -> None:

@@ -13,75 +13,16 @@ also needs four changes elsewhere:
 To run `BatchingEngine` on another kind of model, write a class with the methods of `Model`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Items
-from typing import Any, Protocol
+from typing import Protocol
 
 from shared.errors import AdapterError
-from shared.messages import NO_INPUTS, GenerationRequest, StreamEvent, TemplateInputs
+from shared.messages import GenerationRequest, StreamEvent
 from worker.engine.records import AdapterCounts, Output, Prompts
 from worker.engine.sequence import Batch, Sampled
 from worker.engine.served_models import ServedModels
-
-
-class Detokenizer(Protocol):
-    """Turns the tokens of one sequence into text, token by token; see `worker.engine.detokenizer`."""
-
-    def add(self, token_id: int) -> str:
-        """Returns the text that can be released after this token, possibly none."""
-        ...
-
-
-class Tokenizer(Protocol):
-    """Converts prompts to token ids, and token ids to text; thread-safe. See `worker.model.tokenizer`."""
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """Ids of the tokens that end a sequence."""
-        ...
-
-    @property
-    def special_tokens(self) -> Mapping[int, str]:
-        """The text of each special token by its id; detokenizers return no text for these tokens."""
-        ...
-
-    @property
-    def max_token_bytes(self) -> int:
-        """Maximum number of bytes (UTF-8) of a user's messages per token of a chat; 0 without a bound."""
-        ...
-
-    def encode_chat(
-        self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS, tenant: str = ""
-    ) -> list[int]:
-        """Returns the token ids of a chat.
-
-        Raises:
-            InvalidRequest: the template refuses the chat.
-            ServerBusy: the template can't be run at the moment for chats of this tenant.
-        """
-        ...
-
-    def encode_text(self, text: str) -> list[int]:
-        """Returns the token ids of a text, in which the names of control tokens become these tokens.
-
-        Raises:
-            InvalidRequest: the text can't be tokenized.
-        """
-        ...
-
-    def detokenizer(self) -> Detokenizer:
-        """Returns a new detokenizer for one sequence."""
-        ...
-
-    @property
-    def token_bytes(self) -> Callable[[int], bytes]:
-        """Function that returns the bytes of a token by its id; the bytes may be a part of a character."""
-        ...
-
-    @property
-    def definition(self) -> str | None:
-        """The definition of the tokenizer, as JSON in the format of `tokenizer.json`; None if it has none."""
-        ...
+from worker.engine.tokenizer_port import Tokenizer
 
 
 class Residency(Protocol):

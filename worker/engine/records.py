@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from shared.errors import LorelayError
-from shared.messages import StreamEvent
+from shared.messages import StreamEvent, ToolCallPart
 
 Prompts = list[list[int]] | LorelayError
 """The token ids of each prompt of a request, or the error that encoding them raised."""
@@ -34,3 +34,11 @@ class Output(NamedTuple):
     event: StreamEvent
     meta: Mapping[str, Any] | None = None
     """Usage, timings and adapter, for dashboards, without prompt or answer; only with a terminal event."""
+
+
+class MessagePart(NamedTuple):
+    """A part of the message that a model writes."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallPart, ...] = ()

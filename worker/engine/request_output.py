@@ -15,9 +15,9 @@ from shared.messages import (
     Usage,
 )
 from worker.engine.detokenizer import StopChecker
-from worker.engine.ports import Tokenizer
-from worker.engine.records import Output
+from worker.engine.records import MessagePart, Output
 from worker.engine.sequence import Sampled, SampledToken, Sequence, SequenceStatus
+from worker.engine.tokenizer_port import Tokenizer
 
 Clock = Callable[[], float]
 NO_MARKS: Mapping[int, str] = MappingProxyType({})
@@ -48,17 +48,35 @@ class SequenceOutput:
         for token_id in event.token_ids:
             self._prefix = ""
             self.seq.token_ids.append(token_id)
-            text = self._detokenizer.add(token_id)
-            if self.seq.num_output_tokens > self.seq.sampling.min_tokens:
-                self._stop_checker.add(text, self._marks.get(token_id, ""))
+            self._divide(self._replay(token_id))
 
-    def add(self, token_id: int) -> str:
-        """Returns the text that a token completes. If the token ends the sequence, sets the finish reason.
+    def add(self, token_id: int) -> MessagePart:
+        """Returns the part that a token completes. If the token ends the sequence, sets the finish reason.
 
         The token must be in `seq.token_ids` already. Stop strings within the first `min_tokens` are ignored.
         """
         prefix, self._prefix = self._prefix, ""
-        return prefix + self._complete(token_id)
+        return self._divide(prefix + self._complete(token_id))
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Number of output tokens that belong to the model's reasoning."""
+        return 0
+
+    def _divide(self, text: str) -> MessagePart:
+        """Returns the part of the message that consists of the text of one token."""
+        return MessagePart(text)
+
+    def _text_of(self, token_id: int) -> str:
+        """Returns the text that a token adds."""
+        return self._detokenizer.add(token_id)
+
+    def _replay(self, token_id: int) -> str:
+        """Returns the text that a token of the log completed, unless it ended the sequence."""
+        text = self._text_of(token_id)
+        if self.seq.num_output_tokens > self.seq.sampling.min_tokens:
+            text, _ = self._stop_checker.add(text, self._marks.get(token_id, ""))
+        return text
 
     def _complete(self, token_id: int) -> str:
         seq = self.seq
@@ -68,7 +86,7 @@ class SequenceOutput:
         may_end = num_tokens > seq.sampling.min_tokens
         is_stop = may_end and token_id in self._stop_token_ids
         is_hidden = ends_grammar or (is_stop and not seq.sampling.includes_stop)
-        text = "" if is_hidden else self._detokenizer.add(token_id)
+        text = "" if is_hidden else self._text_of(token_id)
         if may_end:
             text, stopped = self._stop_checker.add(text, self._marks.get(token_id, ""))
             if stopped:
@@ -148,15 +166,18 @@ class RequestOutput:
         if self._first_token_s is None:
             self._first_token_s = self._clock()
         output = self._outputs[index]
-        text = output.add(token.token_id)
+        try:
+            part = output.add(token.token_id)
+        except LorelayError as error:
+            return self.fail(error)
         finish_reason = output.seq.finish_reason
         self._num_running -= finish_reason is not None
-        return self._event(index, (token.token_id,), text, finish_reason, output.logprobs(token))
+        return self._event(index, (token.token_id,), part, finish_reason, output.logprobs(token))
 
     def abort(self) -> Output:
         """Returns the terminal event of a request whose client disconnected or canceled."""
         self._num_running = 0
-        return self._event(0, (), "", FinishReason.ABORT)
+        return self._event(0, (), MessagePart(), FinishReason.ABORT)
 
     def fail(self, error: LorelayError) -> Output:
         """Returns the terminal event of a request that ends with an error."""
@@ -174,7 +195,7 @@ class RequestOutput:
         self,
         index: int,
         token_ids: tuple[int, ...],
-        text: str,
+        part: MessagePart,
         finish_reason: FinishReason | None,
         logprobs: tuple[PositionLogprobs, ...] | None = None,
     ) -> Output:
@@ -185,7 +206,17 @@ class RequestOutput:
         is_first = self._tells_usage_so_far and event_no == 0 and not has_ended
         so_far = self._usage() if is_first else None
         event = StreamEvent(
-            event_no, index, token_ids, text, logprobs, finish_reason, usage, usage_so_far=so_far
+            event_no,
+            index,
+            token_ids,
+            part.content,
+            logprobs,
+            finish_reason,
+            usage,
+            usage_so_far=so_far,
+            reasoning=part.reasoning,
+            tool_calls=part.tool_calls,
+            reasoning_tokens=sum(output.num_reasoning_tokens for output in self._outputs) if has_ended else 0,
         )
         return Output(self.request_id, event, self._meta(finish_reason) if has_ended else None)
 

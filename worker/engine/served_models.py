@@ -12,7 +12,7 @@ from shared.errors import AdapterError, AdapterVersionGone
 from shared.messages import GenerationRequest, weights_version
 
 if TYPE_CHECKING:  # `ports` imports this module
-    from worker.engine.ports import Tokenizer
+    from worker.engine.tokenizer_port import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from worker.model.chat_template import OWN_PROCESS, Renderer
 from worker.model.checked_files import FileProblem, read_file
 from worker.model.marked_template import LimitExceeded
-from worker.model.tokenizer import Tokenizer, as_ids
+from worker.model.tokenizer import Tokenizer, as_ids, response_template_of
 
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
@@ -175,11 +175,12 @@ def _patterns(backend: Any) -> set[str]:
     """Returns a tokenizer's regular expressions; a tokenizer written in Python has none in its files."""
     fast = getattr(backend, "backend_tokenizer", None)
     found: set[str] = set()
-    parts = [] if fast is None else [json.loads(fast.to_str())]
+    parts = [response_template_of(backend)] + ([] if fast is None else [json.loads(fast.to_str())])
     while parts:
         part = parts.pop()
         if isinstance(part, dict):
-            found |= {str(value) for name, value in part.items() if name == "Regex"}
+            # Keys of expressions: "Regex" in tokenizer.json, "open_pattern" and others in response templates.
+            found |= {str(value) for name, value in part.items() if name == "Regex" or "pattern" in name}
             # The model and the added tokens are large, and have no expressions.
             parts += [value for name, value in part.items() if name not in ("model", "added_tokens")]
         elif isinstance(part, list):

@@ -24,9 +24,9 @@ from shared.control_groups import num_usable_cores
 from shared.errors import GenerationFailed, InvalidRequest, LorelayError, UnsupportedParameter
 from shared.grammars import parser_limits, reason_in
 from shared.logs import fields
-from worker.engine.ports import Tokenizer
 from worker.engine.sequence import Sequence
 from worker.engine.served_models import ServedModels
+from worker.engine.tokenizer_port import Tokenizer
 
 logger = logging.getLogger(__name__)
 

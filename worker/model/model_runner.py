@@ -3,9 +3,9 @@
 import torch
 
 from worker.engine.adapter_cache import AdapterCache
-from worker.engine.ports import Tokenizer
 from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
 from worker.engine.served_models import ServedModels
+from worker.engine.tokenizer_port import Tokenizer
 from worker.model.adapter_store import AdapterStore
 from worker.model.batch_forward import BatchForward
 from worker.model.file_watch import FileWatch

@@ -9,16 +9,20 @@ from typing import Any, Self
 from jinja2 import TemplateError
 
 from shared.errors import ConfigurationError, InvalidRequest
-from shared.messages import NO_INPUTS, TemplateInputs
+from shared.messages import NO_INPUTS, GenerationRequest, TemplateInputs
 from worker.engine.detokenizer import Detokenizer
+from worker.model.answer_form import AnswerForm
 from worker.model.chat_template import OWN_PROCESS, ChatTemplate, Renderer
 from worker.model.control_tokens import ControlTokens
 from worker.model.marked_template import Rendered
 from worker.model.marked_text import CLIENT, OWN
+from worker.model.message_parser import MessageParser
 from worker.model.token_bytes import max_token_bytes
 from worker.model.token_pieces import TokenPieces
 
 _PROBE = "lorelay probe"
+NUM_END_TOKENS = 256
+"""Number of tokens at the end of a prompt in which the beginning of the answer is looked for."""
 
 
 class Tokenizer:
@@ -58,9 +62,15 @@ class Tokenizer:
         self._silent: dict[int, bool] = {}
         self._fast = getattr(backend, "backend_tokenizer", None)
         self._templates: dict[str, ChatTemplate] = {}
+        self._forms: dict[str, AnswerForm] = {}
+        added_tokens = {id_: token.content for id_, token in backend.added_tokens_decoder.items()}
         sources = backend.chat_template
         for source in sources.values() if isinstance(sources, dict) else [sources]:
-            self._templates[source] = ChatTemplate(source, backend.special_tokens_map, renderer)
+            template = ChatTemplate(source, backend.special_tokens_map, renderer)
+            self._templates[source] = template
+            self._forms[source] = AnswerForm(
+                template, self.special_tokens, added_tokens, response_template_of(backend)
+            )
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
@@ -102,22 +112,9 @@ class Tokenizer:
     @cached_property
     def max_token_bytes(self) -> int:
         """Maximum number of bytes of a user's messages per token; 0 if there is no such maximum."""
-        if self._fast is None or not self._keeps_user_text:
+        if self._fast is None or not _keeps_user_text(self._templates[self._source(has_tools=False)]):
             return 0
         return max_token_bytes(json.loads(self._fast.to_str()))
-
-    @property
-    def _keeps_user_text(self) -> bool:
-        """True if a chat has the text of all user messages, except for spaces at their ends."""
-        texts = [f"{_PROBE} {number}\n\n\t  {_PROBE}" for number in range(3)]
-        messages: list[dict[str, Any]] = []
-        for text in texts:
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
-        try:
-            rendered = self._template(has_tools=False).render(messages[:-1], NO_INPUTS)
-        except InvalidRequest:
-            return False
-        return all(text in rendered.text for text in texts)
 
     def encode_chat(
         self, messages: list[dict[str, Any]], inputs: TemplateInputs = NO_INPUTS, tenant: str = ""
@@ -131,7 +128,9 @@ class Tokenizer:
             InvalidRequest: the template refuses the messages.
             ServerBusy: the template can't be run at the moment for chats of this tenant.
         """
-        rendered = self._template(has_tools=bool(inputs.tools)).render(messages, inputs, tenant)
+        source = self._source(has_tools=bool(inputs.tools))
+        shown = self._forms[source].prepare(messages, inputs)
+        rendered = self._templates[source].render(shown, inputs, tenant)
         return self._encode(rendered, "messages")
 
     def encode_text(self, text: str) -> list[int]:
@@ -149,9 +148,27 @@ class Tokenizer:
         """The sources of the chat templates: one for all chats, or a second one for chats with tools."""
         return frozenset(self._templates)
 
-    def _template(self, *, has_tools: bool) -> ChatTemplate:
-        """Returns the chat template; a tokenizer may have a separate template for chats with tools."""
-        return self._templates[self.backend.get_chat_template(tools=[{}] if has_tools else None)]
+    def grammar_of(self, request: GenerationRequest) -> str:
+        """Returns the grammar that answers to a request must follow; empty if there is none.
+
+        Raises:
+            UnsupportedParameter: the request demands calls of tools, and no grammar can force the model.
+        """
+        return self._form(request).grammar_of(request)
+
+    def message_parser(
+        self, request: GenerationRequest, index: int, prompt: Sequence[int]
+    ) -> MessageParser | None:
+        """Returns the parser for the choice with this index; None if the answer is only text."""
+        end = self.backend.decode(prompt[-NUM_END_TOKENS:], skip_special_tokens=False)
+        return self._form(request).parser(request, index, str(end))
+
+    def _form(self, request: GenerationRequest) -> AnswerForm:
+        return self._forms[self._source(has_tools=bool(request.template_inputs.tools))]
+
+    def _source(self, *, has_tools: bool) -> str:
+        """Returns the source of the chat template; chats with tools may have another one."""
+        return str(self.backend.get_chat_template(tools=[{}] if has_tools else None))
 
     def _encode(self, rendered: Rendered, param: str, *, add_special_tokens: bool = False) -> list[int]:
         text, mask = rendered
@@ -160,7 +177,7 @@ class Tokenizer:
         try:
             if self._fast is not None:
                 return self._control_tokens.encode(text, mask, add_special_tokens=add_special_tokens)
-            if (found := self._find_of_client(text, mask)) is None:
+            if (found := _find_of_client(self.backend, text, mask)) is None:
                 return list(self.backend(text, add_special_tokens=add_special_tokens)["input_ids"])
         # Tokenizers raise errors of many kinds, e.g. for half a surrogate pair.
         except Exception as error:
@@ -171,16 +188,6 @@ class Tokenizer:
             param=param,
         )
 
-    def _find_of_client(self, text: str, mask: bytes) -> str | None:
-        """Returns the text of a control token that a client wrote, wholly or in part; None without one."""
-        for token in self.backend.added_tokens_encoder:
-            start = text.find(token)
-            while start >= 0:
-                if mask.find(CLIENT, start, start + len(token)) >= 0:
-                    return str(token)
-                start = text.find(token, start + 1)
-        return None
-
     def says_the_same(self, other: "Tokenizer") -> bool:
         """Returns True if both tokenizers encode and decode everything alike, with the same end tokens."""
         return self._identity() == other._identity()
@@ -188,7 +195,8 @@ class Tokenizer:
     def _identity(self) -> tuple[Any, ...]:
         rules = self.backend.get_vocab() if self._fast is None else self._fast.to_str()
         names = self.backend.special_tokens_map
-        return rules, self.backend.chat_template, names, self.eos_token_ids
+        backend = self.backend
+        return rules, backend.chat_template, names, self.eos_token_ids, response_template_of(backend)
 
     @property
     def definition(self) -> str | None:
@@ -214,6 +222,35 @@ class Tokenizer:
             is_unknown = self._fast is not None and self._fast.id_to_token(token_id) is None
             silent = self._silent[token_id] = is_unknown or token_id in self.special_tokens
         return silent
+
+
+def response_template_of(backend: Any) -> Any:
+    """Returns the response template in a tokenizer's config, which says how answers are divided, or None."""
+    return getattr(backend, "response_template", None)
+
+
+def _keeps_user_text(template: ChatTemplate) -> bool:
+    """True if a chat has the text of all user messages, except for spaces at their ends."""
+    texts = [f"{_PROBE} {number}\n\n\t  {_PROBE}" for number in range(3)]
+    messages: list[dict[str, Any]] = []
+    for text in texts:
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]
+    try:
+        rendered = template.render(messages[:-1], NO_INPUTS)
+    except InvalidRequest:
+        return False
+    return all(text in rendered.text for text in texts)
+
+
+def _find_of_client(backend: Any, text: str, mask: bytes) -> str | None:
+    """Returns the text of a control token that a client wrote, wholly or in part; None without one."""
+    for token in backend.added_tokens_encoder:
+        start = text.find(token)
+        while start >= 0:
+            if mask.find(CLIENT, start, start + len(token)) >= 0:
+                return str(token)
+            start = text.find(token, start + 1)
+    return None
 
 
 def _generation_eos(folder_or_id: str | Path, revision: str | None) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from shared.errors import ConfigurationError
-from shared.messages import ModelCard, WorkerFacts
+from shared.model_cards import ModelCard, WorkerFacts
 from shared.queue.names import queue_name
 from shared.queue.slot_plan import AdapterSlots
 from worker.engine.ports import Engine, Residency

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from api.contract.chat_request import ChatCompletionRequest
 from api.docs import build_schema
 from api.main import create_app
-from shared.messages import ModelCard
+from shared.model_cards import ModelCard
 from shared.settings import ApiSettings, RedisSettings
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from api.generation import Input, check_length
 from shared.errors import ContextLengthExceeded
-from shared.messages import ModelCard, SamplingParams, TextOrTokens
+from shared.messages import SamplingParams, TextOrTokens
+from shared.model_cards import ModelCard
 
 CARD = ModelCard("m", "m", "folder", "v", 1, max_model_len=100, max_token_bytes=4)
 

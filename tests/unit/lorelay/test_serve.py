@@ -18,7 +18,7 @@ from lorelay.probes import is_http_ready
 from lorelay.processes import ChildSpec
 from lorelay.specs import api_spec, worker_specs
 from lorelay.supervisor import say
-from shared.messages import ModelCard
+from shared.model_cards import ModelCard
 from shared.queue import registry
 from tests.redis_server import RedisServer, free_port
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("bare_environment")
 WORKER = """
 import os, signal, socket, sys, time, redis
 from shared.queue import keys, registry
-from shared.messages import ModelCard
+from shared.model_cards import ModelCard
 if os.environ.get("STAND_IN") == "broken":
     sys.exit("adapter folder missing: /some/where")
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("worker drained"))

@@ -11,7 +11,7 @@ from rq.worker import BaseWorker
 from lorelay.main import main
 from lorelay.status import live_workers, read_status
 from lorelay.status_text import to_text
-from shared.messages import ModelCard, WorkerFacts
+from shared.model_cards import ModelCard, WorkerFacts
 from shared.queue import keys, registry
 from tests.redis_server import RedisServer
 from tests.streams import BASE, SECRET, BlockingApi, claim, make_request, worker_streams

@@ -15,7 +15,6 @@ from shared.messages import (
     SCHEMA_VERSION,
     ErrorInfo,
     GenerationRequest,
-    ModelCard,
     RequestClass,
     SamplingParams,
     StreamEvent,
@@ -23,10 +22,10 @@ from shared.messages import (
     Timings,
     TokenLogprob,
     Usage,
-    decode_card,
     decode_event,
     decode_request,
 )
+from shared.model_cards import ModelCard, decode_card
 from shared.queue import keys
 
 CHAT = [{"role": "user", "content": "ä😀\n"}]

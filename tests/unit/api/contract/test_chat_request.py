@@ -150,10 +150,6 @@ def test_a_name_without_end_is_not_repeated_in_full() -> None:
 
 NOT_SERVED: dict[str, tuple[list[Any], list[Any]]] = {
     # field: (neutral values, values that are refused)
-    "tools": ([[]], []),
-    "tool_choice": (["none", "auto"], ["required", {"type": "function"}]),
-    "functions": ([[]], []),
-    "function_call": (["none", "auto"], [{"name": "f"}]),
     "modalities": ([["text"]], [["text", "audio"]]),
     "audio": ([], [{"voice": "x"}]),
     "prediction": ([], [{"type": "content"}]),

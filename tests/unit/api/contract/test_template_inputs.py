@@ -12,7 +12,7 @@ from api.contract.chat_request import ChatCompletionRequest
 from api.contract.strict import parse
 from api.contract.template_variables import RESERVED
 from shared.errors import InvalidRequest, UnsupportedParameter
-from shared.messages import NO_INPUTS, TemplateInputs
+from shared.messages import NO_INPUTS, TemplateInputs, ToolChoice
 
 USER = {"role": "user", "content": "hi"}
 PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer", "maximum": 10**30}}}
@@ -77,13 +77,64 @@ def test_a_tools_marks_for_other_servers_do_not_reach_the_template() -> None:
     ]
 
 
-@pytest.mark.parametrize("choice", [{}, {"tool_choice": None}, {"tool_choice": "auto"}])
-def test_tools_that_may_be_called_are_refused_with_the_way_out(choice: dict[str, Any]) -> None:
-    error = refusal(tools=[TOOL], **choice)
-    assert (type(error), error.param) == (UnsupportedParameter, "tools")
-    assert '"tool_choice": "none"' in error.message
-    error = refusal(functions=[FUNCTION], function_call="auto")
-    assert (type(error), error.param) == (UnsupportedParameter, "functions")
+NAMED = {"type": "function", "function": {"name": "add"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "choice"),
+    [
+        ({"tools": [TOOL]}, ToolChoice()),
+        ({"tools": [TOOL], "tool_choice": "auto"}, ToolChoice()),
+        ({"tools": [TOOL], "tool_choice": "none"}, None),
+        ({"tools": [TOOL], "tool_choice": "required"}, ToolChoice(is_required=True)),
+        ({"tools": [TOOL], "tool_choice": NAMED}, ToolChoice(is_required=True, names=("add",))),
+        ({"tools": [TOOL], "tool_choice": ALLOWED}, ToolChoice(names=("add",))),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, ToolChoice(is_single=True)),
+        ({"functions": [FUNCTION]}, ToolChoice(is_single=True, is_legacy=True)),
+        (
+            {"functions": [FUNCTION], "function_call": {"name": "add"}},
+            ToolChoice(is_required=True, names=("add",), is_single=True, is_legacy=True),
+        ),
+        ({"functions": [FUNCTION], "function_call": "none"}, None),
+        ({"tools": [], "tool_choice": "auto"}, None),
+        ({"tool_choice": "none"}, None),
+    ],
+    ids=str,
+)
+def test_the_choice_says_which_tools_may_or_must_be_called(
+    fields: dict[str, Any], choice: ToolChoice | None
+) -> None:
+    assert parse_fields(**fields).to_tool_choice() == choice
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": NAMED}, "tool_choice"),
+        ({"function_call": {"name": "add"}}, "function_call"),
+        ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": 5}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom", "custom": {}}}, "tool_choice.type"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+            "tool_choice",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "none"}}},
+            "tool_choice.allowed_tools.mode",
+        ),
+        ({"tools": [TOOL], "functions": [FUNCTION]}, "functions"),
+        ({"tools": [TOOL], "function_call": "auto"}, "function_call"),
+        ({"functions": [FUNCTION], "tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_does_not_fit_the_tools_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    assert refusal(**fields).param == param
 
 
 @pytest.mark.parametrize(

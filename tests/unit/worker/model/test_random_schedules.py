@@ -137,6 +137,12 @@ class NumberTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return b""
 
+    def grammar_of(self, request: GenerationRequest) -> str:
+        return ""
+
+    def message_parser(self, request: GenerationRequest, index: int, prompt: object) -> None:
+        return None
+
     def detokenizer(self) -> FakeDetokenizer:
         return FakeDetokenizer()
 
