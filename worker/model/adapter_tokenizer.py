@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from worker.model.chat_template import OWN_PROCESS, Renderer
 from worker.model.checked_files import FileProblem, read_file
 from worker.model.marked_template import LimitExceeded
-from worker.model.tokenizer import Tokenizer, as_ids, response_template_of
+from worker.model.tokenizer import Tokenizer, as_ids, response_template_of, templates_of
 
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
@@ -81,18 +81,13 @@ def load_tokenizer(
             backend,
             base.generation_eos if generation_eos is None else generation_eos,
             parses_control_tokens=base.parses_control_tokens,
-            renderer=OWN_PROCESS if _templates_of(backend) <= base.template_sources else renderer,
+            renderer=OWN_PROCESS if templates_of(backend) <= base.template_sources else renderer,
         )
     except LimitExceeded as error:
         raise TokenizerProblem(f"its chat template can't be used: {error}") from error
     except TemplateError as error:
         raise TokenizerProblem(f"its chat template can't be compiled: {error}") from error
     return base if own.says_the_same(base) else own
-
-
-def _templates_of(backend: Any) -> set[str]:
-    sources = backend.chat_template
-    return set(sources.values()) if isinstance(sources, dict) else {sources}
 
 
 def _read(path: Path) -> bytes:

@@ -64,8 +64,7 @@ class Tokenizer:
         self._templates: dict[str, ChatTemplate] = {}
         self._forms: dict[str, AnswerForm] = {}
         added_tokens = {id_: token.content for id_, token in backend.added_tokens_decoder.items()}
-        sources = backend.chat_template
-        for source in sources.values() if isinstance(sources, dict) else [sources]:
+        for source in sorted(templates_of(backend)):
             template = ChatTemplate(source, backend.special_tokens_map, renderer)
             self._templates[source] = template
             self._forms[source] = AnswerForm(
@@ -87,7 +86,7 @@ class Tokenizer:
         """Loads the tokenizer of a model folder or Hugging Face id.
 
         Raises:
-            ConfigurationError: there is no tokenizer, or it has no chat template that can be used.
+            ConfigurationError: there is no tokenizer, or its chat template can't be used.
         """
         from transformers import AutoTokenizer
 
@@ -99,8 +98,6 @@ class Tokenizer:
             raise ConfigurationError(
                 f"LORELAY_MODEL: {folder_or_id} has no tokenizer that loads: {error}"
             ) from error
-        if not backend.chat_template:
-            raise ConfigurationError(f"LORELAY_MODEL: {folder_or_id} has no chat template")
         generation_eos = as_ids(_generation_eos(folder_or_id, revision))
         try:
             return cls(backend, generation_eos, parses_control_tokens=parses_control_tokens)
@@ -112,7 +109,9 @@ class Tokenizer:
     @cached_property
     def max_token_bytes(self) -> int:
         """Maximum number of bytes of a user's messages per token; 0 if there is no such maximum."""
-        if self._fast is None or not _keeps_user_text(self._templates[self._source(has_tools=False)]):
+        if self._fast is None or not self._templates:
+            return 0
+        if not _keeps_user_text(self._templates[self._source(has_tools=False)]):
             return 0
         return max_token_bytes(json.loads(self._fast.to_str()))
 
@@ -125,9 +124,14 @@ class Tokenizer:
         including BOS, come only from the template. The tokenizer adds none.
 
         Raises:
-            InvalidRequest: the template refuses the messages.
+            InvalidRequest: the template refuses the messages, or there is no template.
             ServerBusy: the template can't be run at the moment for chats of this tenant.
         """
+        if not self._templates:
+            raise InvalidRequest(
+                "The model has no chat template and can't answer chats: send a prompt to /v1/completions.",
+                param="messages",
+            )
         source = self._source(has_tools=bool(inputs.tools))
         shown = self._forms[source].prepare(messages, inputs)
         rendered = self._templates[source].render(shown, inputs, tenant)
@@ -154,7 +158,7 @@ class Tokenizer:
         Raises:
             UnsupportedParameter: the request demands calls of tools, and no grammar can force the model.
         """
-        return self._form(request).grammar_of(request)
+        return request.sampling.grammar if request.prompts else self._form(request).grammar_of(request)
 
     def message_parser(
         self, request: GenerationRequest, index: int, prompt: Sequence[int]
@@ -222,6 +226,12 @@ class Tokenizer:
             is_unknown = self._fast is not None and self._fast.id_to_token(token_id) is None
             silent = self._silent[token_id] = is_unknown or token_id in self.special_tokens
         return silent
+
+
+def templates_of(backend: Any) -> set[str]:
+    """Returns the sources of a tokenizer's chat templates: none, one, or one for each purpose."""
+    sources = backend.chat_template or {}
+    return set(sources.values()) if isinstance(sources, dict) else {sources}
 
 
 def response_template_of(backend: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from api.contract.answer import Heading
 from api.contract.chat_answer import BodyWriter, ChunkWriter
 from api.contract.server_events import DONE
-from shared.messages import FinishReason, PositionLogprobs, StreamEvent, TokenLogprob, Usage
+from shared.messages import FinishReason, PositionLogprobs, StreamEvent, TokenLogprob, ToolCallPart, Usage
 
 HEADING = Heading("chatcmpl-1", 1_700_000_000, "m")
 USAGE = Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=2)
@@ -155,3 +155,75 @@ def test_a_body_has_the_log_probabilities_of_all_tokens_of_each_choice() -> None
         {"content": CONTENT, "refusal": None},
         {"content": [], "refusal": None},
     ]
+
+
+CALLS = [
+    StreamEvent(0, text="I look.", reasoning="hm"),
+    StreamEvent(1, tool_calls=(ToolCallPart(0, "call_1", "f", '{"a"'),)),
+    StreamEvent(2, tool_calls=(ToolCallPart(0, arguments=": 1}"), ToolCallPart(1, "call_2", "g", "{}"))),
+    StreamEvent(3, finish_reason=FinishReason.TOOL_CALLS, usage=USAGE, reasoning_tokens=2),
+]
+FIRST_CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+
+
+def test_calls_and_reasoning_come_in_deltas_of_their_own() -> None:
+    writer = ChunkWriter(HEADING, include_usage=True, begun=[0])
+    *chunks, usage = decode(b"".join(writer.render(event) for event in CALLS))
+    assert [(c["choices"][0]["delta"], c["choices"][0]["finish_reason"]) for c in chunks] == [
+        ({"content": "I look."}, None),
+        ({"reasoning_content": "hm"}, None),
+        (
+            {
+                "tool_calls": [
+                    {
+                        "index": 0,
+                        "id": "call_1",
+                        "type": "function",
+                        "function": {"name": "f", "arguments": '{"a"'},
+                    }
+                ]
+            },
+            None,
+        ),
+        ({"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]}, None),
+        (
+            {
+                "tool_calls": [
+                    {
+                        "index": 1,
+                        "id": "call_2",
+                        "type": "function",
+                        "function": {"name": "g", "arguments": "{}"},
+                    }
+                ]
+            },
+            None,
+        ),
+        ({}, "tool_calls"),
+    ]
+    assert usage["usage"]["completion_tokens_details"] == {"reasoning_tokens": 2}
+
+
+def test_one_body_has_whole_calls_and_null_in_place_of_empty_content() -> None:
+    for events, content in ((CALLS, "I look."), (CALLS[1:], None)):
+        writer = BodyWriter(HEADING, num_choices=1)
+        *_, rendered = [writer.render(event) for event in events]
+        choice = json.loads(rendered)["choices"][0]
+        assert choice["message"]["content"] == content
+        assert choice["message"]["tool_calls"][0] == FIRST_CALL
+        assert len(choice["message"]["tool_calls"]) == 2
+        assert choice["message"].get("reasoning_content") == ("hm" if content else None)
+        assert choice["finish_reason"] == "tool_calls"
+
+
+def test_the_older_form_has_one_function_call_without_an_id() -> None:
+    writer = BodyWriter(HEADING, num_choices=1, has_legacy_calls=True)
+    *_, rendered = [writer.render(event) for event in CALLS]
+    choice = json.loads(rendered)["choices"][0]
+    assert choice["message"]["function_call"] == FIRST_CALL["function"]
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == "function_call"
+    stream = ChunkWriter(HEADING, include_usage=False, has_legacy_calls=True, begun=[0])
+    chunks = decode(b"".join(stream.render(event) for event in CALLS))
+    assert {"function_call": {"name": "f", "arguments": '{"a"'}} in [c["choices"][0]["delta"] for c in chunks]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "function_call"

@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 
 from shared.errors import ConfigurationError, InvalidRequest
 from shared.messages import TemplateInputs
+from tests.streams import make_request
 from tests.tiny_models import EOS, SPECIAL_TOKENS, build_tokenizer, change_json
 from worker.model.tokenizer import Tokenizer
 
@@ -158,12 +159,19 @@ def test_a_templates_own_words_reach_the_client(tokenizer: Tokenizer) -> None:
         tokenizer.encode_chat([{"role": "judge", "content": "hi"}])
 
 
-def test_a_model_without_chat_template_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_chat_template_encodes_texts_and_refuses_chats_with_the_way_out(
+    tmp_path: Path,
+) -> None:
     build_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     change_json(tmp_path / "tokenizer_config.json", chat_template=None)
-    with pytest.raises(ConfigurationError, match=r"LORELAY_MODEL: .* has no chat template"):
-        Tokenizer.load(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_text("hello")) == "hello"
+    assert tokenizer.grammar_of(make_request(messages=[], prompts=("hello",))) == ""
+    assert tokenizer.max_token_bytes == 0
+    with pytest.raises(InvalidRequest, match="/v1/completions") as caught:
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    assert caught.value.param == "messages"
 
 
 def test_a_chat_template_with_a_wrong_syntax_is_refused(tmp_path: Path) -> None:
