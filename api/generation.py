@@ -89,10 +89,11 @@ def new_request(
 
 
 def check_num_sequences(request: GenerationRequest, settings: ApiSettings) -> None:
-    """Refuses a request that would keep a batch busy for too long.
+    """Refuses a request that would keep a batch busy for too long, or fill Redis with log probabilities.
 
     Raises:
-        InvalidRequest: prompts times `n` are more sequences than the settings allow.
+        InvalidRequest: prompts times `n` are more sequences than the settings allow, or all of them together
+            have more log probabilities at each position.
     """
     limit = settings.max_sequences_per_request
     if request.num_sequences > limit:
@@ -100,6 +101,14 @@ def check_num_sequences(request: GenerationRequest, settings: ApiSettings) -> No
         raise InvalidRequest(
             f"Invalid value for '{param}': at most {limit} answers to all prompts together are allowed here, "
             f"not {request.num_sequences}.",
+            param=param,
+        )
+    alternatives = request.sampling.logprobs
+    if alternatives is not None and request.num_sequences * (alternatives + 1) > limit:
+        param = "logprobs" if request.prompts else "top_logprobs"
+        raise InvalidRequest(
+            f"Invalid value for '{param}': at most {limit} log probabilities at each position of all "
+            f"answers together are allowed here, not {request.num_sequences * (alternatives + 1)}.",
             param=param,
         )
 

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
-from api.generation import Input, check_length
-from shared.errors import ContextLengthExceeded
+from api.generation import Input, check_length, check_num_sequences
+from shared.errors import ContextLengthExceeded, InvalidRequest
 from shared.messages import SamplingParams, TextOrTokens
 from shared.model_cards import ModelCard
+from shared.settings import ApiSettings
+from tests.streams import make_request
 
 CARD = ModelCard("m", "m", "folder", "v", 1, max_model_len=100, max_token_bytes=4)
 
@@ -49,6 +51,29 @@ def test_a_chat_that_no_tokenizer_could_fit_into_the_context_is_refused(
 )
 def test_a_chat_that_could_fit_is_never_refused(messages: list[dict[str, Any]]) -> None:
     check(*messages)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 4}, None),
+        ({"n": 5}, "n"),
+        ({"prompts": ("a",) * 5}, "prompt"),
+        ({"prompts": ("a",) * 2, "n": 3}, "n"),
+        ({"n": 2, "sampling": SamplingParams(logprobs=1)}, None),
+        ({"n": 2, "sampling": SamplingParams(logprobs=2)}, "top_logprobs"),
+        ({"prompts": ("a", "b"), "sampling": SamplingParams(logprobs=2)}, "logprobs"),
+    ],
+    ids=str,
+)
+def test_sequences_and_their_log_probabilities_are_limited(fields: dict[str, Any], param: str | None) -> None:
+    request, settings = make_request(**fields), ApiSettings(max_sequences_per_request=4)
+    if param is None:
+        check_num_sequences(request, settings)
+        return
+    with pytest.raises(InvalidRequest) as caught:
+        check_num_sequences(request, settings)
+    assert caught.value.param == param
 
 
 def test_the_tokens_to_generate_count_too() -> None:
