@@ -67,7 +67,7 @@ class ExchangeLog:
         return self._first_event_s is not None
 
     def note_tenant(self, tenant: str) -> None:
-        """Records the client whose API key was accepted; empty if requests need no key."""
+        """Records the name of the client whose API key was accepted; it is empty if no key is needed."""
         self._tenant = tenant
 
     def note_model(self, name: str | None) -> None:

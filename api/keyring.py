@@ -50,7 +50,7 @@ class Keyring:
         return equal[0] if equal else None
 
     async def watch(self) -> None:
-        """Reads the file every `REREAD_S` until this task is cancelled; returns at once without a file."""
+        """Rereads the key file every `REREAD_S` until it is cancelled; if no file is set, returns at once."""
         while self._file is not None:
             await asyncio.sleep(REREAD_S)
             try:

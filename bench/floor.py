@@ -80,7 +80,7 @@ def linear_shapes(model: str) -> list[tuple[str, Shape]]:
 
 
 def fuse(named: Iterable[tuple[str, Shape]]) -> list[Shape]:
-    """Returns the shapes of the weights after Linears with the same input (`FUSED`) are fused."""
+    """Fuses Linears that have the same input (`FUSED`), and returns the shapes of the resulting weights."""
     joined: dict[str, Shape] = {}
     for name, (out, width) in named:
         parent, _, own = name.rpartition(".")

@@ -35,9 +35,9 @@ reads the line of the oldest request, and lines of a few tenants drawn at random
 queues are drawn at random, a queue with only young requests is also read soon, however many queues have older
 requests.
 
-A new rule for tenants, such as weights, could compare only the tenants that were read. Of each queue,
-`look.lua` reads at most 8 tenants for each class and version (`some_lines`), and the tenant with the oldest
-request.
+A new rule for tenants, such as weights, could compare only the tenants that were read. From each queue,
+`look.lua` reads lines of at most 8 tenants for each class and version (`some_lines`), and the line that has
+the oldest request.
 """
 
 from collections import Counter, OrderedDict, deque

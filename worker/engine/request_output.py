@@ -51,7 +51,7 @@ class SequenceOutput:
             self._divide(self._replay(token_id))
 
     def add(self, token_id: int) -> MessagePart:
-        """Returns the part that a token completes. If the token ends the sequence, sets the finish reason.
+        """Adds a token, and returns the part of the message that it completes; may set the finish reason.
 
         The token must be in `seq.token_ids` already. Stop strings within the first `min_tokens` are ignored.
         """

@@ -114,8 +114,8 @@ class Scheduler:
     def postprocess(self, batch: Batch, sampled: Items[Sampled]) -> list[tuple[Sequence, Sampled]]:
         """Records the computed tokens of a step, and appends the sampled tokens to their sequences.
 
-        `sampled` has an entry for each sequence that `samples`. The result has these sequences with their
-        entries. If an entry is an error, the caller must end the sequence.
+        `sampled` has an entry for each sequence of the batch that samples a token. The result has these
+        sequences with their entries. If an entry is an error, the caller must end the sequence.
         """
         chunks = [_chunk(item.seq, item.num_tokens) for item in batch if item.num_tokens > 1]
         self._pace.record(len(batch) - len(chunks), chunks)

@@ -115,7 +115,7 @@ class _Cost:
         return sum(map(math.prod, zip(self._shares(amounts), self._unit_ms, strict=True)))
 
     def learn(self, amounts: Sequence[float], measured_ms: float) -> None:
-        """Moves the estimate part of the way towards a measurement; the first time, all of the way.
+        """Moves the estimate partly towards a measurement; the first measurement replaces the estimate.
 
         A measurement far above the estimate counts as only `max_surprise` times the estimate, because other
         work on the machine has probably caused it.

@@ -1,8 +1,8 @@
-"""The forms in which models write tool calls and reasoning, and the choice of a model's form.
+"""The formats in which models write tool calls and reasoning, and the choice of a model's format.
 
-A form is a response template of transformers (`transformers.utils.chat_parsing`), which says where the parts
-of an answer begin and end. A tokenizer may bring its own. For other tokenizers, a chat with a call is
-rendered by the chat template: the text of this call shows the form.
+A format is a response template of transformers (`transformers.utils.chat_parsing`), which says where the
+parts of an answer begin and end. A tokenizer may bring its own. For other tokenizers, the chat template
+renders a chat with a call, and the text of this call shows the format.
 """
 
 import json
@@ -55,12 +55,12 @@ class CallSyntax:
 
 @dataclass(frozen=True)
 class CallFormat:
-    """The form of a model's answers that have calls or reasoning."""
+    """The format of a model's answers that have calls or reasoning."""
 
     template: Mapping[str, Any]
     """The response template; empty if answers of the model have no parts."""
     syntax: CallSyntax | None = None
-    """None if no grammar can force calls of this form."""
+    """None if no grammar can force calls of this format."""
     open_text: str = ""
     """Text with which a call begins, for answers in which it turns out to be no call."""
     close_text: str = ""
@@ -69,12 +69,12 @@ class CallFormat:
 
     @property
     def has_calls(self) -> bool:
-        """True if the form has a place for calls."""
+        """True if the format has a place for calls."""
         return CALLS in self.template.get("fields", {})
 
     @property
     def has_reasoning(self) -> bool:
-        """True if the form has a place for reasoning."""
+        """True if the format has a place for reasoning."""
         return any(name in self.template.get("fields", {}) for name in REASONINGS)
 
     def mentions(self, token: str) -> bool:
@@ -102,7 +102,7 @@ def _template(calls: dict[str, Any] | None, *, reasons: bool) -> Mapping[str, An
         fields[CALLS] = calls
     if not fields:
         return MappingProxyType({})
-    # Own forms get only the answer, and never a prompt in which an anchor would have to be found.
+    # Own formats get only the answer, and never a prompt in which an anchor would have to be found.
     return {"start_anchor": "\0", "fields": {**fields, CONTENT: {"content": "text"}}}
 
 
@@ -110,7 +110,7 @@ _FUNCTION = {"type": "function", "function": {"name": "{content.name}", "argumen
 
 
 def hermes(*, reasons: bool) -> CallFormat:
-    """The form of Hermes and Qwen 2 to 3: JSON in `<tool_call>` tags. It is also that of the tool prompt."""
+    """The format of Hermes and Qwen 2 to 3: JSON in `<tool_call>` tags. The tool prompt asks for it, too."""
     calls = {
         "open_pattern": r"(?P<space>\s*)<tool_call>",
         "close": "</tool_call>",
@@ -129,7 +129,7 @@ def hermes(*, reasons: bool) -> CallFormat:
 
 
 def qwen3_5(*, reasons: bool) -> CallFormat:
-    """The form of Qwen 3.5: `<function=NAME>` with a tag for each parameter, in `<tool_call>` tags."""
+    """The format of Qwen 3.5: `<function=NAME>` with a tag for each parameter, in `<tool_call>` tags."""
     calls = {
         "open_pattern": r"(?P<space>\s*)<tool_call>\s*<function=(?P<name>[^>\n]+)>",
         "close_pattern": r"</function>\s*</tool_call>",
@@ -144,7 +144,7 @@ def qwen3_5(*, reasons: bool) -> CallFormat:
 
 
 def gemma(*, reasons: bool) -> CallFormat:
-    """The form of Gemma 4: `call:NAME` and JSON without quotes around keys, between control tokens."""
+    """The format of Gemma 4: `call:NAME` and JSON without quotes around keys, between control tokens."""
     calls = {
         "open_pattern": r"<\|tool_call>call:(?P<name>\w+)",
         "close": "<tool_call|>",
@@ -157,7 +157,7 @@ def gemma(*, reasons: bool) -> CallFormat:
 
 
 def llama(*, reasons: bool) -> CallFormat:
-    """The form of Llama 3: the whole answer is a JSON object with `name` and `parameters`."""
+    """The format of Llama 3: the whole answer is a JSON object with `name` and `parameters`."""
     calls = {
         "open_pattern": r'\A\s*(?:<\|python_tag\|>)?(?=\{\s*"name"\s*:)',
         "repeats": True,
@@ -174,7 +174,7 @@ def llama(*, reasons: bool) -> CallFormat:
 
 
 def mistral(*, reasons: bool) -> CallFormat:
-    """The form of Mistral's tokenizers up to version 3: a JSON list of calls after `[TOOL_CALLS]`."""
+    """The format of Mistral's tokenizers up to version 3: a JSON list of calls after `[TOOL_CALLS]`."""
     calls = {
         "open_pattern": r"(?P<space>\s*)\[TOOL_CALLS\]\s*",
         "content": "json",
@@ -192,7 +192,7 @@ def mistral(*, reasons: bool) -> CallFormat:
 
 
 def without_calls(*, reasons: bool) -> CallFormat:
-    """The form of a model whose answers have no calls."""
+    """The format of a model whose answers have no calls."""
     return CallFormat(_template(None, reasons=reasons))
 
 
@@ -203,15 +203,15 @@ MARKS: Mapping[str, Callable[..., CallFormat]] = {
     '<tool_call>\n{"name"': hermes,
     f'{{"name": "{PROBED_TOOL}", "parameters":': llama,
 }
-"""Text by which a rendered call shows its form; the first one found counts."""
+"""Text by which a rendered call shows its format; the first one found counts."""
 
 
 def find_format(
     render: Render, response_template: Mapping[str, Any] | None, source: str
 ) -> CallFormat | None:
-    """Returns the form of a model's answers; None if the template does not show tools to the model.
+    """Returns the format of a model's answers; None if the template does not show tools to the model.
 
-    If the template shows tools, but writes calls in a form that is not known, the result is the Hermes form.
+    If the template shows tools, but writes calls in an unknown format, the result is the Hermes format.
 
     `response_template`: the tokenizer's own, which takes precedence. `source`: text of the chat template.
     """
@@ -219,8 +219,8 @@ def find_format(
         return None
     shown = _rendered_call(render)
     found = next((make for mark, make in MARKS.items() if mark in shown), hermes)
-    form = found(reasons=END_THINK in source)
-    return replace(form, template=response_template) if response_template else form
+    format = found(reasons=END_THINK in source)
+    return replace(format, template=response_template) if response_template else format
 
 
 def _shows_tools(render: Render) -> bool:

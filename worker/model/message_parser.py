@@ -24,15 +24,15 @@ _PLACES = ("open", "open_pattern", "close", "close_pattern")
 class MessageParsers:
     """Creates the parsers for a model's answers."""
 
-    def __init__(self, form: CallFormat) -> None:
-        """Compiles the form's response template.
+    def __init__(self, format: CallFormat) -> None:
+        """Compiles the format's response template.
 
         Raises:
             ValueError: the template is malformed.
         """
-        self.form = form
-        self._with_calls = _divided(form, has_calls=True)
-        self._without_calls = _divided(form, has_calls=False)
+        self.format = format
+        self._with_calls = _divided(format, has_calls=True)
+        self._without_calls = _divided(format, has_calls=False)
 
     def create(
         self,
@@ -50,7 +50,7 @@ class MessageParsers:
         """
         template = self._with_calls if names else self._without_calls
         parser = ResponseParser(template, prefix=_prefix(template, prompt_end))
-        return MessageParser(parser, self.form, tools, frozenset(names), new_id, marks)
+        return MessageParser(parser, self.format, tools, frozenset(names), new_id, marks)
 
 
 class MessageParser:
@@ -63,7 +63,7 @@ class MessageParser:
     def __init__(
         self,
         parser: ResponseParser,
-        form: CallFormat,
+        format: CallFormat,
         tools: Items[dict[str, Any]],
         names: frozenset[str],
         new_id: Callable[[int], str],
@@ -71,7 +71,7 @@ class MessageParser:
     ) -> None:
         """Expects a new `parser`, which has read the end of the prompt; see `MessageParsers.create`."""
         self._parser = parser
-        self._form = form
+        self._format = format
         self._tools = list(tools)
         self._names = names
         self._new_id = new_id
@@ -98,7 +98,7 @@ class MessageParser:
             events = self._parser.feed(text)
         except (ValueError, KeyError) as error:
             raise GenerationFailed(f"The model's response template fails: {error}") from error
-        return self._collect(events, self._form.close_text)
+        return self._collect(events, self._format.close_text)
 
     def finish(self, *, is_cut: bool) -> MessagePart:
         """Returns the last parts. If the answer was cut in a call, the call's arguments are incomplete.
@@ -146,12 +146,12 @@ class MessageParser:
         captures = dict(value)
         body, space = captures.pop(_BODY), captures.pop(SPACE, "")
         # JSON shows whether it is complete; a list of tags that was cut looks like a shorter list.
-        shows_end = self._form.template["fields"][CALLS].get("content") == "json"
+        shows_end = self._format.template["fields"][CALLS].get("content") == "json"
         calls = self._read(body, captures) if shows_end or not is_cut else None
         if calls is None and is_cut:
             calls = self._read_begun(body, captures)
         if not calls or any(name not in self._names for name, _ in calls):
-            return [], space + self._form.open_text + "".join(captures.values()) + body + end
+            return [], space + self._format.open_text + "".join(captures.values()) + body + end
         first = self.num_calls
         self.num_calls += len(calls)
         return [
@@ -162,7 +162,7 @@ class MessageParser:
     def _read(self, body: str, captures: Mapping[str, str]) -> list[tuple[str, str]] | None:
         """Returns names and arguments of the calls in the text of a region; None if it can't be read."""
         try:
-            spec = _of_one_region(self._form, captures)
+            spec = _of_one_region(self._format, captures)
             message = parse_response(body, spec, prefix="", tools=[*self._tools])
             found = message.get(CALLS) or []
             calls = [call["function"] for call in (found if isinstance(found, list) else [found])]
@@ -214,26 +214,26 @@ def _prefix(template: ResponseTemplate, prompt_end: str) -> str:
     return THINK if prompt_end.rstrip().endswith(THINK) else ""
 
 
-def _divided(form: CallFormat, *, has_calls: bool) -> ResponseTemplate:
-    """Returns the response template of a form, changed so that the text of calls stays as it is."""
+def _divided(format: CallFormat, *, has_calls: bool) -> ResponseTemplate:
+    """Returns the response template of a call format, changed so that the text of calls is not parsed."""
     fields: dict[str, Any] = {}
-    for name, field in form.template["fields"].items():
+    for name, field in format.template["fields"].items():
         kept = {key: field[key] for key in _PLACES if key in field}
         if name == CALLS:
             if not has_calls:
                 continue
             kept |= {"transform": {_BODY: "{content}", **{group: f"{{{group}}}" for group in _groups(field)}}}
         fields[name] = {**kept, "content": "text", "content_args": {"strip": False}}
-    return load_response_template({**_anchors(form), "fields": fields})
+    return load_response_template({**_anchors(format), "fields": fields})
 
 
-def _of_one_region(form: CallFormat, captures: Mapping[str, str]) -> dict[str, Any]:
+def _of_one_region(format: CallFormat, captures: Mapping[str, str]) -> dict[str, Any]:
     """Returns a response template for the text of a single call region, without its beginning and end."""
-    field = form.template["fields"][CALLS]
+    field = format.template["fields"][CALLS]
     kept = {key: value for key, value in field.items() if key not in _PLACES}
     if "transform" in kept:
         kept["transform"] = _filled(kept["transform"], captures)
-    return {**_anchors(form), "fields": {CALLS: kept}}
+    return {**_anchors(format), "fields": {CALLS: kept}}
 
 
 def _filled(transform: Any, captures: Mapping[str, str]) -> Any:
@@ -246,10 +246,10 @@ def _filled(transform: Any, captures: Mapping[str, str]) -> Any:
 
 
 def _groups(field: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the groups in the patterns of a field."""
+    """Returns the names of the groups in the regular expressions that begin and end a field."""
     patterns = "".join(str(field.get(key, "")) for key in ("open_pattern", "close_pattern"))
     return re.findall(r"\(\?P<(\w+)>", patterns)
 
 
-def _anchors(form: CallFormat) -> dict[str, Any]:
-    return {name: value for name, value in form.template.items() if name.startswith("start_anchor")}
+def _anchors(format: CallFormat) -> dict[str, Any]:
+    return {name: value for name, value in format.template.items() if name.startswith("start_anchor")}

@@ -69,7 +69,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
 def load_with_kernels(
     folder: Path, settings: WorkerSettings, device: torch.device
 ) -> tuple[Any, KernelState | None]:
-    """Loads the model and, in parallel, the C++ kernels: their first build takes as long as the model.
+    """Loads the model and the C++ kernels in parallel, because building the kernels takes as long as loading.
 
     The kernels are None if they can't be used.
     """

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from shared.errors import ConfigurationError, InvalidRequest
 from shared.messages import NO_INPUTS, GenerationRequest, TemplateInputs
 from worker.engine.detokenizer import Detokenizer
-from worker.model.answer_form import AnswerForm
+from worker.model.answer_format import AnswerFormat
 from worker.model.chat_template import OWN_PROCESS, ChatTemplate, Renderer
 from worker.model.control_tokens import ControlTokens
 from worker.model.marked_template import Rendered
@@ -62,12 +62,12 @@ class Tokenizer:
         self._silent: dict[int, bool] = {}
         self._fast = getattr(backend, "backend_tokenizer", None)
         self._templates: dict[str, ChatTemplate] = {}
-        self._forms: dict[str, AnswerForm] = {}
+        self._formats: dict[str, AnswerFormat] = {}
         added_tokens = {id_: token.content for id_, token in backend.added_tokens_decoder.items()}
         for source in sorted(templates_of(backend)):
             template = ChatTemplate(source, backend.special_tokens_map, renderer)
             self._templates[source] = template
-            self._forms[source] = AnswerForm(
+            self._formats[source] = AnswerFormat(
                 template, self.special_tokens, added_tokens, response_template_of(backend)
             )
         if self._fast is not None:
@@ -109,9 +109,8 @@ class Tokenizer:
     @cached_property
     def max_token_bytes(self) -> int:
         """Maximum number of bytes of a user's messages per token; 0 if there is no such maximum."""
-        if self._fast is None or not self._templates:
-            return 0
-        if not _keeps_user_text(self._templates[self._source(has_tools=False)]):
+        template = self._templates.get(self._source(has_tools=False))
+        if self._fast is None or template is None or not _keeps_user_text(template):
             return 0
         return max_token_bytes(json.loads(self._fast.to_str()))
 
@@ -133,7 +132,7 @@ class Tokenizer:
                 param="messages",
             )
         source = self._source(has_tools=bool(inputs.tools))
-        shown = self._forms[source].prepare(messages, inputs)
+        shown = self._formats[source].prepare(messages, inputs)
         rendered = self._templates[source].render(shown, inputs, tenant)
         return self._encode(rendered, "messages")
 
@@ -158,21 +157,23 @@ class Tokenizer:
         Raises:
             UnsupportedParameter: the request demands calls of tools, and no grammar can force the model.
         """
-        return request.sampling.grammar if request.prompts else self._form(request).grammar_of(request)
+        return request.sampling.grammar if request.prompts else self._format(request).grammar_of(request)
 
     def message_parser(
         self, request: GenerationRequest, index: int, prompt: Sequence[int]
     ) -> MessageParser | None:
         """Returns the parser for the choice with this index; None if the answer is only text."""
         end = self.backend.decode(prompt[-NUM_END_TOKENS:], skip_special_tokens=False)
-        return self._form(request).parser(request, index, str(end))
+        return self._format(request).parser(request, index, str(end))
 
-    def _form(self, request: GenerationRequest) -> AnswerForm:
-        return self._forms[self._source(has_tools=bool(request.template_inputs.tools))]
+    def _format(self, request: GenerationRequest) -> AnswerFormat:
+        return self._formats[self._source(has_tools=bool(request.template_inputs.tools))]
 
     def _source(self, *, has_tools: bool) -> str:
         """Returns the source of the chat template; chats with tools may have another one."""
-        return str(self.backend.get_chat_template(tools=[{}] if has_tools else None))
+        return (
+            str(self.backend.get_chat_template(tools=[{}] if has_tools else None)) if self._templates else ""
+        )
 
     def _encode(self, rendered: Rendered, param: str, *, add_special_tokens: bool = False) -> list[int]:
         text, mask = rendered

@@ -1,6 +1,6 @@
 """The tool prompt: a description of tools in the system message, for chat templates that ignore tools.
 
-Calls have the form of Hermes, which many models have seen in training.
+Calls have the format of Hermes, which many models have seen in training.
 """
 
 import json

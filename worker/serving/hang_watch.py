@@ -31,7 +31,7 @@ class HangWatch:
         blame: Callable[[Held], object],
         end: Callable[[int], object] = os._exit,
     ) -> None:
-        """`blame`: records in Redis that the end of this worker counts as a crash of one request only."""
+        """`blame`: records in Redis that only this request is suspected of having crashed the worker."""
         self._worker_name = worker_name
         self._limit_s = limit_s
         self._step_age_s = step_age_s

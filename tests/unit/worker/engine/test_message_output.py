@@ -31,7 +31,7 @@ class SilentMarks(FakeDetokenizer):
 
 
 class DividingTokenizer(FakeTokenizer):
-    """Divides the answers to all chats in the form of Hermes."""
+    """Divides the answers to all chats in the format of Hermes."""
 
     special_tokens: Mapping[int, str] = MappingProxyType({EOS: "<eos>", MARK: "</tool_call>"})
 

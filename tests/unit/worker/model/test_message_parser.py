@@ -18,7 +18,7 @@ CALL_G = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
 
 
 def divide(
-    form: CallFormat,
+    format: CallFormat,
     text: str,
     *,
     step: int,
@@ -27,7 +27,7 @@ def divide(
     names: tuple[str, ...] = ("f", "g"),
 ) -> MessagePart:
     """Returns the whole message, from pieces of `step` characters."""
-    parser = MessageParsers(form).create(TOOLS, names, "id{}".format, {}, prompt_end)
+    parser = MessageParsers(format).create(TOOLS, names, "id{}".format, {}, prompt_end)
     pieces = [text[start : start + step] for start in range(0, len(text), step)]
     parts = [*map(parser.add, pieces), parser.finish(is_cut=is_cut)]
     calls = tuple(call for part in parts for call in part.tool_calls)
@@ -45,7 +45,7 @@ HERMES, THINKING = hermes(reasons=False), hermes(reasons=True)
 
 @pytest.mark.parametrize("step", [1, 2, 7, 1000])
 @pytest.mark.parametrize(
-    ("form", "text", "message"),
+    ("format", "text", "message"),
     [
         (HERMES, CALL_F, MessagePart("", "", (F,))),
         (HERMES, f"{CALL_F}\n{CALL_G}", MessagePart("", "", (F, G))),
@@ -74,9 +74,9 @@ HERMES, THINKING = hermes(reasons=False), hermes(reasons=True)
     ],
 )
 def test_an_answer_has_the_parts_that_its_form_says(
-    form: CallFormat, text: str, message: MessagePart, step: int
+    format: CallFormat, text: str, message: MessagePart, step: int
 ) -> None:
-    assert divide(form, text, step=step) == message
+    assert divide(format, text, step=step) == message
 
 
 @pytest.mark.parametrize("step", [1, 5, 1000])
@@ -103,7 +103,7 @@ def test_only_allowed_tools_are_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "text", "arguments"),
+    ("format", "text", "arguments"),
     [
         (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": [1, "x', '{"a": [1, "x'),
         (HERMES, '<tool_call>\n{"name": "f", "argu', ""),
@@ -117,9 +117,9 @@ def test_only_allowed_tools_are_called() -> None:
     ],
 )
 def test_a_call_that_was_cut_has_the_beginning_of_its_arguments(
-    form: CallFormat, text: str, arguments: str
+    format: CallFormat, text: str, arguments: str
 ) -> None:
-    assert divide(form, text, step=4, is_cut=True) == MessagePart("", "", (call(0, "f", arguments),))
+    assert divide(format, text, step=4, is_cut=True) == MessagePart("", "", (call(0, "f", arguments),))
 
 
 def test_an_answer_that_ends_without_the_closing_tag_has_the_call_if_it_is_complete() -> None:

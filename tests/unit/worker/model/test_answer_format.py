@@ -1,4 +1,4 @@
-"""The form of a model's answers is found by its chat template; calls in this form can be forced."""
+"""The format of a model's answers is found by its chat template; calls in this format can be forced."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The form of a model's answers: how tools are described to the model, forced, and read from its text."""
+"""The format of a model's answers: how tools are described to the model, forced, and read from its text."""
 
 import hashlib
 import string
@@ -19,8 +19,8 @@ _ID_LETTERS = string.ascii_letters + string.digits
 ID_LENGTH = 24
 
 
-class AnswerForm:
-    """The form of the answers to the chats of one chat template."""
+class AnswerFormat:
+    """The format of the answers to the chats of one chat template."""
 
     def __init__(
         self,
@@ -29,10 +29,10 @@ class AnswerForm:
         added_tokens: Mapping[int, str],
         response_template: Mapping[str, Any] | None = None,
     ) -> None:
-        """Renders chats with tools, to find out in which form the model writes calls.
+        """Renders chats with tools, to find out in which format the model writes calls.
 
         `special_tokens`, `added_tokens`: texts by id. `response_template`: the tokenizer's own, which takes
-        precedence over the form that was found.
+        precedence over the format that was found.
 
         Raises:
             TemplateError: the response template is malformed.
@@ -45,13 +45,13 @@ class AnswerForm:
         )
         self._uses_tool_prompt = found is None
         """True if the chat template ignores tools."""
-        self._form = found or hermes(reasons="</think>" in template.source)
+        self._format = found or hermes(reasons="</think>" in template.source)
         try:
-            self._parsers = MessageParsers(self._form)
+            self._parsers = MessageParsers(self._format)
         except ValueError as error:
             raise TemplateError(f"response_template: {error}") from error
         self._added_tokens = added_tokens
-        self.marks = {token: text for token, text in special_tokens.items() if self._form.mentions(text)}
+        self.marks = {token: text for token, text in special_tokens.items() if self._format.mentions(text)}
         """Special tokens that mark parts of an answer, as texts by id; a parser needs these texts."""
 
     def prepare(self, messages: Messages, inputs: TemplateInputs) -> Messages:
@@ -65,16 +65,16 @@ class AnswerForm:
         """Returns the grammar that the answer must follow; empty if there is none.
 
         Raises:
-            UnsupportedParameter: no grammar can force calls in the form of this model.
+            UnsupportedParameter: no grammar can force calls in the format of this model.
         """
         choice, answer = request.tool_choice, request.sampling.grammar
         if choice is None or not (choice.is_required or answer):
             return answer
-        syntax = self._form.syntax
+        syntax = self._format.syntax
         if syntax is None:
             raise UnsupportedParameter(
-                "The form in which this model writes calls can't be enforced: send tool_choice 'auto' and no "
-                "response_format.",
+                "The format in which this model writes calls can't be enforced: send tool_choice 'auto', "
+                "without response_format.",
                 param="tool_choice",
             )
         calls = call_grammar(syntax, request.template_inputs.tools, choice, self._added_tokens)
@@ -86,17 +86,17 @@ class AnswerForm:
         `index`: index of the choice. `prompt_end`: the end of the prompt's text, with special tokens.
         """
         choice = request.tool_choice
-        if choice is None and not self._form.has_reasoning:
+        if choice is None and not self._format.has_reasoning:
             return None
         tools = request.template_inputs.tools
         known = [tool["function"]["name"] for tool in tools] if choice else []
         names = [name for name in known if choice is None or not choice.names or name in choice.names]
-        new_id = _id_maker(f"{request.request_id}:{index}", self._form.id_length)
+        new_id = _id_maker(f"{request.request_id}:{index}", self._format.id_length)
         return self._parsers.create(tools, names, new_id, self.marks, prompt_end)
 
 
 def _id_maker(answer: str, length: int | None) -> Callable[[int], str]:
-    """Returns the function that makes an answer's ids of calls; a worker that resumes makes the same ids."""
+    """Returns the function that makes the ids of an answer's calls, the same ids in every worker."""
 
     def new_id(number: int) -> str:
         digest = hashlib.sha256(f"{answer}:{number}".encode()).digest()
