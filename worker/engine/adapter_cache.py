@@ -98,8 +98,8 @@ class AdapterCache(Generic[W]):
     def keep(self, name: str, weights: W) -> None:
         """Adds an adapter, and caches it if host memory has room without an eviction.
 
-        The weights replace earlier weights of the same name; no running request may use the earlier ones. While
-        requests run, only the engine's thread may call this method.
+        The weights replace earlier weights of the same name; no running request may use the earlier ones.
+        While requests run, only the engine's thread may call this method.
         """
         self._known[name] = weights.num_bytes
         self._fit_slots(weights.num_bytes)

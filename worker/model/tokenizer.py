@@ -171,9 +171,8 @@ class Tokenizer:
 
     def _source(self, *, has_tools: bool) -> str:
         """Returns the source of the chat template; chats with tools may have another one."""
-        return (
-            str(self.backend.get_chat_template(tools=[{}] if has_tools else None)) if self._templates else ""
-        )
+        tools: list[dict[str, Any]] | None = [{}] if has_tools else None
+        return str(self.backend.get_chat_template(tools=tools)) if self._templates else ""
 
     def _encode(self, rendered: Rendered, param: str, *, add_special_tokens: bool = False) -> list[int]:
         text, mask = rendered
@@ -195,13 +194,7 @@ class Tokenizer:
 
     def says_the_same(self, other: "Tokenizer") -> bool:
         """Returns True if both tokenizers encode and decode everything alike, with the same end tokens."""
-        return self._identity() == other._identity()
-
-    def _identity(self) -> tuple[Any, ...]:
-        rules = self.backend.get_vocab() if self._fast is None else self._fast.to_str()
-        names = self.backend.special_tokens_map
-        backend = self.backend
-        return rules, backend.chat_template, names, self.eos_token_ids, response_template_of(backend)
+        return _identity(self) == _identity(other)
 
     @property
     def definition(self) -> str | None:
@@ -227,6 +220,14 @@ class Tokenizer:
             is_unknown = self._fast is not None and self._fast.id_to_token(token_id) is None
             silent = self._silent[token_id] = is_unknown or token_id in self.special_tokens
         return silent
+
+
+def _identity(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """Returns all that decides how a tokenizer encodes and decodes."""
+    backend, rules = tokenizer.backend, tokenizer.definition
+    names, eos_token_ids = backend.special_tokens_map, tokenizer.eos_token_ids
+    rules = backend.get_vocab() if rules is None else rules
+    return rules, backend.chat_template, names, eos_token_ids, response_template_of(backend)
 
 
 def templates_of(backend: Any) -> set[str]:
