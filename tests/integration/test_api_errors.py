@@ -67,7 +67,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": {"include_usage": True}}, "invalid_request_error", "stream_options"),
     ({"colour": "blue"}, "invalid_request_error", "colour"),
     ({"n": 129}, "invalid_request_error", "n"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter", "tools"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "unsupported_parameter", "tools[0].type"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "unsupported_parameter",

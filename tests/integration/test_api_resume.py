@@ -279,7 +279,8 @@ def test_a_queued_request_aborted_on_purpose_never_runs_and_its_client_is_told(
         request_id = key.decode().removeprefix("rq:job:")
         assert other.delete(f"{CHAT}/{request_id}").status_code == 200
         assert worker.try_claim() is None
-        assert other.delete(f"{CHAT}/{request_id}").status_code == 404
+        # The client of an abort whose answer was lost may repeat it.
+        assert other.delete(f"{CHAT}/{request_id}").status_code == 200
         read_until(lines, "generation_failed")
 
 

@@ -14,6 +14,8 @@ from shared.messages import ForwardState
 from tests.deployment import Deployment
 
 PNG = b"\x89PNG"
+# A row may wait until the forward pass is compiled, at the lowest priority, beside other tests.
+pytestmark = pytest.mark.timeout(400)
 
 
 def bench(folder: Path, *arguments: str) -> dict[str, Any]:
