@@ -1,11 +1,15 @@
 """Fixtures for all tests."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
 
 from tests.redis_server import BINARIES, RedisServer, choose_server, server_binary, short_folder
+
+if TYPE_CHECKING:
+    from tests.forked import Nursery
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,3 +35,13 @@ def connection(redis_server: RedisServer) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()
         yield client
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator["Nursery"]:
+    """The nursery that workers are forked from; it imports torch while the test goes on."""
+    # Most unit tests start no process and need none of these imports.
+    from tests.forked import Nursery
+
+    with Nursery() as nursery:
+        yield nursery

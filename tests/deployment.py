@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
 import openai
@@ -16,6 +16,9 @@ from shared.queue import keys
 from shared.queue.names import slug
 from tests.redis_server import free_port
 from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.forked import Nursery
 
 ROOT = Path(__file__).parent.parent
 START_LIMIT_S = 60
@@ -84,10 +87,16 @@ class Process:
 
 
 class Deployment:
-    """Workers and APIs over one Redis; all of them are killed at the end."""
+    """Workers and APIs over one Redis; all of them are killed at the end.
 
-    def __init__(self, redis_url: str, folder: Path, **settings: str) -> None:
+    With a `nursery`, `start_worker` forks from it, which saves each worker its imports.
+    """
+
+    def __init__(
+        self, redis_url: str, folder: Path, nursery: "Nursery | None" = None, **settings: str
+    ) -> None:
         self.redis_url = redis_url
+        self._nursery = nursery
         self._folder = folder
         self._environment = {f"LORELAY_{name.upper()}": value for name, value in settings.items()}
         self._processes: list[Process] = []
@@ -98,7 +107,7 @@ class Deployment:
         """Starts `rq worker -w worker.LoraWorker`; returns when it serves."""
         command = [str(BIN / "rq"), "worker", "-u", self.redis_url, "-w", "worker.LoraWorker"]
         command += ["--connection-class", "worker.serving.patience.PatientRedis", *arguments]
-        worker = self.start(command, **settings)
+        worker = self.start(command, self._nursery, **settings)
         if wait:
             worker.wait_for("serving ")
         return worker
@@ -113,12 +122,15 @@ class Deployment:
         api.wait_for("Uvicorn running")
         return api
 
-    def start(self, command: list[str], **settings: str) -> Process:
-        """Starts any program with the deployment's settings."""
+    def start(self, command: list[str], nursery: "Nursery | None" = None, **settings: str) -> Process:
+        """Starts any program with the deployment's settings; with a `nursery`, only `rq`."""
         environment = self._environment | {f"LORELAY_{name.upper()}": v for name, v in settings.items()}
-        process = Process(command, environment, self._folder / f"process-{len(self._processes)}.log")
-        self._processes.append(process)
-        return process
+        log = self._folder / f"process-{len(self._processes)}.log"
+        if nursery is None:
+            self._processes.append(Process(command, environment, log))
+        else:
+            self._processes.append(nursery.start(command[1:], DEFAULTS | environment, log))
+        return self._processes[-1]
 
     def client(self, **options: object) -> openai.OpenAI:
         """An official client of the API."""

@@ -18,9 +18,9 @@ from rq.suspension import resume, suspend
 
 from shared.queue import keys
 from shared.queue.names import queue_name, slug
-from tests.chaos.forked import Nursery
 from tests.chaos.recorder import MODELS
-from tests.deployment import BIN, ROOT, Process
+from tests.deployment import BIN, DEFAULTS, ROOT, Process
+from tests.forked import Nursery
 from tests.redis_server import RedisServer, free_port, server_binary
 from tests.tiny_models import build_adapter, build_model
 from tests.waiting import wait_until
@@ -53,6 +53,9 @@ TIMERS = {
     "no_worker_wait_s": "60",
     "generation_limit_s": "60",
 }
+
+UNHURRIED = {"step_delay_s": "0", "lease_s": "30", "api_lease_s": "30", "redis_timeout_s": "30"}
+"""The settings for fault-free answers: a deployment without faults that a busy machine does not break."""
 
 
 def build_models(folder: Path) -> dict[str, str]:
@@ -329,4 +332,4 @@ class Cluster:
         named = {f"LORELAY_{name.upper()}": value for name, value in (self._settings | settings).items()}
         if program or tree != ROOT or self._nursery is None:
             return Process([*(program or [str(BIN / "rq")]), *arguments], named, log, tree=tree)
-        return self._nursery.start(arguments, named, log)
+        return self._nursery.start(arguments, DEFAULTS | named, log)

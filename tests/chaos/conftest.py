@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.checker import Reference, check_expiry, check_quiet
-from tests.chaos.cluster import BASE, TTL_S, Cluster, build_models
-from tests.chaos.forked import Nursery
+from tests.chaos.cluster import BASE, TTL_S, UNHURRIED, Cluster, build_models
 from tests.chaos.node import install_openai
 from tests.chaos.recorder import Answer, Ask, Recorder, workload
+from tests.forked import Nursery
 
 Measure = Callable[[str, float, float], None]
 FIGURES = pytest.StashKey[list[str]]()
@@ -29,18 +29,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """The nursery that forks workers; started early, so that its imports run beside other things."""
-    with Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="session")
 def reference(nursery: Nursery, models: dict[str, str]) -> Reference:
     """Fault-free answers, from a quiet deployment of its own."""
 
     def run(asks: Sequence[Ask]) -> list[Answer]:
-        with Cluster(models, nursery, step_delay_s="0") as cluster, Recorder(cluster.server.url) as recorder:
+        with Cluster(models, nursery, **UNHURRIED) as cluster, Recorder(cluster.server.url) as recorder:
             cluster.start_worker(wait=False)
             api = cluster.start_api()
             cluster.workers[0].wait_until_serving()

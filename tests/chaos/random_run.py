@@ -31,13 +31,13 @@ from tests.chaos.checker import (
     find_partial_faults,
     lasting_keys,
 )
-from tests.chaos.cluster import BASE, Cluster, build_models
+from tests.chaos.cluster import BASE, UNHURRIED, Cluster, build_models
 from tests.chaos.downtime import Downtime, Outage
 from tests.chaos.faults import FaultMaker
-from tests.chaos.forked import Nursery
 from tests.chaos.neighbors import HOSTILE_KEY
 from tests.chaos.proxy import Proxy
 from tests.chaos.recorder import Answer, Ask, Load, Recorder, workload
+from tests.forked import Nursery
 from tests.server_faults import BUSY_OPTIONS
 from tests.waiting import wait_until
 
@@ -183,6 +183,7 @@ def run(
                 append_only=True,
                 tcp=True,
                 options=options,
+                compile="graph",
                 drain_s="0.5",
                 result_ttl_s=str(RESULT_TTL_S),
             )
@@ -216,7 +217,7 @@ def fault_free(models: dict[str, str], asks: list[Ask], nursery: Nursery) -> Ref
     """The fault-free answers to all requests, from a deployment without faults."""
 
     def answer(asks: "list[Ask] | tuple[Ask, ...]") -> list[Answer]:
-        with Cluster(models, nursery, step_delay_s="0") as cluster, Recorder(cluster.server.url) as recorder:
+        with Cluster(models, nursery, **UNHURRIED) as cluster, Recorder(cluster.server.url) as recorder:
             cluster.start_worker()
             api = cluster.start_api()
             return recorder.start(api.url, asks).wait()

@@ -11,11 +11,11 @@ import pytest
 from tests.chaos.checker import Reference, check_complete, check_expiry, check_partial, check_quiet
 from tests.chaos.cluster import API_LEASE_S, BASE, FAILOVER_LIMIT_S, LEASE_S, TTL_S, Cluster
 from tests.chaos.conftest import Measure
-from tests.chaos.forked import Nursery
 from tests.chaos.proxy import Proxy, script_marker
 from tests.chaos.recorder import Ask, Recorder, workload
 from tests.chaos.stages import ASKS, pick_victim
 from tests.chaos.test_clients import client_of
+from tests.forked import Nursery
 from tests.waiting import wait_until
 
 NUM_KILLS = 20

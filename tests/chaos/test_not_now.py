@@ -14,11 +14,11 @@ from rq.serializers import JSONSerializer
 
 from tests.chaos.checker import Reference, check_complete, check_partial, check_quiet
 from tests.chaos.cluster import BASE, LEASE_S, ChaosWorker, Cluster
-from tests.chaos.forked import Nursery
 from tests.chaos.gated_worker import LOADED
 from tests.chaos.proxy import Proxy, script_marker
 from tests.chaos.recorder import Recorder
 from tests.chaos.stages import ASKS, pick_victim
+from tests.forked import Nursery
 from tests.redis_server import free_port
 from tests.server_faults import BUSY_OPTIONS, FAULTS
 from tests.unit.shared.queue.test_not_now import PASSING

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from tests.chaos.forked import Nursery
 from tests.chaos.random_run import run
+from tests.forked import Nursery
 
 SEED = 20261124
 SECONDS = 40

@@ -10,9 +10,9 @@ from shared.queue import keys
 from tests.chaos.checker import Reference, check_complete, check_expiry, check_partial, check_quiet
 from tests.chaos.cluster import BASE, TTL_S, Cluster
 from tests.chaos.conftest import Measure
-from tests.chaos.forked import Nursery
 from tests.chaos.recorder import Recorder, Run
 from tests.chaos.stages import ASKS, pick_victim
+from tests.forked import Nursery
 from tests.waiting import wait_until
 
 AWAY_S = 1.0

@@ -11,9 +11,9 @@ import pytest
 from shared.queue import keys
 from tests.chaos.checker import Reference, check_complete, check_quiet
 from tests.chaos.cluster import BASE, ChaosApi, ChaosWorker, Cluster
-from tests.chaos.forked import Nursery
 from tests.chaos.recorder import Load, Recorder, workload
 from tests.deployment import ROOT
+from tests.forked import Nursery
 from tests.waiting import wait_until
 
 RELEASE_BEFORE = "788464908c408078ad9d9f6270f3400987920750"

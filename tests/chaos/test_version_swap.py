@@ -10,10 +10,10 @@ from rq.job import Job
 from shared.model_cards import decode_card
 from shared.queue import keys
 from tests.chaos.checker import Reference, check_quiet, find_faults
-from tests.chaos.cluster import BASE, ChaosWorker, Cluster
+from tests.chaos.cluster import BASE, UNHURRIED, ChaosWorker, Cluster
 from tests.chaos.conftest import Measure
-from tests.chaos.forked import Nursery
 from tests.chaos.recorder import Answer, Ask, Recorder, workload
+from tests.forked import Nursery
 from tests.tiny_models import build_adapter
 from tests.waiting import wait_until
 
@@ -50,7 +50,7 @@ def fault_free(models: dict[str, str], nursery: Nursery) -> Reference:
     """The answers of these models, from a quiet deployment."""
 
     def run(asks: Sequence[Ask]) -> list[Answer]:
-        with Cluster(models, nursery, step_delay_s="0") as cluster, Recorder(cluster.server.url) as recorder:
+        with Cluster(models, nursery, **UNHURRIED) as cluster, Recorder(cluster.server.url) as recorder:
             cluster.start_worker()
             return recorder.start(cluster.start_api().url, asks).wait()
 

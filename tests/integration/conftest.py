@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from tests.deployment import Deployment
+from tests.forked import Nursery
 from tests.redis_server import RedisServer, server_binary
 from tests.tiny_models import build_adapter, build_model
 
@@ -44,13 +45,17 @@ def tiny_settings(tiny_model: Path, tiny_adapters: dict[str, Path]) -> dict[str,
 
 @pytest.fixture
 def deploy(
-    redis_server: RedisServer, connection: redis.Redis, tiny_settings: dict[str, str], tmp_path: Path
+    redis_server: RedisServer,
+    connection: redis.Redis,
+    nursery: Nursery,
+    tiny_settings: dict[str, str],
+    tmp_path: Path,
 ) -> Iterator[Callable[..., Deployment]]:
     """Makes deployments of `tiny` with its adapters over an empty server; keywords change settings."""
     deployments: list[Deployment] = []
 
     def make(**settings: str) -> Deployment:
-        deployments.append(Deployment(redis_server.url, tmp_path, **(tiny_settings | settings)))
+        deployments.append(Deployment(redis_server.url, tmp_path, nursery, **(tiny_settings | settings)))
         return deployments[-1]
 
     yield make
@@ -59,12 +64,14 @@ def deploy(
 
 
 @pytest.fixture(scope="module")
-def served(tiny_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def served(
+    nursery: Nursery, tiny_settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployment]:
     """One worker and one API on a server of their own, for tests that don't disturb them."""
     folder = tmp_path_factory.mktemp("served")
     with tempfile.TemporaryDirectory(prefix="lorelay-") as server_folder:
         server = RedisServer(server_binary(), Path(server_folder))
-        with server, Deployment(server.url, folder, **tiny_settings) as deployment:
+        with server, Deployment(server.url, folder, nursery, **tiny_settings) as deployment:
             deployment.start_worker()
             deployment.start_api()
             yield deployment

@@ -12,6 +12,7 @@ import redis
 
 from shared.queue.permissions import API, WORKER
 from tests.deployment import BIN, ROOT, Deployment
+from tests.forked import Nursery
 from tests.redis_server import BINARIES, RedisServer, free_port
 from tests.waiting import wait_until
 
@@ -45,14 +46,14 @@ def documented_rules() -> str:
 
 @pytest.fixture(params=BINARIES)
 def permitted(
-    request: pytest.FixtureRequest, tiny_settings: dict[str, str], tmp_path: Path
+    request: pytest.FixtureRequest, nursery: Nursery, tiny_settings: dict[str, str], tmp_path: Path
 ) -> Iterator[Permitted]:
     port = free_port()
     with (
         tempfile.TemporaryDirectory(prefix="lorelay-") as folder,
         RedisServer(BINARIES[request.param](), Path(folder), port=port),
         redis.Redis(port=port) as admin,
-        Deployment(f"redis://app:secret@127.0.0.1:{port}", tmp_path, **tiny_settings) as deployment,
+        Deployment(f"redis://app:secret@127.0.0.1:{port}", tmp_path, nursery, **tiny_settings) as deployment,
     ):
         yield Permitted(admin, deployment)
 

@@ -77,7 +77,7 @@ class Nursery:
     def __enter__(self) -> "Nursery":
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LORELAY_", "RQ_"))}
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.forked"],
+            [sys.executable, "-m", "tests.forked"],
             env=inherited | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -162,6 +162,8 @@ def _become(arguments: list[str], environment: dict[str, str], log: str) -> int:
     try:
         rq_main()
     except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
