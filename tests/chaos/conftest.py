@@ -12,7 +12,7 @@ from tests.chaos.recorder import Answer, Ask, Recorder, workload
 from tests.forked import Nursery
 
 Measure = Callable[[str, float, float], None]
-FIGURES = pytest.StashKey[list[str]]()
+FIGURE = "measured under faults"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,11 +77,12 @@ def node_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def measure(request: pytest.FixtureRequest) -> Measure:
     """Adds a figure and its limit to the table; fails only beyond five times the limit."""
-    figures = request.config.stash.setdefault(FIGURES, [])
 
     def note(what: str, seconds: float, limit_s: float) -> None:
-        figures.append(f"{request.node.name}: {what} {seconds:.2f} s (limit {limit_s:g} s)")
-        assert seconds <= 5 * limit_s, figures[-1]
+        figure = f"{request.node.name}: {what} {seconds:.2f} s (limit {limit_s:g} s)"
+        # Properties reach the process that prints the summary also with `pytest -n`.
+        request.node.user_properties.append((FIGURE, figure))
+        assert seconds <= 5 * limit_s, figure
 
     return note
 
@@ -102,7 +103,9 @@ def pytest_runtest_makereport(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints the measured figures."""
-    if figures := terminalreporter.config.stash.get(FIGURES, []):
-        terminalreporter.section("measured under faults")
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    calls = [report for report in reports if report.when == "call"]
+    if figures := [figure for report in calls for name, figure in report.user_properties if name == FIGURE]:
+        terminalreporter.section(FIGURE)
         for figure in figures:
             terminalreporter.line(figure)

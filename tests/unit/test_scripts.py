@@ -1,4 +1,4 @@
-"""`scripts/setup` and a virtual environment that somebody else made."""
+"""`scripts/setup` and a virtual environment that somebody else made; `scripts/test` and what fails in it."""
 
 import os
 import shutil
@@ -72,3 +72,33 @@ def test_an_activated_environment_is_made_anew_with_the_python_behind_it(checkou
     )
     assert done.returncode == 0, done.stderr
     assert (bin_folder / "python").is_symlink()
+
+
+def run_tests(folder: Path, *, lint: str, pytest: str) -> subprocess.CompletedProcess[str]:
+    """Runs `scripts/test` with these shell commands in place of lint and pytest."""
+    write_program(folder / "scripts/setup")
+    write_program(folder / "scripts/lint", lint)
+    write_program(folder / ".venv/bin/python", pytest)
+    script = folder / "scripts/test"
+    shutil.copy(ROOT / "scripts/test", script)
+    return subprocess.run([script], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("failing", ["nothing", "lint", "pytest"])
+def test_the_command_fails_if_lint_or_pytest_does_and_shows_why(tmp_path: Path, failing: str) -> None:
+    commands = {name: f"echo {name} ends; exit {int(name == failing)}" for name in ("lint", "pytest")}
+    done = run_tests(tmp_path, **commands)
+    assert done.returncode == (failing != "nothing"), done.stderr
+    for name in {"lint", failing} - {"nothing"}:
+        assert f"{name} ends" in done.stdout
+
+
+def test_lint_that_fails_interrupts_the_tests_as_ctrl_c_does(tmp_path: Path) -> None:
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    os.mkfifo(begun)
+    # A shell runs its trap once the sleep has ended, which gets the same signal.
+    interrupted = f"trap 'echo >> {ended}; exit 1' INT; echo > {begun}; sleep 50"
+    done = run_tests(tmp_path, lint=f"cat {begun} > /dev/null; exit 1", pytest=interrupted)
+    assert done.returncode == 1
+    assert ended.exists()
+    assert "the tests are stopped" in done.stderr
