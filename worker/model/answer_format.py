@@ -80,14 +80,16 @@ class AnswerFormat:
         calls = call_grammar(syntax, request.template_inputs.tools, choice, self._added_tokens)
         return calls if choice.is_required else calls_or(calls, answer)
 
-    def parser(self, request: GenerationRequest, index: int, prompt_end: str) -> MessageParser | None:
-        """Returns the parser for one answer to a chat; None if the answer is only text.
+    def divides(self, request: GenerationRequest) -> bool:
+        """True if answers to a chat may have calls or reasoning; then they need a parser."""
+        return request.tool_choice is not None or self._format.has_reasoning
+
+    def parser(self, request: GenerationRequest, index: int, prompt_end: str) -> MessageParser:
+        """Returns the parser for one answer to a chat.
 
         `index`: index of the choice. `prompt_end`: the end of the prompt's text, with special tokens.
         """
         choice = request.tool_choice
-        if choice is None and not self._format.has_reasoning:
-            return None
         tools = request.template_inputs.tools
         known = [tool["function"]["name"] for tool in tools] if choice else []
         names = [name for name in known if choice is None or not choice.names or name in choice.names]

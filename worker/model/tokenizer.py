@@ -163,8 +163,11 @@ class Tokenizer:
         self, request: GenerationRequest, index: int, prompt: Sequence[int]
     ) -> MessageParser | None:
         """Returns the parser for the choice with this index; None if the answer is only text."""
+        answers = self._format(request)
+        if not answers.divides(request):
+            return None
         end = self.backend.decode(prompt[-NUM_END_TOKENS:], skip_special_tokens=False)
-        return self._format(request).parser(request, index, str(end))
+        return answers.parser(request, index, str(end))
 
     def _format(self, request: GenerationRequest) -> AnswerFormat:
         return self._formats[self._source(has_tools=bool(request.template_inputs.tools))]
