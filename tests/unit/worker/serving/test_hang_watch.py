@@ -53,6 +53,6 @@ def test_a_request_whose_encoding_hangs_is_named_and_blamed_before_the_worker_en
 
 
 def test_a_worker_that_hangs_ends_even_if_redis_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, logger="rq.worker")
     assert Bench(1, 61, can_blame=False).done == [HUNG_EXIT_CODE]
     assert "no request was blamed" in caplog.text
