@@ -39,7 +39,8 @@ class Matching:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._grammars = Grammars(ServedModels(ServedModel("base", "1", "", tokenizer, created=0)))
+        served = ServedModels(ServedModel("base", "1", "", tokenizer, created=0))
+        self._grammars = Grammars(served, len(tokenizer.backend))
         self.mask_s: list[float] = []
         """Duration of each computation of a mask."""
 

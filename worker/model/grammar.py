@@ -22,7 +22,7 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 
 from shared.control_groups import num_usable_cores
 from shared.errors import GenerationFailed, InvalidRequest, LorelayError, UnsupportedParameter
-from shared.grammars import parser_limits, reason_in
+from shared.grammars import excess_of, parser_limits, reason_in
 from shared.logs import fields
 from worker.engine.sequence import Sequence
 from worker.engine.served_models import ServedModels
@@ -59,9 +59,13 @@ class Grammars:
     `compile` may be called from any thread, `masks` only from the engine's.
     """
 
-    def __init__(self, served: ServedModels) -> None:
-        """Prepares the tokenizers of all models, which takes about a second for a large vocabulary."""
+    def __init__(self, served: ServedModels, vocab_size: int) -> None:
+        """Prepares the tokenizers of all models, which takes about a second for a large vocabulary.
+
+        `vocab_size`: number of tokens for which the model computes logits; tokenizers may have fewer.
+        """
         self._served = served
+        self._vocab_size = vocab_size
         self._tokenizers: dict[Tokenizer, LLTokenizer | None] = {}
         """Each tokenizer in llguidance's form; None for those that llguidance refuses."""
         self._compiled: OrderedDict[tuple[Tokenizer, str], LLMatcher] = OrderedDict()
@@ -71,7 +75,7 @@ class Grammars:
         # llguidance holds Python's lock during all of this, so it must not happen while requests run.
         for model in served:
             if model.tokenizer not in self._tokenizers:
-                self._tokenizers[model.tokenizer] = _prepared(model.tokenizer)
+                self._tokenizers[model.tokenizer] = _prepared(model.tokenizer, vocab_size)
 
     def compile(self, grammar: str, tokenizer: Tokenizer) -> LLMatcher:
         """Returns a grammar compiled for a tokenizer, of which matchers are copies.
@@ -87,6 +91,8 @@ class Grammars:
         prepared = self._tokenizers.get(tokenizer)
         if prepared is None:
             raise UnsupportedParameter("The model's tokenizer can't be used with a grammar or JSON schema.")
+        if excess := excess_of(grammar):
+            raise InvalidRequest(f"The grammar can't be compiled: {excess}")
         compiled = LLMatcher(prepared, grammar, log_level=0, limits=parser_limits())
         if compiled.is_error():
             raise InvalidRequest(f"The grammar can't be compiled: {reason_in(compiled.get_error())}")
@@ -130,8 +136,7 @@ class Grammars:
 
     def _fill(self, matchers: Items[LLMatcher]) -> npt.NDArray[np.int32]:
         """Computes the masks of all matchers in parallel."""
-        largest = max((one.vocab_size for one in self._tokenizers.values() if one is not None), default=0)
-        allowed = np.zeros((len(matchers), -(-largest // _BITS)), np.int32)
+        allowed = np.zeros((len(matchers), -(-self._vocab_size // _BITS)), np.int32)
         # A single mask is not worth the wait for another thread.
         if len(matchers) == 1:
             fill_next_token_bitmask(matchers[0], allowed)
@@ -180,13 +185,14 @@ def _failure(matcher: LLMatcher) -> GenerationFailed:
     return GenerationFailed(f"The answer can't be continued by its grammar: {reason}")
 
 
-def _prepared(tokenizer: Tokenizer) -> LLTokenizer | None:
+def _prepared(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer | None:
     """Returns a tokenizer in llguidance's form, or None if it has a kind that llguidance does not know."""
     definition = tokenizer.definition
     if definition is None or not tokenizer.eos_token_ids:
         return None
     try:
-        return LLTokenizer(definition, eos_token=sorted(tokenizer.eos_token_ids))
+        # All masks of a batch have one width, whatever number of tokens an adapter's tokenizer has.
+        return LLTokenizer(definition, n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids))
     except ValueError as error:
         logger.warning("no structured output with this tokenizer: %s", error, extra=fields("load_grammars"))
         return None

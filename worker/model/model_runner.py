@@ -39,7 +39,7 @@ class ModelRunner:
         self.num_blocks = prepared.state.kv_cache.num_blocks
         self.block_size = prepared.state.kv_cache.block_size
         self._forward = forward
-        self._grammars = Grammars(served)
+        self._grammars = Grammars(served, self.vocab_size)
         self._run_batch = BatchForward(
             forward, prepared.state, prepared.lora, prepared.device, adapter_cache.slot
         )
@@ -76,15 +76,15 @@ class ModelRunner:
         """
         if not batch:
             return []
+        seqs = [item.seq for item in batch if item.samples]
+        rows = [sampling_row(seq) for seq in seqs]
         try:
             logits = self._run_batch(batch)
+            # The masks are computed while a GPU still runs the forward pass.
+            masks = self._grammars.masks(seqs)
+            sampled = with_logprobs(sample(logits, rows, masks), logits, rows)
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(str(error)) from error
-        seqs = [item.seq for item in batch if item.samples]
-        # The masks are computed while a GPU still runs the forward pass.
-        masks = self._grammars.masks(seqs)
-        rows = [sampling_row(seq) for seq in seqs]
-        sampled = with_logprobs(sample(logits, rows, masks), logits, rows)
         if masks is not None:
             sampled = [masks.errors.get(row, token) for row, token in enumerate(sampled)]
         return sampled

@@ -14,13 +14,16 @@ from shared.settings import WorkerSettings
 from tests.fakes import build_engine, encoded
 from tests.streams import make_request
 from tests.tiny_models import SPECIAL_TOKENS, build_adapter, build_model, change_json
+from tests.tokenizers import CHATML, byte_level, wrap
 from worker.engine.block_manager import BlockManager
 from worker.engine.engine import BatchingEngine
-from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled
+from worker.engine.sequence import Batch, OutOfDeviceMemory, Sampled, Sequence
+from worker.engine.served_models import ServedModel, ServedModels
 from worker.model import grammar as grammar_module
 from worker.model.grammar import Grammars
 from worker.model.model_runner import ModelRunner
 from worker.model.startup import load_model_runner
+from worker.model.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
 
@@ -280,7 +283,7 @@ def test_a_grammar_is_compiled_once_and_the_least_recently_used_is_dropped(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar_module, "MAX_NUM_COMPILED", 2)
-    grammars, tokenizer = Grammars(runner.served), runner.served.base.tokenizer
+    grammars, tokenizer = Grammars(runner.served, runner.vocab_size), runner.served.base.tokenizer
     first, second, third = (regex_grammar(letter) for letter in "abc")
     compiled = grammars.compile(first, tokenizer)
     grammars.compile(second, tokenizer)
@@ -297,3 +300,23 @@ def test_a_special_token_stands_in_no_string(runner: ModelRunner) -> None:
     schema = {"type": "string", "minLength": 12, "maxLength": 20}
     events = answer(runner, request_of(json_grammar(schema), seed=9))
     assert not any(token < len(SPECIAL_TOKENS) for token in tokens_of(events)[:-1])
+
+
+def test_base_and_adapter_may_have_tokenizers_of_different_sizes() -> None:
+    small, large = (
+        Tokenizer(wrap(byte_level(), CHATML, added), frozenset())
+        for added in ((), [f"<extra{number}>" for number in range(99)])
+    )
+    served = ServedModels(ServedModel("base", "1", "", small, created=0))
+    served.add(ServedModel("own", "1", "", large, created=0, adapter_name="own"))
+    vocab_size = 1024
+    grammars = Grammars(served, vocab_size)
+    sampling = SamplingParams(grammar=regex_grammar("ab"))
+    seqs = [
+        Sequence("r", 0, name, sampling, [0], 1, max_tokens=9, eos_token_ids=model.eos_token_ids)
+        for name, model in ((None, small), ("own", large))
+    ]
+    for some in ([seqs[0]], [seqs[1]], seqs):
+        masks = grammars.masks(some)
+        assert masks is not None
+        assert (masks.errors, masks.allowed.shape) == ({}, (len(some), vocab_size // 32))
