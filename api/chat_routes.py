@@ -52,7 +52,7 @@ def add_chat_routes(
             detached=wants_detach(request),
         )
         generation = await grammars.bind(generation, body.form)
-        if generation.tool_choice and generation.tool_choice.is_required:
+        if generation.tool_choice and (generation.tool_choice.is_required or generation.sampling.grammar):
             await grammars.check_tools(generation.template_inputs.tools)
         call = GenerationCall(generation, _writer(generation, body), client.tenant, admit_until)
         return GenerationResponse(relay, settings, call)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # only the stub has this type
 
 LARGE_GRAMMAR_BYTES = 8 * 1024
 MAX_NUM_CHECKED = 1_000
+MAX_GBNF_LENGTH = 8 * 1024
 
 
 class GrammarChecker:
@@ -98,7 +99,13 @@ class GrammarChecker:
             words = " | ".join(json.dumps(word, ensure_ascii=False) for word in form.value)
             return LLMatcher.grammar_from_lark(f"start: {words}")
         _check_size(form.value)
-        return grammar_from(form.kind, form.value)
+        if form.kind == "regex":
+            return LLMatcher.grammar_from_regex(form.value)
+        # The converter of GBNF takes quadratic time for blank lines, and stops all other threads meanwhile.
+        text = "\n".join(line for line in form.value.splitlines() if line.strip())
+        if "::=" in text and len(text) > MAX_GBNF_LENGTH:
+            raise ValueError(f"a grammar in GBNF may have {MAX_GBNF_LENGTH} characters; use Lark")
+        return grammar_from("grammar", text)
 
 
 def _check_size(text: str) -> None:

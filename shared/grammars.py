@@ -4,10 +4,16 @@ A request carries a grammar as text, in llguidance's own format. The API checks 
 without a tokenizer. A worker compiles the text for the tokenizer of the requested model.
 """
 
+import json
+
 from llguidance import LLMatcher, LLParserLimits
 
 MAX_GRAMMAR_BYTES = 128 * 1024
 """Maximum size of a grammar; the check of one of this size takes about a second of a core."""
+MAX_NUM_REFERENCES = 500
+"""Maximum number of `$ref`s: llguidance follows them recursively, and 2,500 in a chain overflow its stack."""
+MAX_NUM_RULES = 1_000
+"""Maximum number of lines of a grammar in Lark, for the same reason."""
 MAX_LEXER_FUEL = 300_000
 """Maximum effort for the regular expressions of a grammar, in llguidance's unit: about 0.3 s of a core."""
 
@@ -19,8 +25,21 @@ def parser_limits() -> LLParserLimits:
 
 def fault_of(grammar: str) -> str | None:
     """Returns, in one line, why a grammar can't be used with any tokenizer; None if it can be used."""
+    if excess := excess_of(grammar):
+        return excess
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=parser_limits())
     return reason_in(messages[0]) if is_error else None
+
+
+def excess_of(grammar: str) -> str | None:
+    """Returns the limit that a grammar exceeds; llguidance would end the process for it, without an error."""
+    if grammar.count("$ref") > MAX_NUM_REFERENCES:
+        return f"more than {MAX_NUM_REFERENCES} references ($ref)"
+    parts = json.loads(grammar).get("grammars", ()) if grammar.startswith("{") else ()
+    texts = [part.get("lark_grammar") or "" for part in parts] or [grammar]
+    if any(text.count("\n") >= MAX_NUM_RULES for text in texts):
+        return f"more than {MAX_NUM_RULES} lines"
+    return None
 
 
 def reason_in(message: str) -> str:

@@ -105,7 +105,7 @@ async def test_white_space_follows_the_setting_unless_the_request_says_otherwise
         (schema_form({"enum": ["x" * MAX_GRAMMAR_BYTES]}), "larger"),
         (Form("regex", "a" * (MAX_GRAMMAR_BYTES + 1), "guided_json"), "larger"),
         (Form("regex", "(" * 60_000, "guided_json"), "regex"),
-        (Form("grammar", "root ::= " + "(" * 50_000, "guided_json"), "recursion"),
+        (Form("grammar", "root ::= " + "(" * 5_000, "guided_json"), "recursion"),
         (Form("grammar", 'start: ("a"', "guided_json"), "Expected token"),
         (Form("choice", ["\ud800"], "guided_json"), "surrogate"),
     ],
@@ -144,3 +144,26 @@ async def test_a_grammar_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> Non
     for word in ("a", "b", "a", "c", "b", "a"):
         await one.build(Form("choice", [word], "guided_choice"))
     assert [text[-2] for text in checked] == ["a", "b", "c", "a"]
+
+
+def chain_of_references(length: int) -> dict[str, Any]:
+    definitions = {f"d{number}": {"$ref": f"#/$defs/d{number + 1}"} for number in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": definitions | {f"d{length}": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (Form("json_schema", chain_of_references(2_500), "f"), "references"),
+        (Form("grammar", "start: a0\n" + "".join(f"a{n}: a{n + 1}\n" for n in range(4_000)), "f"), "lines"),
+        (Form("grammar", 'root ::= "a" | ' + '"b" ' * 4_000, "f"), "GBNF"),
+    ],
+)
+async def test_a_grammar_that_would_end_or_stop_the_process_is_refused(form: Form, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        await GrammarChecker(ApiSettings()).build(form)
+
+
+async def test_blank_lines_of_a_grammar_do_not_count() -> None:
+    text = 'root ::= "a"' + "\n" * 60_000 + 'x ::= "b"'
+    assert await GrammarChecker(ApiSettings()).build(Form("grammar", text, "f"))
