@@ -81,6 +81,17 @@ def _name(token_bytes: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
 
+def joined_logprobs(first: TextLogprobs | None, second: TextLogprobs) -> TextLogprobs:
+    """Appends the logprobs of further tokens to the first ones, if there are any."""
+    if first is None:
+        return second
+    first.tokens.extend(second.tokens)
+    first.token_logprobs.extend(second.token_logprobs)
+    first.top_logprobs.extend(second.top_logprobs)
+    first.text_offset.extend(second.text_offset)
+    return first
+
+
 class TextChunkWriter:
     """Renders the `StreamEvent`s of one request as server-sent events."""
 
@@ -143,13 +154,17 @@ class TextBodyWriter:
         """Creates the writer of a request with `num_choices` choices, over all of its prompts."""
         self._heading = heading
         self._texts: list[list[str]] = [[] for _ in range(num_choices)]
-        self._logprobs: list[list[PositionLogprobs]] = [[] for _ in range(num_choices)]
+        self._converters = [LogprobsWriter() for _ in range(num_choices)]
+        self._logprobs: list[TextLogprobs | None] = [None] * num_choices
         self._finish_reasons: list[PublicFinishReason] = ["stop"] * num_choices
 
     def render(self, event: StreamEvent) -> bytes:
         """Returns the whole body for the last event, which has `usage`, and no bytes for earlier events."""
         self._texts[event.index].append(event.text)
-        self._logprobs[event.index].extend(event.logprobs or ())
+        if event.logprobs:
+            # Conversion at the end, of all tokens at once, would block other requests.
+            part = self._converters[event.index].convert(event.logprobs)
+            self._logprobs[event.index] = joined_logprobs(self._logprobs[event.index], part)
         if event.finish_reason is not None:
             self._finish_reasons[event.index] = FINISH_REASONS[event.finish_reason]
         return b"" if event.usage is None else self._body(event.usage)
@@ -157,9 +172,7 @@ class TextBodyWriter:
     def _body(self, usage: Usage) -> bytes:
         heading = self._heading
         choices = [
-            TextChoice(
-                index, "".join(texts), LogprobsWriter().convert(logprobs) if logprobs else None, reason
-            )
+            TextChoice(index, "".join(texts), logprobs, reason)
             for index, (texts, logprobs, reason) in enumerate(
                 zip(self._texts, self._logprobs, self._finish_reasons, strict=True)
             )
