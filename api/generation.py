@@ -69,6 +69,7 @@ def new_request(
         messages=list(source.messages),
         template_inputs=source.template_inputs,
         tool_choice=source.tool_choice,
+        reads_reasoning=bool(source.messages),
         prompts=source.prompts,
         echo=source.echo,
         n=body.num_choices,

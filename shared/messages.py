@@ -188,6 +188,8 @@ class GenerationRequest(Message, frozen=True):
     template_inputs: TemplateInputs = NO_INPUTS
     tool_choice: ToolChoice | None = None
     """None if the model must not call tools; the template may describe them all the same."""
+    reads_reasoning: bool = False
+    """True if the API reads `reasoning` in events; APIs of earlier releases expect it in the text."""
     echo: bool = False
     """True if the text of each choice begins with its prompt; only for `prompts`."""
     continuous_usage: bool = False

@@ -46,7 +46,8 @@ class MessageOutput(SequenceOutput):
             part = _joined(part, self._parser.finish(is_cut=self.seq.finish_reason is FinishReason.LENGTH))
             if self._parser.num_calls and self.seq.finish_reason is FinishReason.STOP:
                 self.seq.finish_reason = FinishReason.TOOL_CALLS
-        return part
+        # In some formats, several calls are read at once.
+        return part._replace(tool_calls=part.tool_calls[:1]) if self._ends_after_call else part
 
 
 def _joined(first: MessagePart, second: MessagePart) -> MessagePart:

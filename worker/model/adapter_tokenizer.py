@@ -174,13 +174,17 @@ def _patterns(backend: Any) -> set[str]:
     while parts:
         part = parts.pop()
         if isinstance(part, dict):
-            # Keys of expressions: "Regex" in tokenizer.json, "open_pattern" and others in response templates.
-            found |= {str(value) for name, value in part.items() if name == "Regex" or "pattern" in name}
+            found |= {str(value) for name, value in part.items() if _may_be_slow(name)}
             # The model and the added tokens are large, and have no expressions.
             parts += [value for name, value in part.items() if name not in ("model", "added_tokens")]
         elif isinstance(part, list):
             parts += part
     return found
+
+
+def _may_be_slow(name: str) -> bool:
+    """True for keys with regular expressions or rules, in `tokenizer.json` or in a response template."""
+    return name in ("Regex", "content_args") or "pattern" in name
 
 
 def _generation_eos(files: dict[str, bytes], num_embeddings: int) -> frozenset[int] | None:

@@ -13,7 +13,7 @@ from worker.model.call_formats import find_format, hermes
 from worker.model.call_grammar import call_grammar, calls_or
 from worker.model.chat_template import ChatTemplate, Messages
 from worker.model.message_parser import MessageParser, MessageParsers
-from worker.model.tool_prompt import with_tool_prompt
+from worker.model.tool_prompt import with_tool_calls, with_tool_prompt
 
 _ID_LETTERS = string.ascii_letters + string.digits
 ID_LENGTH = 24
@@ -45,10 +45,11 @@ class AnswerFormat:
         )
         self._uses_tool_prompt = found is None
         """True if the chat template ignores tools."""
+        self._reads_legacy_calls = "function_call" in template.source
         self._format = found or hermes(reasons="</think>" in template.source)
         try:
             self._parsers = MessageParsers(self._format)
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TemplateError(f"response_template: {error}") from error
         self._added_tokens = added_tokens
         self.marks = {token: text for token, text in special_tokens.items() if self._format.mentions(text)}
@@ -56,6 +57,8 @@ class AnswerFormat:
 
     def prepare(self, messages: Messages, inputs: TemplateInputs) -> Messages:
         """Returns the messages as the chat template needs them to show the tools to the model."""
+        if not self._reads_legacy_calls:
+            messages = with_tool_calls(messages)
         if not self._uses_tool_prompt:
             return messages
         has_calls = any(message.get("tool_calls") or message.get("role") == "tool" for message in messages)
@@ -82,7 +85,7 @@ class AnswerFormat:
 
     def divides(self, request: GenerationRequest) -> bool:
         """True if answers to a chat may have calls or reasoning; then they need a parser."""
-        return request.tool_choice is not None or self._format.has_reasoning
+        return request.tool_choice is not None or (request.reads_reasoning and self._format.has_reasoning)
 
     def parser(self, request: GenerationRequest, index: int, prompt_end: str) -> MessageParser:
         """Returns the parser for one answer to a chat.

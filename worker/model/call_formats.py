@@ -21,6 +21,8 @@ CALLS, REASONING, CONTENT = "tool_calls", "reasoning_content", "content"
 """Names of the fields of response templates."""
 REASONINGS = (REASONING, "thinking", "reasoning")
 """All names that response templates have for reasoning."""
+NO_ANCHOR = "\0"
+"""Anchor of the formats that need none; response templates must have one."""
 SPACE = "space"
 """Group of a pattern for the white space before a call, which is content only if there is no call."""
 THINK, END_THINK = "<think>", "</think>"
@@ -103,7 +105,7 @@ def _template(calls: dict[str, Any] | None, *, reasons: bool) -> Mapping[str, An
     if not fields:
         return MappingProxyType({})
     # Own formats get only the answer, and never a prompt in which an anchor would have to be found.
-    return {"start_anchor": "\0", "fields": {**fields, CONTENT: {"content": "text"}}}
+    return {"start_anchor": NO_ANCHOR, "fields": {**fields, CONTENT: {"content": "text"}}}
 
 
 _FUNCTION = {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.arguments}"}}
@@ -112,7 +114,7 @@ _FUNCTION = {"type": "function", "function": {"name": "{content.name}", "argumen
 def hermes(*, reasons: bool) -> CallFormat:
     """The format of Hermes and Qwen 2 to 3: JSON in `<tool_call>` tags. The tool prompt asks for it, too."""
     calls = {
-        "open_pattern": r"(?P<space>\s*)<tool_call>",
+        "open_pattern": r"(?<!\s)(?P<space>\s*)<tool_call>",
         "close": "</tool_call>",
         "repeats": True,
         "content": "json",
@@ -131,12 +133,14 @@ def hermes(*, reasons: bool) -> CallFormat:
 def qwen3_5(*, reasons: bool) -> CallFormat:
     """The format of Qwen 3.5: `<function=NAME>` with a tag for each parameter, in `<tool_call>` tags."""
     calls = {
-        "open_pattern": r"(?P<space>\s*)<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+        "open_pattern": r"(?<!\s)(?P<space>\s*)<tool_call>\s*<function=(?P<name>[^>\n]+)>",
         "close_pattern": r"</function>\s*</tool_call>",
         "repeats": True,
         "content": "xml-inline",
         "content_args": {
-            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>",
+            # White space is stripped afterwards: as a part of the pattern, it would take cubic time.
+            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>(?P<value>.*?)</parameter>",
+            "value_parser": {"name": "text"},
         },
         "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
     }
@@ -176,7 +180,7 @@ def llama(*, reasons: bool) -> CallFormat:
 def mistral(*, reasons: bool) -> CallFormat:
     """The format of Mistral's tokenizers up to version 3: a JSON list of calls after `[TOOL_CALLS]`."""
     calls = {
-        "open_pattern": r"(?P<space>\s*)\[TOOL_CALLS\]\s*",
+        "open_pattern": r"(?<!\s)(?P<space>\s*)\[TOOL_CALLS\]\s*",
         "content": "json",
         "transform_each": True,
         "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},

@@ -12,7 +12,7 @@ from transformers.utils.chat_parsing.response_templates import ResponseTemplate,
 from shared.errors import GenerationFailed
 from shared.messages import ToolCallPart
 from worker.engine.records import MessagePart
-from worker.model.call_formats import CALLS, REASONINGS, SPACE, THINK, CallFormat
+from worker.model.call_formats import CALLS, NO_ANCHOR, REASONINGS, SPACE, THINK, CallFormat
 
 _NAME = re.compile(r'"name"\s*:\s*"([^"\\]+)"')
 _ARGUMENTS = re.compile(r'"(?:arguments|parameters)"\s*:\s*(?=\{)')
@@ -148,7 +148,7 @@ class MessageParser:
         # JSON shows whether it is complete; a list of tags that was cut looks like a shorter list.
         shows_end = self._format.template["fields"][CALLS].get("content") == "json"
         calls = self._read(body, captures) if shows_end or not is_cut else None
-        if calls is None and is_cut:
+        if calls is None and is_cut and not self._format.template["fields"][CALLS].get("transform_each"):
             calls = self._read_begun(body, captures)
         if not calls or any(name not in self._names for name, _ in calls):
             return [], space + self._format.open_text + "".join(captures.values()) + body + end
@@ -166,7 +166,7 @@ class MessageParser:
             message = parse_response(body, spec, prefix="", tools=[*self._tools])
             found = message.get(CALLS) or []
             calls = [call["function"] for call in (found if isinstance(found, list) else [found])]
-            return [(str(call["name"]), _as_json(call["arguments"])) for call in calls]
+            return [(_as_json(str(call["name"])), _as_json(call["arguments"])) for call in calls]
         # A model may write anything. What isn't a call is content.
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
@@ -204,12 +204,25 @@ class _Trimmed:
 
 
 def _as_json(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    """Returns arguments as JSON text that can be encoded as UTF-8.
+
+    Raises:
+        ValueError: the arguments have a number that JSON can't express, or are half a surrogate pair.
+    """
+    if isinstance(arguments, str):
+        arguments.encode()
+        return arguments
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(arguments, allow_nan=False)
+    return text
 
 
 def _prefix(template: ResponseTemplate, prompt_end: str) -> str:
     """Returns the text of the prompt that belongs to the answer already."""
-    if template.start_anchor_re.search(prompt_end):
+    if template.start_anchor_literals != [NO_ANCHOR] and template.start_anchor_re.search(prompt_end):
         return prompt_end
     return THINK if prompt_end.rstrip().endswith(THINK) else ""
 

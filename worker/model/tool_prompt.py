@@ -1,4 +1,6 @@
-"""The tool prompt: a description of tools in the system message, for chat templates that ignore tools.
+"""Messages for chat templates that ignore tools, or that know only the newer form of calls.
+
+The tool prompt describes the tools in the system message.
 
 Calls have the format of Hermes, which many models have seen in training.
 """
@@ -19,6 +21,25 @@ To call a function, write its name and arguments as JSON within <tool_call></too
 <tool_call>
 {"name": "FUNCTION", "arguments": {"PARAMETER": "VALUE"}}
 </tool_call>"""
+
+
+def with_tool_calls(messages: Messages) -> Messages:
+    """Returns messages in which the older `function_call`s and `function` messages have the newer form."""
+    return [_with_tool_call(number, message) for number, message in enumerate(messages)]
+
+
+def _with_tool_call(number: int, message: dict[str, Any]) -> dict[str, Any]:
+    if call := message.get("function_call"):
+        kept = {name: value for name, value in message.items() if name != "function_call"}
+        return {**kept, "tool_calls": [{"id": _id_of(number), "type": "function", "function": call}]}
+    if message.get("role") == "function":
+        return {**message, "role": "tool", "tool_call_id": _id_of(number - 1)}
+    return message
+
+
+def _id_of(number: int) -> str:
+    """Returns an id for the call in the message with this number; some templates demand 9 characters."""
+    return f"call{number:05}"
 
 
 def with_tool_prompt(messages: Messages, tools: Sequence[Mapping[str, Any]]) -> Messages:

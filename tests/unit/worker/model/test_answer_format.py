@@ -155,7 +155,7 @@ def test_a_template_that_shows_tools_gets_the_messages_as_they_are() -> None:
 
 
 def test_a_chat_without_tools_is_divided_only_if_the_model_reasons() -> None:
-    request = make_request()
+    request = make_request(reads_reasoning=True)
     assert tokenizer_of(CHATML).message_parser(request, 0, []) is None
     assert tokenizer_of(LLAMA3).message_parser(request, 0, []) is None
     parser = tokenizer_of(QWEN).message_parser(request, 0, [])
@@ -178,3 +178,27 @@ def test_ids_of_calls_are_the_same_at_every_worker_and_differ_between_calls_and_
 def test_a_malformed_response_template_is_refused() -> None:
     with pytest.raises(TemplateError, match=r"response_template: .*start_anchor"):
         tokenizer_of(CHATML, response_template={"fields": {"content": {}}})
+
+
+def test_an_api_that_does_not_read_reasoning_gets_it_in_the_text() -> None:
+    assert tokenizer_of(QWEN).message_parser(make_request(), 0, []) is None
+
+
+def test_the_older_form_of_calls_and_results_is_shown_in_the_newer_one() -> None:
+    chat = [
+        {"role": "user", "content": "Is it warm?"},
+        {"role": "assistant", "content": "", "function_call": CALL},
+        {"role": "function", "name": "get_weather", "content": "21 degrees"},
+    ]
+    for template in (QWEN, CHATML):
+        tokenizer = tokenizer_of(template)
+        shown = tokenizer.backend.decode(tokenizer.encode_chat(chat, TemplateInputs(tools=[WEATHER])))
+        assert '{"name": "get_weather", "arguments": {"city": "Rome"}}' in shown
+        assert "21 degrees" in shown
+        assert "<|im_start|>function" not in shown
+
+
+@pytest.mark.parametrize("template", ["text", {"fields": []}, {"fields": {"tool_calls": []}}, {"fields": 5}])
+def test_every_malformed_response_template_is_refused(template: object) -> None:
+    with pytest.raises(TemplateError, match="response_template: "):
+        tokenizer_of(CHATML, response_template=template)

@@ -156,3 +156,25 @@ def test_a_tokenizers_own_response_template_is_followed() -> None:
     assert (message.content, message.reasoning) == ("Yes.", "so")
     (found,) = message.tool_calls
     assert (found.name, json.loads(found.arguments)) == ("g", {"b": "x"})
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', '{"a": 1e999}', '{"a": NaN}', '"\\ud800"'])
+def test_arguments_reach_the_client_as_text_that_every_json_parser_reads_or_stay_content(
+    arguments: str,
+) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    message = divide(HERMES, text, step=1000)
+    assert message.tool_calls or message.content == text
+    for found in message.tool_calls:
+        assert json.loads(found.arguments.encode()) == json.loads(arguments)
+        assert "Infinity" not in found.arguments
+
+
+def test_text_without_an_end_takes_no_more_than_linear_time() -> None:
+    # With a cubic or quadratic pattern, each of these would take minutes, and the test's time would be up.
+    for form in (HERMES, qwen3_5(reasons=False), mistral(reasons=False)):
+        divide(form, "a" + " " * 200_000 + "b", step=200_000)
+    tags = "<tool_call><function=f><parameter=a>" + " " * 20_000
+    divide(qwen3_5(reasons=False), tags, step=20_000, is_cut=True)
+    prompt_end = "\0<tool_call><function=f><parameter=a>" + " " * 5_000
+    assert divide(qwen3_5(reasons=False), "Hello!", step=3, prompt_end=prompt_end).content == "Hello!"
