@@ -55,8 +55,10 @@ class SequenceOutput:
 
         The token must be in `seq.token_ids` already. Stop strings within the first `min_tokens` are ignored.
         """
-        prefix, self._prefix = self._prefix, ""
-        return self._divide(prefix + self._complete(token_id))
+        text = self._complete(token_id)
+        if self._prefix:
+            text, self._prefix = self._prefix + text, ""
+        return self._divide(text)
 
     @property
     def num_reasoning_tokens(self) -> int:

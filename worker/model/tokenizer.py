@@ -70,6 +70,10 @@ class Tokenizer:
             self._formats[source] = AnswerFormat(
                 template, self.special_tokens, added_tokens, response_template_of(backend)
             )
+        tools: list[dict[str, Any]] = [{}]
+        self._source_with_tools, self._source_without_tools = (
+            str(backend.get_chat_template(tools=given)) if self._templates else "" for given in (tools, None)
+        )
         if self._fast is not None:
             self._fast.no_truncation()
             self._fast.no_padding()
@@ -173,9 +177,7 @@ class Tokenizer:
         return self._formats[self._source(has_tools=bool(request.template_inputs.tools))]
 
     def _source(self, *, has_tools: bool) -> str:
-        """Returns the source of the chat template; chats with tools may have another one."""
-        tools: list[dict[str, Any]] | None = [{}] if has_tools else None
-        return str(self.backend.get_chat_template(tools=tools)) if self._templates else ""
+        return self._source_with_tools if has_tools else self._source_without_tools
 
     def _encode(self, rendered: Rendered, param: str, *, add_special_tokens: bool = False) -> list[int]:
         text, mask = rendered
